@@ -1,0 +1,290 @@
+"""Every setting that can change a result: one frozen dataclass per section.
+
+An `Experiment` holds one of each; named experiments live in `configs/`, each written as a
+difference from another. A step receives its own sections, never the whole.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+ModelName = Literal["nasnet_gcn_se", "unet2d"]
+LossName = Literal[
+    "generalized_dice",
+    "weighted_cross_entropy",
+    "generalized_dice_weighted_cross_entropy",
+    "dice_cross_entropy",
+    "focal_tversky",
+]
+CohortName = Literal["lidc", "luna16", "nifti"]
+
+
+@dataclass(frozen=True)
+class LungMask:
+    """Lung masks from HU: the slice rule of the thesis, then cleaning in 3-D."""
+
+    cleaning: bool = True
+    """Clean the slice masks in 3-D; off is the thesis' own rule."""
+    remove_airway: bool = True
+    """Take trachea and main bronchi out."""
+    fill_holes: bool = True
+    """Fill vessels and nodules that lie within a lung."""
+    closing_mm: float = 12.0
+    """Radius of the closing of the pleural surface, which keeps juxtapleural nodules in;
+    0 for none."""
+    split_sides: bool = True
+    """Label the right lung 1 and the left lung 2; off labels both 1."""
+
+    def __post_init__(self) -> None:
+        require(self.closing_mm >= 0, "closing_mm", self.closing_mm, "0 or more")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which slices and volumes the table holds."""
+
+    size_px: tuple[int, int] = (512, 512)
+    """(y, x) size of the stored slices; others are padded with air or cut, centred."""
+    slices: Literal["nodule", "lung", "all"] = "nodule"
+    """nodule: slices with a nodule, and negatives; lung: slices with lung; all."""
+    negatives_per_nodule_slice: float = 1.0
+    """For `nodule`: lung slices without a nodule, drawn per nodule slice of the scan."""
+    volume_spacing_mm: float = 0.0
+    """Isotropic spacing of the volumes stored for 3-D networks; 0 stores none."""
+    seed: int = 0
+    """Seed of the draw of negatives."""
+
+    def __post_init__(self) -> None:
+        require(min(self.size_px) > 0, "size_px", self.size_px, "positive")
+        negatives = self.negatives_per_nodule_slice
+        require(negatives >= 0, "negatives_per_nodule_slice", negatives, "0 or more")
+        spacing = self.volume_spacing_mm
+        require(spacing >= 0, "volume_spacing_mm", spacing, "0 or more")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who is trained on, chosen by and tested."""
+
+    method: Literal["ratios", "folds", "subsets"] = "ratios"
+    """ratios: by `fractions`; folds: k-fold; subsets: LUNA16's ten subsets as folds."""
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Shares of train, validation and test; used by `ratios`."""
+    folds: int = 5
+    """Number of folds; used by `folds`."""
+    fold: int = 0
+    """Fold that is tested; the next one validates."""
+    unit: Literal["patient", "slice"] = "patient"
+    """slice leaks neighbours into the test part; it exists to measure that leak."""
+    seed: int = 0
+    """Seed of the shuffle."""
+
+    def __post_init__(self) -> None:
+        total = sum(self.fractions)
+        require(
+            abs(total - 1) < 1e-6, "fractions", self.fractions, "shares that sum to 1"
+        )
+        require(self.folds >= 2, "folds", self.folds, "2 or more")
+        require(
+            0 <= self.fold < self.folds, "fold", self.fold, f"0 to {self.folds - 1}"
+        )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How rows of the table become network input and reference."""
+
+    target: Literal["nodule", "lung"] = "nodule"
+    """What is segmented."""
+    input_px: tuple[int, int] = (400, 400)
+    """(y, x) size of the crop that enters the network."""
+    crop: Literal["centre", "lung", "nodule"] = "centre"
+    """Centre of the crop: of the slice, of its lungs, or near a nodule (training and
+    validation only; whole scans are covered by tiles)."""
+    window_hu: tuple[float, float] = (-1000.0, 400.0)
+    """HU mapped to 0 and 1; beyond is clipped."""
+    normalisation: Literal["window", "zscore", "minmax"] = "window"
+    """After the window: nothing, zero mean and unit variance per image, or per-image 0..1."""
+    lung_mask: bool = True
+    """Set everything outside the lungs to air, as the thesis does."""
+    consensus_level: float = 0.5
+    """Share of a nodule's readers that makes a voxel nodule."""
+    min_readers: int = 1
+    """Nodules outlined by fewer readers do not count."""
+    batch_size: int = 4
+    nodule_fraction: float = 0.5
+    """Share of training rows drawn from slices with a nodule; 0 takes rows as they are."""
+
+    def __post_init__(self) -> None:
+        low, high = self.window_hu
+        require(low < high, "window_hu", self.window_hu, "(low, high) with low < high")
+        level = self.consensus_level
+        require(0 < level <= 1, "consensus_level", level, "above 0, at most 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        share = self.nodule_fraction
+        require(0 <= share <= 1, "nodule_fraction", share, "0 to 1")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes to image and masks; each range is symmetric around no change."""
+
+    flip: bool = True
+    """Mirror left-right and front-back, each with probability one half."""
+    rotate_deg: float = 15.0
+    zoom: float = 0.1
+    """Scale between 1 - zoom and 1 + zoom."""
+    shift_px: float = 10.0
+    elastic_px: float = 0.0
+    """Standard deviation of the smooth displacement; 0 for none."""
+    elastic_grid_px: float = 64.0
+    """Distance between the knots of the displacement."""
+    gamma: float = 0.0
+    """Exponent between 1 / (1 + gamma) and 1 + gamma, on the windowed image."""
+    noise_hu: float = 0.0
+    """Standard deviation of added noise, drawn between 0 and this."""
+
+    def __post_init__(self) -> None:
+        for name in ("rotate_deg", "shift_px", "elastic_px", "gamma", "noise_hu"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "0 or more")
+        require(0 <= self.zoom < 1, "zoom", self.zoom, "at least 0, below 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    name: ModelName = "nasnet_gcn_se"
+    weights: Literal["none", "imagenet"] = "none"
+    """Start of the encoder."""
+    filters: int = 32
+    """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d)."""
+    gcn_kernels: tuple[int, ...] = (19, 13)
+    """Kernel sizes of the global convolutions from the deepest stage up; empty for none."""
+    squeeze_excite: bool = True
+    dropout: float = 0.0
+    slice_classifier: bool = False
+    """Add the slice classifier head of the false-positive network."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
+        require(self.filters >= 1, "filters", self.filters, "1 or more")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What training makes small."""
+
+    name: LossName = "generalized_dice_weighted_cross_entropy"
+    class_weights: tuple[float, float] = (1.0, 7.0)
+    """Weights of background and nodule in the weighted cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How the loss is made small."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "polynomial"] = "cosine"
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """Decoupled; used by adamw."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 for no clipping."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before a step."""
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
+    ema: float = 0.0
+    """Momentum of the moving average of the weights; 0 for none."""
+    epochs: int = 50
+    steps_per_epoch: int = 0
+    """Batches per epoch; 0 for all rows once."""
+    patience: int = 0
+    """Epochs without a better validation Dice before stopping; 0 to never stop."""
+    seed: int = 0
+    """Seeds weights, dropout, row order and augmentation."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        require(self.accumulate >= 1, "accumulate", self.accumulate, "1 or more")
+        require(0 <= self.ema < 1, "ema", self.ema, "at least 0, below 1")
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """From a probability map to nodules."""
+
+    method: Literal["fixed", "kmeans", "tuned"] = "tuned"
+    """fixed: `threshold`; kmeans: between the two clusters of the map, as in the thesis;
+    tuned: the values that postprocess.py found best on the validation part."""
+    threshold: float = 0.5
+    erosion_px: int = 0
+    """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
+    min_volume_mm3: float = 0.0
+    """Smaller components are removed."""
+    connectivity: Literal[6, 18, 26] = 26
+    within_lung: bool = True
+    """Keep only what lies in the lung mask."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
+        require(self.erosion_px >= 0, "erosion_px", self.erosion_px, "0 or more")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named experiment: one of each section."""
+
+    mask: LungMask = field(default_factory=LungMask)
+    table: Table = field(default_factory=Table)
+    split: Split = field(default_factory=Split)
+    batches: Batches = field(default_factory=Batches)
+    augment: Augment = field(default_factory=Augment)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    postprocess: Postprocess = field(default_factory=Postprocess)
+
+
+def require(holds: bool, name: str, found: Any, expected: str) -> None:
+    """Raises ValueError naming the setting, what was found and what was expected."""
+    if not holds:
+        raise ValueError(f"{name} is {found}; expected {expected}")
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """A section or an experiment as plain JSON values."""
+    return dataclasses.asdict(settings)
+
+
+def from_json(kind: type, record: dict[str, Any]) -> Any:
+    """The section or experiment of type `kind` that `to_json` wrote.
+
+    Raises:
+        ValueError: If a field is unknown or missing: the record is of another version.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if fields.keys() != record.keys():
+        raise ValueError(
+            f"{kind.__name__} settings: unknown fields {sorted(record.keys() - fields)}, "
+            f"missing fields {sorted(fields.keys() - record.keys())}; the file was made "
+            "by another version of this project"
+        )
+    values = {}
+    for name, value in record.items():
+        section = fields[name].type
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            value = from_json(section, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values)
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """The values a Literal allows."""
+    return get_args(literal)

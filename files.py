@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, their checksums, and names safe on disk."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What an id must look like to become a file name."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block succeeds.
+
+    The temporary name keeps the suffix of `path`, so writers that choose a format by
+    suffix see the right one. If the block raises, what it wrote is removed. Works for a
+    file and for a directory.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    remove(partial)
+    try:
+        yield partial
+        if partial.is_dir():
+            remove(path)
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory tree; does nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_id(text: str, *, where: str) -> str:
+    """`text` if it can be a file name inside a result directory.
+
+    Args:
+        text: An id from a list, a header or a command line.
+        where: Where the id was found, for the message.
+
+    Raises:
+        ValueError: If the id has a path separator, starts with a dot, or is too long.
+    """
+    if not SAFE_NAME.fullmatch(text):
+        raise ValueError(
+            f"{where}: the id {text!r} cannot name a file; expected 1 to 128 letters, "
+            "digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    return text
+
+
+def size_text(num_bytes: float) -> str:
+    """A size a person reads, e.g. '6.1 GB' (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

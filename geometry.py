@@ -1,0 +1,114 @@
+"""Where voxels lie: grids, orientation, and the way back to the source's own grid.
+
+Arrays are (z, y, x). In the canonical orientation z rises to the head (S), y to the back
+(P) and x to the patient's left (L), the order in which axial CT is stored and displayed.
+An affine takes an array index (z, y, x, 1) to (x, y, z, 1) in RAS mm (NIfTI's world).
+DICOM, ITK and LUNA16 speak LPS mm; such values end in `_lps_mm`, and only `flip_xy`
+converts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CANONICAL = ("S", "P", "L")
+"""Direction in which each axis of a canonical (z, y, x) array rises."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Shape and place of a volume.
+
+    Attributes:
+        shape: (z, y, x) number of voxels, or the file's own axis order for a source grid.
+        affine: (4, 4) float64, array index -> RAS mm.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxels along each array axis."""
+        z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return z, y, x
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of one voxel; exact for oblique and sheared axes."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    def index_to_ras_mm(self, index: np.ndarray) -> np.ndarray:
+        """RAS mm (..., 3) of array indices (..., 3); fractions of a voxel allowed."""
+        return np.asarray(index) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def ras_mm_to_index(self, points_ras_mm: np.ndarray) -> np.ndarray:
+        """Fractional array indices (..., 3) of points (..., 3) in RAS mm."""
+        offset = np.asarray(points_ras_mm) - self.affine[:3, 3]
+        return offset @ np.linalg.inv(self.affine[:3, :3]).T
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "affine": self.affine.tolist()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Grid":
+        return cls(tuple(record["shape"]), np.array(record["affine"], np.float64))
+
+
+def flip_xy(points_mm: np.ndarray) -> np.ndarray:
+    """LPS mm (..., 3) from RAS mm, or RAS from LPS: the signs of x and y change."""
+    return np.asarray(points_mm) * np.array([-1.0, -1.0, 1.0])
+
+
+def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Grid]:
+    """Permutes and flips an array so that its axes rise to S, P and L.
+
+    No value is interpolated; an oblique volume goes to the nearest orientation.
+
+    Args:
+        array: (i, j, k) voxels in any axis order.
+        affine: (4, 4), index of `array` -> RAS mm.
+
+    Returns:
+        The (z, y, x) array, contiguous, and its grid.
+    """
+    from nibabel import orientations
+
+    change = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(CANONICAL)
+    )
+    turned = np.ascontiguousarray(orientations.apply_orientation(array, change))
+    inverse = orientations.inv_ornt_aff(change, array.shape)
+    return turned, Grid(turned.shape, np.asarray(affine, np.float64) @ inverse)
+
+
+def to_source(array: np.ndarray, grid: Grid, source: Grid) -> np.ndarray:
+    """Undoes `to_canonical`: voxels of `grid` in the axis order of the file they came from.
+
+    Args:
+        array: (z, y, x) voxels on `grid`.
+        grid: The canonical grid.
+        source: The file's own grid.
+
+    Raises:
+        ValueError: If `array` does not lie on `grid`, or the grids are of two volumes.
+    """
+    from nibabel import orientations
+
+    if array.shape != tuple(grid.shape):
+        raise ValueError(f"array has shape {array.shape}, its grid {grid.shape}")
+    change = orientations.ornt_transform(
+        orientations.io_orientation(grid.affine),
+        orientations.io_orientation(source.affine),
+    )
+    turned = np.ascontiguousarray(orientations.apply_orientation(array, change))
+    back = grid.affine @ orientations.inv_ornt_aff(change, array.shape)
+    if turned.shape != tuple(source.shape) or not np.allclose(
+        back, source.affine, atol=1e-3
+    ):
+        raise ValueError(
+            f"the canonical grid (shape {grid.shape}) is not a turned copy of the source "
+            f"grid (shape {source.shape})"
+        )
+    return turned

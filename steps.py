@@ -1,0 +1,194 @@
+"""What every numbered step shares: its command line, exit codes and work over scans."""
+
+import csv
+import errno
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import files
+from configs import CONFIGS
+from scan import ScanError
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED, USAGE, SOME_SKIPPED = 0, 1, 2, 3
+"""Exit codes of every step."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A scan that was passed over, and why."""
+
+    scan_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a step ended: its closing line, and the scans it passed over."""
+
+    line: str
+    failures: Sequence[Failure] = ()
+
+
+def run(
+    step: Callable[[Any], Report], arguments: Any, *, argv: Sequence[str] | None
+) -> None:
+    """Reads the command line into `arguments`, runs `step` on it and exits with its code.
+
+    Args:
+        step: Takes the parsed arguments.
+        arguments: A frozen dataclass type. If it has fields named as sections of
+            `config.Experiment`, the first word of the command line names the experiment
+            they come from, and `--section.field value` changes one.
+        argv: Command line without the program's name; None for this process' own.
+    """
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(module)s: %(message)s",
+        stream=sys.stderr,
+    )
+    parsed = parse(arguments, argv)
+    started = time.monotonic()
+    try:
+        report = step(parsed)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(FAILED)
+    for failure in report.failures:
+        sys.stderr.write(f"skipped {failure.scan_id}: {failure.reason}\n")
+    print(f"{report.line}, {duration_text(time.monotonic() - started)}")
+    sys.exit(SOME_SKIPPED if report.failures else DONE)
+
+
+def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
+    """The command line as an instance of `arguments`; see `run`."""
+    description = sys.modules[arguments.__module__].__doc__
+    sections = [
+        name
+        for name in arguments.__dataclass_fields__
+        if name in type(next(iter(CONFIGS.values()))[1]).__dataclass_fields__
+    ]
+    if not sections:
+        return tyro.cli(arguments, args=argv, description=description)
+    defaults = {
+        name: (help_line, arguments(**{s: getattr(experiment, s) for s in sections}))
+        for name, (help_line, experiment) in CONFIGS.items()
+    }
+    return tyro.extras.overridable_config_cli(
+        defaults, args=argv, description=description
+    )
+
+
+def map_scans(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int,
+    scheduler: str = "",
+    label: str,
+) -> tuple[list[Any], list[Failure]]:
+    """Runs `work` on every item, in processes; a bad scan is reported, not fatal.
+
+    Args:
+        work: A module-level function of one item; what it returns is kept.
+        items: Each with an attribute `scan_id`.
+        workers: Processes on this machine; 1 works in this process.
+        scheduler: Address of a Dask scheduler to use instead, e.g. tcp://host:8786.
+        label: What the progress bar says.
+
+    Returns:
+        The results of the items that succeeded, in the order of `items`, and the
+        failures.
+
+    Raises:
+        OSError: If the disk is full; going on would fail for every scan.
+    """
+    if scheduler or (workers > 1 and len(items) > 1):
+        outcomes = _map_by_dask(work, items, workers, scheduler, label)
+    else:
+        outcomes = {
+            index: _attempt(work, item)
+            for index, item in enumerate(_progress(items, len(items), label))
+        }
+    ordered = [outcomes[index] for index in range(len(items))]
+    failures = [outcome for outcome in ordered if isinstance(outcome, Failure)]
+    return [o for o in ordered if not isinstance(o, Failure)], failures
+
+
+def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return work(item)
+    except ScanError as error:
+        return Failure(item.scan_id, str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        return Failure(item.scan_id, str(error))
+
+
+def _map_by_dask(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    scheduler: str,
+    label: str,
+) -> dict[int, Any]:
+    from dask import distributed
+
+    # Given no address, the client starts worker processes here and ends them on closing.
+    where: dict[str, Any] = (
+        {"address": scheduler}
+        if scheduler
+        else {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    )
+    outcomes = {}
+    with distributed.Client(**where) as client:
+        futures = {
+            client.submit(_attempt, work, item, pure=False): index
+            for index, item in enumerate(items)
+        }
+        done = distributed.as_completed(futures)
+        for future in _progress(done, len(items), label):
+            index = futures[future]
+            try:
+                outcomes[index] = future.result()
+            except distributed.KilledWorker:
+                outcomes[index] = Failure(
+                    items[index].scan_id,
+                    "its worker process died, most likely for want of memory; "
+                    "run again with --workers 1",
+                )
+            future.release()
+    return outcomes
+
+
+def _progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=label, unit="scan", disable=None)
+
+
+def write_failures(failures: Sequence[Failure], path: Path) -> None:
+    """Lists the skipped scans in a CSV; removes an older list when there are none."""
+    if not failures:
+        files.remove(path)
+        return
+    with files.written_whole(path) as partial, partial.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("scan_id", "reason"))
+        rows.writerows((failure.scan_id, failure.reason) for failure in failures)
+
+
+def duration_text(seconds: float) -> str:
+    """A duration a person reads, e.g. '41 min'."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

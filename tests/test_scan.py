@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tables
+
+from scan import ScanError, consensus, read_scan, readers_of_label, write_scan
+
+
+def test_a_scan_file_holds_the_scan(scan, tmp_path):
+    path = tmp_path / "scan.h5"
+    write_scan(scan, path, {"seed": 1})
+    again = read_scan(path)
+    for name in ("hu", "lung", "reader_bits", "nodule_labels"):
+        assert np.array_equal(getattr(again, name), getattr(scan, name))
+        assert getattr(again, name).dtype == getattr(scan, name).dtype
+    assert again.nodules == scan.nodules
+    assert np.array_equal(again.grid.affine, scan.grid.affine)
+    assert (again.scan_id, again.patient_id) == (scan.scan_id, scan.patient_id)
+
+
+def test_what_is_unknown_stays_unknown(scan, tmp_path):
+    write_scan(replace(scan, lung=None, reader_bits=None), tmp_path / "scan.h5", {})
+    assert read_scan(tmp_path / "scan.h5").lung is None
+
+
+def test_a_damaged_scan_file_is_named(tmp_path):
+    (tmp_path / "scan.h5").write_bytes(b"not HDF5")
+    with pytest.raises(ScanError, match=r"scan\.h5: not a readable scan file"):
+        read_scan(tmp_path / "scan.h5")
+
+
+def test_a_scan_file_of_another_version_is_refused(scan, tmp_path):
+    path = tmp_path / "scan.h5"
+    write_scan(scan, path, {})
+    with tables.open_file(path, "a") as h5:
+        record = h5.root._v_attrs.scan.replace(
+            '"format_version": 1', '"format_version": 0'
+        )
+        h5.root._v_attrs.scan = record
+    with pytest.raises(ScanError, match="scan format 0, expected 1; run preprocess.py"):
+        read_scan(path)
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    # Four voxels of a nodule with four readers, marked by 1, 2, 3 and 4 of them.
+    [
+        (0.25, [1, 1, 1, 1]),
+        (0.5, [0, 1, 1, 1]),
+        (0.6, [0, 0, 1, 1]),
+        (1.0, [0, 0, 0, 1]),
+    ],
+)
+def test_consensus_counts_the_nodules_own_readers(level, expected):
+    bits = np.array([0b0001, 0b1001, 0b1011, 0b1111], np.uint8)
+    readers = np.zeros(256, np.uint8)
+    readers[7] = 4
+    labels = np.full(4, 7, np.uint8)
+    assert consensus(bits, labels, readers, level=level).tolist() == expected
+
+
+def test_nodules_of_too_few_readers_are_left_out(scan):
+    mask = consensus(
+        scan.reader_bits,
+        scan.nodule_labels,
+        readers_of_label(scan.nodules),
+        level=0.5,
+        min_readers=3,
+    )
+    assert mask[scan.nodule_labels == 1].any()
+    assert not mask[scan.nodule_labels == 2].any()

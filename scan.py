@@ -69,12 +69,16 @@ class Annotation:
         volume_mm3: Outlined voxels times voxel volume.
         diameter_mm: Largest in-plane extent, see `outlines.diameter_mm`.
         characteristics: LIDC ratings (subtlety, malignancy, ...), 1 to 5 or 6.
+        outline_volume_mm3, outline_diameter_mm: The same as pylidc defines them, on the
+            outline rather than the mask; larger. None where there is no outline.
     """
 
     reader: int
     volume_mm3: float
     diameter_mm: float
     characteristics: dict[str, int] = field(default_factory=dict)
+    outline_volume_mm3: float | None = None
+    outline_diameter_mm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -114,17 +114,15 @@ class Slices:
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The CT series below `source`, each with the XML files that name it."""
+    """The CT series below `source`, each with the XML files that name it.
+
+    Raises:
+        ScanError: If there is no CT series.
+    """
     xml_of = find_xml(source)
     return [
-        ScanSource(
-            scan_id=series.series_uid,
-            patient_id=patient_of(series.series_uid) or series.patient_id,
-            paths=series.paths,
-            annotations=tuple(xml_of.get(series.series_uid, ())),
-        )
-        for series in dicom.find_series(source)
-        if series.modality == "CT"
+        replace(found, annotations=tuple(xml_of.get(found.scan_id, ())))
+        for found in dicom.find_scans(source)
     ]
 
 
@@ -160,7 +158,40 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
             source.scan_id,
         )
         return scan
+    if reading.findings:
+        check_not_straightened(source, series)
     return with_nodules(scan, reading, slices_of(series))
+
+
+def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
+    """Raises ScanError if outlines, drawn on tilted slices, would fall beside the nodules."""
+    header = dicom.read_header(source.paths[0], ["Rows", "Columns"])
+    drawn_px = (int(header.Rows), int(header.Columns))
+    if series.source_grid.shape[1:] != drawn_px:
+        raise ScanError(
+            f"series {series.series_uid}: its outlines were drawn on tilted slices of "
+            f"{drawn_px} pixels; the straightened slices have "
+            f"{series.source_grid.shape[1:]}; use it through the nifti cohort, without "
+            "outlines"
+        )
+
+
+def slices_of(series: dicom.Series) -> Slices:
+    """Where the slices of a series lie, in the order of its source grid."""
+    grid = series.source_grid
+    at_ras_mm = series.grid.index_to_ras_mm(
+        np.stack([np.arange(series.grid.shape[0]), *np.zeros((2, series.grid.shape[0]))], 1)
+    )
+    index_of_z = np.rint(grid.ras_mm_to_index(at_ras_mm)[:, 0]).astype(int)
+    step_mm = grid.affine[2, 0]
+    return Slices(
+        grid=grid,
+        z_mm=grid.affine[2, 3] + step_mm * np.arange(grid.shape[0]),
+        index_of={sop: int(index_of_z[z]) for sop, z in series.z_of_sop.items()},
+        thickness_mm=float(
+            series.acquisition.get("SliceThickness") or grid.spacing_mm[0]
+        ),
+    )
 
 
 def read_reading(source: ScanSource) -> Reading | None:
@@ -547,6 +578,3 @@ def id_number(nodule_id: str) -> int:
     """The last number in a nodule id; 0 if there is none."""
     return int((re.findall(r"\d+", nodule_id) or ["0"])[-1])
 
-
-def slices_of(series):
-    return Slices(series.source_grid, series.z, {u: k for k, u in enumerate(series.sop_uids)}, series.acquisition["slice_thickness_mm"])

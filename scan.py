@@ -51,6 +51,7 @@ class ScanSource:
         paths: The file, or the DICOM files of the series in any order.
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
+        lung: A label volume of the lungs, or None.
     """
 
     scan_id: str
@@ -58,6 +59,7 @@ class ScanSource:
     paths: tuple[Path, ...]
     annotations: tuple[Path, ...] = ()
     subset: str = ""
+    lung: Path | None = None
 
 
 @dataclass(frozen=True)

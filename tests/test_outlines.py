@@ -66,6 +66,29 @@ def test_filling_agrees_with_scikit_image_on_convex_outlines():
     assert np.array_equal(outlines.fill_outline(chain, (64, 64)), expected)
 
 
+def test_an_outline_of_few_points_is_the_polygon_through_them():
+    rng = np.random.default_rng(5)
+    compared = 0
+    for _ in range(100):
+        points = rng.integers(1, 31, (rng.integers(3, 7), 2))
+        y, x = np.mgrid[:32, :32]
+        pixels = np.stack([x.ravel(), y.ravel()], 1)
+        edges = zip(points, np.roll(points, -1, axis=0), strict=True)
+        on_edge = np.any([on_segment(pixels, a, b) for a, b in edges], axis=0)
+        inside = Polygon(np.vstack([points, points[:1]])).contains_points(pixels)
+        expected = (inside & ~on_edge).reshape(32, 32)
+        assert np.array_equal(outlines.fill_outline(points, (32, 32)), expected)
+        compared += expected.sum()
+    assert compared > 5_000
+
+
+def on_segment(pixels, a, b):
+    """Bool per pixel: its centre lies exactly between or on the ends a and b."""
+    d, to = b - a, pixels - a
+    along = to @ d
+    return (d[0] * to[:, 1] == d[1] * to[:, 0]) & (along >= 0) & (along <= d @ d)
+
+
 def test_direction_start_and_closing_point_do_not_matter():
     chain = wobbly_chain(np.random.default_rng(3))
     mask = outlines.fill_outline(chain, (64, 64))

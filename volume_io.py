@@ -1,5 +1,6 @@
 """NIfTI volumes on the source's own grid: probability maps and masks, written and read."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,23 +77,27 @@ def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
     Raises:
         ScanError: If the file is missing, damaged or not three-dimensional.
     """
-    import nibabel
+    from nibabel import arrayproxy, nifti1
     from nibabel.filebasedimages import ImageFileError
 
     try:
-        image = nibabel.nifti1.load(path)
-        stored = np.asarray(image.dataobj.get_unscaled())
+        image = nifti1.load(path)
+        proxy, affine = image.dataobj, image.affine
+        if not isinstance(proxy, arrayproxy.ArrayProxy) or affine is None:
+            raise ValueError("no voxels or no affine")
+        stored = np.asarray(proxy.get_unscaled())
     except FileNotFoundError as error:
-        raise ScanError(f"{path}: no such file; run infer.py first") from error
-    except (ImageFileError, OSError, EOFError, ValueError) as error:
+        raise ScanError(
+            f"{path}: no such file; infer.py writes probabilities, postprocess.py masks"
+        ) from error
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ScanError(
             f"{path}: not a readable NIfTI volume ({error}); remove it and make it again"
         ) from error
     if stored.ndim != 3:
         raise ScanError(f"{path}: {stored.ndim} dimensions, expected 3")
-    slope, offset = image.dataobj.slope, image.dataobj.inter
-    turned, grid = to_canonical(stored, image.affine)
-    return _from_stored(turned, slope, offset), grid
+    turned, grid = to_canonical(stored, affine)
+    return _from_stored(turned, proxy.slope, proxy.inter), grid
 
 
 def _from_stored(stored: np.ndarray, slope: float, offset: float) -> np.ndarray:

@@ -138,7 +138,9 @@ def test_what_is_no_probability_is_refused(value, source, tmp_path):
 
 
 def test_a_missing_volume_names_the_step_that_makes_it(tmp_path):
-    with pytest.raises(ScanError, match=r"prob\.nii\.gz: no such file; run infer\.py"):
+    with pytest.raises(
+        ScanError, match=r"prob\.nii\.gz: no such file; infer\.py writes"
+    ):
         read_volume(tmp_path / "prob.nii.gz")
 
 
@@ -149,6 +151,18 @@ def test_a_truncated_volume_is_named(keep, tmp_path):
     path = tmp_path / "prob.nii.gz"
     write_volume(path, canonical, grid, Grid(noise.shape, np.eye(4)))
     path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ScanError, match="not a readable NIfTI volume"):
+        read_volume(path)
+
+
+def test_a_corrupt_volume_is_named(tmp_path):
+    noise = np.random.default_rng(0).random((10, 20, 20)).astype(np.float32)
+    canonical, grid = to_canonical(noise, np.eye(4))
+    path = tmp_path / "prob.nii.gz"
+    write_volume(path, canonical, grid, Grid(noise.shape, np.eye(4)))
+    content = bytearray(path.read_bytes())
+    content[1000:1100] = bytes(100)
+    path.write_bytes(content)
     with pytest.raises(ScanError, match="not a readable NIfTI volume"):
         read_volume(path)
 

@@ -257,11 +257,10 @@ def match_nodules(
         marked: (z, y, x) bool, what any reader marked; None for `labels_ref > 0`.
         min_iou: Smallest IoU of a hit.
     """
-    sizes_ref = np.bincount(labels_ref.ravel())
-    sizes_pred = np.bincount(labels_pred.ravel())
-    refs = np.flatnonzero(sizes_ref[1:]) + 1
-    preds = np.flatnonzero(sizes_pred[1:]) + 1
     inside = labels_pred > 0
+    sizes_ref = np.bincount(labels_ref[labels_ref > 0], minlength=1)
+    sizes_pred = np.bincount(labels_pred[inside], minlength=1)
+    refs, preds = np.flatnonzero(sizes_ref), np.flatnonzero(sizes_pred)
     ref_in, pred_in = labels_ref[inside].astype(np.int64), labels_pred[inside]
     marks = ref_in > 0 if marked is None else marked[inside]
     marked_px = np.bincount(pred_in[marks], minlength=len(sizes_pred))

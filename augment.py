@@ -7,6 +7,7 @@ everything else is (y, x).
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -21,6 +22,9 @@ EPSILON = 1e-6
 
 TARGET_BIT, LUNG_BIT = 1, 2
 """A slice's masks travel as bits of one uint8 image, so that one warp moves both."""
+
+TURNED = cv2.GEMM_2_T
+"""Flag of `cv2.gemm`: the second matrix enters transposed."""
 
 NOISE_CORRELATION_PX = 0.8
 """Width (sigma) of the kernel that makes neighbouring pixels' noise alike, as
@@ -46,11 +50,12 @@ class Warp:
 
     Attributes:
         matrix: (2, 3) float64; output (x, y, 1) to slice (x, y).
-        displacement: (y, x, 2) float32 added to the slice's (x, y), or None.
+        points: (2, y, x) float32 slice x and y of each output pixel, where `matrix` alone
+            does not give them; else None.
     """
 
     matrix: np.ndarray
-    displacement: np.ndarray | None = None
+    points: np.ndarray | None = None
 
 
 def crop_at_centre(slice_px: tuple[int, ...], output_px: tuple[int, int]) -> Crop:
@@ -184,7 +189,7 @@ def draw_warp(
     field = smooth_displacement(
         output_px, settings.elastic_px, settings.elastic_grid_px, seed=seed
     )
-    return Warp(matrix, field)
+    return Warp(matrix, source_points(matrix, field))
 
 
 def warp_matrix(
@@ -219,6 +224,25 @@ def warp_matrix(
     return np.column_stack((linear, offset))
 
 
+def source_points(matrix: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """Where each output pixel is taken from: the affine map, and the displacement added.
+
+    Args:
+        matrix: (2, 3) output (x, y, 1) to slice (x, y).
+        displacement: (2, y, x) float32, in slice pixels.
+
+    Returns:
+        (2, y, x) float32: the slice's x and y.
+    """
+    x, y = np.arange(displacement.shape[2]), np.arange(displacement.shape[1])
+    points = np.empty_like(displacement)
+    for plane, (per_x, per_y, start) in zip(points, matrix, strict=True):
+        from_y, from_x = per_y * y + start, per_x * x
+        np.add.outer(from_y.astype(np.float32), from_x.astype(np.float32), out=plane)
+    points += displacement
+    return points
+
+
 def smooth_displacement(
     size_px: tuple[int, int], sd_px: float, distance_px: float, *, seed: int
 ) -> np.ndarray:
@@ -231,13 +255,21 @@ def smooth_displacement(
         seed: Of the weights.
 
     Returns:
-        (y, x, 2) float32, in pixels.
+        (2, y, x) float32, in pixels.
     """
     rows, columns = (spline_basis(length, distance_px) for length in size_px)
     knots = np.random.default_rng(seed).normal(
         0, sd_px, (2, rows.shape[1], columns.shape[1])
     )
-    return cv2.merge([rows @ part @ columns.T for part in knots.astype(np.float32)])
+    # NumPy's product would wake BLAS' threads, which compete with those that make batches.
+    return np.stack(
+        [
+            cv2.gemm(
+                cv2.gemm(rows, part, 1, None, 0), columns, 1, None, 0, flags=TURNED
+            )
+            for part in knots.astype(np.float32)
+        ]
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -285,7 +317,7 @@ def warp_labels(
 
 def _warped(image, warp, output_px, interpolation, fill):
     size_xy = (output_px[1], output_px[0])
-    if warp.displacement is None:
+    if warp.points is None:
         return cv2.warpAffine(
             image,
             warp.matrix,
@@ -296,27 +328,27 @@ def _warped(image, warp, output_px, interpolation, fill):
         )
     return cv2.remap(
         image,
-        source_points(warp, output_px),
-        None,
+        warp.points[0],
+        warp.points[1],
         interpolation,
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=fill,
     )
 
 
-def source_points(warp: Warp, output_px: tuple[int, int]) -> np.ndarray:
-    """(y, x, 2) float32: the slice's (x, y) that each output pixel is taken from."""
-    x = np.arange(output_px[1], dtype=np.float32)
-    y = np.arange(output_px[0], dtype=np.float32)[:, None]
-    points = cv2.merge(
-        [(a * x + (b * y + c)).astype(np.float32) for a, b, c in warp.matrix]
-    )
-    if warp.displacement is not None:
-        points += warp.displacement
-    return points
+def draw_intensity(
+    settings: config.Augment, rng: np.random.Generator
+) -> tuple[float, float]:
+    """A random exponent for `to_input` and a standard deviation for `add_noise`.
+
+    The logarithm of the exponent is uniform, so darker and brighter are as likely.
+    """
+    darker, noisier = rng.random(2)
+    gamma = (1 + settings.gamma) ** (2 * darker - 1)
+    return float(gamma), float(settings.noise_hu * noisier)
 
 
-def noise_field(output_px: tuple[int, int], *, seed: int) -> np.ndarray:
+def noise_field(output_px: tuple[int, int], *, seed: int | Sequence[int]) -> np.ndarray:
     """Correlated normal noise of mean 0 and standard deviation 1, to cut crops from.
 
     Returns:
@@ -415,7 +447,7 @@ def normalised(image: np.ndarray, normalisation: str) -> np.ndarray:
 def target(
     reader_bits: np.ndarray,
     nodule_labels: np.ndarray,
-    lung: np.ndarray,
+    lung: np.ndarray | None,
     readers_of_label: np.ndarray,
     batches: config.Batches,
 ) -> np.ndarray:
@@ -424,7 +456,7 @@ def target(
     Args:
         reader_bits: (y, x) uint8 bits of the readers' masks.
         nodule_labels: (y, x) uint8 label of the nodule at each pixel.
-        lung: (y, x) uint8 lung labels.
+        lung: (y, x) uint8 lung labels; only looked at for target="lung".
         readers_of_label: (256,) number of readers of each label of this scan.
         batches: Target and level of consensus.
 

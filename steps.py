@@ -145,6 +145,7 @@ def _map_by_dask(
 ) -> dict[int, Any]:
     from dask import distributed
 
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     # Given no address, the client starts worker processes here and ends them on closing.
     where: dict[str, Any] = (
         {"address": scheduler}

@@ -65,7 +65,9 @@ class Progress:
 
 def write_state(path: Path, model: keras.Model, progress: Progress) -> None:
     """Writes weights, optimizer, dropout seeds and progress as one file, whole or not."""
-    arrays = {f"{i:05}": ops.convert_to_numpy(v) for i, v in enumerate(variables(model))}
+    arrays = {
+        f"{i:05}": ops.convert_to_numpy(v) for i, v in enumerate(variables(model))
+    }
     facts = {"paths": [v.path for v in variables(model)], "progress": asdict(progress)}
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     with files.written_whole(path) as partial, partial.open("wb") as file:
@@ -141,7 +143,9 @@ class Checkpoints(keras.callbacks.Callback):
         patience: Epochs without a better validation Dice before stopping; 0 for never.
     """
 
-    def __init__(self, run_dir: Path, progress: Progress, *, epochs: int, patience: int):
+    def __init__(
+        self, run_dir: Path, progress: Progress, *, epochs: int, patience: int
+    ):
         super().__init__()
         self.run_dir = run_dir
         self.progress = progress
@@ -161,7 +165,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, **in_order(logs or {})}
-        row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        row["learning_rate"] = float(
+            ops.convert_to_numpy(self.model.optimizer.learning_rate)
+        )
         row["seconds"] = round(time.monotonic() - self.started, 3)
         if self.progress.add(row, self.patience):
             write_weights(self.run_dir / "best.weights.h5", self.model)

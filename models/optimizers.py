@@ -153,14 +153,16 @@ class FlatOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         if not self.built:
-            self.build(list(trainable_variables))
+            self.build(list(trainable_variables or ()))
         flat_grads = []
         for vector, group in zip(self.vectors, self.groups, strict=True):
             vector.assign(laid_flat([self.weights[i] for i in group]))
             flat_grads.append(
                 laid_flat(
                     [
-                        ops.zeros_like(self.weights[i]) if grads[i] is None else grads[i]
+                        ops.zeros_like(self.weights[i])
+                        if grads[i] is None
+                        else grads[i]
                         for i in group
                     ]
                 )

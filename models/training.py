@@ -35,7 +35,9 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     heads = isinstance(model.output, dict)
     model.compile(
         build_optimizer(settings, steps_per_epoch),
-        loss={"mask": mask_loss, "slice": "binary_crossentropy"} if heads else mask_loss,
+        loss={"mask": mask_loss, "slice": "binary_crossentropy"}
+        if heads
+        else mask_loss,
         metrics={"mask": dice} if heads else [dice],
         jit_compile="auto" if on_gpu else False,
     )

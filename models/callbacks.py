@@ -225,6 +225,21 @@ class StopAtNaN(keras.callbacks.Callback):
             )
 
 
+class EpochOfBatches(keras.callbacks.Callback):
+    """Tells the generator the epoch before its first batch is asked for.
+
+    Args:
+        generator: Has an attribute `epoch` that its batches depend on.
+    """
+
+    def __init__(self, generator: Any):
+        super().__init__()
+        self.generator = generator
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.generator.epoch = epoch
+
+
 class Pictures(keras.callbacks.Callback):
     """After each epoch, a picture of predictions of the same few slices.
 

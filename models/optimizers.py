@@ -153,7 +153,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         if not self.built:
-            self.build(list(trainable_variables))
+            self.build(list(trainable_variables or ()))
         flat_grads = []
         for vector, group in zip(self.vectors, self.groups, strict=True):
             vector.assign(laid_flat([self.weights[i] for i in group]))

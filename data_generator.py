@@ -123,8 +123,8 @@ class SliceGenerator:
             x[position, ..., 0] = image
             y[position] = augment.one_hot(mask)
         if self.with_slice_label:
-            present = y[..., 1].any(axis=(1, 2))
-            return x, {"mask": y, "slice": present[:, None].astype(np.float32)}
+            present = np.any(y[..., 1], axis=(1, 2), keepdims=True)[..., 0]
+            return x, {"mask": y, "slice": present.astype(np.float32)}
         return x, y
 
     def on_epoch_end(self) -> None:

@@ -498,7 +498,9 @@ def _abdomen(
     ]
 
 
-def _bones(body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray) -> list[Organ]:
+def _bones(
+    body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray
+) -> list[Organ]:
     """Ribs, cartilage, spine, sternum, scapulae, clavicles and humeral heads."""
     bodies = np.maximum(
         spine, np.abs(_wrapped(mesh.z, body.pitch)) - (0.5 * body.pitch - 2.5)
@@ -552,7 +554,9 @@ def _around(body: Body, mesh: Mesh) -> np.ndarray:
     return np.arctan2(np.abs(mesh.x), y)
 
 
-def _ribs(body: Body, mesh: Mesh, cage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ribs(
+    body: Body, mesh: Mesh, cage: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Ribs slope down around the cage, one per vertebra; cartilage climbs to the sternum."""
     angle = _around(body, mesh)
     turn = np.minimum(angle, 2.2) * (np.pi / 2.2)
@@ -584,9 +588,7 @@ def _scapulae(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
     plate = np.abs(cage - 17 - 26 * (angle - middle) ** 2 - 6 * np.clip(t, 0, 1)) - 2.4
     edge = (np.abs(angle - middle) - half_span) * 110
     ridge_angle = np.abs(angle - middle - 0.05) * 110 - 3
-    ridge = np.maximum(
-        np.maximum(ridge_angle, np.abs(cage - 27) - 11), (0.78 - t) * 200
-    )
+    ridge = np.maximum(np.maximum(ridge_angle, np.abs(cage - 27) - 11), (0.78 - t) * 200)
     blade = np.maximum(plate, edge)
     return np.maximum(np.minimum(blade, ridge), (t - 1.02) * 200).astype(np.float32)
 

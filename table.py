@@ -248,10 +248,10 @@ def _create_array(
     array = h5.create_earray(
         where,
         name,
-        atom=tables.Atom.from_dtype(np.dtype(DTYPES[name])),
+        atom=tables.Atom.from_dtype(DTYPES[name]),
         shape=(0, *shape[1:]),
         chunkshape=(1, *shape[1:]),
-        filters=FILTERS,
+        filters=FILTERS[name],
         createparents=True,
     )
     array.truncate(shape[0])

@@ -51,6 +51,7 @@ class ScanSource:
         paths: The file, or the DICOM files of the series in any order.
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
+        lung: A label volume of the lungs, or None.
     """
 
     scan_id: str
@@ -58,6 +59,7 @@ class ScanSource:
     paths: tuple[Path, ...]
     annotations: tuple[Path, ...] = ()
     subset: str = ""
+    lung: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ class Annotation:
         volume_mm3: Outlined voxels times voxel volume.
         diameter_mm: Largest in-plane extent, see `outlines.diameter_mm`.
         characteristics: LIDC ratings (subtlety, malignancy, ...), 1 to 5 or 6.
+        outline_volume_mm3, outline_diameter_mm: The same as pylidc defines them, on the
+            outline rather than the mask; larger. None where there is no outline.
     """
 
     reader: int
     volume_mm3: float
     diameter_mm: float
     characteristics: dict[str, int] = field(default_factory=dict)
+    outline_volume_mm3: float | None = None
+    outline_diameter_mm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+import config
 import files
 from configs import CONFIGS
 from scan import ScanError
@@ -45,9 +46,9 @@ def run(
 
     Args:
         step: Takes the parsed arguments.
-        arguments: A frozen dataclass type. If it has fields named as sections of
-            `config.Experiment`, the first word of the command line names the experiment
-            they come from, and `--section.field value` changes one.
+        arguments: A frozen dataclass type. If it has fields of the name and type of
+            sections of `config.Experiment`, the first word of the command line names
+            the experiment they come from, and `--section.field value` changes one.
         argv: Command line without the program's name; None for this process' own.
     """
     logging.basicConfig(
@@ -73,8 +74,8 @@ def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
     description = sys.modules[arguments.__module__].__doc__
     sections = [
         name
-        for name in arguments.__dataclass_fields__
-        if name in type(next(iter(CONFIGS.values()))[1]).__dataclass_fields__
+        for name, argument in arguments.__dataclass_fields__.items()
+        if argument.type is config.Experiment.__annotations__.get(name)
     ]
     if not sections:
         return tyro.cli(arguments, args=argv, description=description)
@@ -143,6 +144,7 @@ def _map_by_dask(
 ) -> dict[int, Any]:
     from dask import distributed
 
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     # Given no address, the client starts worker processes here and ends them on closing.
     where: dict[str, Any] = (
         {"address": scheduler}

@@ -1,4 +1,4 @@
-"""The whole chain in minutes on two cores: small crops, few steps.
+"""The whole chain in minutes on two cores.
 
 make demo
 """
@@ -15,4 +15,15 @@ SMOKE = replace(
     postprocess=replace(THESIS.postprocess, method="tuned"),
 )
 
-CONFIGS = {"smoke": ("Minutes on two cores; the default of the demo.", SMOKE)}
+TINY = replace(
+    SMOKE,
+    batches=replace(SMOKE.batches, input_px=(96, 96)),
+    model=replace(SMOKE.model, name="unet2d", filters=8),
+    train=replace(SMOKE.train, epochs=2, steps_per_epoch=20),
+)
+
+CONFIGS = {
+    "smoke": ("Minutes on two cores; the default of the demo.", SMOKE),
+    "tiny": ("A small U-Net for two minutes: does every step run?", TINY),
+}
+"""Name to (one line of help, experiment)."""

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains and scores a base experiment and its ablations on one table, then makes the table
+# of differences: BASE=thesis bash experiments/ablations.sh [ablation ...]
+# Steps 1 and 2 must have run.
+BASE=${BASE:-smoke}
+source "$(dirname "$0")/../scripts/env.sh"
+export DATA COHORT WORK WORKERS
+
+ablations=("$@")
+if [ "$#" -eq 0 ]; then
+    ablations=(no-gcn no-se gdl-only wce-only unet no-lung-mask slice-split)
+fi
+
+scores=()
+for name in "$BASE" "${ablations[@]/#/$BASE-}"; do
+    export CONFIG=$name NAME=$name
+    split="$WORK/split.json"
+    if [ "$name" = "$BASE-slice-split" ]; then split="$WORK/split-by-slice.json"; fi
+    bash scripts/3_slice_idx.sh --out "$split"
+    bash scripts/5_train.sh --split "$split"
+    bash scripts/6_infer.sh
+    bash scripts/7_postprocess.sh
+    bash scripts/8_evaluate.sh
+    scores+=("$WORK/scores/$name")
+done
+python experiments/ablation_table.py --scores "${scores[@]}" --out "$WORK/scores/ablations-$BASE"

@@ -1,0 +1,204 @@
+"""Step 9 of 9: a run as a SavedModel that TensorFlow Serving loads.
+
+Example:
+    python export.py --run work/runs/smoke --out work/export/smoke
+
+The signature takes HU; window, normalisation and network are in the graph. The written
+model is then loaded by a process in which neither Keras nor this project can be imported,
+and must give what Python gives. Research code, not a medical device.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import augment
+import config
+import files
+import infer
+import provenance
+import steps
+
+TOLERANCE = 1e-4
+"""Largest difference allowed between the SavedModel and Python, in probability."""
+
+CLIENT = """
+import sys
+
+class Refuse:
+    # Proves that the model needs neither Keras nor this project.
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"keras", "tf_keras", "models", "augment", "infer"}:
+            raise ImportError(f"{name} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+import tensorflow as tf
+
+served = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+inputs = {k: tf.constant(v) for k, v in np.load(sys.argv[2]).items()}
+np.save(sys.argv[3], served(**inputs)["probability"].numpy())
+"""
+"""What a client does; run by `python -I -c`, outside of the checkout."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which run is exported, and where to."""
+
+    run: Path
+    """Run directory made by train.py."""
+    out: Path
+    """Folder of the model; its versions are the numbered folders inside."""
+    version: int = 1
+    """Version that TensorFlow Serving shows."""
+    size_px: tuple[int, int] | None = None
+    """(y, x) size of the slices the model takes; the table's slice size if not given."""
+    overwrite: bool = False
+    """Replace this version."""
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    version: int = 1,
+    size_px: tuple[int, int] | None = None,
+    overwrite: bool = False,
+) -> steps.Report:
+    """Writes OUT/VERSION and compares it with Python on random slices.
+
+    Raises:
+        FileExistsError: If the version exists.
+        ValueError: If the SavedModel differs from Python by more than `TOLERANCE`.
+    """
+    target = out / str(version)
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"{target} exists; choose another --version or use --overwrite"
+        )
+    settings = infer.read_settings(run)
+    size_px = size_px or settings.table.size_px
+    network = infer.load_network(run, settings, size_px)
+    with files.written_whole(target) as partial:
+        write_saved_model(partial, network, settings.batches, size_px)
+        record = provenance.record(
+            settings, weights_sha256=files.sha256(run / "best.weights.h5")
+        )
+        extra = partial / "assets.extra"
+        extra.mkdir()
+        (extra / "provenance.json").write_text(json.dumps(record, indent=1))
+        difference = largest_difference(partial, network, settings.batches, size_px)
+        if difference > TOLERANCE:
+            raise ValueError(
+                f"{target}: the SavedModel differs from Python by {difference:.2g} in "
+                f"probability; expected at most {TOLERANCE:g}; nothing was written"
+            )
+    num_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return steps.Report(
+        f"wrote {target}: {size_px[0]}x{size_px[1]} px slices, "
+        f"{files.size_text(num_bytes)}, equal to Python within {difference:.1g}"
+    )
+
+
+def write_saved_model(
+    path: Path, network: Any, batches: config.Batches, size_px: tuple[int, int]
+) -> None:
+    """Writes the SavedModel.
+
+    Its signature `serving_default` takes `hu`, (n, y, x) int16, and, if the run was
+    trained inside lung masks, `lung`, (n, y, x) uint8 (0 is outside); it gives
+    `probability`, (n, y, x) float32.
+    """
+    import keras
+    import tensorflow as tf
+
+    specs = [tf.TensorSpec((None, *size_px), tf.int16, name="hu")]
+    if batches.lung_mask:
+        specs.append(tf.TensorSpec((None, *size_px), tf.uint8, name="lung"))
+    archive = keras.export.ExportArchive()
+    archive.track(network)
+    archive.add_endpoint("serving_default", graph(network, batches), specs)
+    archive.write_out(path, verbose=False)
+
+
+def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]]:
+    """The served function; the same arithmetic as `augment.to_input`, in TensorFlow."""
+    import tensorflow as tf
+
+    low, high = batches.window_hu
+
+    def serve(hu: Any, lung: Any = None) -> dict[str, Any]:
+        image = (tf.cast(hu, tf.float32) - low) / (high - low)
+        image = tf.clip_by_value(image, 0.0, 1.0)
+        if lung is not None:
+            image = tf.where(lung > 0, image, 0.0)
+        if batches.normalisation == "zscore":
+            mean, variance = tf.nn.moments(image, axes=(1, 2), keepdims=True)
+            image = (image - mean) / (tf.sqrt(variance) + augment.EPSILON)
+        elif batches.normalisation == "minmax":
+            least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
+            most = tf.reduce_max(image, axis=(1, 2), keepdims=True)
+            image = (image - least) / (most - least + augment.EPSILON)
+        output = network(image[..., None], training=False)
+        output = output["mask"] if isinstance(output, dict) else output
+        return {"probability": output[..., 1]}
+
+    return serve
+
+
+def largest_difference(
+    model_dir: Path, network: Any, batches: config.Batches, size_px: tuple[int, int]
+) -> float:
+    """Largest difference in probability between the SavedModel and Python."""
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1100, 600, (2, *size_px)).astype(np.int16)
+    inputs = {"hu": hu}
+    if batches.lung_mask:
+        inputs["lung"] = (rng.random((2, *size_px)) < 0.5).astype(np.uint8)
+    lungs = inputs.get("lung", [None, None])
+    images = [
+        augment.to_input(image, lung, batches)
+        for image, lung in zip(hu, lungs, strict=True)
+    ]
+    expected = network.predict_on_batch(np.stack(images)[..., None])
+    expected = expected["mask"] if isinstance(expected, dict) else expected
+    return float(np.abs(served(model_dir, inputs) - expected[..., 1]).max())
+
+
+def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What the SavedModel gives in a process without Keras and without this project."""
+    with tempfile.TemporaryDirectory() as folder:
+        sent, received = Path(folder) / "inputs.npz", Path(folder) / "output.npy"
+        np.savez(sent, **inputs)
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            CLIENT,
+            model_dir.resolve(),
+            sent,
+            received,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            raise ValueError(
+                f"{model_dir}: the SavedModel does not run without Keras: "
+                f"{done.stderr.strip().splitlines()[-1]}"
+            )
+        return np.load(received)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(lambda a: export(**vars(a)), Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

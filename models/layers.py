@@ -1,0 +1,100 @@
+"""Blocks that the networks are made of: functions of Keras tensors, channels last."""
+
+from keras import KerasTensor, layers
+
+BATCH_NORM_MOMENTUM = 0.95
+"""Keras' NASNet uses 0.9997, for runs of millions of steps: after a few hundred its moving
+statistics are still the initial ones, and the network fails as soon as it is not training."""
+
+
+def convolution(
+    x: KerasTensor,
+    filters: int,
+    size_px: int,
+    *,
+    dilation: int = 1,
+    separable: bool = False,
+) -> KerasTensor:
+    """Convolution, batch normalisation, ReLU; (batch, y, x, filters)."""
+    kind = layers.SeparableConv2D if separable else layers.Conv2D
+    x = kind(filters, size_px, padding="same", dilation_rate=dilation, use_bias=False)(
+        x
+    )
+    return normalised(x)
+
+
+def normalised(x: KerasTensor) -> KerasTensor:
+    """Batch normalisation, then ReLU."""
+    x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
+    return layers.Activation("relu")(x)
+
+
+def squeeze_excite(x: KerasTensor, *, ratio: int = 8) -> KerasTensor:
+    """Weighs every channel by a gate between 0 and 1 computed from all channels' means.
+
+    Reference: Hu et al. 2018, section 3; without biases, as in the thesis.
+    """
+    channels = x.shape[-1]
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = layers.Dense(max(channels // ratio, 1), activation="relu", use_bias=False)(
+        gate
+    )
+    gate = layers.Dense(channels, activation="sigmoid", use_bias=False)(gate)
+    return layers.Multiply()([x, gate])
+
+
+def global_convolution(x: KerasTensor, filters: int, size_px: int) -> KerasTensor:
+    """A `size_px` x `size_px` field of view at the cost of lines: GCN block.
+
+    Column then row, plus row then column; linear until the normalisation at the end.
+
+    Reference: Peng et al. 2017, section 3.2.
+    """
+    column, row = (size_px, 1), (1, size_px)
+    paths = []
+    for first, second in ((column, row), (row, column)):
+        path = layers.Conv2D(filters, first, padding="same")(x)
+        paths.append(layers.Conv2D(filters, second, padding="same")(path))
+    return normalised(layers.Add()(paths))
+
+
+def upsample_to(
+    x: KerasTensor, like: KerasTensor, *, dtype: str | None = None
+) -> KerasTensor:
+    """Doubles y and x bilinearly and cuts the odd last line, to the size of `like`.
+
+    An encoder that halves 25 to 13 (rounding up) is met by 13 -> 26 -> 25: the pixels
+    that stay lie over the pixels they came from.
+    """
+    x = layers.UpSampling2D(2, interpolation="bilinear", dtype=dtype)(x)
+    surplus = [
+        have - want for have, want in zip(x.shape[1:3], like.shape[1:3], strict=True)
+    ]
+    if any(surplus):
+        x = layers.Cropping2D(tuple((0, lines) for lines in surplus), dtype=dtype)(x)
+    return x
+
+
+def mask_head(
+    x: KerasTensor, num_classes: int, *, like: KerasTensor | None = None
+) -> KerasTensor:
+    """Class probabilities of every pixel, in float32 whatever the precision policy.
+
+    Args:
+        x: (batch, y, x, channels).
+        num_classes: Classes, background included.
+        like: Has twice the size of `x`, which the probabilities shall have; None for the
+            size of `x`. The convolution goes first: it commutes with bilinear upsampling,
+            and has a quarter of the pixels to work on.
+    """
+    x = layers.Conv2D(num_classes, 1, dtype="float32")(x)
+    if like is not None:
+        x = upsample_to(x, like, dtype="float32")
+    return layers.Softmax(dtype="float32", name="mask")(x)
+
+
+def slice_head(x: KerasTensor, dropout: float) -> KerasTensor:
+    """(batch, 1) probability that the slice has a nodule, from the encoder's last stage."""
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dropout(dropout)(x)
+    return layers.Dense(1, activation="sigmoid", dtype="float32", name="slice")(x)

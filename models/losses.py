@@ -1,0 +1,148 @@
+"""Losses of masks, and the Dice score that training is judged by.
+
+All take y_true, (batch, y, x, classes) one-hot of any dtype with background first, and
+y_pred, probabilities of the same shape; they compute in float32 and return a scalar.
+"""
+
+import keras
+from keras import KerasTensor, ops
+
+SMALLEST = 1e-30
+"""Least probability whose logarithm is taken. Far below one over the number of pixels, so a
+pixel that is quite wrong still has its gradient, yet 1 / SMALLEST is finite in float32."""
+
+
+def generalized_dice(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
+    """Generalised Dice loss, in 0..1.
+
+    Each class weighs 1 / (its reference volume)^2, so 30 nodule pixels count as much as
+    160 000 of background. Sums run over the batch, not the slice. A class that is absent
+    from the batch takes the largest weight of those present; 1 / 0 would leave a loss
+    of 1 without a slope. So without nodules the loss is the mean probability of nodule.
+
+    Reference: Sudre et al. 2017, section 2.1; the rule for absent classes is ours.
+    """
+    y_true, y_pred = as_float32(y_true), as_float32(y_pred)
+    axes = (0, 1, 2)
+    volume_true, volume_pred = ops.sum(y_true, axis=axes), ops.sum(y_pred, axis=axes)
+    overlap = ops.sum(y_true * y_pred, axis=axes)
+    weights = 1 / ops.square(ops.maximum(volume_true, 1))
+    present = volume_true > 0
+    heaviest = ops.max(ops.where(present, weights, 0))
+    weights = ops.where(present, weights, heaviest)
+    return 1 - 2 * ops.sum(weights * overlap) / ops.sum(
+        weights * (volume_true + volume_pred)
+    )
+
+
+def weighted_cross_entropy(
+    y_true: KerasTensor,
+    y_pred: KerasTensor,
+    *,
+    class_weights: tuple[float, ...] = (1.0, 7.0),
+) -> KerasTensor:
+    """Mean over pixels of -weight of the true class * log of its probability."""
+    y_true, y_pred = as_float32(y_true), as_float32(y_pred)
+    log_prob = ops.log(ops.maximum(y_pred, SMALLEST))
+    weights = ops.convert_to_tensor(class_weights, dtype="float32")
+    return -ops.mean(ops.sum(weights * y_true * log_prob, axis=-1))
+
+
+def generalized_dice_weighted_cross_entropy(
+    y_true: KerasTensor,
+    y_pred: KerasTensor,
+    *,
+    class_weights: tuple[float, ...] = (1.0, 7.0),
+) -> KerasTensor:
+    """The loss of the thesis: generalised Dice plus weighted cross-entropy."""
+    return generalized_dice(y_true, y_pred) + weighted_cross_entropy(
+        y_true, y_pred, class_weights=class_weights
+    )
+
+
+def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
+    """Soft Dice loss of the classes but background, plus cross-entropy.
+
+    Dice pools the batch and adds one pixel to overlap's double and to the volumes, so an
+    empty prediction of an empty reference costs nothing.
+
+    Reference: Isensee et al. 2021 (nnU-Net), methods: batch Dice plus cross-entropy.
+    """
+    overlap, missed, spurious = errors(y_true, y_pred)
+    dice = (2 * overlap + 1) / (2 * overlap + missed + spurious + 1)
+    ones = (1.0,) * y_pred.shape[-1]
+    return (
+        1 - ops.mean(dice) + weighted_cross_entropy(y_true, y_pred, class_weights=ones)
+    )
+
+
+def focal_tversky(
+    y_true: KerasTensor,
+    y_pred: KerasTensor,
+    *,
+    missed_weight: float = 0.7,
+    exponent: float = 0.75,
+) -> KerasTensor:
+    """(1 - Tversky index) ^ exponent of the classes but background, pooled over the batch.
+
+    Args:
+        y_true: Reference.
+        y_pred: Probabilities.
+        missed_weight: Price of a missed pixel; a spurious one costs 1 - missed_weight.
+        exponent: Below 1 it lifts the slope where the overlap is already good.
+
+    Reference: Abraham and Khan 2019, equation 4 (alpha 0.7, 1 / gamma 0.75); one pixel is
+    added to both sides of the fraction, so two empty masks cost nothing.
+    """
+    overlap, missed, spurious = errors(y_true, y_pred)
+    index = (overlap + 1) / (
+        overlap + missed_weight * missed + (1 - missed_weight) * spurious + 1
+    )
+    # The slope of x^0.75 at 0 is infinite.
+    shortfall = ops.maximum(1 - ops.mean(index), keras.config.epsilon())
+    return ops.power(shortfall, exponent)
+
+
+def errors(
+    y_true: KerasTensor, y_pred: KerasTensor
+) -> tuple[KerasTensor, KerasTensor, KerasTensor]:
+    """Overlap, missed and spurious pixels of every class but background; (classes - 1,)."""
+    y_true, y_pred = as_float32(y_true)[..., 1:], as_float32(y_pred)[..., 1:]
+    axes = (0, 1, 2)
+    overlap = ops.sum(y_true * y_pred, axis=axes)
+    return (
+        overlap,
+        ops.sum(y_true, axis=axes) - overlap,
+        ops.sum(y_pred, axis=axes) - overlap,
+    )
+
+
+def as_float32(x: KerasTensor) -> KerasTensor:
+    return ops.cast(x, "float32")
+
+
+@keras.saving.register_keras_serializable("nodules")
+class PooledDice(keras.metrics.Metric):
+    """Dice of all pixels that are not background, counted over the whole epoch.
+
+    A pixel is predicted where background is not the likeliest class. Nothing in
+    reference or prediction gives NaN: there is no Dice of nothing.
+    """
+
+    def __init__(self, name: str = "dice", **kwargs):
+        super().__init__(name=name, dtype="float32", **kwargs)
+        self.shared = self.add_weight(name="shared", initializer="zeros")
+        self.volumes = self.add_weight(name="volumes", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        reference = ops.argmax(y_true, axis=-1) > 0
+        predicted = ops.argmax(y_pred, axis=-1) > 0
+        shared = ops.logical_and(reference, predicted)
+        self.shared.assign_add(ops.sum(as_float32(shared)))
+        self.volumes.assign_add(ops.sum(as_float32(reference) + as_float32(predicted)))
+
+    def result(self):
+        return 2 * self.shared / self.volumes
+
+    def get_config(self):
+        return {"name": self.name}

@@ -1,0 +1,230 @@
+"""The thesis network: NASNetMobile encoder, decoder of GCN and squeeze-excite blocks."""
+
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+
+import keras
+from keras import KerasTensor, layers
+
+import files
+from models.layers import (
+    BATCH_NORM_MOMENTUM,
+    convolution,
+    global_convolution,
+    mask_head,
+    slice_head,
+    squeeze_excite,
+    upsample_to,
+)
+
+TAPS = {
+    32: "normal_concat_12",
+    16: "normal_concat_8",
+    8: "normal_concat_3",
+    4: "reduction_concat_stem_1",
+    2: "stem_bn1",
+}
+"""Stride to the encoder's last layer at that stride."""
+
+WIDTHS = {32: 6, 16: 6, 8: 4, 4: 3, 2: 2}
+"""Stride to the decoder's channels, in units of `filters`; 32 gives the thesis' 192 to 64."""
+
+IMAGENET_URL = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/nasnet/"
+    "NASNet-mobile-no-top.h5"
+)
+IMAGENET_MD5 = "1ed92395b5b598bdda52abe5c0dbfd63"
+
+
+def build(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    weights: str = "none",
+    filters: int = 32,
+    gcn_kernels: tuple[int, ...] = (13, 19, 19, 19),
+    squeeze_excite: bool = True,
+    dropout: float = 0.0,
+    slice_classifier: bool = False,
+) -> keras.Model:
+    """NASNet-GCN-SE.
+
+    Differences from the thesis: one tap per stride, not the tap and its ReLU; the tap at
+    stride 2 joins the decoder (the thesis stops at 4), which sharpens small nodules; and
+    upsampling by two with aligned pixels, not to a stated size with aligned corners.
+    Keras has no NASNet on its torch backend.
+
+    Args:
+        input_shape: (y, x, channels), static, y and x at least 32; any size runs, odd
+            ones too. Weights do not depend on it: build for another size and load them.
+        num_classes: Classes of the mask.
+        weights: "imagenet" starts the encoder from ImageNet; "none" from scratch.
+        filters: Width; see `WIDTHS`.
+        gcn_kernels: Kernel sizes of the global convolutions at stride 32, 16, 8 and 4;
+            fewer leave them out at the shallow stages.
+        squeeze_excite: Use squeeze-excite.
+        dropout: Rate before the mask's and the slice classifier's last layer.
+        slice_classifier: Add the head of the false-positive network.
+
+    Returns:
+        From images in 0..1 (batch, y, x, channels) to probabilities (batch, y, x,
+        classes) float32; with the slice classifier to {"mask": that, "slice": (batch, 1)}.
+
+    Raises:
+        ValueError: If the shape is not static or too small, or there are more than four
+            GCN kernels.
+
+    Reference: Zoph et al. 2018 (NASNet-A), Peng et al. 2017 (GCN), Hu et al. 2018 (SE).
+    """
+    check_arguments(input_shape, weights, gcn_kernels)
+    kernels = dict(zip((32, 16, 8, 4), gcn_kernels))  # shorter: no GCN further up
+
+    def context(tap: KerasTensor, stride: int, dilations: tuple[int, ...]):
+        return context_block(
+            tap,
+            filters * WIDTHS[stride],
+            dilations=dilations,
+            gcn_kernel=kernels.get(stride, 0),
+            squeeze_excite=squeeze_excite,
+        )
+
+    inputs = keras.Input(input_shape)
+    taps = encode(inputs, weights)
+
+    x = context(taps[32], 32, dilations=(1, 2, 3, 4, 5))
+    for stride, next_stride in ((16, 8), (8, 4), (4, 2)):
+        skip = context(taps[stride], stride, dilations=(3, 6))
+        x = layers.Concatenate()([upsample_to(x, skip), skip])
+        x = gated(x, squeeze_excite)
+        x = convolution(x, filters * WIDTHS[next_stride], 3)
+    x = layers.Concatenate()([upsample_to(x, taps[2]), taps[2]])
+    x = convolution(x, filters * WIDTHS[2], 3)
+    x = layers.Dropout(dropout)(x)
+    mask = mask_head(x, num_classes, like=inputs)
+    if not slice_classifier:
+        return keras.Model(inputs, mask, name="nasnet_gcn_se")
+    outputs = {"mask": mask, "slice": slice_head(taps[32], dropout)}
+    return keras.Model(inputs, outputs, name="nasnet_gcn_se")
+
+
+def check_arguments(
+    input_shape: tuple[int, int, int], weights: str, gcn_kernels: tuple[int, ...]
+) -> None:
+    if None in input_shape or min(input_shape[:2]) < 32:
+        raise ValueError(
+            f"nasnet_gcn_se: the input is {input_shape}; expected a stated (y, x, "
+            "channels) with y and x of at least 32: without a size Keras builds another "
+            "NASNet, whose weights do not fit"
+        )
+    if weights not in ("none", "imagenet"):
+        raise ValueError(f"weights is {weights!r}; expected 'none' or 'imagenet'")
+    if len(gcn_kernels) > 4:
+        raise ValueError(
+            f"gcn_kernels is {gcn_kernels}; expected at most 4 sizes, for the stages at "
+            "stride 32, 16, 8 and 4"
+        )
+
+
+def encode(inputs: KerasTensor, weights: str) -> dict[int, KerasTensor]:
+    """NASNetMobile's outputs by stride, each of size ceil(input size / stride)."""
+    # The stem's 3x3 convolution of stride 2 does not pad, so 400 would become 199. One
+    # line of air at the end (two, if odd) makes it 200; all later stages round up.
+    padding = tuple((0, 1 + size % 2) for size in inputs.shape[1:3])
+    x = layers.ZeroPadding2D(padding)(inputs)
+    x = layers.Rescaling(2.0, offset=-1.0)(x)  # the range NASNet was trained with
+    encoder = keras.applications.NASNetMobile(
+        input_shape=x.shape[1:], include_top=False, weights=None, input_tensor=x
+    )
+    for layer in encoder.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = BATCH_NORM_MOMENTUM
+    if weights == "imagenet":
+        donor = keras.applications.NASNetMobile(
+            input_shape=(224, 224, 3), include_top=False, weights=imagenet_file()
+        )
+        copy_encoder(donor, encoder)
+    taps = {stride: encoder.get_layer(name).output for stride, name in TAPS.items()}
+    return {
+        stride: layers.Activation("relu", name=f"tap_{stride}")(tap)
+        for stride, tap in taps.items()
+    }
+
+
+def copy_encoder(donor: keras.Model, encoder: keras.Model) -> None:
+    """Gives `encoder` the weights of a NASNetMobile for RGB images, by layer name.
+
+    The stem's kernel is summed over red, green and blue and shared among the encoder's
+    channels, so an image whose channels are equal gives what its grey RGB image gave.
+    """
+    channels = encoder.get_layer("stem_conv1").kernel.shape[2]
+    for layer in donor.layers:
+        values = layer.get_weights()
+        if layer.name == "stem_conv1":
+            summed = values[0].sum(axis=2, keepdims=True) / channels
+            values = [summed.repeat(channels, axis=2)]
+        if values:
+            encoder.get_layer(layer.name).set_weights(values)
+
+
+def imagenet_file() -> Path:
+    """NASNetMobile's ImageNet weights in Keras' own cache, downloaded if they are not there.
+
+    Raises:
+        OSError: If they cannot be downloaded, or are not the file that was published.
+    """
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+    path = home / "models" / "nasnet_mobile_no_top.h5"
+    instead = f"put that file at {path}, or train with --model.weights none"
+    if not path.exists():
+        try:
+            with files.written_whole(path) as partial:
+                urllib.request.urlretrieve(IMAGENET_URL, partial)
+        except OSError as error:
+            raise OSError(
+                f"ImageNet weights: cannot download {IMAGENET_URL} ({error}); {instead}"
+            ) from error
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if found != IMAGENET_MD5:
+        raise OSError(
+            f"ImageNet weights: {path} has MD5 {found}; expected {IMAGENET_MD5}; "
+            f"download {IMAGENET_URL} again and {instead}"
+        )
+    return path
+
+
+def gated(x: KerasTensor, use: bool) -> KerasTensor:
+    return squeeze_excite(x) if use else x
+
+
+def context_block(
+    x: KerasTensor,
+    filters: int,
+    *,
+    dilations: tuple[int, ...],
+    gcn_kernel: int,
+    squeeze_excite: bool,
+) -> KerasTensor:
+    """One stage's features seen at several scales at once.
+
+    Args:
+        x: (batch, y, x, channels).
+        filters: Channels of each branch and of the result.
+        dilations: One 3x3 branch each, separable where above 1.
+        gcn_kernel: Size of the global convolution; 0 for none.
+        squeeze_excite: Gate the channels before and after.
+
+    Returns:
+        (batch, y, x, filters).
+    """
+    x = gated(x, squeeze_excite)
+    branches = [convolution(x, filters, 1)]
+    for dilation in dilations:
+        branches.append(
+            convolution(x, filters, 3, dilation=dilation, separable=dilation > 1)
+        )
+    if gcn_kernel:
+        branches.append(global_convolution(x, filters, gcn_kernel))
+    x = gated(layers.Concatenate()(branches), squeeze_excite)
+    return convolution(x, filters, 1)

@@ -1,0 +1,73 @@
+"""A plain 2-D U-Net, the baseline."""
+
+from typing import Literal
+
+import keras
+from keras import KerasTensor, layers
+
+from models.layers import BATCH_NORM_MOMENTUM, mask_head, slice_head, upsample_to
+
+
+def build(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    filters: int = 32,
+    depth: int = 4,
+    norm: Literal["instance", "batch"] = "instance",
+    dropout: float = 0.0,
+    slice_classifier: bool = False,
+) -> keras.Model:
+    """U-Net with two 3x3 convolutions per level.
+
+    Differs from the paper: padded convolutions, normalisation, bilinear upsampling.
+
+    Args:
+        input_shape: (y, x, channels), static; any size runs, odd ones too.
+        num_classes: Classes of the mask.
+        filters: Channels of the first level; each of the `depth` levels below has twice
+            as many.
+        depth: How often y and x are halved.
+        norm: instance normalises each image by itself, in training as in use, so small
+            batches do not matter; batch is the classical choice.
+        dropout: Rate at the deepest level and before the slice classifier's last layer.
+        slice_classifier: Add a classifier of the whole slice.
+
+    Returns:
+        From images (batch, y, x, channels) to probabilities (batch, y, x, classes)
+        float32; with the slice classifier to {"mask": that, "slice": (batch, 1)}.
+
+    Raises:
+        ValueError: If the size is not stated.
+
+    Reference: Ronneberger et al. 2015, figure 1.
+    """
+    if None in input_shape:
+        raise ValueError(f"unet2d: the input is {input_shape}; expected a stated size")
+    inputs = keras.Input(input_shape)
+    x, skips = inputs, []
+    for level in range(depth):
+        x = double_convolution(x, filters * 2**level, norm)
+        skips.append(x)
+        x = layers.MaxPooling2D(2, padding="same")(x)
+    x = double_convolution(x, filters * 2**depth, norm)
+    deepest = x = layers.Dropout(dropout)(x)
+    for level in reversed(range(depth)):
+        x = layers.Concatenate()([upsample_to(x, skips[level]), skips[level]])
+        x = double_convolution(x, filters * 2**level, norm)
+    mask = mask_head(x, num_classes)
+    if not slice_classifier:
+        return keras.Model(inputs, mask, name="unet2d")
+    outputs = {"mask": mask, "slice": slice_head(deepest, dropout)}
+    return keras.Model(inputs, outputs, name="unet2d")
+
+
+def double_convolution(x: KerasTensor, filters: int, norm: str) -> KerasTensor:
+    for _ in range(2):
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        if norm == "instance":
+            x = layers.GroupNormalization(groups=-1, epsilon=1e-5)(x)
+        else:
+            x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
+        x = layers.LeakyReLU(0.01)(x)
+    return x

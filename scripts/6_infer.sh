@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Scans + run -> probability maps of validation and test patients.
+source "$(dirname "$0")/env.sh"
+python infer.py --exp_dir "$WORK/runs/$NAME" --scans "$WORK/scans" --result_dir "$WORK/predictions/$NAME" "$@"

@@ -1,0 +1,427 @@
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import config
+import postprocess
+from config import Experiment, Postprocess
+from postprocess import (
+    Arguments,
+    Predictions,
+    axes_mm,
+    best_of_grid,
+    erode,
+    find_nodules,
+    kmeans_threshold,
+    postprocess_predictions,
+    read_predictions,
+    tuning_counts,
+)
+from scan import read_scan, write_scan
+from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
+from volume_io import read_volume, write_volume
+
+FIXED = Postprocess(method="fixed", within_lung=False)
+VOXEL_MM3 = 2.5 * 1.5 * 1.5
+
+
+def prob_of(*blobs):
+    """A map of 0 with (mask, probability) blobs."""
+    prob = np.zeros(SHAPE, np.float32)
+    for mask, value in blobs:
+        prob[mask] = value
+    return prob
+
+
+def test_two_blobs_are_two_nodules_by_falling_score():
+    first, second = ball((8, 20, 20), 4.0), ball((16, 40, 40), 6.0)
+    labels, nodules = find_nodules(
+        prob_of((first, 0.7), (second, 0.9)), canonical_grid(), FIXED
+    )
+    assert np.array_equal(labels == 1, second)
+    assert np.array_equal(labels == 2, first)
+    assert labels.dtype == np.uint8
+    assert [n.score for n in nodules] == pytest.approx([0.9, 0.7])
+    assert nodules[0].centre_zyx == pytest.approx((16, 40, 40))
+    assert nodules[0].volume_mm3 == pytest.approx(second.sum() * VOXEL_MM3)
+    assert nodules[0].diameter_mm == pytest.approx(12, rel=0.1)
+    assert nodules[0].long_axis_mm == pytest.approx(12, abs=1.5)
+
+
+def test_a_probability_at_the_threshold_is_nodule():
+    blob = ball((8, 20, 20), 4.0)
+    settings = replace(FIXED, threshold=0.3)
+    labels, _ = find_nodules(prob_of((blob, 0.3)), canonical_grid(), settings)
+    assert np.array_equal(labels > 0, blob)
+
+
+def test_small_components_are_removed_by_volume():
+    blob = ball((8, 20, 20), 4.0)
+    volume_mm3 = blob.sum() * VOXEL_MM3
+    for least, expected in ((volume_mm3, 1), (volume_mm3 + 1, 0)):
+        settings = replace(FIXED, min_volume_mm3=least)
+        _, nodules = find_nodules(prob_of((blob, 0.9)), canonical_grid(), settings)
+        assert len(nodules) == expected
+
+
+@pytest.mark.parametrize(("connectivity", "expected"), [(6, 2), (18, 1), (26, 1)])
+def test_voxels_that_share_an_edge_are_one_from_connectivity_18(connectivity, expected):
+    prob = prob_of()
+    prob[5, 5, 5] = prob[5, 6, 6] = 0.9
+    settings = replace(FIXED, connectivity=connectivity)
+    assert len(find_nodules(prob, canonical_grid(), settings)[1]) == expected
+
+
+def test_only_what_lies_in_the_lung_is_kept_and_its_side_is_told():
+    scan = tiny_scan()
+    inside, outside = ball((12, 32, 18), 4.0), ball((12, 4, 32), 4.0)
+    prob = prob_of((inside, 0.9), (outside, 0.9))
+    settings = replace(FIXED, within_lung=True)
+    labels, nodules = find_nodules(
+        prob, scan.grid, settings, lung=scan.lung, hu=scan.hu
+    )
+    assert np.array_equal(labels > 0, inside & (scan.lung > 0))
+    assert [n.side for n in nodules] == ["right"]
+    assert nodules[0].mean_hu == pytest.approx(scan.hu[inside].mean())
+
+
+def test_a_missing_lung_mask_is_refused():
+    with pytest.raises(ValueError, match="no lung mask"):
+        find_nodules(prob_of(), canonical_grid(), Postprocess())
+
+
+def test_an_empty_map_has_no_nodule():
+    labels, nodules = find_nodules(prob_of(), canonical_grid(), FIXED)
+    assert not labels.any()
+    assert nodules == []
+
+
+def test_more_than_255_components_keep_their_own_labels():
+    prob = prob_of()
+    prob[::2, ::4, ::4] = 0.9
+    labels, nodules = find_nodules(prob, canonical_grid(), FIXED)
+    assert labels.dtype == np.uint16
+    assert len(nodules) == len(np.unique(labels)) - 1 == 12 * 16 * 16
+
+
+def test_erosion_takes_a_border_off_each_slice_and_not_off_its_neighbours():
+    mask = np.zeros((3, 11, 11), bool)
+    mask[1, 2:9, 2:9] = True
+    expected = np.zeros_like(mask)
+    expected[1, 4:7, 4:7] = True
+    assert np.array_equal(erode(mask, 5), expected)
+    assert np.array_equal(erode(mask, 0), mask)
+
+
+def test_erosion_at_the_border_of_the_box_is_that_of_the_whole_slice():
+    """Nodules are eroded in their bounding box; what is outside must count as empty."""
+    from scipy.ndimage import binary_erosion
+
+    blob = ball((8, 20, 20), 9.0)
+    labels, _ = find_nodules(
+        prob_of((blob, 0.9)), canonical_grid(), replace(FIXED, erosion_px=5)
+    )
+    assert np.array_equal(labels > 0, binary_erosion(blob, np.ones((1, 5, 5))))
+
+
+def test_kmeans_threshold_lies_midway_between_two_clusters():
+    values = np.array([0.1, 0.1, 0.1, 0.9], np.float32)
+    assert kmeans_threshold(values) == pytest.approx(0.5)
+    values = np.array([0.0, 0.2, 0.8], np.float32)  # clusters {0, 0.2} and {0.8}
+    assert kmeans_threshold(values) == pytest.approx((0.1 + 0.8) / 2)
+
+
+def test_kmeans_threshold_agrees_with_scikit_learn():
+    from sklearn.cluster import KMeans
+
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.beta(1, 20, 5000), rng.beta(8, 2, 300)])
+    centres = KMeans(2, n_init=5, random_state=0).fit(values[:, None]).cluster_centers_
+    assert kmeans_threshold(values) == pytest.approx(centres.mean(), abs=2e-3)
+
+
+def test_probabilities_that_are_all_alike_have_no_nodule():
+    settings = replace(FIXED, method="kmeans")
+    labels, _ = find_nodules(
+        np.full(SHAPE, 0.7, np.float32), canonical_grid(), settings
+    )
+    assert not labels.any()
+
+
+def test_kmeans_makes_no_nodule_of_noise():
+    """K-means always finds two clusters; a component must reach the fixed threshold."""
+    noise = np.random.default_rng(0).random(SHAPE).astype(np.float32) * 0.1
+    settings = replace(FIXED, method="kmeans")
+    assert not find_nodules(noise, canonical_grid(), settings)[0].any()
+    blob = ball((8, 20, 20), 6.0)
+    noise[blob] = 0.8
+    labels, nodules = find_nodules(noise, canonical_grid(), settings)
+    assert len(nodules) == 1
+    assert np.array_equal(labels > 0, blob)
+
+
+def test_axes_of_a_rectangle_are_its_diagonal_and_not_pixel_centres():
+    mask = np.zeros((2, 20, 20), bool)
+    mask[0, 3, 3:13] = True  # a row of 10 pixels
+    assert axes_mm(mask, (2.0, 0.5)) == pytest.approx((5.0, 2.0))
+
+
+def test_axes_of_an_ellipse_are_its_own():
+    y, x = np.ogrid[:80, :80]
+    mask = (((y - 40) / 15) ** 2 + ((x - 40) / 30) ** 2 <= 1)[None]
+    long_mm, short_mm = axes_mm(mask, (0.7, 0.7))
+    assert long_mm == pytest.approx(60 * 0.7, abs=0.8)
+    assert short_mm == pytest.approx(30 * 0.7, abs=0.8)
+
+
+def test_tuning_counts_are_those_of_the_settings_themselves():
+    rng = np.random.default_rng(0)
+    from scipy.ndimage import gaussian_filter
+
+    prob = gaussian_filter(rng.random(SHAPE), 1.5).astype(np.float32)
+    prob = (prob - prob.min()) / np.ptp(prob)
+    reference = ball((10, 30, 30), 10.0)
+    counts = tuning_counts(prob, reference, canonical_grid(), 26)
+    for t, e, v in ((6, 0, 0), (5, 1, 2), (7, 0, 4), (4, 2, 3)):
+        settings = replace(
+            FIXED,
+            threshold=postprocess.THRESHOLDS[t],
+            erosion_px=postprocess.EROSIONS_PX[e],
+            min_volume_mm3=postprocess.MIN_VOLUMES_MM3[v],
+        )
+        labels, nodules = find_nodules(prob, canonical_grid(), settings)
+        mask = labels > 0
+        touching = len(np.unique(labels[mask & reference]))
+        assert counts[t, e, v].tolist() == [
+            (mask & reference).sum(),
+            (mask & ~reference).sum(),
+            (reference & ~mask).sum(),
+            len(nodules) - touching,
+        ]
+
+
+def test_tuning_takes_the_best_mean_dice():
+    shape = (
+        len(postprocess.THRESHOLDS),
+        len(postprocess.EROSIONS_PX),
+        len(postprocess.MIN_VOLUMES_MM3),
+    )
+    counts = np.zeros((2, *shape, 4), int)
+    counts[..., 2] = 10  # nothing is found anywhere
+    counts[:, 3, 1, 2] = (10, 0, 0, 0)
+    settings, reached = best_of_grid(counts, Postprocess())
+    assert settings.threshold == postprocess.THRESHOLDS[3]
+    assert settings.erosion_px == postprocess.EROSIONS_PX[1]
+    assert settings.min_volume_mm3 == postprocess.MIN_VOLUMES_MM3[2]
+    assert settings.method == "tuned"
+    assert reached["mean_dice"] == 1
+
+
+def test_equal_settings_are_told_apart_by_false_components_then_by_plainness():
+    shape = (
+        len(postprocess.THRESHOLDS),
+        len(postprocess.EROSIONS_PX),
+        len(postprocess.MIN_VOLUMES_MM3),
+    )
+    counts = np.ones((1, *shape, 4), int)
+    assert best_of_grid(counts, Postprocess())[0] == Postprocess(method="tuned")
+    counts[0, 8, 2, 4, 3] = 0
+    assert best_of_grid(counts, Postprocess())[0].threshold == postprocess.THRESHOLDS[8]
+
+
+def test_a_validation_scan_without_nodule_asks_for_silence():
+    """Dice is undefined there, yet a setting that finds nothing must win."""
+    prob = prob_of((ball((8, 20, 20), 4.0), 0.6))
+    counts = tuning_counts(prob, np.zeros(SHAPE, bool), canonical_grid(), 26)
+    settings, reached = best_of_grid(counts[None], Postprocess())
+    assert reached["mean_dice"] == 1
+    assert not find_nodules(
+        prob, canonical_grid(), replace(settings, within_lung=False)
+    )[0].any()
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Three scans, a run and its probability maps: 0.6 in the reference, 0.3 around."""
+    scans = [tiny_scan(index) for index in range(3)]
+    parts = ("validation", "test", "test")
+    for scan in scans:
+        write_scan(scan, tmp_path / "scans" / f"{scan.scan_id}.h5", {})
+        prob = np.zeros(SHAPE, np.float32)
+        prob[scan.nodule_labels > 0] = 0.3
+        reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+        prob[reference & (scan.lung > 0)] = 0.6
+        path = tmp_path / "predictions" / scan.scan_id / "prob.nii.gz"
+        write_volume(path, prob, scan.grid, scan.source_grid)
+    predictions = Predictions(
+        run="smoke",
+        weights_sha256="0" * 64,
+        split_sha256="1" * 64,
+        training_patients=("patient-009",),
+        scans={
+            scan.scan_id: {"part": part, "patient_id": scan.patient_id}
+            for scan, part in zip(scans, parts, strict=True)
+        },
+    )
+    predictions.write(tmp_path / "predictions")
+    write_run(tmp_path, Experiment())
+    return tmp_path
+
+
+def write_run(work, experiment):
+    (work / "run").mkdir(exist_ok=True)
+    (work / "run/config.json").write_text(json.dumps(config.to_json(experiment)))
+
+
+def arguments(work, **options):
+    return Arguments(
+        predictions=work / "predictions",
+        run=work / "run",
+        scans=work / "scans",
+        workers=1,
+        **options,
+    )
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_json_comes_back(work):
+    predictions = read_predictions(work / "predictions")
+    assert predictions.training_patients == ("patient-009",)
+    assert predictions.scans["scan-001"]["part"] == "test"
+    assert predictions.run == "smoke"
+
+
+def test_the_step_tunes_and_writes_masks_and_nodules(work):
+    report = postprocess_predictions(arguments(work))
+    assert report.failures == []
+    tuned = json.loads((work / "run/postprocess.json").read_text())
+    assert tuned["settings"]["threshold"] > 0.3  # 0.3 holds what few readers marked
+    assert tuned["reached"]["mean_dice"] > 0.95
+    scan = read_scan(work / "scans/scan-001.h5")
+    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    assert np.array_equal(labels > 0, reference & (scan.lung > 0))
+    rows = read_rows(work / "predictions/scan-001/nodules.csv")
+    assert [row["side"] for row in rows] in (["right", "left"], ["left", "right"])
+
+
+def test_the_centre_of_a_nodule_is_the_same_place_in_every_space(work):
+    postprocess_predictions(arguments(work))
+    scan = read_scan(work / "scans/scan-001.h5")
+    row = next(
+        row
+        for row in read_rows(work / "predictions/scan-001/nodules.csv")
+        if row["side"] == "left"
+    )
+    place_ras_mm = np.array(scan.nodules[1].centre_ras_mm)
+    found = [float(row[f"{axis}_lps_mm"]) for axis in "xyz"]
+    assert found == pytest.approx(place_ras_mm * (-1, -1, 1), abs=0.5)
+    index = [float(row[f"{axis}_source"]) for axis in "ijk"]
+    assert scan.source_grid.index_to_ras_mm(np.array(index)) == pytest.approx(
+        np.array(found) * (-1, -1, 1), abs=1e-3
+    )
+    assert int(row["z_slice"]) == 14
+
+
+def test_without_validation_scans_the_fixed_threshold_is_used_and_said(work):
+    predictions = read_predictions(work / "predictions")
+    scans = {
+        name: {**facts, "part": "test"} for name, facts in predictions.scans.items()
+    }
+    replace(predictions, scans=scans).write(work / "predictions")
+    report = postprocess_predictions(arguments(work))
+    assert "threshold 0.5" in report.line
+    assert "not tuned: no validation scans" in report.line
+    assert not (work / "run/postprocess.json").exists()
+
+
+def test_running_again_does_nothing_new(work):
+    postprocess_predictions(arguments(work))
+    path = work / "predictions/scan-001/nodules.csv"
+    before = path.stat().st_mtime_ns
+    report = postprocess_predictions(arguments(work))
+    assert "0 nodules in 0 scans (3 were done before)" in report.line
+    assert path.stat().st_mtime_ns == before
+
+
+def test_an_interrupted_step_goes_on_to_the_same_files(work):
+    postprocess_predictions(arguments(work))
+    folder = work / "predictions/scan-002"
+    expected = [(folder / n).read_bytes() for n in ("mask.nii.gz", "nodules.csv")]
+    (folder / "nodules.csv").unlink()
+    postprocess_predictions(arguments(work))
+    assert [
+        (folder / n).read_bytes() for n in ("mask.nii.gz", "nodules.csv")
+    ] == expected
+
+
+def test_masks_of_other_settings_are_not_mixed(work):
+    postprocess_predictions(arguments(work))
+    write_run(work, Experiment(postprocess=replace(FIXED, threshold=0.25)))
+    with pytest.raises(
+        ValueError, match=r"threshold was 0\.\d+, is 0\.25.*--overwrite"
+    ):
+        postprocess_predictions(arguments(work))
+    postprocess_predictions(arguments(work, overwrite=True))
+    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    scan = read_scan(work / "scans/scan-001.h5")
+    assert np.array_equal(labels > 0, scan.nodule_labels > 0)
+
+
+def test_values_tuned_for_other_weights_do_not_count(work):
+    postprocess_predictions(arguments(work))
+    path = work / "run/postprocess.json"
+    record = json.loads(path.read_text())
+    record["settings"]["threshold"] = 0.95
+    path.write_text(json.dumps(record))
+    assert (
+        "threshold 0.95"
+        in postprocess_predictions(arguments(work, overwrite=True)).line
+    )
+    predictions = read_predictions(work / "predictions")
+    replace(predictions, weights_sha256="2" * 64).write(work / "predictions")
+    report = postprocess_predictions(arguments(work, overwrite=True))
+    assert "threshold 0.95" not in report.line
+
+
+def test_a_scan_without_its_map_is_skipped_and_the_rest_goes_on(work):
+    (work / "predictions/scan-001/prob.nii.gz").unlink()
+    report = postprocess_predictions(arguments(work))
+    assert [failure.scan_id for failure in report.failures] == ["scan-001"]
+    assert (work / "predictions/scan-002/nodules.csv").exists()
+
+
+def test_a_map_on_another_grid_is_skipped(work):
+    grid = canonical_grid(SHAPE, (1.0, 1.0, 1.0))
+    path = work / "predictions/scan-001/prob.nii.gz"
+    write_volume(path, np.zeros(SHAPE, np.float32), grid, grid)
+    report = postprocess_predictions(arguments(work))
+    assert "its grid" in report.failures[0].reason
+    assert "2.5 x 1.5 x 1.5 mm" in report.failures[0].reason
+    assert SPACING_MM == (2.5, 1.5, 1.5)
+
+
+def test_a_run_for_lungs_is_refused(work):
+    lungs = Experiment(batches=replace(Experiment().batches, target="lung"))
+    write_run(work, lungs)
+    with pytest.raises(ValueError, match="the run segments lung"):
+        postprocess_predictions(arguments(work))
+
+
+def test_missing_predictions_name_the_step_that_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run infer\.py first"):
+        read_predictions(tmp_path)
+
+
+def test_ids_that_leave_the_folder_are_refused(work):
+    path = work / "predictions/predictions.json"
+    path.write_text(path.read_text().replace("scan-001", "../scan-001"))
+    with pytest.raises(ValueError, match="cannot name a file"):
+        read_predictions(work / "predictions")

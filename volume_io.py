@@ -1,0 +1,134 @@
+"""NIfTI volumes on the source's own grid: probability maps and masks, written and read."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import files
+from geometry import Grid, to_canonical, to_source
+from scan import ScanError
+
+PROBABILITY_STEPS = 10_000
+"""Probabilities are stored as uint16 in steps of 1e-4 with NIfTI's `scl_slope`: a quarter
+of the disk of float32, and what is below half a step becomes 0 and compresses away."""
+
+SCANNER = 1
+"""NIfTI's code for coordinates of the scanner (NIFTI_XFORM_SCANNER_ANAT)."""
+
+
+def write_volume(
+    path: Path, array: np.ndarray, grid: Grid, source_grid: Grid, *, exact: bool = False
+) -> None:
+    """Writes a volume as NIfTI in the axis order and place of the file it came from.
+
+    Args:
+        path: Ends in .nii or .nii.gz; appears whole or not at all.
+        array: (z, y, x) on `grid`. Floats are probabilities, stored in steps of 1e-4;
+            bool and integers are stored as they are (bool as uint8).
+        grid: Canonical grid of the scan.
+        source_grid: Grid of the file the scan came from.
+        exact: Store floats as float32 instead; for values that are no probability.
+
+    Raises:
+        ValueError: If a probability is not within 0 and 1, or the grids do not match.
+    """
+    import nibabel
+
+    stored, slope = _to_stored(array, exact=exact)
+    image = nibabel.Nifti1Image(
+        to_source(stored, grid, source_grid), source_grid.affine
+    )
+    image.header.set_xyzt_units("mm")
+    image.set_sform(source_grid.affine, SCANNER)
+    # A qform cannot shear; readers of a tilted gantry's volume need the sform.
+    image.header.set_qform(source_grid.affine, SCANNER, strip_shears=True)
+    if slope:
+        image.header.set_slope_inter(slope, 0)
+    with files.written_whole(path) as partial:
+        nibabel.save(image, partial)
+
+
+def _to_stored(array: np.ndarray, *, exact: bool) -> tuple[np.ndarray, float]:
+    """The array as it lies on disk, and its slope; slope 0 for none."""
+    if array.dtype == bool:
+        return array.astype(np.uint8), 0.0
+    if array.dtype.kind in "iu":
+        return array, 0.0
+    if exact:
+        return array.astype(np.float32), 0.0
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"probabilities run from {low:.4g} to {high:.4g}; expected 0 to 1 "
+            "(exact=True stores other values)"
+        )
+    steps = np.rint(array * np.float32(PROBABILITY_STEPS)).astype(np.uint16)
+    return steps, 1 / PROBABILITY_STEPS
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
+    """Reads a NIfTI volume in canonical orientation.
+
+    Returns:
+        The (z, y, x) array, float32 if the file stores scaled values and else of the
+        stored type, and its canonical grid.
+
+    Raises:
+        ScanError: If the file is missing, damaged or not three-dimensional.
+    """
+    from nibabel import arrayproxy, nifti1
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        # Unpacked whole, for only then is the checksum at the end of the file compared.
+        packed = Path(path).read_bytes()
+        content = gzip.decompress(packed) if Path(path).suffix == ".gz" else packed
+        image = nifti1.Nifti1Image.from_bytes(content)
+        proxy, affine = image.dataobj, image.affine
+        if not isinstance(proxy, arrayproxy.ArrayProxy) or affine is None:
+            raise ValueError("no voxels or no affine")
+        stored = np.asarray(proxy.get_unscaled())
+    except FileNotFoundError as error:
+        raise ScanError(
+            f"{path}: no such file; infer.py writes probabilities, postprocess.py masks"
+        ) from error
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise ScanError(
+            f"{path}: not a readable NIfTI volume ({error}); remove it and make it again"
+        ) from error
+    if stored.ndim != 3:
+        raise ScanError(f"{path}: {stored.ndim} dimensions, expected 3")
+    turned, grid = to_canonical(stored, affine)
+    return _from_stored(turned, proxy.slope, proxy.inter), grid
+
+
+def _from_stored(stored: np.ndarray, slope: float, offset: float) -> np.ndarray:
+    if slope == 1 and offset == 0:
+        native = stored.dtype.newbyteorder("=")
+        return stored.astype(native, copy=False)
+    if np.isclose(slope * PROBABILITY_STEPS, 1, rtol=1e-6) and offset == 0:
+        # Division gives the float32 nearest to n/10000; NIfTI's float32 slope does not.
+        return stored / np.float32(PROBABILITY_STEPS)
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(offset)
+
+
+def check_same_grid(found: Grid, expected: Grid, path: Path) -> None:
+    """Refuses a volume that does not lie where the scan lies.
+
+    Raises:
+        ScanError: If shape or affine differ by more than a hundredth of a millimetre.
+    """
+    same_shape = tuple(found.shape) == tuple(expected.shape)
+    if not (same_shape and np.allclose(found.affine, expected.affine, atol=0.01)):
+        raise ScanError(
+            f"{path}: its grid (shape {tuple(found.shape)}, spacing "
+            f"{spacing_text(found)}) is not the scan's (shape {tuple(expected.shape)}, "
+            f"spacing {spacing_text(expected)}); run infer.py again with --overwrite"
+        )
+
+
+def spacing_text(grid: Grid) -> str:
+    """(z, y, x) spacing as text, e.g. '2.5 x 0.7 x 0.7 mm'."""
+    return " x ".join(f"{mm:.4g}" for mm in grid.spacing_mm) + " mm"

@@ -160,8 +160,9 @@ class Model:
     """Start of the encoder."""
     filters: int = 32
     """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d)."""
-    gcn_kernels: tuple[int, ...] = (19, 13)
-    """Kernel sizes of the global convolutions from the deepest stage up; empty for none."""
+    gcn_kernels: tuple[int, ...] = (13, 19, 19, 19)
+    """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis;
+    shorter leaves them out at the shallow stages; empty for none."""
     squeeze_excite: bool = True
     dropout: float = 0.0
     slice_classifier: bool = False

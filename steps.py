@@ -56,6 +56,7 @@ def run(
         format="%(asctime)s %(module)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     parsed = parse(arguments, argv)
     started = time.monotonic()
     try:

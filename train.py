@@ -1,0 +1,365 @@
+"""Step 5 of 9: configuration + table + split -> run directory.
+
+While it trains, the run is NAME.partial; the same command goes on after a kill, to the same
+result as a run that was not broken. Re-running a complete run does nothing.
+
+Example:
+    python train.py thesis --table work/table.h5 --split work/split.json \
+        --runs work/runs --name thesis --workers 2
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+import config
+import data_generator
+import files
+import provenance
+import slice_idx
+import steps
+from slice_table import SliceTable
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Of training.json."""
+
+TRAINED_BY = ("batches", "augment", "model", "loss", "train")
+"""Sections that decide the weights; the others are kept for the steps after this one."""
+
+PICTURED_SLICES = 6
+"""Validation slices in the picture of each epoch."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Settings of the experiment, and where things are."""
+
+    name: str = tyro.MISSING
+    """Name of the run; its directory in `runs`."""
+    table: Path = Path("work/table.h5")
+    split: Path = Path("work/split.json")
+    runs: Path = Path("work/runs")
+    workers: int = 2
+    """Threads that make batches; they do not change the result."""
+    init: Path | None = None
+    """Weights of the same network to start from, e.g. work/runs/OTHER/best.weights.h5."""
+    overwrite: bool = False
+    """Replace a run of this name that has other settings or data."""
+    mask: config.LungMask = field(default_factory=config.LungMask)
+    batches: config.Batches = field(default_factory=config.Batches)
+    augment: config.Augment = field(default_factory=config.Augment)
+    model: config.Model = field(default_factory=config.Model)
+    loss: config.Loss = field(default_factory=config.Loss)
+    train: config.Train = field(default_factory=config.Train)
+    postprocess: config.Postprocess = field(default_factory=config.Postprocess)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and chosen by: `SliceGenerator`s; validation may be missing."""
+
+    training: Any
+    validation: Any | None = None
+
+
+def train(
+    table_path: Path,
+    split_path: Path,
+    run_dir: Path,
+    experiment: config.Experiment,
+    *,
+    workers: int = 1,
+    init: Path | None = None,
+    overwrite: bool = False,
+) -> steps.Report:
+    """Trains a run into `run_dir`, or goes on with it, or finds it complete.
+
+    Args:
+        table_path: From table.py.
+        split_path: From slice_idx.py.
+        run_dir: Where the run appears when it is complete.
+        experiment: Settings; those of table and split are taken from their files.
+        workers: Threads that make batches.
+        init: Weights to start from.
+        overwrite: Replace a run with other settings or data.
+
+    Raises:
+        FileExistsError: If there is a run with other settings or data.
+        ValueError: If table and split do not fit, or the loss is not a number.
+    """
+    split = slice_idx.read_split(split_path)
+    with SliceTable(table_path) as table:
+        experiment = dataclasses.replace(
+            experiment, table=table.settings, split=split_settings(split)
+        )
+        record = provenance.record(
+            experiment,
+            table_sha256=table.sha256,
+            split_sha256=split["sha256"],
+            init_sha256=None if init is None else files.sha256(init),
+            init_training_patients=training_patients_of(init),
+        )
+        partial = run_dir.with_name(run_dir.name + ".partial")
+        for directory in (run_dir, partial):
+            refuse_other_run(directory, record, overwrite=overwrite)
+        if run_dir.exists():
+            write_json(run_dir / "config.json", config.to_json(experiment))
+            return steps.Report(f"{run_dir} is complete: {closing_line(run_dir)}")
+        warn_of_seen_patients(record["init_training_patients"], split)
+        data = open_data(table, split, experiment)
+        start_run(partial, record, experiment, split)
+        fit(partial, data, experiment, workers=workers, init=init)
+    partial.replace(run_dir)
+    return steps.Report(f"wrote {run_dir}: {closing_line(run_dir)}")
+
+
+def split_settings(split: Mapping[str, Any]) -> config.Split:
+    """The settings of a split; those that one written by hand leaves out are defaults."""
+    record = config.to_json(config.Split()) | split["settings"]
+    return config.from_json(config.Split, record)
+
+
+def training_patients_of(weights: Path | None) -> list[str]:
+    """Patients that the weights of another run were trained on; none if it is unknown."""
+    if weights is None:
+        return []
+    split_path = weights.parent / "split.json"
+    if not split_path.is_file():
+        log.warning("no %s: who %s was trained on is unknown", split_path, weights)
+        return []
+    return slice_idx.read_split(split_path)["parts"]["train"]
+
+
+def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None:
+    for part in ("validation", "test"):
+        shared = set(seen) & set(split["parts"][part])
+        if shared:
+            log.warning(
+                "the weights to start from were trained on %d patients of the %s part",
+                len(shared),
+                part,
+            )
+
+
+def refuse_other_run(
+    directory: Path, record: Mapping[str, Any], *, overwrite: bool
+) -> None:
+    """Removes a run that differs if `overwrite`, else says in what it differs.
+
+    Raises:
+        FileExistsError: If it has other settings or data.
+    """
+    if not directory.exists():
+        return
+    path = directory / "provenance.json"
+    if not path.is_file():  # killed before its first file was whole
+        files.remove(directory)
+        return
+    found = json.loads(path.read_text())
+    differences = differing(found, json.loads(json.dumps(record)))
+    if not differences:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{directory} was trained with other settings or data: "
+            f"{'; '.join(differences)}. Choose another --name, or replace it with "
+            "--overwrite"
+        )
+    files.remove(directory)
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What decides the weights and differs between two provenance records."""
+    pairs = {
+        key: (found.get(key), wanted[key])
+        for key in ("table_sha256", "split_sha256", "init_sha256")
+    }
+    for section in TRAINED_BY:
+        before = found["settings"].get(section, {})
+        for name, value in wanted["settings"][section].items():
+            pairs[f"{section}.{name}"] = (before.get(name), value)
+    return [
+        f"{name} was {before}, is {now}"
+        for name, (before, now) in pairs.items()
+        if before != now
+    ]
+
+
+def open_data(
+    table: SliceTable, split: Mapping[str, Any], experiment: config.Experiment
+) -> Data:
+    """The generators of the training and the validation part.
+
+    Raises:
+        ValueError: If nobody is left to train on.
+    """
+    batches, settings = experiment.batches, experiment.train
+    rows = {part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS}
+    if not len(rows["train"]):
+        raise ValueError(
+            f"the training part has no slices in {table.path}; expected some patients "
+            "with slices, run slice_idx.py with other fractions or table.py with more scans"
+        )
+    options = {"seed": settings.seed, "with_slice_label": experiment.model.slice_classifier}
+    training = data_generator.SliceGenerator(
+        table,
+        rows["train"],
+        batches,
+        experiment.augment,
+        steps_per_epoch=settings.steps_per_epoch,
+        **options,
+    )
+    if not len(rows["validation"]):
+        log.warning("nobody validates: the last epoch counts as the best")
+        return Data(training)
+    validation = data_generator.SliceGenerator(
+        table, rows["validation"], batches, None, shuffle=False, balanced=False, **options
+    )
+    return Data(training, validation)
+
+
+def start_run(
+    directory: Path,
+    record: Mapping[str, Any],
+    experiment: config.Experiment,
+    split: Mapping[str, Any],
+) -> None:
+    """Makes the directory of a run, with everything but results; or leaves it."""
+    if directory.exists():
+        return
+    with files.written_whole(directory) as partial:
+        partial.mkdir()
+        write_json(partial / "config.json", config.to_json(experiment))
+        write_json(partial / "split.json", split)
+        write_json(partial / "provenance.json", record)
+
+
+def fit(
+    directory: Path,
+    data: Data,
+    experiment: config.Experiment,
+    *,
+    workers: int = 1,
+    init: Path | None = None,
+) -> None:
+    """Trains from the directory's state, or from the start, to the last epoch.
+
+    Args:
+        directory: With config.json; history, weights and pictures go here.
+        data: Generators with `len`, `[index]` and `epoch`.
+        experiment: Settings.
+        workers: Threads that make batches.
+        init: Weights to start from.
+    """
+    from models import callbacks, training
+
+    settings = experiment.train
+    model = training.prepared_model(experiment, steps_per_epoch=len(data.training))
+    progress = callbacks.Progress()
+    if (directory / callbacks.STATE).is_file():
+        progress = callbacks.read_state(directory / callbacks.STATE, model)
+        log.info("going on after epoch %d", progress.epoch)
+    elif init is not None:
+        model.load_weights(init)
+    log.info(
+        "%s: %d parameters, %d steps of %d slices an epoch",
+        model.name,
+        model.count_params(),
+        len(data.training),
+        experiment.batches.batch_size,
+    )
+    if progress.epoch < settings.epochs and not progress.stopped:
+        training.run_epochs(
+            model, data.training, data.validation, settings, progress,
+            run_dir=directory,
+            workers=workers,
+            pictured=pictured_slices(data.validation or data.training),
+        )
+    callbacks.write_weights(directory / "last.weights.h5", model)
+    write_json(directory / "training.json", summary(progress, model.count_params()))
+    files.remove(directory / callbacks.STATE)
+
+
+def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A few slices for the pictures, with target where there are such.
+
+    Returns:
+        (slices, y, x, 1) input and (slices, y, x) uint8 reference.
+    """
+    images, masks = [], []
+    for index in np.unique(np.linspace(0, len(generator) - 1, 16).astype(int)):
+        x, y = generator[int(index)]
+        masks.extend((y["mask"] if isinstance(y, dict) else y)[..., 1])
+        images.extend(x)
+    order = sorted(range(len(masks)), key=lambda i: not masks[i].any())
+    shown = order[:PICTURED_SLICES]
+    return np.stack([images[i] for i in shown]), np.stack([masks[i] for i in shown])
+
+
+def summary(progress: Any, parameters: int) -> dict[str, Any]:
+    """The content of training.json."""
+    known = not math.isnan(progress.best_dice)
+    return {
+        "format_version": FORMAT_VERSION,
+        "epochs": progress.epoch,
+        "stopped_early": progress.stopped,
+        "best_epoch": progress.best_epoch,
+        "best_validation_dice": progress.best_dice if known else None,
+        "seconds": round(sum(row["seconds"] for row in progress.history), 1),
+        "parameters": parameters,
+    }
+
+
+def closing_line(run_dir: Path) -> str:
+    facts = json.loads((run_dir / "training.json").read_text())
+    dice = facts["best_validation_dice"]
+    score = "no validation" if dice is None else f"validation Dice {dice:.4f}"
+    return (
+        f"{facts['epochs']} epochs, best {facts['best_epoch']}, {score}, trained for "
+        f"{steps.duration_text(facts['seconds'])}"
+    )
+
+
+def write_json(path: Path, record: Any) -> None:
+    with files.written_whole(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_step(arguments: Arguments) -> steps.Report:
+    """The step for the command line."""
+    name = files.checked_id(arguments.name, where="--name")
+    return train(
+        arguments.table,
+        arguments.split,
+        arguments.runs / name,
+        config.Experiment(
+            mask=arguments.mask,
+            batches=arguments.batches,
+            augment=arguments.augment,
+            model=arguments.model,
+            loss=arguments.loss,
+            train=arguments.train,
+            postprocess=arguments.postprocess,
+        ),
+        workers=arguments.workers,
+        init=arguments.init,
+        overwrite=arguments.overwrite,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(run_step, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,12 +25,20 @@ CHANGES = config.Augment(elastic_px=1.5, elastic_grid_px=16, gamma=0.2, noise_hu
 SETTINGS = config.Table(size_px=(64, 64), slices="lung")
 
 
+def made_scan(index):
+    """The scans of the table; in the last, the lung mask leaves the nodules out."""
+    scan = tiny_scan(index)
+    if index < 4:
+        return scan
+    return replace(scan, lung=np.where(scan.nodule_labels, 0, scan.lung))
+
+
 @pytest.fixture(scope="module")
 def table_path(tmp_path_factory):
     """Five tiny scans; 18 slices of each have lung, some of them nodules."""
     folder = tmp_path_factory.mktemp("table")
     for index in range(5):
-        scan = tiny_scan(index)
+        scan = made_scan(index)
         write_scan(scan, folder / "scans" / f"{scan.scan_id}.h5", {})
     write_table(folder / "scans", folder / "table.h5", SETTINGS)
     return folder / "table.h5"
@@ -60,7 +68,7 @@ def plain(table, batches=BATCHES, **options):
 def consensus_of_row(table, row):
     """The consensus mask of a row, straight from the scan it was made of."""
     entry = table.rows[row]
-    scan = tiny_scan(int(entry["scan"]))
+    scan = made_scan(int(entry["scan"]))
     mask = consensus(
         scan.reader_bits,
         scan.nodule_labels,
@@ -71,10 +79,10 @@ def consensus_of_row(table, row):
 
 
 def test_without_augmentation_a_batch_is_the_plain_crop(table):
-    generator = plain(table)
-    x, y = generator[3]
+    generator = plain(table, replace(BATCHES, batch_size=90))
+    x, y = generator[0]
     assert (x.dtype, y.dtype) == (np.float32, np.uint8)
-    for row, image, one_hot in zip(generator.rows_of_batch(3), x, y, strict=True):
+    for row, image, one_hot in zip(generator.rows_of_batch(0), x, y, strict=True):
         scan, z, mask = consensus_of_row(table, row)
         # 48 of 64 pixels about the centre; window -1000..400; 0 outside the lungs.
         hu, lung = (v[z, 8:56, 8:56] for v in (scan.hu, scan.lung))
@@ -97,6 +105,16 @@ def test_every_row_comes_once_in_an_unbalanced_epoch(table):
     assert len(generator[len(generator) - 1][0]) == len(table) - 4 * (
         len(generator) - 1
     )
+
+
+def test_each_epoch_and_seed_has_its_own_order(table):
+    generator, other = (
+        training(table, balanced=False),
+        training(table, balanced=False, seed=8),
+    )
+    orders = {tuple(generator.order_of_epoch(epoch)) for epoch in range(3)}
+    orders.add(tuple(other.order_of_epoch(0)))
+    assert len(orders) == 4
 
 
 def test_iterating_ends_after_the_last_batch(table):
@@ -225,7 +243,7 @@ def test_lungs_can_be_the_target(table):
     generator = plain(table, batches)
     _, y = generator[0]
     for row, one_hot in zip(generator.rows_of_batch(0), y, strict=True):
-        lung = tiny_scan(int(table.rows["scan"][row])).lung[table.rows["z"][row]]
+        lung = made_scan(int(table.rows["scan"][row])).lung[table.rows["z"][row]]
         assert np.array_equal(one_hot[..., 1], lung[8:56, 8:56] > 0)
 
 

@@ -7,6 +7,7 @@ Example:
 Research code, not a medical device.
 """
 
+import itertools
 import json
 import logging
 import sys
@@ -304,7 +305,7 @@ def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
         return []
     diameters = column(nodules, "diameter_mm")
     strata = [("all", np.full(len(nodules), True))]
-    for low, high in zip(SIZES_MM[:-1], SIZES_MM[1:], strict=True):
+    for low, high in itertools.pairwise(SIZES_MM):
         name = f"{low:g} to {high:g} mm" if np.isfinite(high) else f"over {low:g} mm"
         strata.append((name, (diameters >= low) & (diameters < high)))
     lines = []

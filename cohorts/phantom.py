@@ -284,8 +284,8 @@ def _grow_trees(
         if len(voxels) < 100:
             continue
         for kind, root, count, tip_mm in (
-            ("vessel", roots[0], 430, 0.42),
-            ("vessel", roots[1], 330, 0.42),
+            ("vessel", roots[0], 460, 0.48),
+            ("vessel", roots[1], 340, 0.48),
             ("bronchus", roots[2], 90, 0.62),
         ):
             chosen = voxels[rng.choice(len(voxels), count)]
@@ -563,6 +563,7 @@ def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Re
     mesh = scene.mesh.part(patch.box)
     field_mm = np.zeros(0)
     z0, y0, x0 = (span.start for span in patch.box)
+    shift = np.array([x0, y0])
     ratings = [nodules.rate(patch.nodule, rng) for _ in range(nodules.READERS)]
     found = False
     for reader, mask in nodules.read_nodule(
@@ -572,11 +573,11 @@ def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Re
         if not outlines:
             continue
         found = True
-        moved = {z + z0: outline + (x0, y0) for z, outline in outlines.items()}
+        moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(reader, patch.nodule.label, moved, ratings[reader])
     if not found and patch.mask.any():
         outlines = nodules.outlines_of(patch.mask)
-        moved = {z + z0: outline + (x0, y0) for z, outline in outlines.items()}
+        moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(0, patch.nodule.label, moved, ratings[0])
 
 

@@ -113,72 +113,78 @@ def dicom_slice(series: Series, index: int):
     return dataset
 
 
+SAME_IN_ALL: dict[str, object] = {
+    "SpecificCharacterSet": "ISO_IR 100",
+    "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    "AccessionNumber": "",
+    "Modality": "CT",
+    "Manufacturer": "PHANTOM",
+    "ManufacturerModelName": "chest phantom",
+    "StudyDescription": "Chest phantom",
+    "SeriesDescription": "Simulated; not a person",
+    "ReferringPhysicianName": "",
+    "PatientName": "",
+    "PatientBirthDate": "",
+    "PatientSex": "",
+    "PatientIdentityRemoved": "YES",
+    "DeidentificationMethod": "simulated",
+    "BodyPartExamined": "CHEST",
+    "ScanOptions": "HELICAL MODE",
+    "KVP": "120",
+    "DataCollectionDiameter": "500",
+    "GantryDetectorTilt": "0",
+    "XRayTubeCurrent": 300,
+    "PatientPosition": "FFS",
+    "StudyID": "",
+    "SeriesNumber": 1,
+    "AcquisitionNumber": 1,
+    "PositionReferenceIndicator": "SN",
+    "SamplesPerPixel": 1,
+    "PhotometricInterpretation": "MONOCHROME2",
+    "BitsAllocated": 16,
+    "BitsStored": 16,
+    "HighBit": 15,
+    "PixelRepresentation": 1,
+    "WindowCenter": "-600",
+    "WindowWidth": "1600",
+    "RescaleSlope": "1",
+    "RescaleType": "HU",
+}
+"""Header of every slice of every phantom; names nobody."""
+
+
 def _header(series: Series, index: int) -> Iterator[tuple[str, object]]:
     """Keywords and values of one slice, but for the pixels."""
     from pydicom import uid as known
 
     z_mm = series.z_mm(index)
     rows, columns = series.hu.shape[1:]
-    yield "SpecificCharacterSet", "ISO_IR 100"
-    yield "ImageType", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    yield from SAME_IN_ALL.items()
     yield "SOPClassUID", known.CTImageStorage
     yield "SOPInstanceUID", series.sop_uids[index]
     for keyword in ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"):
         yield keyword, DATE
     for keyword in ("StudyTime", "AcquisitionTime", "ContentTime"):
         yield keyword, "000000"
-    yield "AccessionNumber", ""
-    yield "Modality", "CT"
-    yield "Manufacturer", "PHANTOM"
-    yield "ManufacturerModelName", "chest phantom"
-    yield "StudyDescription", "Chest phantom"
-    yield "SeriesDescription", "Simulated; not a person"
-    yield "ReferringPhysicianName", ""
-    yield "PatientName", ""
     yield "PatientID", series.patient_id
-    yield "PatientBirthDate", ""
-    yield "PatientSex", ""
-    yield "PatientIdentityRemoved", "YES"
-    yield "DeidentificationMethod", "simulated"
-    yield "BodyPartExamined", "CHEST"
     if series.contrast:
         yield "ContrastBolusAgent", "IV"
-    yield "ScanOptions", "HELICAL MODE"
     yield "SliceThickness", _decimal(series.slice_spacing_mm)
-    yield "KVP", "120"
-    yield "DataCollectionDiameter", "500"
     yield "ReconstructionDiameter", _decimal(columns * series.pixel_mm)
-    yield "GantryDetectorTilt", "0"
-    yield "XRayTubeCurrent", 300
     yield "ConvolutionKernel", series.kernel
-    yield "PatientPosition", "FFS"
     yield "StudyInstanceUID", series.study_uid
     yield "SeriesInstanceUID", series.series_uid
-    yield "StudyID", ""
-    yield "SeriesNumber", 1
-    yield "AcquisitionNumber", 1
     # The first image is the one nearest the head, as in LIDC-IDRI.
     yield "InstanceNumber", len(series.hu) - index
     position = (*series.first_lps_mm[:2], z_mm)
     yield "ImagePositionPatient", [_decimal(value) for value in position]
     yield "ImageOrientationPatient", ["1", "0", "0", "0", "1", "0"]
     yield "FrameOfReferenceUID", series.frame_uid
-    yield "PositionReferenceIndicator", "SN"
     yield "SliceLocation", _decimal(z_mm)
-    yield "SamplesPerPixel", 1
-    yield "PhotometricInterpretation", "MONOCHROME2"
     yield "Rows", rows
     yield "Columns", columns
     yield "PixelSpacing", [_decimal(series.pixel_mm)] * 2
-    yield "BitsAllocated", 16
-    yield "BitsStored", 16
-    yield "HighBit", 15
-    yield "PixelRepresentation", 1
-    yield "WindowCenter", "-600"
-    yield "WindowWidth", "1600"
     yield "RescaleIntercept", str(INTERCEPT_HU)
-    yield "RescaleSlope", "1"
-    yield "RescaleType", "HU"
 
 
 def _decimal(value: float) -> str:

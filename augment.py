@@ -83,6 +83,8 @@ def crop_near_nodule(
     lung: np.ndarray,
     output_px: tuple[int, int],
     rng: np.random.Generator,
+    *,
+    margin_px: float = 0.0,
 ) -> Crop:
     """A part with a nodule anywhere in it, drawn evenly among the slice's nodules.
 
@@ -95,6 +97,7 @@ def crop_near_nodule(
         lung: (y, x) uint8 lung labels.
         output_px: (y, x) size of the crop.
         rng: Draws which nodule, and where in the crop it lies.
+        margin_px: Distance the nodule keeps from the crop's border, for a later shift.
     """
     which, *place = rng.random(5)
     box = _nodule_box(target, which)
@@ -103,11 +106,11 @@ def crop_near_nodule(
         if not width:
             return crop_at_centre(target.shape, output_px)
         focus_yx = (y + place[0] * (height - 1), x + place[1] * (width - 1))
-        half_yx = (0.0, 0.0)
+        half_yx = (margin_px, margin_px)
     else:
         x, y, width, height = box
-        half_yx = ((height - 1) / 2, (width - 1) / 2)
-        focus_yx = (y + half_yx[0], x + half_yx[1])
+        focus_yx = (y + (height - 1) / 2, x + (width - 1) / 2)
+        half_yx = (height / 2 + margin_px, width / 2 + margin_px)
     lies_yx = [
         _between(min(half, (size - 1) / 2), max(size - 1 - half, (size - 1) / 2), share)
         for half, size, share in zip(half_yx, output_px, place[2:], strict=True)

@@ -67,7 +67,7 @@ class SliceGenerator:
         epoch: The epoch that batches are made for; set it to resume.
 
     Raises:
-        ValueError: If no row can be used.
+        ValueError: If no row can be used, or the settings give the answer away.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class SliceGenerator:
             x[position, ..., 0] = image
             y[position] = augment.one_hot(mask)
         if self.with_slice_label:
-            present = np.any(y[..., 1], axis=(1, 2), keepdims=True)[..., 0]
-            return x, {"mask": y, "slice": present.astype(np.float32)}
+            present = np.any(y[..., 1], axis=(1, 2))
+            return x, {"mask": y, "slice": present[:, None].astype(np.float32)}
         return x, y
 
     def on_epoch_end(self) -> None:
@@ -188,25 +188,52 @@ class SliceGenerator:
             case "lung":
                 return augment.crop_at_lungs(lung, size)
             case "nodule":
-                return augment.crop_near_nodule(mask, lung, size, rng)
+                shift_px = self.augmentation.shift_px if self.augmentation else 0
+                return augment.crop_near_nodule(
+                    mask, lung, size, rng, margin_px=shift_px
+                )
 
 
 def usable_rows(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """The rows that have a reference: for nodules, those of scans that readers saw."""
-    rows = np.asarray(rows)
-    if batches.target == "nodule":
-        read = table.scans["read"][table.rows["scan"][rows]].astype(bool)
-        if not read.all():
-            log.warning("left out %d rows of scans that no reader saw", (~read).sum())
-        rows = rows[read]
-    if not len(rows):
+    """The rows that have what the settings ask for; says how many it leaves out.
+
+    A nodule target needs scans that readers saw; a lung target, a masked input and a
+    crop that looks for lungs need scans with a lung mask.
+
+    Raises:
+        ValueError: If none is left, or the input would be masked by the target.
+    """
+    if batches.target == "lung" and batches.lung_mask:
         raise ValueError(
-            f"no row has a reference for target={batches.target!r}; expected scans with "
-            "annotations in the part, run table.py and slice_idx.py with them"
+            "batches.target=lung with batches.lung_mask shows the network the answer; "
+            "add --batches.no-lung-mask"
         )
-    return rows
+    rows = np.asarray(rows)
+    scans = table.scans[table.rows["scan"][rows]]
+    usable = np.ones(len(rows), bool)
+    if batches.target == "nodule":
+        usable &= scans["read"] > 0
+    if reads_lung(batches) or batches.target == "lung":
+        usable &= scans["has_lung"] > 0
+    if not usable.any():
+        raise ValueError(
+            f"{table.path}: none of the {len(rows)} rows can be used; expected scans "
+            f"with {needed(batches)}; run preprocess.py and table.py with them"
+        )
+    if not usable.all():
+        left_out = len(rows) - np.count_nonzero(usable)
+        log.warning("%d rows left out: no %s", left_out, needed(batches))
+    return rows[usable]
+
+
+def needed(batches: config.Batches) -> str:
+    """What a scan must have for its rows to be used, in words."""
+    parts = ["readers' outlines"] if batches.target == "nodule" else []
+    if reads_lung(batches) or batches.target == "lung":
+        parts.append("a lung mask")
+    return " and ".join(parts) or "slices"
 
 
 def balanced_groups(
@@ -266,7 +293,7 @@ def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.n
         if count < len(rows):
             return rows[np.arange(count) * len(rows) // count]
         return np.resize(rows, count)
-    rounds = -(-count // len(rows))
+    rounds = count // len(rows) + 1
     return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:count]
 
 
@@ -275,8 +302,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """A picture of the first slices of the generator's epoch, outlined and captioned.
 
-    Slices are shown as the network gets them but for the normalisation after the window;
-    the outline is drawn just outside the reference.
+    Slices are shown as the network gets them, but for the normalisation that follows the
+    window; the outline is drawn just outside the reference.
 
     Args:
         generator: Whose batches are shown.
@@ -356,8 +383,10 @@ def as_pydataset(
     global random state. The class is made here because importing Keras takes seconds.
 
     Keras ends an epoch before it has begun one (when `fit` resets its iterator), and
-    starts its workers before it announces the epoch. So the epoch changes only at its end,
-    when the workers have stopped, and only if it had begun.
+    starts its workers before it announces an epoch. So the epoch changes only at an end,
+    when the workers have stopped, and only if it had begun. Under a `tf.distribute`
+    strategy Keras also draws a batch to build the model, which counts as an epoch;
+    `models.callbacks.EpochOfBatches` sets Keras' own number and is right everywhere.
 
     Args:
         generator: What makes the batches; its `epoch` is the first one.
@@ -405,28 +434,43 @@ class Arguments:
     seconds: float = 3.0
     """How long each speed is measured."""
     seed: int = 0
+    """Of order, crops and augmentation."""
 
 
 def show(arguments: Arguments) -> steps.Report:
-    """Writes the contact sheet and measures the speed; see `Arguments`."""
+    """Writes the contact sheet and measures the speed; see `Arguments`.
+
+    Only the training part is augmented; the others are shown as they are scored.
+    """
+    training = arguments.part == "train"
+    split = slice_idx.read_split(arguments.split)
     with SliceTable(arguments.table) as table:
-        rows = slice_idx.rows_of_part(
-            slice_idx.read_split(arguments.split), table, arguments.part
-        )
         generator = SliceGenerator(
-            table, rows, arguments.batches, arguments.augment, seed=arguments.seed
+            table,
+            slice_idx.rows_of_part(split, table, arguments.part),
+            arguments.batches,
+            arguments.augment if training else None,
+            seed=arguments.seed,
+            shuffle=training,
+            balanced=training,
         )
         picture = contact_sheet(generator, slices=arguments.slices)
         with files.written_whole(arguments.out) as partial:
-            cv2.imwrite(str(partial), picture)
-        speeds = [
-            slices_per_second(generator, threads=n, seconds=arguments.seconds)
-            for n in (1, 2)
-        ]
+            if not cv2.imwrite(str(partial), picture):
+                raise OSError(f"{arguments.out} was not written; expected a .png")
+        speeds = ", ".join(
+            speed_text(generator, threads, arguments.seconds) for threads in (1, 2)
+        )
     return steps.Report(
-        f"wrote {arguments.out}: {len(rows)} {arguments.part} rows; "
-        f"{speeds[0]:.0f} slices/s with one thread, {speeds[1]:.0f} with two"
+        f"wrote {arguments.out}: {len(generator.rows)} {arguments.part} rows; {speeds}"
     )
+
+
+def speed_text(generator: SliceGenerator, threads: int, seconds: float) -> str:
+    """The measured speed, in slices and in the HU that are read for them."""
+    speed = slices_per_second(generator, threads=threads, seconds=seconds)
+    read = files.size_text(speed * 2 * np.prod(generator.table.settings.size_px))
+    return f"{speed:.0f} slices/s ({read}/s of HU) with {threads} thread(s)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,7 +66,9 @@ def uid(*sources: object) -> str:
     return str(generate_uid(entropy_srcs=[repr(source) for source in sources]))
 
 
-def write_dicom_series(series: Series, folder: Path, file_numbers: Sequence[int]) -> None:
+def write_dicom_series(
+    series: Series, folder: Path, file_numbers: Sequence[int]
+) -> None:
     """Writes one file per slice.
 
     Args:
@@ -78,7 +80,9 @@ def write_dicom_series(series: Series, folder: Path, file_numbers: Sequence[int]
 
     names = [f"{number:06}.dcm" for number in file_numbers]
     for index, name in zip(range(len(series.hu)), names, strict=True):
-        pydicom.dcmwrite(folder / name, dicom_slice(series, index), enforce_file_format=True)
+        pydicom.dcmwrite(
+            folder / name, dicom_slice(series, index), enforce_file_format=True
+        )
 
 
 def dicom_slice(series: Series, index: int):
@@ -104,7 +108,9 @@ def dicom_slice(series: Series, index: int):
     dataset["PixelData"].VR = "OW"
     compression = {"rle": known.RLELossless, "jpeg-ls": known.JPEGLSLossless}
     if series.transfer_syntax in compression:
-        dataset.compress(compression[series.transfer_syntax], generate_instance_uid=False)
+        dataset.compress(
+            compression[series.transfer_syntax], generate_instance_uid=False
+        )
     return dataset
 
 
@@ -206,7 +212,8 @@ def write_lidc_xml(
 ) -> None:
     """Writes the readers' outlines and marks in the structure of LIDC-IDRI's XML."""
     root = ET.Element(
-        "LidcReadMessage", {"uid": uid(series.series_uid, "read"), "xmlns": "http://www.nih.gov"}
+        "LidcReadMessage",
+        {"uid": uid(series.series_uid, "read"), "xmlns": "http://www.nih.gov"},
     )
     header = ET.SubElement(root, "ResponseHeader")
     for tag, text in (

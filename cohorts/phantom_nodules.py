@@ -212,7 +212,9 @@ def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
     for z, coords in contours:
         numbers = np.array(coords.replace("\n", ",").split(","), np.int32)
         points.setdefault(z, []).append(numbers.reshape(-1, 2))
-    everything = np.concatenate([outline for group in points.values() for outline in group])
+    everything = np.concatenate(
+        [outline for group in points.values() for outline in group]
+    )
     margin = int(np.ceil(SHAPE_MARGIN_MM * 1.5 / pixel_mm)) + 1
     low = everything.min(0) - margin
     size = everything.max(0) + margin + 1 - low
@@ -252,7 +254,9 @@ def _isotropic(fields, z_mm, spacing_mm, pixel_mm) -> tuple[np.ndarray, float]:
     )[:, None, None]
     volume = (1 - share) * stack[upper - 1] + share * stack[upper]
     factor = pixel_mm / pitch
-    volume = ndimage.zoom(volume, (1, factor, factor), order=1, grid_mode=True, mode="nearest")
+    volume = ndimage.zoom(
+        volume, (1, factor, factor), order=1, grid_mode=True, mode="nearest"
+    )
     volume = ndimage.gaussian_filter(volume, 0.7 / pitch, mode="nearest")
     return volume.astype(np.float32), pitch
 
@@ -382,7 +386,9 @@ def outlines_of(mask: np.ndarray) -> dict[int, np.ndarray]:
         first -= 1
     while last < len(areas) - 1 and areas[last + 1]:
         last += 1
-    outlines = {z: outline_around(mask[z].astype(np.uint8)) for z in range(first, last + 1)}
+    outlines = {
+        z: outline_around(mask[z].astype(np.uint8)) for z in range(first, last + 1)
+    }
     return {z: outline for z, outline in outlines.items() if outline is not None}
 
 

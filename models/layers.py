@@ -17,9 +17,9 @@ def convolution(
 ) -> KerasTensor:
     """Convolution, batch normalisation, ReLU; (batch, y, x, filters)."""
     kind = layers.SeparableConv2D if separable else layers.Conv2D
-    x = kind(
-        filters, size_px, padding="same", dilation_rate=dilation, use_bias=False
-    )(x)
+    x = kind(filters, size_px, padding="same", dilation_rate=dilation, use_bias=False)(
+        x
+    )
     return normalised(x)
 
 

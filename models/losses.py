@@ -72,9 +72,7 @@ def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
     dice = (2 * overlap + 1) / (2 * overlap + missed + spurious + 1)
     ones = (1.0,) * y_pred.shape[-1]
     return (
-        1
-        - ops.mean(dice)
-        + weighted_cross_entropy(y_true, y_pred, class_weights=ones)
+        1 - ops.mean(dice) + weighted_cross_entropy(y_true, y_pred, class_weights=ones)
     )
 
 

@@ -1,0 +1,370 @@
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import augment
+import config
+import data_generator
+import slice_idx
+from data_generator import SliceGenerator, as_pydataset, drawn
+from scan import consensus, readers_of_label, write_scan
+from slice_table import SliceTable
+from table import write_table
+from tests.conftest import tiny_scan
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCHES = config.Batches(input_px=(48, 48), batch_size=4)
+CHANGES = config.Augment(elastic_px=1.5, elastic_grid_px=16, gamma=0.2, noise_hu=20)
+SETTINGS = config.Table(size_px=(64, 64), slices="lung")
+
+
+def made_scan(index):
+    """The scans of the table; in the last, the lung mask leaves the nodules out."""
+    scan = tiny_scan(index)
+    if index < 4:
+        return scan
+    return replace(scan, lung=np.where(scan.nodule_labels, 0, scan.lung))
+
+
+@pytest.fixture(scope="module")
+def table_path(tmp_path_factory):
+    """Five tiny scans; 18 slices of each have lung, some of them nodules."""
+    folder = tmp_path_factory.mktemp("table")
+    for index in range(5):
+        scan = made_scan(index)
+        write_scan(scan, folder / "scans" / f"{scan.scan_id}.h5", {})
+    write_table(folder / "scans", folder / "table.h5", SETTINGS)
+    return folder / "table.h5"
+
+
+@pytest.fixture
+def table(table_path):
+    with SliceTable(table_path) as opened:
+        yield opened
+
+
+def all_rows(table):
+    return np.arange(len(table))
+
+
+def training(table, batches=BATCHES, augmentation=CHANGES, **options):
+    return SliceGenerator(
+        table, all_rows(table), batches, augmentation, **{"seed": 7, **options}
+    )
+
+
+def plain(table, batches=BATCHES, **options):
+    options = {"shuffle": False, "balanced": False, **options}
+    return training(table, batches, None, **options)
+
+
+def consensus_of_row(table, row):
+    """The consensus mask of a row, straight from the scan it was made of."""
+    entry = table.rows[row]
+    scan = made_scan(int(entry["scan"]))
+    mask = consensus(
+        scan.reader_bits,
+        scan.nodule_labels,
+        readers_of_label(scan.nodules),
+        level=BATCHES.consensus_level,
+    )
+    return scan, int(entry["z"]), mask[entry["z"]]
+
+
+def test_without_augmentation_a_batch_is_the_plain_crop(table):
+    generator = plain(table, replace(BATCHES, batch_size=90))
+    x, y = generator[0]
+    assert (x.dtype, y.dtype) == (np.float32, np.uint8)
+    for row, image, one_hot in zip(generator.rows_of_batch(0), x, y, strict=True):
+        scan, z, mask = consensus_of_row(table, row)
+        # 48 of 64 pixels about the centre; window -1000..400; 0 outside the lungs.
+        hu, lung = (v[z, 8:56, 8:56] for v in (scan.hu, scan.lung))
+        expected = np.clip((hu.astype(np.float32) + 1000) / 1400, 0, 1) * (lung > 0)
+        assert np.allclose(image[..., 0], expected, atol=1e-6)
+        assert np.array_equal(one_hot[..., 1], mask[8:56, 8:56])
+
+
+def test_background_and_target_sum_to_one(table):
+    _, y = training(table)[0]
+    assert (y.sum(axis=-1) == 1).all()
+
+
+def test_every_row_comes_once_in_an_unbalanced_epoch(table):
+    generator = training(table, balanced=False)
+    rows = np.concatenate([generator.rows_of_batch(i) for i in range(len(generator))])
+    assert not np.array_equal(rows, all_rows(table))
+    assert np.array_equal(np.sort(rows), all_rows(table))
+    assert len(generator) == -(-len(table) // 4)
+    assert len(generator[len(generator) - 1][0]) == len(table) - 4 * (
+        len(generator) - 1
+    )
+
+
+def test_each_epoch_and_seed_has_its_own_order(table):
+    generator, other = (
+        training(table, balanced=False),
+        training(table, balanced=False, seed=8),
+    )
+    orders = {tuple(generator.order_of_epoch(epoch)) for epoch in range(3)}
+    orders.add(tuple(other.order_of_epoch(0)))
+    assert len(orders) == 4
+
+
+def test_iterating_ends_after_the_last_batch(table):
+    generator = plain(table)
+    assert sum(len(x) for x, _ in generator) == len(table)
+    with pytest.raises(IndexError, match="batch -1; expected 0 to"):
+        generator[-1]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [(0.01, 1), (0.5, 2), (0.75, 3), (1.0, 4)],
+)
+def test_batches_hold_the_share_of_nodule_slices_that_is_set(table, fraction, expected):
+    generator = training(table, replace(BATCHES, nodule_fraction=fraction))
+    for index in range(len(generator)):
+        rows = generator.rows_of_batch(index)
+        masks = [consensus_of_row(table, row)[2] for row in rows]
+        assert sum(mask.any() for mask in masks) == expected
+
+
+def test_every_balanced_batch_has_target_pixels(table):
+    for crop in ("lung", "nodule"):
+        generator = training(table, replace(BATCHES, crop=crop, nodule_fraction=0.01))
+        assert all(y[..., 1].any() for _, y in generator)
+
+
+def test_scarce_rows_are_repeated_evenly():
+    rows = np.array([3, 5, 9])
+    got = drawn(rows, 8, np.random.default_rng(0))
+    assert sorted(np.unique(got, return_counts=True)[1]) == [2, 3, 3]
+    assert drawn(rows, 5, None).tolist() == [3, 5, 9, 3, 5]
+    assert drawn(np.arange(10), 5, None).tolist() == [0, 2, 4, 6, 8]
+
+
+def test_slices_with_too_few_readers_are_negatives(table):
+    batches = replace(BATCHES, min_readers=3)
+    has_target = data_generator.rows_with_target(table, all_rows(table), batches)
+    # Nodule 1 (four readers, slices 8 to 12) counts; nodule 2 (two, 13 to 15) does not.
+    assert set(table.rows["z"][has_target]) == set(range(8, 13))
+    assert has_target.sum() == 5 * 5
+    assert np.count_nonzero(table.rows["nodule_px"]) == 5 * 8
+
+
+@pytest.mark.parametrize("crop", ["centre", "lung", "nodule"])
+def test_a_batch_depends_on_seed_epoch_and_index_alone(table, crop):
+    batches = replace(BATCHES, crop=crop)
+    one, other = training(table, batches), training(table, batches)
+    one.epoch = other.epoch = 2
+    in_order = [one[index] for index in range(len(one))]
+    numbers = np.random.default_rng(0).permutation(len(other))
+    with ThreadPoolExecutor(4) as pool:
+        by_threads = dict(
+            zip(numbers, pool.map(other.__getitem__, numbers), strict=True)
+        )
+    for index, (x, y) in enumerate(in_order):
+        assert np.array_equal(by_threads[index][0], x)
+        assert np.array_equal(by_threads[index][1], y)
+
+
+@pytest.mark.parametrize("change", ["seed", "epoch", "index"])
+def test_another_seed_epoch_or_index_gives_other_changes(table, change):
+    batches = replace(BATCHES, nodule_fraction=0)
+    rows = np.zeros(8, int)  # one row only, so that only the changes can differ
+    first = SliceGenerator(table, rows, batches, CHANGES, seed=1)
+    other = SliceGenerator(
+        table, rows, batches, CHANGES, seed=2 if change == "seed" else 1
+    )
+    other.epoch = 1 if change == "epoch" else 0
+    x, _ = other[1 if change == "index" else 0]
+    assert not np.allclose(first[0][0], x)
+
+
+def test_the_same_row_is_changed_otherwise_within_a_batch(table):
+    batches = replace(BATCHES, nodule_fraction=0)
+    x, _ = SliceGenerator(table, np.zeros(4, int), batches, CHANGES, seed=1)[0]
+    assert len(np.unique(x.sum(axis=(1, 2, 3)))) == 4
+
+
+def test_validation_is_the_same_in_every_epoch(table):
+    generator = plain(table, replace(BATCHES, crop="nodule"))
+    before = generator[2]
+    generator.on_epoch_end()
+    assert np.array_equal(generator[2][0], before[0])
+    assert np.array_equal(generator.rows_of_batch(2), [8, 9, 10, 11])
+
+
+def test_balanced_validation_has_a_fixed_order(table):
+    generator = plain(table, balanced=True)
+    rows = [generator.rows_of_batch(i).tolist() for i in range(len(generator))]
+    generator.on_epoch_end()
+    assert rows == [generator.rows_of_batch(i).tolist() for i in range(len(generator))]
+    assert all(y[..., 1].any(axis=(1, 2)).sum() == 2 for _, y in generator)
+
+
+def test_reference_and_image_are_changed_alike(table):
+    # All readers together drew just the bright core: 20 HU (0.73 of the window) in lung of
+    # -850 HU (0.11); five pixels further on there is still lung.
+    batches = replace(
+        BATCHES,
+        crop="nodule",
+        lung_mask=False,
+        nodule_fraction=1.0,
+        consensus_level=1.0,
+    )
+    changes = config.Augment(rotate_deg=90, zoom=0.2, elastic_px=2, elastic_grid_px=16)
+    both = either = 0
+    for x, y in training(table, batches, changes):
+        for image, reference in zip(x[..., 0], y[..., 1], strict=True):
+            near = cv2.dilate(reference, np.ones((7, 7), np.uint8)) > 0
+            bright = (image > 0.42) & near
+            both += 2 * np.count_nonzero(bright & (reference > 0))
+            either += np.count_nonzero(bright) + np.count_nonzero(reference)
+    assert both / either > 0.93
+
+
+def test_the_slice_label_says_whether_the_crop_holds_target(table):
+    generator = training(table, with_slice_label=True)
+    for _, y in generator:
+        assert y["slice"].shape == (4, 1)
+        assert np.array_equal(y["slice"][:, 0], y["mask"][..., 1].max(axis=(1, 2)))
+
+
+def test_lungs_can_be_the_target(table):
+    batches = replace(BATCHES, target="lung", lung_mask=False)
+    generator = plain(table, batches)
+    _, y = generator[0]
+    for row, one_hot in zip(generator.rows_of_batch(0), y, strict=True):
+        lung = made_scan(int(table.rows["scan"][row])).lung[table.rows["z"][row]]
+        assert np.array_equal(one_hot[..., 1], lung[8:56, 8:56] > 0)
+
+
+def test_masking_the_input_by_the_target_is_refused(table):
+    with pytest.raises(ValueError, match=r"shows the network the answer.*no-lung-mask"):
+        training(table, replace(BATCHES, target="lung", lung_mask=True))
+
+
+def test_scans_that_no_reader_saw_are_left_out(tmp_path, caplog):
+    write_scan(tiny_scan(0), tmp_path / "scans/scan-000.h5", {})
+    unread = replace(tiny_scan(1), reader_bits=None, nodule_labels=None, nodules=())
+    write_scan(unread, tmp_path / "scans/scan-001.h5", {})
+    write_table(tmp_path / "scans", tmp_path / "table.h5", SETTINGS)
+    with SliceTable(tmp_path / "table.h5") as table:
+        generator = training(table)
+        assert set(table.rows["scan"][generator.rows]) == {0}
+        assert "18 rows left out: no readers' outlines" in caplog.text
+        with pytest.raises(ValueError, match=r"none of the 18 rows.*readers' outlines"):
+            SliceGenerator(
+                table, np.flatnonzero(table.rows["scan"] == 1), BATCHES, None, seed=0
+            )
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_keras_trains_on_the_batches_of_each_epoch(table, workers):
+    import keras
+
+    seen = []
+
+    class Watched(keras.Model):
+        def train_step(self, data):
+            seen.append(np.array(data[0]))
+            return super().train_step(data)
+
+    image = keras.Input((48, 48, 1))
+    model = Watched(image, keras.layers.Conv2D(2, 1, activation="softmax")(image))
+    model.compile("sgd", "categorical_crossentropy", run_eagerly=True)
+    generator = training(table, steps_per_epoch=5)
+    model.fit(
+        as_pydataset(generator, workers=workers, max_queue_size=4),
+        validation_data=as_pydataset(plain(table), workers=workers),
+        initial_epoch=1,
+        epochs=1,
+        shuffle=False,
+        verbose=0,
+    )
+    assert not seen  # nothing to do; Keras still resets its iterator
+    generator.epoch = 1
+    model.fit(
+        as_pydataset(generator, workers=workers, max_queue_size=4),
+        validation_data=as_pydataset(plain(table), workers=workers),
+        initial_epoch=1,
+        epochs=4,
+        shuffle=False,
+        verbose=0,
+    )
+    assert generator.epoch == 4
+    again = training(table, steps_per_epoch=5)
+    expected = []
+    for epoch in (1, 2, 3):
+        again.epoch = epoch
+        expected.extend(x for x, _ in again)
+    assert len(seen) == len(expected)
+    for got, wanted in zip(seen, expected, strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def test_a_contact_sheet_outlines_the_reference(table):
+    generator = plain(table, replace(BATCHES, batch_size=6))
+    picture = data_generator.contact_sheet(generator, slices=12, columns=4)
+    height, width = 2 * 48 + data_generator.CAPTION_PX, 2 * 48
+    assert picture.shape == (3 * height, 4 * width, 3)
+    green = (picture == data_generator.OUTLINE_BGR).all(axis=-1)
+    for number in range(12):
+        top, left = number // 4 * height, number % 4 * width
+        _, y = generator[number // 6]
+        mask = y[number % 6, ..., 1]
+        outline = green[top : top + 96, left : left + 96]
+        large = cv2.resize(mask, (96, 96), interpolation=cv2.INTER_NEAREST) > 0
+        assert not (outline & large).any()
+        grown = cv2.dilate(large.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        assert np.array_equal(outline, grown & ~large)
+
+
+def test_the_step_writes_a_sheet_and_says_its_speed(table_path, tmp_path):
+    split = tmp_path / "split.json"
+    slice_idx.write_split(table_path, split, config.Split())
+    command = [sys.executable, "data_generator.py", "smoke", "--table", table_path]
+    command += ["--split", split, "--out", tmp_path / "sheet.png", "--seconds", "0.2"]
+    command += ["--batches.input_px", "48", "48", "--slices", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sheet.png: " in done.stdout
+    assert "slices/s" in done.stdout
+    assert cv2.imread(os.fspath(tmp_path / "sheet.png")).shape[1] == 6 * 96
+
+
+def test_a_missing_table_is_named(tmp_path, table_path):
+    split = tmp_path / "split.json"
+    slice_idx.write_split(table_path, split, config.Split())
+    command = [sys.executable, "data_generator.py", "smoke", "--split", split]
+    command += ["--table", tmp_path / "none.h5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "none.h5" in done.stderr
+    assert "run table.py first" in done.stderr
+
+
+def test_intensity_changes_leave_the_outside_of_the_lungs_alone(table):
+    changes = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0, noise_hu=80)
+    generator = training(table, augmentation=changes, balanced=False)
+    x, _ = generator[0]
+    for row, image in zip(generator.rows_of_batch(0), x[..., 0], strict=True):
+        lung = table.read("lung", int(row))[8:56, 8:56] > 0
+        assert not image[~lung].any()
+        inside = image[lung]
+        hu = augment.cut(
+            table.read("hu", int(row)),
+            augment.crop_at_centre((64, 64), (48, 48)),
+            (48, 48),
+            fill=augment.AIR_HU,
+        )
+        difference = inside - np.clip((hu[lung] + 1000.0) / 1400, 0, 1)
+        assert 0 < difference.std() < 80 / 1400

@@ -70,18 +70,25 @@ def kmeans_threshold(values_hu: np.ndarray) -> float:
     return low + (sum_below[cut] / below[cut] + sum_above[cut] / above[cut]) / 2
 
 
-def slice_threshold(image_hu: np.ndarray) -> float:
-    """The slice rule's threshold: K-means on the middle of a (y, x) int16 slice.
+def without_extremes(image_hu: np.ndarray) -> np.ndarray:
+    """A (y, x) slice whose least and greatest values became the mean of its middle.
 
-    The slice's extreme values (padding, metal) are first set to the middle's mean.
+    So padding and metal draw no cluster to themselves; padding becomes tissue.
     """
-    scale = image_hu.shape[0] / SLICE_RULE_PX
-    middle = image_hu[
-        round(MIDDLE.start * scale) : round(MIDDLE.stop * scale),
-        round(MIDDLE.start * scale) : round(MIDDLE.stop * scale),
-    ]
-    extreme = (middle == image_hu.min()) | (middle == image_hu.max())
-    return kmeans_threshold(np.where(extreme, np.int16(middle.mean()), middle))
+    extreme = (image_hu == image_hu.min()) | (image_hu == image_hu.max())
+    return np.where(extreme, np.int16(middle_of(image_hu).mean()), image_hu)
+
+
+def middle_of(image: np.ndarray) -> np.ndarray:
+    """The part of a (y, x) slice that K-means looks at."""
+    scale = image.shape[0] / SLICE_RULE_PX
+    part = slice(round(MIDDLE.start * scale), round(MIDDLE.stop * scale))
+    return image[part, part]
+
+
+def slice_threshold(image_hu: np.ndarray) -> float:
+    """The slice rule's threshold: K-means on the middle of a (y, x) int16 slice."""
+    return kmeans_threshold(middle_of(without_extremes(image_hu)))
 
 
 def slice_rule(image_hu: np.ndarray) -> np.ndarray:
@@ -97,9 +104,11 @@ def slice_rule(image_hu: np.ndarray) -> np.ndarray:
         (y, x) bool.
     """
     scale = image_hu.shape[0] / SLICE_RULE_PX
-    grow = square(DILATE_PX * scale)
-    air = (image_hu < slice_threshold(image_hu)).astype(np.uint8)
-    opened = cv2.dilate(cv2.erode(air, square(ERODE_PX * scale)), grow)
+    image_hu = without_extremes(image_hu)
+    threshold = kmeans_threshold(middle_of(image_hu))
+    air = (image_hu < threshold).astype(np.uint8)
+    opened = by_square(cv2.erode, air, ERODE_PX * scale)
+    opened = by_square(cv2.dilate, opened, DILATE_PX * scale)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=8)
     top, width, height = (
         stats[:, column]
@@ -111,13 +120,21 @@ def slice_rule(image_hu: np.ndarray) -> np.ndarray:
         & (top + height < REGION_BOTTOM_PX * scale)
     )
     keep[0] = False
-    return cv2.dilate(keep[labels].astype(np.uint8), grow).astype(bool)
+    kept = keep[labels].astype(np.uint8)
+    return by_square(cv2.dilate, kept, DILATE_PX * scale).astype(bool)
 
 
-def square(side_px: float) -> np.ndarray:
-    """Structuring element of ones, at least one pixel wide."""
+def by_square(
+    operation: Callable[..., np.ndarray], image: np.ndarray, side_px: float
+) -> np.ndarray:
+    """Erodes or dilates by a square of at least one pixel.
+
+    A square of even side has no middle; its anchor is where scikit-image, which the thesis
+    used, has it, one pixel before OpenCV's own.
+    """
     side = max(round(side_px), 1)
-    return np.ones((side, side), np.uint8)
+    anchor = (side - 1) // 2
+    return operation(image, np.ones((side, side), np.uint8), anchor=(anchor, anchor))
 
 
 def lung_labels(

@@ -21,7 +21,6 @@ import numpy as np
 import tyro
 
 import config
-import data_generator
 import files
 import provenance
 import slice_idx
@@ -203,14 +202,21 @@ def open_data(
     Raises:
         ValueError: If nobody is left to train on.
     """
+    import data_generator
+
     batches, settings = experiment.batches, experiment.train
-    rows = {part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS}
+    rows = {
+        part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS
+    }
     if not len(rows["train"]):
         raise ValueError(
             f"the training part has no slices in {table.path}; expected some patients "
             "with slices, run slice_idx.py with other fractions or table.py with more scans"
         )
-    options = {"seed": settings.seed, "with_slice_label": experiment.model.slice_classifier}
+    options = {
+        "seed": settings.seed,
+        "with_slice_label": experiment.model.slice_classifier,
+    }
     training = data_generator.SliceGenerator(
         table,
         rows["train"],
@@ -223,7 +229,13 @@ def open_data(
         log.warning("nobody validates: the last epoch counts as the best")
         return Data(training)
     validation = data_generator.SliceGenerator(
-        table, rows["validation"], batches, None, shuffle=False, balanced=False, **options
+        table,
+        rows["validation"],
+        batches,
+        None,
+        shuffle=False,
+        balanced=False,
+        **options,
     )
     return Data(training, validation)
 
@@ -280,7 +292,11 @@ def fit(
     )
     if progress.epoch < settings.epochs and not progress.stopped:
         training.run_epochs(
-            model, data.training, data.validation, settings, progress,
+            model,
+            data.training,
+            data.validation,
+            settings,
+            progress,
             run_dir=directory,
             workers=workers,
             pictured=pictured_slices(data.validation or data.training),

@@ -12,7 +12,7 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,7 @@ class Predictions:
         split_sha256: Checksum of the split the run was trained with.
         training_patients: Patients the weights have seen.
         scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}.
+        provenance: What wrote the predictions.
     """
 
     run: str
@@ -118,6 +119,7 @@ class Predictions:
     split_sha256: str
     training_patients: tuple[str, ...]
     scans: dict[str, dict[str, str]]
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""

@@ -257,6 +257,15 @@ def read_record(h5: tables.File, path: Path) -> dict[str, Any]:
     return record
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The lung mask settings a scan file was made with; see `read_scan` for errors."""
+    try:
+        with tables.open_file(path) as h5:
+            return read_record(h5, path)["provenance"]["settings"]
+    except tables.HDF5ExtError as error:
+        raise ScanError(f"{path}: not a readable scan file") from error
+
+
 def scan_path(scans_dir: Path, scan_id: str) -> Path:
     """Where preprocess.py keeps the scan file of `scan_id`."""
     return Path(scans_dir) / f"{scan_id}.h5"

@@ -30,14 +30,15 @@ FORMAT_VERSION = 1
 
 PARTS = ("train", "validation", "test")
 
-STRATA_MM = (6.0, 10.0, 20.0)
-"""Patients are grouped by their largest nodule: none, below 6, 10, 20 mm, and above."""
+LIMITS_MM = (6.0, 10.0, 20.0)
+STRATA = ("none", "below 6 mm", "6 to 10 mm", "10 to 20 mm", "20 mm or more")
+"""Patients are grouped by the diameter of their largest nodule."""
 
 Parts = dict[str, list[str]]
 """Part to the sorted ids of its patients, or with `unit=slice` its slices."""
 
 
-def split_patients(strata: Mapping[str, int], settings: config.Split) -> Parts:
+def split_patients(strata: Mapping[str, str], settings: config.Split) -> Parts:
     """Assigns every patient to one part, by shares or folds.
 
     Args:
@@ -59,7 +60,7 @@ def split_patients(strata: Mapping[str, int], settings: config.Split) -> Parts:
     return dict(zip(PARTS, groups, strict=True))
 
 
-def split_folds(strata: Mapping[str, int], settings: config.Split) -> list[list[str]]:
+def split_folds(strata: Mapping[str, str], settings: config.Split) -> list[list[str]]:
     """All folds, each a list of patients; `settings.fold` plays no part.
 
     Raises:
@@ -143,7 +144,7 @@ def part_counts(total: int, fractions: Sequence[float]) -> list[int]:
 
 
 def _deal(
-    strata: Mapping[str, int], counts: Sequence[int], seed: int
+    strata: Mapping[str, str], counts: Sequence[int], seed: int
 ) -> list[list[str]]:
     """Deals items out in the proportion of `counts`, stratum after stratum.
 
@@ -177,8 +178,8 @@ def _parts_of_folds(folds: Sequence[list[str]], fold: int) -> Parts:
     }
 
 
-def strata_of_patients(table: SliceTable) -> dict[str, int]:
-    """Every patient's group by its largest nodule: 0 for none, then by `STRATA_MM`."""
+def strata_of_patients(table: SliceTable) -> dict[str, str]:
+    """The stratum of every patient in the table, one of `STRATA`."""
     largest_mm = dict.fromkeys(table.scans["patient_id"].tolist(), 0.0)
     patient_of_nodule = table.scans["patient_id"][table.nodules["scan"]].tolist()
     for patient_id, diameter_mm in zip(
@@ -186,7 +187,7 @@ def strata_of_patients(table: SliceTable) -> dict[str, int]:
     ):
         largest_mm[patient_id] = max(largest_mm[patient_id], diameter_mm)
     return {
-        patient_id: 1 + int(np.digitize(size_mm, STRATA_MM)) if size_mm else 0
+        patient_id: STRATA[1 + np.digitize(size_mm, LIMITS_MM) if size_mm else 0]
         for patient_id, size_mm in largest_mm.items()
     }
 
@@ -208,8 +209,8 @@ def split_table(table: SliceTable, settings: config.Split) -> dict[str, Any]:
     if settings.unit == "slice":
         if settings.method == "subsets":
             raise ValueError("split.unit=slice cannot keep subsets of patients")
-        marked = (table.rows["nodule_px"] > 0).tolist()
-        strata = dict(zip(slice_ids(table).tolist(), map(int, marked), strict=True))
+        marked = np.where(table.rows["nodule_px"] > 0, "nodule", "none").tolist()
+        strata = dict(zip(slice_ids(table).tolist(), marked, strict=True))
         parts = split_patients(strata, settings)
     elif settings.method == "subsets":
         pairs = table.scans[["patient_id", "subset"]].tolist()
@@ -217,21 +218,22 @@ def split_table(table: SliceTable, settings: config.Split) -> dict[str, Any]:
     else:
         strata = strata_of_patients(table)
         parts = split_patients(strata, settings)
-    return {
+    record = {
         "format_version": FORMAT_VERSION,
         "settings": config.to_json(settings),
         "leaks": settings.unit == "slice",
         "table_sha256": table.sha256,
         "sha256": split_sha256(parts),
-        "strata": {
-            part: [
-                Counter(strata[i] for i in members)[s]
-                for s in sorted(set(strata.values()))
-            ]
+        "nodules": {
+            part: dict(sorted(Counter(strata[i] for i in members).items()))
             for part, members in parts.items()
         },
         "parts": parts,
     }
+    if record["leaks"]:
+        pairs = table.scans[["scan_id", "patient_id"]].tolist()
+        record["patient_of_scan"] = dict(pairs)
+    return record
 
 
 def _refuse_shared_series(table: SliceTable) -> None:
@@ -254,7 +256,8 @@ def split_sha256(parts: Mapping[str, Sequence[str]]) -> str:
 def read_split(path: Path) -> dict[str, Any]:
     """The record in a split.json.
 
-    A split written by hand needs `format_version`, `settings` and `parts` alone.
+    A split by patient that is written by hand needs `format_version`, `settings` and
+    `parts` alone.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -332,14 +335,18 @@ def _some(entries: set[str]) -> str:
     return first if len(entries) == 1 else f"{first} and {len(entries) - 1} more"
 
 
-def part_of(split: Mapping[str, Any], patient_id: str) -> str:
-    """The part a patient is in, "" if in none; of a split by slice always "train".
-
-    Training has seen slices of nearly every patient there, so none counts as unseen.
-    """
+def patients_of_part(split: Mapping[str, Any], part: str) -> list[str]:
+    """Sorted patients in a part; of a split by slice, those with a slice in it."""
+    entries = split["parts"][part]
     if split["leaks"]:
-        return "train"
-    return next((p for p in PARTS if patient_id in split["parts"][p]), "")
+        scan_ids = {entry.rpartition("/")[0] for entry in entries}
+        entries = {split["patient_of_scan"][scan_id] for scan_id in scan_ids}
+    return sorted(entries)
+
+
+def part_of(split: Mapping[str, Any], patient_id: str) -> str:
+    """The part a patient is in, "" if in none; "train" if any slice was trained on."""
+    return next((p for p in PARTS if patient_id in patients_of_part(split, p)), "")
 
 
 def nnunet_splits(table: SliceTable, settings: config.Split) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ def run(
         format="%(asctime)s %(module)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     parsed = parse(arguments, argv)
     started = time.monotonic()
     try:
@@ -144,6 +145,7 @@ def _map_by_dask(
 ) -> dict[int, Any]:
     from dask import distributed
 
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     # Given no address, the client starts worker processes here and ends them on closing.
     where: dict[str, Any] = (
         {"address": scheduler}

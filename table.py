@@ -139,6 +139,7 @@ def write_table(
 
 def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
     """Writes a scan's part, a table of this scan alone; a good one there is kept."""
+    tables.silence_hdf5_messages()  # is per thread; Dask works in threads of its own
     path = parts_dir / f"{item.scan_id}.h5"
     source_sha256 = _source_sha256(item.path)
     if _part_stands(path, settings, source_sha256):

@@ -90,10 +90,12 @@ class Reading:
     Attributes:
         findings: Outlined nodules in the order of the source.
         facts: Counts and origin, for `Scan.acquisition`.
+        thickness_mm: SliceThickness, where the source knows it; else 0.
     """
 
     findings: tuple[Finding, ...]
     facts: dict[str, Any]
+    thickness_mm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,56 +206,64 @@ def read_reading(source: ScanSource) -> Reading | None:
 
 
 def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
-    """`scan` with the readers' masks and nodules.
-
-    Everything is drawn in the order of the source's own slices, rows and columns, in which
-    outlines are given, and then turned as the HU were.
-
-    Raises:
-        ScanError: If an outline lies outside the volume, or there are more nodules or
-            readers than a scan file holds.
-    """
-    drawn = [place(f.rois, slices, scan.scan_id) for f in reading.findings]
-    clusters = cluster(drawn, slices)
-    # A nodule in which no reader enclosed a pixel has no voxel to be found by.
-    masks = [outlines.fill_outlines(outline) for outline in drawn]
-    kept = [c for c in clusters if any(masks[i][0].any() for i in c)]
-    if len(kept) > MAX_LABEL:
-        raise ScanError(
-            f"series {scan.scan_id}: {len(kept)} nodules are outlined; a scan file holds "
-            f"at most {MAX_LABEL}"
-        )
-    readers = max((f.session for f in reading.findings), default=0) + 1
-    if readers > MAX_READERS:
-        raise ScanError(
-            f"series {scan.scan_id}: {readers} reading sessions; a scan file holds at most "
-            f"{MAX_READERS}"
-        )
-    placed = [
-        PlacedMask(*masks[i], label, reading.findings[i].session)
-        for label, members in enumerate(kept, start=1)
-        for i in members
-    ]
-    reader_bits, nodule_labels = outlines.paint(placed, slices.grid.shape)
+    """`scan` with the readers' masks and nodules; see `draw`."""
+    reader_bits, nodule_labels, nodules = draw(reading, slices, scan.scan_id)
     affine = slices.grid.affine
     return replace(
         scan,
         reader_bits=geometry.to_canonical(reader_bits, affine)[0],
         nodule_labels=geometry.to_canonical(nodule_labels, affine)[0],
-        nodules=tuple(
-            nodule_of(
-                label,
-                [(reading.findings[i], drawn[i], masks[i]) for i in members],
-                slices,
-            )
-            for label, members in enumerate(kept, start=1)
-        ),
-        acquisition={
-            **scan.acquisition,
-            **reading.facts,
-            "empty_nodules": len(clusters) - len(kept),
-        },
+        nodules=nodules,
+        acquisition={**scan.acquisition, **reading.facts},
     )
+
+
+def draw(
+    reading: Reading, slices: Slices, series_uid: str
+) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
+    """The readers' masks in the order of the source's own slices, rows and columns.
+
+    Outlines are given in that order, so they are drawn in it, whichever way it runs. A
+    nodule in which no reader enclosed a pixel has no voxel to be found by; it is dropped.
+
+    Returns:
+        (slice, row, column) uint8 reader bits and nodule labels, and the nodules.
+
+    Raises:
+        ScanError: If an outline lies outside the volume, or there are more nodules or
+            readers than a scan file holds.
+    """
+    drawn = [place(f.rois, slices, series_uid) for f in reading.findings]
+    masks = [outlines.fill_outlines(outline) for outline in drawn]
+    clusters = cluster(drawn, slices)
+    kept = [c for c in clusters if any(masks[i][0].any() for i in c)]
+    if len(kept) < len(clusters):
+        log.info(
+            "series %s: %d nodules whose outlines enclose no pixel are left out",
+            series_uid,
+            len(clusters) - len(kept),
+        )
+    readers = max((f.session for f in reading.findings), default=0) + 1
+    check_room(len(kept), MAX_LABEL, f"series {series_uid}: nodules outlined")
+    check_room(readers, MAX_READERS, f"series {series_uid}: reading sessions")
+    placed = [
+        PlacedMask(*masks[i], label, reading.findings[i].session)
+        for label, members in enumerate(kept, start=1)
+        for i in members
+    ]
+    nodules = tuple(
+        nodule_of(
+            label, [(reading.findings[i], drawn[i], masks[i]) for i in members], slices
+        )
+        for label, members in enumerate(kept, start=1)
+    )
+    return *outlines.paint(placed, slices.grid.shape), nodules
+
+
+def check_room(found: int, most: int, what: str) -> None:
+    """Raises ScanError if a scan file cannot hold so many."""
+    if found > most:
+        raise ScanError(f"{what}: {found}; a scan file holds at most {most}")
 
 
 def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]:

@@ -63,7 +63,9 @@ class Settings:
             )
         fewest, most = self.nodules
         if not 0 <= fewest <= most <= 30:
-            raise ValueError(f"nodules is {self.nodules}, expected 0 <= fewest <= most <= 30")
+            raise ValueError(
+                f"nodules is {self.nodules}, expected 0 <= fewest <= most <= 30"
+            )
         small, large = self.diameter_mm
         if not 3 <= small <= large <= 60:
             raise ValueError(
@@ -167,9 +169,13 @@ def make_phantom(seed: int, settings: Settings = Settings()) -> Phantom:
     placed = _place_nodules(settings, chest, coarse, trees, draws("nodules"))
     kernel = KERNELS[draws("kernel").choice(len(KERNELS), p=(0.25, 0.5, 0.25))]
     scene = _Scene(body, chest, mesh, coarse, stride)
-    patches = [_Patch.of(nodule, scene, draws(("patch", nodule.label))) for nodule in placed]
+    patches = [
+        _Patch.of(nodule, scene, draws(("patch", nodule.label))) for nodule in placed
+    ]
     outside = _outside_fov(mesh) if draws("fov").random() < 0.5 else None
-    hu, lung = _render(scene, _draw_tubes(trees, scene), patches, kernel, outside, draws)
+    hu, lung = _render(
+        scene, _draw_tubes(trees, scene), patches, kernel, outside, draws
+    )
     labels = _label_nodules(patches, lung)
     readings = [
         reading
@@ -278,8 +284,8 @@ def _grow_trees(
         if len(voxels) < 100:
             continue
         for kind, root, count, tip_mm in (
-            ("vessel", roots[0], 430, 0.42),
-            ("vessel", roots[1], 330, 0.42),
+            ("vessel", roots[0], 460, 0.48),
+            ("vessel", roots[1], 340, 0.48),
             ("bronchus", roots[2], 90, 0.62),
         ):
             chosen = voxels[rng.choice(len(voxels), count)]
@@ -291,7 +297,7 @@ def _grow_trees(
 
 
 def _points_xyz(mesh: Mesh, voxels: np.ndarray) -> np.ndarray:
-    """mm (n, xyz) of voxels (n, zyx)."""
+    """Mm (n, xyz) of voxels (n, zyx)."""
     z, y, x = voxels.T
     return np.stack(
         [mesh.x.ravel()[x], mesh.y.ravel()[y], mesh.z.ravel()[z]], axis=1
@@ -317,7 +323,9 @@ def _draw_tubes(trees: Sequence[tuple[str, anatomy.Tree]], scene: _Scene) -> _Tu
             if kind == "vessel":
                 _draw_tube(vessel, scene.mesh, start, end, r0, r1)
             elif r1 > 0.9:
-                _draw_tube(wall, scene.mesh, start, end, 1.25 * r0 + 0.4, 1.25 * r1 + 0.4)
+                _draw_tube(
+                    wall, scene.mesh, start, end, 1.25 * r0 + 0.4, 1.25 * r1 + 0.4
+                )
                 _draw_tube(lumen, scene.mesh, start, end, r0, r1)
     return _Tubes(*volumes)
 
@@ -326,7 +334,9 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
     """Paints one segment; slices are sampled at three heights for partial volume."""
     dz, _, dx = mesh.spacing_mm
     margin = np.array([dx, dx, dz]) * 0.75 + max(r0, r1)
-    box = mesh.box_around(np.minimum(start, end) - margin, np.maximum(start, end) + margin)
+    box = mesh.box_around(
+        np.minimum(start, end) - margin, np.maximum(start, end) + margin
+    )
     if box is None:
         return
     part = mesh.part(box)
@@ -334,7 +344,7 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
     heights = (part.z.ravel()[:, None] + offsets).reshape(-1, 1, 1)
     start, end = start.astype(np.float32), end.astype(np.float32)
     depth = anatomy.capsule(
-        Mesh(heights, part.y, part.x), start, end, np.float32(r0), np.float32(r1)
+        Mesh(heights, part.y, part.x), start, end, float(r0), float(r1)
     )
     share = np.clip(0.5 - depth / np.float32(dx), 0, 1)
     # A thread thinner than a pixel fills only a part of those it runs through.
@@ -359,9 +369,11 @@ def _place_nodules(
     placed: list[PlacedNodule] = []
     for _ in range(int(rng.integers(fewest, most + 1))):
         small, large = settings.diameter_mm
-        diameter = float(np.clip(9.5 * np.exp(0.55 * rng.standard_normal()), small, large))
-        kind = str(rng.choice(["solid", "part-solid", "ground-glass"], p=(0.7, 0.13, 0.17)))
-        site = str(rng.choice(["isolated", "vascular", "juxtapleural"], p=(0.4, 0.3, 0.3)))
+        diameter = float(
+            np.clip(9.5 * np.exp(0.55 * rng.standard_normal()), small, large)
+        )
+        kind = nodules.KINDS[rng.choice(3, p=(0.7, 0.13, 0.17))]
+        site = nodules.SITES[rng.choice(3, p=(0.4, 0.3, 0.3))]
         shape = nodules.draw_shape(rng, diameter)
         centre = places.find(site, diameter, placed, rng)
         nodule = PlacedNodule(
@@ -462,7 +474,9 @@ class _Places:
             if site == "juxtapleural"
             else (radius + 3, np.inf)
         )
-        fitting = np.flatnonzero((self.depth_mm >= max(low, 1)) & (self.depth_mm <= high))
+        fitting = np.flatnonzero(
+            (self.depth_mm >= max(low, 1)) & (self.depth_mm <= high)
+        )
         if not fitting.size:
             return []
         chosen = rng.choice(fitting, 60)
@@ -510,7 +524,9 @@ class _Patch:
     limit: np.ndarray
 
     @classmethod
-    def of(cls, nodule: PlacedNodule, scene: _Scene, rng: np.random.Generator) -> "_Patch":
+    def of(
+        cls, nodule: PlacedNodule, scene: _Scene, rng: np.random.Generator
+    ) -> "_Patch":
         box = nodule.box(scene.mesh)
         if box is None:
             raise ScanError(
@@ -543,18 +559,21 @@ def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Re
     mesh = scene.mesh.part(patch.box)
     field_mm = np.zeros(0)
     z0, y0, x0 = (span.start for span in patch.box)
+    shift = np.array([x0, y0])
     ratings = [nodules.rate(patch.nodule, rng) for _ in range(nodules.READERS)]
     found = False
-    for reader, mask in nodules.read_nodule(patch.nodule, field_mm, patch.limit, mesh, rng):
+    for reader, mask in nodules.read_nodule(
+        patch.nodule, field_mm, patch.limit, mesh, rng
+    ):
         outlines = nodules.outlines_of(mask)
         if not outlines:
             continue
         found = True
-        moved = {z + z0: outline + (x0, y0) for z, outline in outlines.items()}
+        moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(reader, patch.nodule.label, moved, ratings[reader])
     if not found and patch.mask.any():
         outlines = nodules.outlines_of(patch.mask)
-        moved = {z + z0: outline + (x0, y0) for z, outline in outlines.items()}
+        moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(0, patch.nodule.label, moved, ratings[0])
 
 
@@ -692,7 +711,11 @@ def _paint_lungs(image, border, scene: _Scene, tubes: _Tubes, z: int) -> None:
     width = np.float32(max(scene.mesh.spacing_mm[2], 0.5 * scene.mesh.spacing_mm[0]))
     fissure = scene.upsampled(chest.fissures[z])[rows, columns]
     tissue += np.clip(1 - fissure / width, 0, 1) * np.float32(150 / max(width, 1))
-    for volume, density in ((tubes.vessel, blood), (tubes.wall, -60.0), (tubes.lumen, -960.0)):
+    for volume, density in (
+        (tubes.vessel, blood),
+        (tubes.wall, -60.0),
+        (tubes.lumen, -960.0),
+    ):
         tissue += volume[box] * np.float32(1 / 255) * (density - tissue)
     view = image[rows, columns]
     view += np.clip(0.5 - border[rows, columns], 0, 1) * (tissue - view)
@@ -767,12 +790,16 @@ class _Grain:
         fine, wide = (grain / self.pixel_mm for grain in self.kernel.grain_mm)
         noise = _blurred(white, fine) - 0.85 * _blurred(white, wide)
         shoulder = float(self.shoulders[z])
-        noise *= np.float32(self.scale_hu * (1 + 0.9 * shoulder) / max(noise.std(), 1e-6))
+        noise *= np.float32(
+            self.scale_hu * (1 + 0.9 * shoulder) / max(noise.std(), 1e-6)
+        )
         if shoulder > 0.05:
             # Photons that pass through both shoulders are few: streaks from side to side.
             length = max(3, round(45 / self.pixel_mm))
             streaks = cv2.blur(white[::-1], (length, 1))
-            streaks *= np.float32(0.9 * self.scale_hu * shoulder / max(streaks.std(), 1e-6))
+            streaks *= np.float32(
+                0.9 * self.scale_hu * shoulder / max(streaks.std(), 1e-6)
+            )
             noise += streaks
         return noise * self.amount
 
@@ -805,7 +832,8 @@ def to_scan(phantom: Phantom) -> Scan:
             "kernel": phantom.kernel.name,
             "slice_thickness_mm": phantom.settings.slice_spacing_mm,
             "nodules": [
-                {"label": n.label, "kind": n.kind, "site": n.site} for n in phantom.nodules
+                {"label": n.label, "kind": n.kind, "site": n.site}
+                for n in phantom.nodules
             ],
         },
     )
@@ -914,12 +942,16 @@ def write_phantoms(
             is off.
     """
     if count < 1 or seed < 0:
-        raise ValueError(f"count is {count} and seed {seed}, expected 1 or more and 0 or more")
+        raise ValueError(
+            f"count is {count} and seed {seed}, expected 1 or more and 0 or more"
+        )
     jobs = [_Job(number, settings, Path(out)) for number in range(seed, seed + count)]
     wanted = [job for job in jobs if overwrite or not _complete(job)]
     if wanted and settings.nodules[1]:
         nodules.shape_index()
-    done, failures = steps.map_scans(_write_job, wanted, workers=workers, label="phantoms")
+    done, failures = steps.map_scans(
+        _write_job, wanted, workers=workers, label="phantoms"
+    )
     line = f"wrote {out}: {len(done)} phantoms, {len(jobs) - len(wanted)} were there"
     return steps.Report(line, failures)
 

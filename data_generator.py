@@ -1,0 +1,437 @@
+"""Step 4 of 9: rows of the table as augmented batches; run alone, a contact sheet.
+
+Draws a sheet of what a network would be trained on, with the outlines of its reference,
+and prints how fast batches are made with one and with two threads.
+
+Example:
+    python data_generator.py thesis --table work/table.h5 --split work/split.json \
+        --part train --out work/contact_sheet.png
+"""
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+import augment
+import config
+import files
+import slice_idx
+import steps
+from slice_table import SliceTable
+
+log = logging.getLogger(__name__)
+
+ORDER, BATCH, NOISE = 1, 2, 3
+"""First words of the seeds of the row order, of a batch and of the noise. They stand first
+because NumPy takes the seeds (1, 2) and (1, 2, 0) for the same."""
+
+SCALE = 2
+"""Magnification of the contact sheet; an outline is one magnified pixel wide."""
+
+OUTLINE_BGR = (60, 230, 60)
+CAPTION_PX = 22
+
+
+class SliceGenerator:
+    """Batches of slices by number: `len(generator)`, `generator[index]`.
+
+    A batch depends on (seed, epoch, index) alone: not on the thread that makes it, nor on
+    what was made before. Any number of threads may ask for batches at once; for speed, ask
+    from as many as there are cores, as `as_pydataset` does.
+
+    Args:
+        table: The open table.
+        rows: Rows of the table to use, e.g. those of one part of the split.
+        batches: Crop, window, target, batch size and share of nodule slices.
+        augmentation: Random changes; None gives plain crops.
+        seed: Of order, crops and augmentation.
+        steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
+        shuffle: True draws a new order and new changes each epoch. False is for
+            validation: all epochs are the same, and rows come in the order given.
+        balanced: Draw `batches.nodule_fraction` of each batch, and at least one row, from
+            the rows with target and the others from those without; the scarcer kind is
+            repeated. False, or a fraction of 0, takes rows as they are.
+        with_slice_label: Give y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
+            "slice" is 1 if the crop holds any target.
+
+    Attributes:
+        epoch: The epoch that batches are made for; set it to resume.
+
+    Raises:
+        ValueError: If no row can be used.
+    """
+
+    def __init__(
+        self,
+        table: SliceTable,
+        rows: np.ndarray,
+        batches: config.Batches,
+        augmentation: config.Augment | None,
+        *,
+        seed: int,
+        steps_per_epoch: int = 0,
+        shuffle: bool = True,
+        balanced: bool = True,
+        with_slice_label: bool = False,
+    ) -> None:
+        # Threads are those of the caller; OpenCV's own would only compete with them.
+        cv2.setNumThreads(1)
+        self.table = table
+        self.rows = usable_rows(table, rows, batches)
+        self.batches = batches
+        self.augmentation = augmentation
+        self.seed = seed
+        self.shuffle = shuffle
+        self.with_slice_label = with_slice_label
+        self.epoch = 0
+        self.groups = [(self.rows, batches.batch_size)]
+        if balanced and batches.nodule_fraction > 0:
+            self.groups = balanced_groups(table, self.rows, batches)
+        self.steps = steps_per_epoch or -(-len(self.rows) // batches.batch_size)
+        self.rows_once = len(self.groups) == 1 and steps_per_epoch == 0
+        self.noise_field = None
+        if augmentation is not None and augmentation.noise_hu > 0:
+            self.noise_field = augment.noise_field(batches.input_px, seed=(NOISE, seed))
+        self.order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+        """One batch: x (b, y, x, 1) float32, y (b, y, x, 2) uint8 background and target.
+
+        Raises:
+            IndexError: If `index` is not from 0 to the number of batches.
+        """
+        # Read once: another thread may end the epoch meanwhile.
+        epoch = self.epoch if self.shuffle else 0
+        rows = self.rows_of_batch(index, epoch)
+        rng = np.random.default_rng((BATCH, self.seed, epoch, index))
+        x = np.empty((len(rows), *self.batches.input_px, 1), np.float32)
+        y = np.empty((len(rows), *self.batches.input_px, 2), np.uint8)
+        for position, row in enumerate(rows):
+            image, mask = self.sample(int(row), rng)
+            x[position, ..., 0] = image
+            y[position] = augment.one_hot(mask)
+        if self.with_slice_label:
+            present = np.any(y[..., 1], axis=(1, 2), keepdims=True)[..., 0]
+            return x, {"mask": y, "slice": present.astype(np.float32)}
+        return x, y
+
+    def on_epoch_end(self) -> None:
+        """Goes on to the next epoch."""
+        self.epoch += 1
+
+    def rows_of_batch(self, index: int, epoch: int | None = None) -> np.ndarray:
+        """(b,) table rows of batch `index` of an epoch, by default the present one."""
+        if epoch is None:
+            epoch = self.epoch if self.shuffle else 0
+        if not 0 <= index < self.steps:
+            raise IndexError(f"batch {index}; expected 0 to {self.steps - 1}")
+        known = self.order
+        if known is None or known[0] != epoch:
+            known = (epoch, self.order_of_epoch(epoch))
+            self.order = known
+        size = self.batches.batch_size
+        return known[1][index * size : (index + 1) * size]
+
+    def order_of_epoch(self, epoch: int) -> np.ndarray:
+        """Table rows of all batches of an epoch, one batch after the other."""
+        rng = None
+        if self.shuffle:
+            rng = np.random.default_rng((ORDER, self.seed, epoch))
+        if self.rows_once:
+            return drawn(self.rows, len(self.rows), rng)
+        columns = [
+            drawn(rows, self.steps * count, rng).reshape(self.steps, count)
+            for rows, count in self.groups
+        ]
+        return np.concatenate(columns, axis=1).ravel()
+
+    def sample(self, row: int, rng: np.random.Generator):
+        """One row as (y, x) float32 input and (y, x) uint8 mask of 0 and 1."""
+        batches, size = self.batches, self.batches.input_px
+        hu = self.table.read("hu", row)
+        lung = self.table.read("lung", row) if reads_lung(batches) else None
+        mask = row_target(self.table, row, batches)
+        crop = self.crop(mask, lung, rng)
+        marks = mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
+        gamma = 1.0
+        if self.augmentation is None:
+            hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
+            marks = augment.cut(marks, crop, size, fill=0)
+        else:
+            warp = augment.draw_warp(self.augmentation, crop, size, rng)
+            hu = augment.warp_image(hu, warp, size)
+            marks = augment.warp_labels(marks, warp, size)
+            gamma, noise_hu = augment.draw_intensity(self.augmentation, rng)
+            if self.noise_field is not None:
+                hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
+        image = augment.to_input(hu, marks & augment.LUNG_BIT, batches, gamma=gamma)
+        return image, marks & augment.TARGET_BIT
+
+    def crop(self, mask, lung, rng: np.random.Generator) -> augment.Crop:
+        """The part of the slice that becomes the sample, by `batches.crop`."""
+        size = self.batches.input_px
+        match self.batches.crop:
+            case "centre":
+                return augment.crop_at_centre(mask.shape, size)
+            case "lung":
+                return augment.crop_at_lungs(lung, size)
+            case "nodule":
+                return augment.crop_near_nodule(mask, lung, size, rng)
+
+
+def usable_rows(
+    table: SliceTable, rows: np.ndarray, batches: config.Batches
+) -> np.ndarray:
+    """The rows that have a reference: for nodules, those of scans that readers saw."""
+    rows = np.asarray(rows)
+    if batches.target == "nodule":
+        read = table.scans["read"][table.rows["scan"][rows]].astype(bool)
+        if not read.all():
+            log.warning("left out %d rows of scans that no reader saw", (~read).sum())
+        rows = rows[read]
+    if not len(rows):
+        raise ValueError(
+            f"no row has a reference for target={batches.target!r}; expected scans with "
+            "annotations in the part, run table.py and slice_idx.py with them"
+        )
+    return rows
+
+
+def balanced_groups(
+    table: SliceTable, rows: np.ndarray, batches: config.Batches
+) -> list[tuple[np.ndarray, int]]:
+    """Rows with and rows without target, each with its number of rows per batch."""
+    size = batches.batch_size
+    has_target = rows_with_target(table, rows, batches)
+    if has_target.all() or not has_target.any():
+        return [(rows, size)]
+    count = max(round(batches.nodule_fraction * size), 1)
+    return [(rows[has_target], count), (rows[~has_target], size - count)]
+
+
+def rows_with_target(
+    table: SliceTable, rows: np.ndarray, batches: config.Batches
+) -> np.ndarray:
+    """(rows,) bool: whether the slice has a pixel of the target.
+
+    Reads the masks of all slices that a reader marked, as the consensus may be empty
+    where one of four readers drew an outline.
+    """
+    if batches.target == "lung":
+        return table.rows["lung_px"][rows] > 0
+    marked = table.rows["nodule_px"][rows] > 0
+    marked[marked] = [
+        row_target(table, int(row), batches).any() for row in rows[marked]
+    ]
+    return marked
+
+
+def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarray:
+    """(y, x) uint8 mask of 0 and 1: the consensus on nodules, or both lungs."""
+    if batches.target == "lung":
+        return (table.read("lung", row) > 0).astype(np.uint8)
+    if table.rows["nodule_px"][row] == 0:
+        return np.zeros(table.settings.size_px, np.uint8)
+    return augment.nodule_target(
+        table.read("reader_bits", row),
+        table.read("nodule_labels", row),
+        table.readers_of_label(int(table.rows["scan"][row])),
+        batches,
+    )
+
+
+def reads_lung(batches: config.Batches) -> bool:
+    """Whether samples need the lung mask."""
+    return batches.lung_mask or batches.crop != "centre"
+
+
+def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.ndarray:
+    """`count` of `rows`, each as often as any other or once more.
+
+    Without `rng` they keep their order; fewer than all are spread evenly over it.
+    """
+    if rng is None:
+        if count < len(rows):
+            return rows[np.arange(count) * len(rows) // count]
+        return np.resize(rows, count)
+    rounds = -(-count // len(rows))
+    return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:count]
+
+
+def contact_sheet(
+    generator: SliceGenerator, *, slices: int = 24, columns: int = 6
+) -> np.ndarray:
+    """A picture of the first slices of the generator's epoch, outlined and captioned.
+
+    Slices are shown as the network gets them but for the normalisation after the window;
+    the outline is drawn just outside the reference.
+
+    Args:
+        generator: Whose batches are shown.
+        slices: Number of slices; fewer if the epoch has fewer.
+        columns: Slices in a line.
+
+    Returns:
+        (y, x, 3) uint8 picture in OpenCV's channel order (blue, green, red).
+    """
+    shown = copy.copy(generator)
+    shown.batches = replace(generator.batches, normalisation="window")
+    tiles = []
+    for index in range(len(shown)):
+        x, y = shown[index]
+        mask = y["mask"] if isinstance(y, dict) else y
+        rows = shown.rows_of_batch(index)
+        for row, image, reference in zip(rows, x[..., 0], mask[..., 1], strict=True):
+            tiles.append(tile(image, reference, caption(shown.table, int(row))))
+        if len(tiles) >= slices:
+            break
+    tiles = tiles[:slices]
+    blank = np.zeros_like(tiles[0])
+    tiles += [blank] * (-len(tiles) % columns)
+    lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    return np.vstack([np.hstack(line) for line in lines])
+
+
+def tile(image: np.ndarray, mask: np.ndarray, text: str) -> np.ndarray:
+    """One slice of a contact sheet: (y, x, 3) uint8.
+
+    Args:
+        image: (y, x) float32 from 0 to 1.
+        mask: (y, x) uint8 of 0 and 1, outlined.
+        text: Written under the slice.
+    """
+    size_xy = (image.shape[1] * SCALE, image.shape[0] * SCALE)
+    grey = cv2.resize((image * 255).astype(np.uint8), size_xy)
+    picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    large = cv2.resize(mask, size_xy, interpolation=cv2.INTER_NEAREST)
+    picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = OUTLINE_BGR
+    strip = np.zeros((CAPTION_PX, size_xy[0], 3), np.uint8)
+    place = (4, CAPTION_PX - 7)
+    cv2.putText(strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255))
+    return np.vstack((picture, strip))
+
+
+def caption(table: SliceTable, row: int) -> str:
+    """Row, patient and slice: what one needs to find it again."""
+    entry = table.rows[row]
+    return f"row {row}  {table.patient_ids[row]}  z {entry['z']}"
+
+
+def slices_per_second(
+    generator: SliceGenerator, *, threads: int, seconds: float
+) -> float:
+    """How many slices per second `threads` threads make, measured for `seconds`."""
+    numbers = itertools.count()
+    started = time.perf_counter()
+
+    def make_batches(_: int) -> int:
+        made = 0
+        while time.perf_counter() < started + seconds:
+            made += len(generator[next(numbers) % len(generator)][0])
+        return made
+
+    with ThreadPoolExecutor(threads) as pool:
+        made = sum(pool.map(make_batches, range(threads)))
+    return made / (time.perf_counter() - started)
+
+
+def as_pydataset(
+    generator: SliceGenerator, *, workers: int = 1, max_queue_size: int = 10
+) -> Any:
+    """The generator as a `keras.utils.PyDataset`, for `fit` and `evaluate`.
+
+    Call `fit(dataset, shuffle=False)`: Keras would else shuffle the batches by Python's
+    global random state. The class is made here because importing Keras takes seconds.
+
+    Keras ends an epoch before it has begun one (when `fit` resets its iterator), and
+    starts its workers before it announces the epoch. So the epoch changes only at its end,
+    when the workers have stopped, and only if it had begun.
+
+    Args:
+        generator: What makes the batches; its `epoch` is the first one.
+        workers: Threads.
+        max_queue_size: Batches made ahead.
+    """
+    import keras
+
+    class Dataset(keras.utils.PyDataset):
+        def __init__(self) -> None:
+            super().__init__(workers=workers, max_queue_size=max_queue_size)
+            self.begun = False
+
+        def __len__(self) -> int:
+            return len(generator)
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+            return generator[index]
+
+        def on_epoch_begin(self) -> None:
+            self.begun = True
+
+        def on_epoch_end(self) -> None:
+            if self.begun:
+                generator.on_epoch_end()
+            self.begun = False
+
+    return Dataset()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is drawn, and from which table."""
+
+    batches: config.Batches
+    augment: config.Augment
+    table: Path = Path("work/table.h5")
+    split: Path = Path("work/split.json")
+    part: Literal["train", "validation", "test"] = "train"
+    """Part of the split that is shown."""
+    out: Path = Path("work/contact_sheet.png")
+    """Picture that is written."""
+    slices: int = 24
+    """Slices on the sheet."""
+    seconds: float = 3.0
+    """How long each speed is measured."""
+    seed: int = 0
+
+
+def show(arguments: Arguments) -> steps.Report:
+    """Writes the contact sheet and measures the speed; see `Arguments`."""
+    with SliceTable(arguments.table) as table:
+        rows = slice_idx.rows_of_part(
+            slice_idx.read_split(arguments.split), table, arguments.part
+        )
+        generator = SliceGenerator(
+            table, rows, arguments.batches, arguments.augment, seed=arguments.seed
+        )
+        picture = contact_sheet(generator, slices=arguments.slices)
+        with files.written_whole(arguments.out) as partial:
+            cv2.imwrite(str(partial), picture)
+        speeds = [
+            slices_per_second(generator, threads=n, seconds=arguments.seconds)
+            for n in (1, 2)
+        ]
+    return steps.Report(
+        f"wrote {arguments.out}: {len(rows)} {arguments.part} rows; "
+        f"{speeds[0]:.0f} slices/s with one thread, {speeds[1]:.0f} with two"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(show, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""Step 8 of 9: predictions + readers -> scores with intervals, tables, figures.
+
+Example:
+    python evaluate.py --predictions work/predictions/smoke --scans work/scans \
+        --out work/scores/smoke
+
+Research code, not a medical device.
+"""
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import files
+import metrics
+import postprocess
+import provenance
+import steps
+from metrics import Interval
+from scan import Scan, ScanError, read_scan, scan_path
+from volume_io import check_same_grid, read_volume
+
+log = logging.getLogger(__name__)
+
+SIZES_MM = (0.0, 6.0, 10.0, 20.0, np.inf)
+"""Bounds of the strata by nodule diameter."""
+
+DISCLAIMER = "Research code, not a medical device."
+
+PER_SCAN = {
+    "dice": "Dice per scan",
+    "dice_nodule_slices": "Dice per scan, slices with a nodule only",
+    "iou": "IoU per scan",
+    "sensitivity": "Voxel sensitivity per scan",
+    "precision": "Voxel precision per scan",
+    "hd95_mm": "HD95 (mm)",
+    "surface_dice": "Surface Dice",
+    "lung_dice": "Lung mask Dice",
+    "lung_inclusion": "Consensus nodule voxels inside the lung mask",
+}
+"""Columns of scores.csv that are averaged over scans, and their names in the tables."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which predictions are scored, against what."""
+
+    predictions: Path
+    """Folder made by infer.py and postprocess.py."""
+    scans: Path = Path("work/scans")
+    """Folder of scan files with the readers' masks."""
+    out: Path = Path("work/scores/run")
+    """Tables and figures are written here."""
+    part: str = "test"
+    """Part of the split that is scored; "all" for every prediction."""
+    consensus_level: float = 0.5
+    """Share of a nodule's readers that makes a voxel nodule."""
+    min_readers: int = 1
+    """Nodules outlined by fewer readers do not count, nor do components on them."""
+    surface_tolerance_mm: float = 1.0
+    """Surfaces nearer than this agree."""
+    lung_truth: Path | None = None
+    """Scan files with exact lung labels, e.g. PHANTOMS/truth, to score the lung masks."""
+    draws: int = 2000
+    """Bootstrap draws."""
+    workers: int = 1
+    """Processes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prediction to score."""
+
+    scan_id: str
+    patient_id: str
+    part: str
+    leak: bool
+    arguments: Arguments
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one scan: its row, and one row per reference nodule."""
+
+    row: dict[str, Any]
+    nodules: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table of scores."""
+
+    name: str
+    interval: Interval
+    defined: int
+    total: int
+
+
+def evaluate(arguments: Arguments) -> steps.Report:
+    """Scores every prediction of a part and writes tables and figures.
+
+    Raises:
+        FileNotFoundError: If there are no predictions.
+        ValueError: If none is of the part, or none could be scored.
+    """
+    predictions = postprocess.read_predictions(arguments.predictions)
+    jobs = jobs_of(predictions, arguments)
+    scored, failures = steps.map_scans(
+        score, jobs, workers=arguments.workers, label="evaluate"
+    )
+    if not scored:
+        raise ValueError(
+            f"no prediction could be scored; the first: {failures[0].reason}"
+        )
+    rows = [item.row for item in scored]
+    nodules = [nodule for item in scored for nodule in item.nodules]
+    lines = summary(rows, nodules, draws=arguments.draws)
+    out = arguments.out
+    facts = protocol(arguments, predictions, rows)
+    postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
+    if nodules:
+        postprocess.write_rows(nodules, list(nodules[0]), out / "nodules.csv")
+    write_text(out / "scores.md", markdown(lines, facts))
+    write_text(out / "scores.tex", latex(lines, facts))
+    record = {
+        "protocol": facts,
+        "scores": [
+            asdict(line) | {"interval": line.interval._asdict()} for line in lines
+        ],
+        "provenance": provenance.record(),
+    }
+    write_text(out / "scores.json", json.dumps(record, indent=1))
+    figures = draw_figures(arguments, rows, nodules)
+    steps.write_failures(failures, out / "skipped.csv")
+    sys.stdout.write(markdown(lines, facts) + "\n")
+    named = ", ".join(str(path) for path in figures)
+    return steps.Report(
+        f"wrote {out}: {len(rows)} scans, {len(nodules)} nodules; figures {named}",
+        failures,
+    )
+
+
+def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[Job]:
+    """The predictions of the part; a patient that was trained on is named."""
+    trained = set(predictions.training_patients)
+    jobs = [
+        Job(
+            scan_id,
+            facts["patient_id"],
+            facts["part"],
+            facts["patient_id"] in trained,
+            arguments,
+        )
+        for scan_id, facts in sorted(predictions.scans.items())
+        if arguments.part in ("all", facts["part"])
+    ]
+    if not jobs:
+        parts = sorted({facts["part"] for facts in predictions.scans.values()})
+        raise ValueError(
+            f"{arguments.predictions} has no scan of the part {arguments.part!r}, only of "
+            f"{parts}; choose another --part"
+        )
+    for job in jobs:
+        if job.leak:
+            log.warning(
+                "patient %s was trained on; its row is marked leak", job.patient_id
+            )
+    return jobs
+
+
+def score(job: Job) -> Scored:
+    """Scores one scan.
+
+    Raises:
+        ScanError: If the mask or the scan file is missing, or nobody read the scan.
+    """
+    arguments = job.arguments
+    scan, labels = read_pair(job)
+    reference = postprocess.reference_mask(
+        scan,
+        consensus_level=arguments.consensus_level,
+        min_readers=arguments.min_readers,
+    )
+    predicted = labels > 0
+    counts = metrics.count_voxels(reference, predicted)
+    slices = reference.any(axis=(1, 2))
+    surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
+    nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
+    match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
+    row = {
+        "scan_id": job.scan_id,
+        "patient_id": job.patient_id,
+        "part": job.part,
+        "leak": int(job.leak),
+        **counts._asdict(),
+        "dice": counts.dice,
+        "dice_nodule_slices": metrics.dice(reference[slices], predicted[slices]),
+        "iou": counts.iou,
+        "sensitivity": counts.sensitivity,
+        "precision": counts.precision,
+        "hd95_mm": surfaces.hausdorff_mm(),
+        "surface_dice": surfaces.dice(arguments.surface_tolerance_mm),
+        "reference_mm3": float(reference.sum() * scan.grid.voxel_mm3),
+        "predicted_mm3": float(predicted.sum() * scan.grid.voxel_mm3),
+        "nodules": len(match.labels_ref),
+        "nodules_hit": int((match.hit_by > 0).sum()),
+        "false_positives": int(match.false_positive.sum()),
+        **lung_scores(scan, reference, arguments.lung_truth),
+    }
+    return Scored(row, nodule_rows(job, scan, match))
+
+
+def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
+    """The scan of a job and its predicted nodule labels, on one grid."""
+    mask_path = job.arguments.predictions / job.scan_id / "mask.nii.gz"
+    path = scan_path(job.arguments.scans, job.scan_id)
+    for needed, step in ((mask_path, "postprocess.py"), (path, "preprocess.py")):
+        if not needed.exists():
+            raise ScanError(f"{needed} is missing; run {step} first")
+    scan = read_scan(path)
+    labels, grid = read_volume(mask_path)
+    check_same_grid(grid, scan.grid, mask_path)
+    return scan, labels
+
+
+def lung_scores(
+    scan: Scan, reference: np.ndarray, truth_dir: Path | None
+) -> dict[str, float]:
+    """How much of the nodules the lung mask holds, and its Dice if truth is known."""
+    if scan.lung is None:
+        return {"lung_dice": np.nan, "lung_inclusion": np.nan}
+    inside = scan.lung > 0
+    dice = np.nan
+    if truth_dir is not None:
+        truth = read_scan(scan_path(truth_dir, scan.scan_id)).lung
+        if truth is not None:
+            dice = metrics.dice(truth > 0, inside)
+    inclusion = metrics.ratio((reference & inside).sum(), reference.sum())
+    return {"lung_dice": dice, "lung_inclusion": inclusion}
+
+
+def nodule_rows(
+    job: Job, scan: Scan, match: metrics.NoduleMatch
+) -> list[dict[str, Any]]:
+    """One row per reference nodule that counts."""
+    known = {nodule.label: nodule for nodule in scan.nodules}
+    return [
+        {
+            "scan_id": job.scan_id,
+            "patient_id": job.patient_id,
+            "leak": int(job.leak),
+            "label": int(label),
+            "readers": known[label].readers,
+            "diameter_mm": known[label].diameter_mm,
+            "hit": int(hit > 0),
+            "iou": float(iou),
+            "dice": float(dice),
+        }
+        for label, hit, iou, dice in zip(
+            match.labels_ref, match.hit_by, match.iou, match.dice, strict=True
+        )
+    ]
+
+
+def summary(
+    rows: Sequence[dict[str, Any]], nodules: Sequence[dict[str, Any]], *, draws: int
+) -> list[Line]:
+    """The lines of the table: means over scans, pooled voxels, nodules, sizes."""
+    patients = column(rows, "patient_id")
+    lines = []
+    for name, text in PER_SCAN.items():
+        values = column(rows, name)
+        if np.isfinite(values).any():
+            interval = metrics.bootstrap_mean(values, patients, n=draws)
+            lines.append(
+                Line(text, interval, int(np.isfinite(values).sum()), len(rows))
+            )
+    counts = np.stack([column(rows, name) for name in ("tp", "fp", "fn")], axis=1)
+    for name in ("dice", "sensitivity", "precision"):
+        interval = metrics.bootstrap_pooled(counts, patients, name, n=draws)
+        text = f"Voxel {name}, pooled" if name != "dice" else "Dice, pooled"
+        lines.append(Line(text, interval, len(rows), len(rows)))
+    lines.append(
+        Line(
+            "False positives per scan",
+            metrics.bootstrap_mean(column(rows, "false_positives"), patients, n=draws),
+            len(rows),
+            len(rows),
+        )
+    )
+    return lines + nodule_lines(nodules, draws=draws)
+
+
+def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
+    """Sensitivity and Dice over nodules, all and by diameter."""
+    if not nodules:
+        return []
+    diameters = column(nodules, "diameter_mm")
+    strata = [("all", np.full(len(nodules), True))]
+    for low, high in itertools.pairwise(SIZES_MM):
+        name = f"{low:g} to {high:g} mm" if np.isfinite(high) else f"over {low:g} mm"
+        strata.append((name, (diameters >= low) & (diameters < high)))
+    lines = []
+    for name, chosen in strata:
+        some = [nodule for nodule, c in zip(nodules, chosen, strict=True) if c]
+        if not some:
+            continue
+        patients = column(some, "patient_id")
+        for key, text in (("hit", "Nodule sensitivity"), ("dice", "Dice per nodule")):
+            interval = metrics.bootstrap_mean(
+                column(some, key).astype(float), patients, n=draws
+            )
+            lines.append(Line(f"{text}, {name}", interval, len(some), len(nodules)))
+    return lines
+
+
+def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows])
+
+
+def protocol(
+    arguments: Arguments,
+    predictions: postprocess.Predictions,
+    rows: Sequence[dict[str, Any]],
+) -> list[str]:
+    """What the scores mean, in sentences that stand in every output."""
+    patients = {row["patient_id"] for row in rows}
+    leaks = {row["patient_id"] for row in rows if row["leak"]}
+    return [
+        f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
+        f"{len(rows)} whole scans of {len(patients)} patients, part {arguments.part}.",
+        f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
+        f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
+        f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "
+        "n: cases where the value is defined; an empty reference or prediction is not.",
+        f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
+        f"within {arguments.surface_tolerance_mm:g} mm.",
+        f"WARNING: {len(leaks)} of the patients were trained on."
+        if leaks
+        else "No scored patient was trained on.",
+        DISCLAIMER,
+    ]
+
+
+def markdown(lines: Sequence[Line], facts: Sequence[str]) -> str:
+    """The table of scores in Markdown."""
+    table = ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
+    table += [
+        f"| {line.name} | {number(line.interval.value)} | {bounds(line.interval)} "
+        f"| {line.defined} of {line.total} |"
+        for line in lines
+    ]
+    return "\n".join([*table, "", *facts, ""])
+
+
+def latex(lines: Sequence[Line], facts: Sequence[str]) -> str:
+    """The table of scores in LaTeX, for the package booktabs."""
+    rows = [
+        f"{line.name} & {number(line.interval.value)} & {bounds(line.interval)} "
+        f"& {line.defined}/{line.total} \\\\"
+        for line in lines
+    ]
+    comments = [f"% {fact}" for fact in facts]
+    head = [
+        "\\begin{tabular}{lrrr}",
+        "\\toprule",
+        "Score & Value & 95\\,\\% interval & n \\\\",
+    ]
+    return "\n".join(
+        [*comments, *head, "\\midrule", *rows, "\\bottomrule", "\\end{tabular}", ""]
+    )
+
+
+def number(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.3f}"
+
+
+def bounds(interval: Interval) -> str:
+    if np.isnan(interval.low):
+        return "one patient"
+    return f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+def write_text(path: Path, text: str) -> None:
+    with files.written_whole(path) as partial:
+        partial.write_text(text)
+
+
+def draw_figures(
+    arguments: Arguments,
+    rows: Sequence[dict[str, Any]],
+    nodules: Sequence[dict[str, Any]],
+) -> list[Path]:
+    """Dice per scan, nodules by size, and the best, median and worst scan."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = np.sort(column(rows, "dice"))
+    left.plot(np.arange(1, len(values) + 1), values, "o-", color="0.2")
+    left.set(xlabel="scan, by Dice", ylabel="Dice", ylim=(0, 1), title="Dice per scan")
+    for hit, colour, label in ((1, "tab:green", "found"), (0, "tab:red", "missed")):
+        some = [nodule for nodule in nodules if nodule["hit"] == hit]
+        right.scatter(
+            [nodule["diameter_mm"] for nodule in some],
+            [nodule["dice"] for nodule in some],
+            color=colour,
+            label=f"{label} ({len(some)})",
+        )
+    right.set(xlabel="diameter (mm)", ylabel="Dice", ylim=(0, 1), title="Nodules")
+    right.legend(loc="lower right")
+    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
+    paths = [arguments.out / "dice.png", arguments.out / "overlays.png"]
+    with files.written_whole(paths[0]) as partial:
+        figure.savefig(partial, dpi=120, bbox_inches="tight")
+    overlays = draw_overlays(arguments, rows)
+    with files.written_whole(paths[1]) as partial:
+        overlays.savefig(partial, dpi=120)
+    return paths
+
+
+def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
+    """The slice with most reference in the best, the median and the worst scan."""
+    from matplotlib.figure import Figure
+
+    order = sorted(rows, key=lambda row: -np.nan_to_num(row["dice"], nan=-1.0))
+    chosen = list(dict.fromkeys((0, len(order) // 2, len(order) - 1)))
+    figure = Figure(figsize=(4.2 * len(chosen), 4.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(chosen)))
+    for axis, place in zip(axes, chosen, strict=True):
+        row = order[place]
+        job = Job(row["scan_id"], row["patient_id"], "", False, arguments)
+        scan, labels = read_pair(job)
+        reference = postprocess.reference_mask(
+            scan,
+            consensus_level=arguments.consensus_level,
+            min_readers=arguments.min_readers,
+        )
+        z = int(
+            (reference if reference.any() else labels > 0).sum(axis=(1, 2)).argmax()
+        )
+        axis.imshow(scan.hu[z], cmap="gray", vmin=-1000, vmax=400)
+        for mask, colour in ((reference[z], "lime"), (labels[z] > 0, "red")):
+            if mask.any():
+                axis.contour(mask, levels=[0.5], colors=colour, linewidths=0.8)
+        axis.set_title(f"{row['patient_id']}, slice {z}: Dice {number(row['dice'])}")
+        axis.axis("off")
+    figure.suptitle(
+        f"green: readers' consensus, red: prediction. {DISCLAIMER}", fontsize=9
+    )
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(evaluate, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,462 @@
+"""Lung masks from HU: the thesis' slice rule, and the same threshold cleaned in 3-D.
+
+The slice rule separates air from tissue by K-means on the middle of each slice and keeps
+regions by size and place. It takes in trachea and gut, and leaves nodules at the pleura
+out. The cleaning keeps only its threshold, and finds body, airway, sides and pleural
+concavities on a coarse grid, where a whole scan takes a second; borders are then drawn at
+full resolution.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
+from typing import Any
+
+import cv2
+import numpy as np
+
+import config
+from scan import LEFT, RIGHT
+
+SLICE_RULE_PX = 512
+"""Slice size for which the pixel constants of the thesis' rule were given."""
+MIDDLE = slice(100, 400)
+"""Rows and columns that K-means looks at."""
+ERODE_PX, DILATE_PX = 4, 10
+"""Sides of the square structuring elements."""
+REGION_SIDE_PX, REGION_TOP_PX, REGION_BOTTOM_PX = 475, 40, 472
+"""A region is lung if its box is smaller, begins lower and ends higher than these."""
+
+COARSE_MM = 2.0
+"""Voxel size of the grid on which anatomy is found, or a little more."""
+THRESHOLD_HU = (-600.0, -300.0)
+"""Range of thresholds between lung and tissue that is believed."""
+LUNG_ML = 60.0
+"""Smaller pockets of air are no lung."""
+GAS_HU = -940.0
+"""A pocket under a litre whose median is lower is gas in the gut, not lung."""
+AIRWAY_HU = -900.0
+"""The lumen of trachea and main bronchi is darker than this."""
+AIRWAY_MM2 = (60.0, 900.0)
+"""Area of the trachea in a slice; the widest is about 30 mm across."""
+AIRWAY_LENGTH_MM = 30.0
+"""A path that ends sooner was no trachea."""
+AIRWAY_WALL_MM = 2.0
+"""Thickness of the wall that is taken out with the lumen."""
+
+
+def kmeans_threshold(values_hu: np.ndarray) -> float:
+    """Threshold halfway between the two centres of K-means (k = 2).
+
+    In one dimension the best two clusters are cut at one value, so all cuts of the
+    histogram are tried and the optimum is exact; Lloyd's iterations, which scikit-learn
+    runs, can only reach it or a local optimum.
+
+    Args:
+        values_hu: Integer HU, any shape.
+
+    Returns:
+        HU; the only value if all are equal.
+    """
+    low = int(values_hu.min())
+    counts = np.bincount(values_hu.ravel().astype(np.int32) - low).astype(np.float64)
+    sums = counts * np.arange(len(counts))
+    below, sum_below = np.cumsum(counts)[:-1], np.cumsum(sums)[:-1]
+    above, sum_above = counts.sum() - below, sums.sum() - sum_below
+    if not len(below):
+        return float(low)
+    between = below * above * (sum_below / below - sum_above / above) ** 2
+    cut = int(np.argmax(between))
+    return low + (sum_below[cut] / below[cut] + sum_above[cut] / above[cut]) / 2
+
+
+def slice_threshold(image_hu: np.ndarray) -> float:
+    """The slice rule's threshold: K-means on the middle of a (y, x) int16 slice.
+
+    The slice's extreme values (padding, metal) are first set to the middle's mean.
+    """
+    scale = image_hu.shape[0] / SLICE_RULE_PX
+    middle = image_hu[
+        round(MIDDLE.start * scale) : round(MIDDLE.stop * scale),
+        round(MIDDLE.start * scale) : round(MIDDLE.stop * scale),
+    ]
+    extreme = (middle == image_hu.min()) | (middle == image_hu.max())
+    return kmeans_threshold(np.where(extreme, np.int16(middle.mean()), middle))
+
+
+def slice_rule(image_hu: np.ndarray) -> np.ndarray:
+    """The thesis' lung mask of one slice.
+
+    K-means threshold, erosion 4x4, dilation 10x10, region rules, dilation 10x10. The
+    constants are those of the thesis for 512x512 pixels and scale with the slice.
+
+    Args:
+        image_hu: (y, x) int16.
+
+    Returns:
+        (y, x) bool.
+    """
+    scale = image_hu.shape[0] / SLICE_RULE_PX
+    grow = square(DILATE_PX * scale)
+    air = (image_hu < slice_threshold(image_hu)).astype(np.uint8)
+    opened = cv2.dilate(cv2.erode(air, square(ERODE_PX * scale)), grow)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(opened, connectivity=8)
+    top, width, height = (
+        stats[:, column]
+        for column in (cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT)
+    )
+    keep = (
+        (np.maximum(width, height) < REGION_SIDE_PX * scale)
+        & (top > REGION_TOP_PX * scale)
+        & (top + height < REGION_BOTTOM_PX * scale)
+    )
+    keep[0] = False
+    return cv2.dilate(keep[labels].astype(np.uint8), grow).astype(bool)
+
+
+def square(side_px: float) -> np.ndarray:
+    """Structuring element of ones, at least one pixel wide."""
+    side = max(round(side_px), 1)
+    return np.ones((side, side), np.uint8)
+
+
+def lung_labels(
+    hu: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    settings: config.LungMask,
+) -> np.ndarray:
+    """Lung labels of a scan.
+
+    Args:
+        hu: (z, y, x) int16 in canonical orientation.
+        spacing_mm: (z, y, x).
+        settings: With `cleaning` off, the slice rule alone, labelled 1.
+
+    Returns:
+        (z, y, x) uint8: 0 outside, 1 right lung, 2 left lung; all 0 if none was found.
+    """
+    if not settings.cleaning:
+        return per_slice(slice_rule, hu).astype(np.uint8)
+    thresholds = per_slice(lambda image: np.float64(slice_threshold(image)), hu[::4])
+    threshold = float(np.clip(np.median(thresholds), *THRESHOLD_HU))
+    factors = coarse_factors(spacing_mm)
+    coarse = shrink(hu, factors)
+    coarse_mm = tuple(s * f for s, f in zip(spacing_mm, factors, strict=True))
+    lungs = inner_air(coarse, threshold, coarse_mm)
+    if settings.remove_airway:
+        lungs &= ~airway(coarse, lungs, coarse_mm)
+        lungs = large_parts(lungs, coarse_mm)
+    if not lungs.any():
+        return np.zeros(hu.shape, np.uint8)
+    filled = np.zeros(lungs.shape, np.uint8)
+    box = padded_box(lungs, 2 * settings.closing_mm, coarse_mm)
+    filled[box] = fill(
+        sides(lungs[box], coarse_mm)
+        if settings.split_sides
+        else lungs[box].astype(np.uint8),
+        coarse_mm,
+        settings,
+    )
+    return refine(hu, filled, lungs, threshold, factors, settings)
+
+
+def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
+    """Stacks `function` of every slice; OpenCV and NumPy leave the threads free to run."""
+    with ThreadPoolExecutor() as threads:
+        return np.stack(list(threads.map(function, *volumes)))
+
+
+def coarse_factors(spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
+    """How many voxels make one coarse voxel along each axis."""
+    z, y, x = (max(ceil(COARSE_MM / spacing - 0.1), 1) for spacing in spacing_mm)
+    return z, y, x
+
+
+def shrink(hu: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
+    """(z, y, x) float32 means over blocks; the last slice of an odd depth stands alone."""
+    size = (-(-hu.shape[2] // factors[2]), -(-hu.shape[1] // factors[1]))
+
+    def smaller(image: np.ndarray) -> np.ndarray:
+        return cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+
+    planes = per_slice(smaller, hu)
+    starts = np.arange(0, len(planes), factors[0])
+    sums = np.add.reduceat(planes, starts, axis=0)
+    counts = np.diff(np.append(starts, len(planes)))
+    return sums / counts[:, None, None].astype(np.float32)
+
+
+def inner_air(
+    coarse: np.ndarray, threshold: float, spacing_mm: tuple[float, ...]
+) -> np.ndarray:
+    """Large pockets of air inside the body, gut excepted; (z, y, x) bool."""
+    import cc3d
+
+    tissue = coarse >= threshold
+    # Eroded, the body lets go of the table; what is then not body is air, also a hollow
+    # table. A rim of air in each slice joins what the table cuts off from the outside;
+    # the ends in z stay closed, since lungs may be cut there.
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    eroded = per_slice(lambda image: cv2.erode(image, cross), tissue.astype(np.uint8))
+    body = largest(cc3d.connected_components(eroded, connectivity=6))
+    body = per_slice(lambda image: cv2.dilate(image, cross), body.astype(np.uint8))
+    air = np.pad(body & tissue, ((0, 0), (1, 1), (1, 1))) == 0
+    labels = cc3d.connected_components(air, connectivity=6)
+    labels = np.where(labels == labels[0, 0, 0], 0, labels)[:, 1:-1, 1:-1]
+    labels = np.where(tissue, 0, labels)
+    return lung_like(labels, coarse, spacing_mm)
+
+
+def largest(labels: np.ndarray) -> np.ndarray:
+    """The largest component of a label volume, as a mask; empty if there is none."""
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return (labels == counts.argmax()) & (labels > 0)
+
+
+def lung_like(
+    labels: np.ndarray, coarse: np.ndarray, spacing_mm: tuple[float, ...]
+) -> np.ndarray:
+    """Components that are large enough for a lung and not as empty as gas."""
+    counts = np.bincount(labels.ravel())
+    volumes_ml = counts * np.prod(spacing_mm) / 1000
+    keep = volumes_ml >= LUNG_ML
+    keep[0] = False
+    for label in np.flatnonzero(keep & (volumes_ml < 1000)):
+        keep[label] = np.median(coarse[labels == label]) > GAS_HU
+    return keep[labels]
+
+
+def large_parts(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    """The connected parts of a mask that are large enough for a lung."""
+    import cc3d
+
+    labels = cc3d.connected_components(mask, connectivity=6)
+    keep = np.bincount(labels.ravel()) * np.prod(spacing_mm) / 1000 >= LUNG_ML
+    keep[0] = False
+    return keep[labels]
+
+
+def airway(
+    coarse: np.ndarray, inside: np.ndarray, spacing_mm: tuple[float, ...]
+) -> np.ndarray:
+    """Trachea and main bronchi with their walls, followed down slice by slice.
+
+    The search starts at the highest slice with a dark, round, central region, and follows
+    what overlaps it in the next slice until that grows as it would in a lung. A path too
+    short for a trachea is dropped and the search begins again below.
+
+    Returns:
+        (z, y, x) bool.
+    """
+    lumen = ((coarse < AIRWAY_HU) & inside).astype(np.uint8)
+    found = np.zeros(inside.shape, np.uint8)
+    top = len(coarse) - 1
+    while top >= 0:
+        end = follow(lumen, found, top, spacing_mm)
+        if (top - end) * spacing_mm[0] >= AIRWAY_LENGTH_MM:
+            break
+        found[:] = 0
+        top = min(top, end) - 1
+    reach = [2 * round(AIRWAY_WALL_MM / s) + 1 for s in spacing_mm[1:]]
+    wall = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach[1], reach[0]))
+    return per_slice(lambda image: cv2.dilate(image, wall), found).astype(bool)
+
+
+def follow(
+    lumen: np.ndarray, found: np.ndarray, top: int, spacing_mm: tuple[float, ...]
+) -> int:
+    """Marks in `found` the airway that begins in slice `top`; where it ends."""
+    previous = None
+    for z in range(top, -1, -1):
+        _, labels, stats, centres = cv2.connectedComponentsWithStats(
+            lumen[z], connectivity=4
+        )
+        areas_mm2 = stats[:, cv2.CC_STAT_AREA] * spacing_mm[1] * spacing_mm[2]
+        if previous is None:
+            chosen = tracheas(stats, centres, areas_mm2, lumen.shape[1:])
+        else:
+            touched = np.unique(labels[previous > 0])
+            chosen = [k for k in touched if k and areas_mm2[k] <= AIRWAY_MM2[1]]
+        if not len(chosen):
+            return z
+        previous = np.isin(labels, chosen).astype(np.uint8)
+        found[z] = previous
+    return 0
+
+
+def tracheas(
+    stats: np.ndarray,
+    centres: np.ndarray,
+    areas_mm2: np.ndarray,
+    shape: tuple[int, ...],
+) -> list[int]:
+    """Labels of a slice that can be a trachea: right size, compact, near the middle."""
+    chosen = []
+    for label in range(1, len(stats)):
+        width, height = stats[label, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]]
+        compact = stats[label, cv2.CC_STAT_AREA] > 0.5 * width * height
+        round_enough = max(width, height) <= 2.5 * min(width, height)
+        right_size = AIRWAY_MM2[0] <= areas_mm2[label] <= AIRWAY_MM2[1]
+        central = np.abs(centres[label] / (shape[1], shape[0]) - 0.5).max() < 0.17
+        if compact and round_enough and right_size and central:
+            chosen.append(label)
+    return chosen[:1]
+
+
+def sides(lungs: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    """Right (1) and left (2) lung of a coarse mask, also where they touch.
+
+    The mask is eroded until its two largest parts are of similar size; every voxel then
+    goes to the nearer part. A single lung is named by the side of the mask's middle.
+
+    Returns:
+        (z, y, x) uint8.
+    """
+    import cc3d
+
+    inner_mm = distance_mm(lungs, spacing_mm)
+    for depth_mm in (0.0, 3.0, 6.0, 9.0, 12.0):
+        parts = cc3d.connected_components(inner_mm > depth_mm, connectivity=6)
+        counts = np.bincount(parts.ravel())[1:]
+        order = np.argsort(counts)[::-1] + 1
+        if len(order) > 1 and counts[order[1] - 1] > 0.15 * counts[order[0] - 1]:
+            break
+    else:
+        middle = np.nonzero(lungs)[2].mean() < lungs.shape[2] / 2
+        return lungs.astype(np.uint8) * np.uint8(RIGHT if middle else LEFT)
+    first, second = (np.nonzero(parts == label)[2].mean() for label in order[:2])
+    right, left = order[:2] if first < second else order[1::-1]
+    to_right_mm = distance_mm(parts != right, spacing_mm)
+    nearer_right = to_right_mm <= distance_mm(parts != left, spacing_mm)
+    return np.where(lungs, np.where(nearer_right, RIGHT, LEFT), 0).astype(np.uint8)
+
+
+def distance_mm(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    """Distance of each voxel of a mask to the nearest one outside of it, in mm.
+
+    The volume's ends do not count as outside.
+    """
+    import edt
+
+    return edt.edt(
+        np.ascontiguousarray(mask),
+        anisotropy=spacing_mm,
+        black_border=False,
+        parallel=2,
+    )
+
+
+def fill(
+    labels: np.ndarray,
+    spacing_mm: tuple[float, ...],
+    settings: config.LungMask,
+) -> np.ndarray:
+    """Coarse labels with holes filled and pleural concavities closed, side by side.
+
+    Closing by a ball of `closing_mm` takes in nodules at the pleura and vessels at the
+    hilum whose opening is narrower than the ball; the other side is never entered.
+    """
+    filled = labels.copy()
+    for side in np.unique(labels[labels > 0]):
+        box = padded_box(labels == side, settings.closing_mm, spacing_mm)
+        grown = labels[box] == side
+        if settings.closing_mm:
+            grown = closed(grown, settings.closing_mm, spacing_mm)
+        if settings.fill_holes:
+            grown = per_slice(without_holes, grown)
+        view = filled[box]
+        view[grown & (view == 0)] = side
+    return filled
+
+
+def padded_box(
+    mask: np.ndarray, margin_mm: float, spacing_mm: tuple[float, ...]
+) -> tuple[slice, ...]:
+    """The box around a mask and `margin_mm` more, within the volume."""
+    box = []
+    for axis, spacing in enumerate(spacing_mm):
+        others = tuple(other for other in range(3) if other != axis)
+        marked = np.flatnonzero(mask.any(axis=others))
+        margin = int(margin_mm / spacing) + 2
+        box.append(slice(max(int(marked[0]) - margin, 0), int(marked[-1]) + margin + 1))
+    return tuple(box)
+
+
+def closed(
+    mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, ...]
+) -> np.ndarray:
+    """Morphological closing of a (z, y, x) mask by a ball, exact in mm."""
+    # Air around the sides; the ends in z are open, so that a lung cut by the scan's last
+    # slice is not closed as if it ended there.
+    margin = [(0, 0), *((int(radius_mm / s) + 2,) * 2 for s in spacing_mm[1:])]
+    padded = np.pad(mask, margin)
+    grown = distance_mm(~padded, spacing_mm) <= radius_mm
+    shrunk = distance_mm(grown, spacing_mm) > radius_mm
+    (top, _), (left, _) = margin[1:]
+    return shrunk[:, top : top + mask.shape[1], left : left + mask.shape[2]] | mask
+
+
+def without_holes(mask: np.ndarray) -> np.ndarray:
+    """A (y, x) bool mask with its enclosed holes filled."""
+    contours, _ = cv2.findContours(
+        mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+    )
+    filled = np.zeros(mask.shape, np.uint8)
+    cv2.drawContours(filled, contours, -1, 1, cv2.FILLED)
+    return filled.astype(bool)
+
+
+def refine(
+    hu: np.ndarray,
+    filled: np.ndarray,
+    lungs: np.ndarray,
+    threshold: float,
+    factors: tuple[int, int, int],
+    settings: config.LungMask,
+) -> np.ndarray:
+    """Full-resolution labels: air near a coarse lung, and what the filling added.
+
+    Args:
+        hu: (z, y, x) int16 at full resolution.
+        filled: Coarse labels after `fill`.
+        lungs: Coarse mask before it.
+        threshold: HU between lung and tissue.
+        factors: Voxels per coarse voxel.
+        settings: Whether small holes are filled.
+
+    Returns:
+        (z, y, x) uint8.
+    """
+    size = (hu.shape[2], hu.shape[1])
+    width = 2 * max(factors[1:]) + 1
+    near = np.ones((width, width), np.uint8)
+
+    def draw(z: int) -> np.ndarray:
+        coarse_z = z // factors[0]
+        result = np.zeros(hu.shape[1:], np.uint8)
+        air = hu[z] < threshold
+        added = filled[coarse_z] * ~lungs[coarse_z]
+        for side in (RIGHT, LEFT):
+            whole = enlarged(filled[coarse_z] == side, size)
+            if not whole.any():
+                continue
+            lung = air & cv2.dilate(
+                enlarged((filled[coarse_z] == side) & lungs[coarse_z], size), near
+            ).astype(bool)
+            mask = lung | enlarged(added == side, size).astype(bool)
+            if settings.fill_holes:
+                sealed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, near)
+                mask = without_holes(sealed > 0) & (mask | (whole > 0))
+            result[mask & (result == 0)] = side
+        return result
+
+    return per_slice(draw, np.arange(len(hu)))
+
+
+def enlarged(mask: np.ndarray, size_xy: tuple[int, int]) -> np.ndarray:
+    """A coarse (y, x) mask at full size, its border interpolated; uint8."""
+    values = cv2.resize(
+        mask.astype(np.float32), size_xy, interpolation=cv2.INTER_LINEAR
+    )
+    return (values >= 0.5).astype(np.uint8)

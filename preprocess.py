@@ -1,0 +1,160 @@
+"""Step 1 of 9: CT -> scan files: HU, geometry, lung mask, the readers' nodule masks.
+
+Example:
+    python preprocess.py smoke --source work/phantoms --scans work/scans
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import config
+import files
+import provenance
+import steps
+from lung_mask import lung_labels
+from scan import Scan, ScanError, ScanSource, read_settings, scan_path, write_scan
+
+Repair = Literal["gaps", "duplicates", "tilt"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which scans are read, and how their lungs are found."""
+
+    mask: config.LungMask
+    source: Path = Path("work/phantoms")
+    """Folder or list of scans."""
+    cohort: config.CohortName = "lidc"
+    """How the source is laid out."""
+    scans: Path = Path("work/scans")
+    """Scan files are written here."""
+    repair: tuple[Repair, ...] = ()
+    """Defects of a series to mend instead of refusing it."""
+    limit: int = 0
+    """Only the first so many scans; 0 for all."""
+    workers: int = 2
+    """Processes; 1 works in this one."""
+    scheduler: str = ""
+    """Address of a Dask scheduler to use instead of processes here."""
+    overwrite: bool = False
+    """Make scan files again that exist."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One scan to prepare; it travels to a worker process."""
+
+    source: ScanSource
+    cohort: str
+    scans: Path
+    mask: config.LungMask
+    repair: tuple[str, ...]
+
+    @property
+    def scan_id(self) -> str:
+        return self.source.scan_id
+
+
+def preprocess(
+    source: Path,
+    scans: Path,
+    mask: config.LungMask,
+    *,
+    cohort: str,
+    repair: Sequence[str] = (),
+    limit: int = 0,
+    workers: int = 1,
+    scheduler: str = "",
+    overwrite: bool = False,
+) -> steps.Report:
+    """Writes a scan file for every scan of a cohort; complete ones are kept.
+
+    Raises:
+        ValueError: If the source holds no scan, or `scans` was made with other settings.
+    """
+    import cohorts
+
+    found = cohorts.cohort(cohort).find_scans(source)
+    if limit:
+        found = found[:limit]
+    tasks = [
+        Task(item, cohort, scans, mask, tuple(repair))
+        for item in found
+        if overwrite or not complete(scan_path(scans, item.scan_id), mask)
+    ]
+    _, failures = steps.map_scans(
+        prepare, tasks, workers=workers, scheduler=scheduler, label="preprocess"
+    )
+    steps.write_failures(failures, scans / "skipped.csv")
+    made = len(tasks) - len(failures)
+    return steps.Report(
+        f"wrote {scans}: {made} scans, {len(found) - len(tasks)} already there, "
+        f"{len(failures)} skipped, {files.size_text(folder_bytes(scans))}",
+        failures,
+    )
+
+
+def complete(path: Path, mask: config.LungMask) -> bool:
+    """Whether a scan file exists; one of other settings is an error, not overwritten."""
+    if not path.exists():
+        return False
+    try:
+        found = read_settings(path)
+    except ScanError:
+        return False
+    if found != asdict(mask):
+        changed = {
+            name: (found.get(name), value)
+            for name, value in asdict(mask).items()
+            if found.get(name) != value
+        }
+        raise ValueError(
+            f"{path} was made with other mask settings (found, expected): {changed}; "
+            "use --overwrite or another --scans"
+        )
+    return True
+
+
+def prepare(task: Task) -> str:
+    """Reads one scan, finds its lungs and writes its file; the scan id."""
+    import cohorts
+
+    scan = cohorts.cohort(task.cohort).load_scan(task.source, repair=task.repair)
+    record = provenance.record(task.mask, cohort=task.cohort, repair=list(task.repair))
+    write_scan(with_lungs(scan, task.mask), scan_path(task.scans, scan.scan_id), record)
+    return scan.scan_id
+
+
+def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
+    """The scan with lung labels; those its source came with are kept.
+
+    Raises:
+        ScanError: If no lung is found.
+    """
+    if scan.lung is not None:
+        return scan
+    labels = lung_labels(scan.hu, scan.spacing_mm, mask)
+    if not labels.any():
+        raise ScanError(
+            f"scan {scan.scan_id}: no lung found in {len(scan.hu)} slices; expected a "
+            "chest CT in HU; give lung masks with the cohort if it is one"
+        )
+    return replace(scan, lung=labels)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.h5"))
+
+
+def run_step(arguments: Arguments) -> steps.Report:
+    return preprocess(**vars(arguments))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(run_step, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import config
 import cv2
 import numpy as np
 import pytest
 
+import config
 import scan as scan_files
 import slice_idx
 import steps
@@ -32,12 +32,21 @@ TINY = config.Experiment(
 )
 """Everything that has a state of its own: dropout, accumulation, average, schedule."""
 
-FLAGS = (
-    "--batches.input-px 64 64 --batches.crop centre --augment.rotate-deg 15 "
-    "--augment.shift-px 10 --augment.noise-hu 20 --model.name unet2d --model.weights none "
-    "--model.filters 2 --model.dropout 0.3 --train.epochs 3 --train.steps-per-epoch 5 "
-    "--train.accumulate 2 --train.ema 0.9"
-).split()
+FLAGS = [
+    *("--batches.input-px", "64", "64"),
+    *("--batches.crop", "centre"),
+    *("--augment.rotate-deg", "15"),
+    *("--augment.shift-px", "10"),
+    *("--augment.noise-hu", "20"),
+    *("--model.name", "unet2d"),
+    *("--model.weights", "none"),
+    *("--model.filters", "2"),
+    *("--model.dropout", "0.3"),
+    *("--train.epochs", "3"),
+    *("--train.steps-per-epoch", "5"),
+    *("--train.accumulate", "2"),
+    *("--train.ema", "0.9"),
+]
 """TINY as a difference from `smoke`."""
 
 
@@ -145,7 +154,9 @@ def test_best_weights_give_the_validation_dice_of_the_best_epoch(run, data):
             shared += (predicted & reference).sum()
             volumes += predicted.sum() + reference.sum()
     facts = json.loads((run / "training.json").read_text())
-    assert facts["best_validation_dice"] == pytest.approx(2 * shared / volumes, rel=1e-3)
+    assert facts["best_validation_dice"] == pytest.approx(
+        2 * shared / volumes, rel=1e-3
+    )
 
 
 def test_a_picture_per_epoch_shows_six_slices_in_three_rows(run):
@@ -162,16 +173,14 @@ def test_threads_do_not_change_the_result(run, data):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twice_ends_as_an_unbroken_one(run, data):
+def test_a_killed_run_ends_as_an_unbroken_one(run, data):
     command = [sys.executable, str(ROOT / "train.py"), "smoke", "--name", "killed"]
     command += ["--table", str(data / "table.h5"), "--split", str(data / "split.json")]
     command += ["--runs", str(data / "runs"), *FLAGS]
-    partial = data / "runs" / "killed.partial"
-    for epochs in (1, 2):
-        kill_after(command, partial, epochs)
-        assert not (data / "runs" / "killed").exists()
+    kill_after(command, data / "runs" / "killed.partial", epochs=1)
+    assert not (data / "runs" / "killed").exists()
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    assert not partial.exists()
+    assert not (data / "runs" / "killed.partial").exists()
     assert_same_result(data / "runs" / "killed", run)
 
 
@@ -200,6 +209,14 @@ def test_a_complete_run_is_left_as_it_is(run, data):
     report = train.train(data / "table.h5", data / "split.json", run, TINY)
     assert "is complete: 3 epochs" in report.line
     assert (run / "best.weights.h5").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_before_it_took_its_name_takes_it(run, data):
+    files_before = {p: p.stat().st_mtime_ns for p in run.rglob("*.h5")}
+    run.rename(run.with_name("whole.partial"))
+    report = train.train(data / "table.h5", data / "split.json", run, TINY)
+    assert "wrote" in report.line
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*.h5")} == files_before
 
 
 def test_a_run_with_other_settings_is_refused_by_name(run, data):
@@ -248,8 +265,12 @@ def test_without_validation_the_last_epoch_is_the_best(data, caplog):
 
 
 def test_a_loss_that_is_not_a_number_names_epoch_step_and_remedy(data):
-    settings = replace(SHORT.train, optimizer="sgd", learning_rate=1e30, steps_per_epoch=9)
-    with pytest.raises(ValueError, match=r"nan at epoch 1, step \d.* --train.clip-norm"):
+    settings = replace(
+        SHORT.train, optimizer="sgd", learning_rate=1e30, steps_per_epoch=9
+    )
+    with pytest.raises(
+        ValueError, match=r"nan at epoch 1, step \d.* --train.clip-norm"
+    ):
         trained(data, "nan", replace(SHORT, train=settings))
     assert not (data / "runs" / "nan").exists()
 
@@ -259,11 +280,19 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
     run_dir = trained(
         data, "tuned", replace(SHORT, train=still), init=run / "best.weights.h5"
     )
-    for found, before in zip(weights(run_dir, "last"), weights(run, "best"), strict=True):
+    for found, before in zip(
+        weights(run_dir, "last"), weights(run, "best"), strict=True
+    ):
         np.testing.assert_allclose(found, before, atol=1e-6)
     record = json.loads((run_dir / "provenance.json").read_text())
     split = slice_idx.read_split(run / "split.json")
     assert record["init_training_patients"] == split["parts"]["train"]
+
+
+def test_weights_of_another_network_are_refused_by_name(run, data):
+    wider = replace(SHORT, model=replace(TINY.model, filters=3))
+    with pytest.raises(ValueError, match="weights are not of this network, unet2d"):
+        trained(data, "wider", wider, init=run / "best.weights.h5")
 
 
 def test_the_slice_classifier_and_half_precision_train(data):

@@ -24,9 +24,9 @@ def certain(mask):
 
 def even(p):
     """Probability p of nodule in all eight pixels."""
-    return np.stack(
-        [np.full(MASK.shape, 1 - p), np.full(MASK.shape, p)], -1
-    ).astype(np.float32)
+    return np.stack([np.full(MASK.shape, 1 - p), np.full(MASK.shape, p)], -1).astype(
+        np.float32
+    )
 
 
 def test_generalized_dice_of_even_odds():

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import config
 import pytest
 
+import config
 from configs import CONFIGS
 from models import LOSSES, MODELS, build_loss, build_model
 
@@ -19,7 +19,9 @@ def test_class_weights_reach_the_loss():
     even = [[[[0.5, 0.5]]]]
     assert float(build_loss(weighted)([[[[0, 1]]]], even)) == 0
     default = replace(weighted, class_weights=(1.0, 7.0))
-    assert float(build_loss(default)([[[[0, 1]]]], even)) == pytest.approx(4.852, abs=1e-3)
+    assert float(build_loss(default)([[[[0, 1]]]], even)) == pytest.approx(
+        4.852, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

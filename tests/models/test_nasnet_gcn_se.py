@@ -158,7 +158,9 @@ def test_imagenet_weights_that_are_not_those_are_refused(tmp_path, monkeypatch):
 def test_imagenet_weights_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(nasnet_gcn_se, "IMAGENET_URL", (tmp_path / "none.h5").as_uri())
-    with pytest.raises(OSError, match="cannot download .* or train with --model.weights"):
+    with pytest.raises(
+        OSError, match="cannot download .* or train with --model.weights"
+    ):
         nasnet_gcn_se.imagenet_file()
     assert not list((tmp_path / "models").iterdir())
 

@@ -2,11 +2,11 @@
 
 import math
 
-import config
 import keras
 import numpy as np
 import pytest
 
+import config
 from models.optimizers import FlatOptimizer, build_optimizer, learning_rate
 
 SHAPES = {"kernel": (3, 2), "bias": (2,), "gamma": (4,)}
@@ -123,7 +123,9 @@ def test_warm_up_and_decay_join_at_the_peak():
     assert found[10] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", config.choices(config.Train.__annotations__["optimizer"]))
+@pytest.mark.parametrize(
+    "name", config.choices(config.Train.__annotations__["optimizer"])
+)
 def test_every_optimizer_of_the_settings_can_be_built(name):
     found = build_optimizer(config.Train(optimizer=name, weight_decay=0.1), 10)
     assert type(found.inner).__name__.lower() == name

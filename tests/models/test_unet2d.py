@@ -1,5 +1,6 @@
 """The plain U-Net."""
 
+import itertools
 from functools import partial
 
 import keras
@@ -16,7 +17,7 @@ def parameters_by_hand(filters, depth):
     for level, width in enumerate(widths):
         into = widths[level - 1] if level else 1
         total += 9 * (into * width + width * width) + 2 * 2 * width
-    for width, below in zip(widths[:-1], widths[1:], strict=True):
+    for width, below in itertools.pairwise(widths):
         total += 9 * ((width + below) * width + width * width) + 2 * 2 * width
     return total
 
@@ -45,7 +46,9 @@ def test_dropout_changes_outputs_in_training_only(batch):
     model = unet2d.build((32, 32, 1), 2, filters=4, depth=2, dropout=0.5)
     images, _ = batch((32, 32))
     assert np.array_equal(model(images, training=False), model(images, training=False))
-    assert not np.array_equal(model(images, training=True), model(images, training=True))
+    assert not np.array_equal(
+        model(images, training=True), model(images, training=True)
+    )
 
 
 def test_a_shape_without_a_size_is_refused():

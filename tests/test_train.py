@@ -289,6 +289,7 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
     assert record["init_training_patients"] == split["parts"]["train"]
 
 
+@pytest.mark.filterwarnings("default:Skipping nested container")  # Keras, then raises
 def test_weights_of_another_network_are_refused_by_name(run, data):
     wider = replace(SHORT, model=replace(TINY.model, filters=3))
     with pytest.raises(ValueError, match="weights are not of this network, unet2d"):

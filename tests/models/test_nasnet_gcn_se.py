@@ -123,7 +123,7 @@ def test_equal_channels_give_what_the_grey_rgb_image_gave(donor, channels):
     # What the network does to its input: a line of air at the end, then -1..1.
     padded = np.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0))) * 2 - 1
     np.testing.assert_allclose(
-        encoder(image.repeat(channels, axis=-1), training=False),
+        encoder([image.repeat(channels, axis=-1)], training=False),
         donor(padded.repeat(3, axis=-1), training=False),
         rtol=1e-3,
         atol=1e-4,

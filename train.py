@@ -21,7 +21,6 @@ import numpy as np
 import tyro
 
 import config
-import data_generator
 import files
 import provenance
 import slice_idx
@@ -118,7 +117,8 @@ def train(
         warn_of_seen_patients(record["init_training_patients"], split)
         data = open_data(table, split, experiment)
         start_run(partial, record, experiment, split)
-        fit(partial, data, experiment, workers=workers, init=init)
+        if not (partial / "training.json").is_file():  # else only its name is missing
+            fit(partial, data, experiment, workers=workers, init=init)
     partial.replace(run_dir)
     return steps.Report(f"wrote {run_dir}: {closing_line(run_dir)}")
 
@@ -203,6 +203,8 @@ def open_data(
     Raises:
         ValueError: If nobody is left to train on.
     """
+    import data_generator
+
     batches, settings = experiment.batches, experiment.train
     rows = {
         part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS
@@ -281,7 +283,7 @@ def fit(
         progress = callbacks.read_state(directory / callbacks.STATE, model)
         log.info("going on after epoch %d", progress.epoch)
     elif init is not None:
-        model.load_weights(init)
+        load_start(model, init)
     log.info(
         "%s: %d parameters, %d steps of %d slices an epoch",
         model.name,
@@ -303,6 +305,24 @@ def fit(
     callbacks.write_weights(directory / "last.weights.h5", model)
     write_json(directory / "training.json", summary(progress, model.count_params()))
     files.remove(directory / callbacks.STATE)
+
+
+def load_start(model: Any, init: Path) -> None:
+    """Gives the network the weights in `init`.
+
+    Raises:
+        ValueError: If they are of another network.
+    """
+    from models import callbacks
+
+    try:
+        callbacks.without_optimizer(model).load_weights(init)
+    except ValueError as error:
+        raise ValueError(
+            f"--init {init}: the weights are not of this network, {model.name} with "
+            f"{model.count_params()} parameters; train with the model settings in "
+            f"{init.with_name('config.json')}"
+        ) from error
 
 
 def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:

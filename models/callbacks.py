@@ -119,7 +119,15 @@ def averaged(model: keras.Model) -> Iterator[None]:
 def write_weights(path: Path, model: keras.Model) -> None:
     """Writes the weights that are used afterwards: their average where there is one."""
     with averaged(model), files.written_whole(path) as partial:
-        model.save_weights(partial)
+        without_optimizer(model).save_weights(partial)
+
+
+def without_optimizer(model: keras.Model) -> keras.Model:
+    """The same layers as a model that is not compiled.
+
+    A compiled model's weights file holds, and asks for, the optimizer's variables too.
+    """
+    return keras.Model(model.inputs, model.output, name=model.name)
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:

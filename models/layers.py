@@ -70,9 +70,9 @@ def upsample_to(
     surplus = [
         have - want for have, want in zip(x.shape[1:3], like.shape[1:3], strict=True)
     ]
-    if any(surplus):
-        x = layers.Cropping2D(tuple((0, lines) for lines in surplus), dtype=dtype)(x)
-    return x
+    # Also where there is nothing to cut: Keras stores weights in the order of the graph,
+    # which must be the same for every input size.
+    return layers.Cropping2D(tuple((0, lines) for lines in surplus), dtype=dtype)(x)
 
 
 def mask_head(

@@ -131,7 +131,22 @@ def check_arguments(
 
 
 def encode(inputs: KerasTensor, weights: str) -> dict[int, KerasTensor]:
-    """NASNetMobile's outputs by stride, each of size ceil(input size / stride)."""
+    """The encoder's outputs by stride, each of size ceil(input size / stride)."""
+    encoder = nasnet(inputs)
+    if weights == "imagenet":
+        donor = keras.applications.NASNetMobile(
+            input_shape=(224, 224, 3), include_top=False, weights=imagenet_file()
+        )
+        copy_encoder(donor, encoder)
+    taps = {stride: encoder.get_layer(name).output for stride, name in TAPS.items()}
+    return {
+        stride: layers.Activation("relu", name=f"tap_{stride}")(tap)
+        for stride, tap in taps.items()
+    }
+
+
+def nasnet(inputs: KerasTensor) -> keras.Model:
+    """NASNetMobile without weights on images in 0..1 of any size and channels."""
     # The stem's 3x3 convolution of stride 2 does not pad, so 400 would become 199. One
     # line of air at the end (two, if odd) makes it 200; all later stages round up.
     padding = tuple((0, 1 + size % 2) for size in inputs.shape[1:3])
@@ -143,16 +158,7 @@ def encode(inputs: KerasTensor, weights: str) -> dict[int, KerasTensor]:
     for layer in encoder.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = BATCH_NORM_MOMENTUM
-    if weights == "imagenet":
-        donor = keras.applications.NASNetMobile(
-            input_shape=(224, 224, 3), include_top=False, weights=imagenet_file()
-        )
-        copy_encoder(donor, encoder)
-    taps = {stride: encoder.get_layer(name).output for stride, name in TAPS.items()}
-    return {
-        stride: layers.Activation("relu", name=f"tap_{stride}")(tap)
-        for stride, tap in taps.items()
-    }
+    return encoder
 
 
 def copy_encoder(donor: keras.Model, encoder: keras.Model) -> None:

@@ -184,7 +184,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         for vector, group in zip(vectors, self.groups, strict=True):
             shapes = [self.weights[i].shape for i in group]
             ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-            parts = ops.split(vector, ends[:-1])
+            parts = ops.split(vector, ends[:-1]) if ends[:-1] else [vector]
             for i, part, shape in zip(group, parts, shapes, strict=True):
                 self.weights[i].assign(ops.reshape(part, shape))
 
@@ -197,12 +197,21 @@ class FlatOptimizer(keras.optimizers.Optimizer):
             average.assign(vector)
 
     def get_config(self):
+        base = super().get_config()
         return {
             "inner": keras.optimizers.serialize(self.inner),
-            "learning_rate": keras.optimizers.schedules.serialize(self._learning_rate),
+            **{name: base[name] for name in ("name", "learning_rate")},
             "ema": self.ema,
-            "name": self.name,
         }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.optimizers.deserialize(config.pop("inner"))
+        rate = config.pop("learning_rate")
+        if isinstance(rate, dict):
+            rate = keras.optimizers.schedules.deserialize(rate)
+        return cls(inner, learning_rate=rate, **config)
 
 
 def laid_flat(tensors) -> keras.KerasTensor:

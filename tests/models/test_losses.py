@@ -1,0 +1,148 @@
+"""Losses on masks small enough to compute by hand."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from models import LOSSES, losses
+
+# Eight pixels, two of them nodule.
+MASK = np.array([[[0, 0, 0, 0], [0, 0, 1, 1]]])
+EMPTY = np.zeros_like(MASK)
+
+
+def one_hot(mask):
+    return np.eye(2, dtype=np.uint8)[mask]
+
+
+def certain(mask):
+    return one_hot(mask).astype(np.float32)
+
+
+def even(p):
+    """Probability p of nodule in all eight pixels."""
+    return np.stack([np.full(MASK.shape, 1 - p), np.full(MASK.shape, p)], -1).astype(
+        np.float32
+    )
+
+
+def test_generalized_dice_of_even_odds():
+    # Weights: background 1/6^2, nodule 1/2^2. Overlaps 3 and 1; volumes 6 + 4 and 2 + 4.
+    overlap = 3 / 36 + 1 / 4
+    volumes = 10 / 36 + 6 / 4
+    found = losses.generalized_dice(one_hot(MASK), even(0.5))
+    assert float(found) == pytest.approx(1 - 2 * overlap / volumes, abs=1e-6)
+
+
+def test_generalized_dice_without_nodules_is_the_mean_probability_of_nodule():
+    # Both weights are the background's: 1 - 2 * 8 (1 - p) / (8 + 8).
+    found = losses.generalized_dice(one_hot(EMPTY), even(0.3))
+    assert float(found) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_weighted_cross_entropy_of_even_odds():
+    # Six pixels of weight 1 and two of weight 7, each -log(1/2), over eight pixels.
+    found = losses.weighted_cross_entropy(one_hot(MASK), even(0.5))
+    assert float(found) == pytest.approx((6 + 14) / 8 * math.log(2), abs=1e-6)
+
+
+def test_class_weights_are_in_the_order_of_the_classes():
+    found = losses.weighted_cross_entropy(
+        one_hot(MASK), even(0.25), class_weights=(2.0, 5.0)
+    )
+    by_hand = (6 * 2 * -math.log(0.75) + 2 * 5 * -math.log(0.25)) / 8
+    assert float(found) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_the_thesis_loss_is_the_sum_of_its_two():
+    y_true, y_pred = one_hot(MASK), even(0.2)
+    total = losses.generalized_dice_weighted_cross_entropy(y_true, y_pred)
+    parts = losses.generalized_dice(y_true, y_pred) + losses.weighted_cross_entropy(
+        y_true, y_pred
+    )
+    assert float(total) == pytest.approx(float(parts), abs=1e-6)
+
+
+def test_dice_cross_entropy_of_even_odds():
+    # Overlap 1, volumes 2 + 4, one pixel added: (2 + 1) / (6 + 1); cross-entropy log 2.
+    found = losses.dice_cross_entropy(one_hot(MASK), even(0.5))
+    assert float(found) == pytest.approx(1 - 3 / 7 + math.log(2), abs=1e-6)
+
+
+def test_focal_tversky_of_even_odds():
+    # Overlap 1, missed 1, spurious 3: index (1 + 1) / (1 + 0.7 + 0.3 * 3 + 1) = 2 / 3.6.
+    found = losses.focal_tversky(one_hot(MASK), even(0.5))
+    assert float(found) == pytest.approx((1 - 2 / 3.6) ** 0.75, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("mask", [MASK, EMPTY], ids=["nodule", "empty"])
+def test_a_perfect_prediction_costs_nothing(loss, mask):
+    # Focal Tversky stops at 1e-7 ^ 0.75 = 6e-6, where its slope would grow.
+    assert float(loss(one_hot(mask), certain(mask))) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_nearer_to_the_reference_costs_less(loss):
+    right, wrong = (0.9 * certain(m) + 0.05 for m in (MASK, 1 - MASK))
+    costs = [float(loss(one_hot(MASK), p)) for p in (right, even(0.5), wrong)]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 3
+
+
+def slope(loss, mask, logits):
+    """Gradient of the loss by the logits before the softmax, on the present backend."""
+    import tensorflow as tf
+
+    x = tf.Variable(logits, dtype=tf.float32)
+    with tf.GradientTape() as tape:
+        cost = loss(one_hot(mask), ops.softmax(x, axis=-1))
+    return float(cost), tape.gradient(cost, x).numpy()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("mask", [MASK, EMPTY], ids=["nodule", "empty"])
+@pytest.mark.parametrize("sign", [1, -1], ids=["right", "wrong"])
+@pytest.mark.parametrize("size", [1.0, 60.0, 1e4])
+def test_the_slope_is_finite_for_sure_predictions(loss, mask, sign, size):
+    cost, gradient = slope(loss, mask, sign * size * (2 * certain(mask) - 1))
+    assert np.isfinite(cost)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_pixel_that_is_quite_wrong_still_has_its_slope():
+    # Probability e^-40 = 4e-18 of the truth; d/dlogit of -7 log p / 8 is -7 (1 - p) / 8.
+    logits = -20 * (2 * certain(MASK) - 1)
+    _, gradient = slope(losses.weighted_cross_entropy, MASK, logits)
+    np.testing.assert_allclose(gradient[MASK > 0][:, 1], -7 / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_half_precision_input_is_computed_in_float32(loss):
+    mask = np.zeros((1, 512, 512), int)  # background's volume squared is beyond float16
+    mask[0, :3, :3] = 1
+    prob = np.stack([np.full(mask.shape, 0.75), np.full(mask.shape, 0.25)], -1)
+    half = ops.convert_to_tensor(prob, "float16")
+    found = loss(one_hot(mask), half)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    whole = loss(one_hot(mask), ops.convert_to_tensor(prob, "float32"))
+    assert float(found) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_dice_is_pooled_over_the_epoch():
+    metric = losses.PooledDice()
+    metric.update_state(one_hot(MASK), certain(MASK))  # 2 shared, 2 + 2
+    metric.update_state(one_hot(EMPTY), certain(MASK))  # 0 shared, 0 + 2
+    assert float(metric.result()) == pytest.approx(2 * 2 / 6)
+    metric.reset_state()
+    metric.update_state(one_hot(MASK), even(0.5 - 1e-3))
+    assert float(metric.result()) == 0
+
+
+def test_dice_of_nothing_is_undefined():
+    metric = losses.PooledDice()
+    metric.update_state(one_hot(EMPTY), certain(EMPTY))
+    assert math.isnan(float(metric.result()))

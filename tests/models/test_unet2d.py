@@ -1,0 +1,56 @@
+"""The plain U-Net."""
+
+import itertools
+from functools import partial
+
+import keras
+import numpy as np
+import pytest
+
+from models import unet2d
+
+
+def parameters_by_hand(filters, depth):
+    """3x3 kernels without bias, two numbers per normalised channel, a 1x1 head."""
+    widths = [filters * 2**level for level in range(depth + 1)]
+    total = 2 * filters + 2  # head: two classes and their biases
+    for level, width in enumerate(widths):
+        into = widths[level - 1] if level else 1
+        total += 9 * (into * width + width * width) + 2 * 2 * width
+    for width, below in itertools.pairwise(widths):
+        total += 9 * ((width + below) * width + width * width) + 2 * 2 * width
+    return total
+
+
+def test_the_unet_passes_the_harness(check_model):
+    check_model(partial(unet2d.build, filters=4), parameters=parameters_by_hand(4, 4))
+
+
+def test_instance_norm_sees_one_slice_at_a_time(batch):
+    model = unet2d.build((64, 64, 1), 2, filters=4, depth=2)
+    images, _ = batch((64, 64), slices=3)
+    np.testing.assert_allclose(
+        model(images)[:1], model(images[:1]), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_batch_norm_has_moving_statistics():
+    model = unet2d.build((64, 64, 1), 2, filters=4, depth=2, norm="batch")
+    kinds = [layer for layer in model.layers if "batch_norm" in layer.name]
+    assert len(kinds) == 2 * (2 + 1 + 2)  # two per level, down, bottom and up
+    assert len(model.non_trainable_variables) == 2 * len(kinds)
+
+
+def test_dropout_changes_outputs_in_training_only(batch):
+    keras.utils.set_random_seed(0)
+    model = unet2d.build((32, 32, 1), 2, filters=4, depth=2, dropout=0.5)
+    images, _ = batch((32, 32))
+    assert np.array_equal(model(images, training=False), model(images, training=False))
+    assert not np.array_equal(
+        model(images, training=True), model(images, training=True)
+    )
+
+
+def test_a_shape_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="expected a stated size"):
+        unet2d.build((None, None, 1), 2)

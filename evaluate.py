@@ -192,9 +192,8 @@ def score(job: Job) -> Scored:
     counts = metrics.count_voxels(reference, predicted)
     slices = reference.any(axis=(1, 2))
     surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
-    match = metrics.match_nodules(
-        np.where(reference, scan.nodule_labels, 0), labels, scan.reader_bits > 0
-    )
+    nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
+    match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
     row = {
         "scan_id": job.scan_id,
         "patient_id": job.patient_id,

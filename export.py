@@ -153,7 +153,7 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
             least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
             most = tf.reduce_max(image, axis=(1, 2), keepdims=True)
             image = (image - least) / (most - least + augment.EPSILON)
-        output = network(image[..., None], training=False)
+        output = network(tf.expand_dims(image, -1), training=False)
         output = output["mask"] if isinstance(output, dict) else output
         return {"probability": output[..., 1]}
 
@@ -166,7 +166,7 @@ def largest_difference(
     """Largest difference in probability between the SavedModel and Python."""
     rng = np.random.default_rng(0)
     hu = rng.integers(-1100, 600, (2, *size_px)).astype(np.int16)
-    inputs = {"hu": hu}
+    inputs: dict[str, np.ndarray] = {"hu": hu}
     if batches.lung_mask:
         inputs["lung"] = (rng.random((2, *size_px)) < 0.5).astype(np.uint8)
     lungs = inputs.get("lung", [None, None])
@@ -176,14 +176,14 @@ def largest_difference(
     ]
     expected = network.predict_on_batch(np.stack(images)[..., None])
     expected = expected["mask"] if isinstance(expected, dict) else expected
-    return float(np.abs(served(model_dir, inputs) - expected[..., 1]).max())
+    return float(np.abs(served(model_dir, inputs) - np.asarray(expected)[..., 1]).max())
 
 
 def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """What the SavedModel gives in a process without Keras and without this project."""
     with tempfile.TemporaryDirectory() as folder:
         sent, received = Path(folder) / "inputs.npz", Path(folder) / "output.npy"
-        np.savez(sent, **inputs)
+        np.savez(sent, allow_pickle=False, **inputs)
         command = [
             sys.executable,
             "-I",

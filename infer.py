@@ -142,8 +142,7 @@ def network_window(
         rows = np.arange(shape[0])
     else:
         rows = np.flatnonzero(lung.any(axis=(1, 2)))
-        footprint = lung.any(axis=0)
-        marked = [np.flatnonzero(footprint.any(axis=1 - axis)) for axis in (0, 1)]
+        marked = [np.flatnonzero(lung.any(axis=other)) for other in ((0, 2), (0, 1))]
         bounds = [(int(m[0]), int(m[-1]) + 1) for m in marked]
     window = []
     for (low, high), least in zip(bounds, least_px, strict=True):

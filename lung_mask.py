@@ -10,6 +10,7 @@ full resolution.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
+from typing import Any
 
 import cv2
 import numpy as np
@@ -159,7 +160,7 @@ def lung_labels(
     return refine(hu, filled, lungs, threshold, factors, settings)
 
 
-def per_slice(function: Callable[[np.ndarray], np.ndarray], *volumes: np.ndarray):
+def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
     """Stacks `function` of every slice; OpenCV and NumPy leave the threads free to run."""
     with ThreadPoolExecutor() as threads:
         return np.stack(list(threads.map(function, *volumes)))

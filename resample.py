@@ -44,10 +44,11 @@ def isotropic(
 
 
 def linear_weights(length: int, positions: np.ndarray, step: float) -> np.ndarray:
-    """Weights of linear interpolation along one axis, widened against aliasing.
+    """Weights of linear interpolation along one axis, averaged where voxels grow.
 
-    The triangle is as wide as the coarser of the two grids, so making a volume coarser
-    averages instead of skipping. Beyond the ends the last value goes on.
+    A new voxel is the mean of the linear interpolant over sqrt(step^2 - 1) old voxels,
+    which makes its variance that of a voxel of its own size; a finer one is the
+    interpolant itself. Ramps keep their values. Beyond the ends the last value goes on.
 
     Args:
         length: Number of old voxels.
@@ -57,10 +58,21 @@ def linear_weights(length: int, positions: np.ndarray, step: float) -> np.ndarra
     Returns:
         (new, length) float32; each row sums to 1.
     """
-    inside = np.clip(positions, 0, length - 1)
-    distance = np.abs(inside[:, None] - np.arange(length))
-    weights = np.maximum(1 - distance / max(step, 1.0), 0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    offset = positions[:, None] - np.arange(length)
+    half = np.sqrt(max(step**2 - 1, 0)) / 2
+    if half > 1e-3:
+        weights = (_hat_area(offset + half) - _hat_area(offset - half)) / (2 * half)
+    else:
+        weights = np.maximum(1 - np.abs(offset), 0)
+    ends = np.where(positions < (length - 1) / 2, 0, length - 1)
+    weights[np.arange(len(positions)), ends] += 1 - weights.sum(axis=1)
+    return weights.astype(np.float32)
+
+
+def _hat_area(t: np.ndarray) -> np.ndarray:
+    """Integral of the hat function max(1 - |t|, 0) up to t."""
+    t = np.clip(t, -1, 1)
+    return np.where(t < 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
 
 
 def volume(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:

@@ -145,21 +145,23 @@ def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
     if _part_stands(path, settings, source_sha256):
         return path
     part = make_part(scans.read_scan(item.path), settings, source_sha256)
-    with (
-        _no_room(path),
-        files.written_whole(path) as partial,
-        tables.open_file(partial, "w") as h5,
-    ):
-        _create(h5, settings, rows=len(part.rows), provenance_record={})
-        for name, images in part.slices.items():
-            _write_chunks(h5.get_node("/slices", name), map(compressed, images))
-        for name, volume in part.volumes.items():
-            node = _create_volume(h5, 0, name, volume.shape, part.volume_affine)
-            _write_chunks(node, map(compressed, volume))
-        h5.root.scans.append(part.scan)
-        h5.root.rows.append(part.rows)
-        h5.root.nodules.append(part.nodules)
+    with files.written_whole(path) as partial:
+        with _no_room(path), tables.open_file(partial, "w") as h5:
+            _create(h5, settings, rows=len(part.rows), provenance_record={})
+            _write(h5, part)
+        _read_back(partial, path)
     return path
+
+
+def _write(h5: tables.File, part: Part) -> None:
+    for name, images in part.slices.items():
+        _write_chunks(h5.get_node("/slices", name), map(compressed, images))
+    for name, volume in part.volumes.items():
+        node = _create_volume(h5, 0, name, volume.shape, part.volume_affine)
+        _write_chunks(node, map(compressed, volume))
+    h5.root.scans.append(part.scan)
+    h5.root.rows.append(part.rows)
+    h5.root.nodules.append(part.nodules)
 
 
 def join_parts(
@@ -190,6 +192,7 @@ def join_parts(
             ):
                 with tables.open_file(part) as source:
                     first_row = _append(h5, source, index, first_row)
+        _read_back(joined, out)
         joined.replace(out)
     finally:
         files.remove(joined)
@@ -236,7 +239,7 @@ def _create(
     h5.create_group("/", "volumes")
     kinds = {"rows": ROW, "scans": SCAN, "nodules": NODULE, "skipped": SKIPPED}
     for name, kind in kinds.items():
-        h5.create_table("/", name, description=kind)
+        h5.create_table("/", name, description=kind, expectedrows=max(rows, 1))
 
 
 def _create_array(
@@ -245,10 +248,10 @@ def _create_array(
     array = h5.create_earray(
         where,
         name,
-        atom=tables.Atom.from_dtype(np.dtype(DTYPES[name])),
+        atom=tables.Atom.from_dtype(DTYPES[name]),
         shape=(0, *shape[1:]),
         chunkshape=(1, *shape[1:]),
-        filters=FILTERS,
+        filters=FILTERS[name],
         createparents=True,
     )
     array.truncate(shape[0])
@@ -332,13 +335,30 @@ def _no_room(path: Path) -> Iterator[None]:
         yield
     except tables.HDF5ExtError as error:
         found = re.search(r"error message = '([^']*)'", str(error))
-        free = files.size_text(shutil.disk_usage(_existing(path)).free)
-        raise OSError(
-            errno.ENOSPC,
-            f"cannot write {path}: {found[1] if found else 'HDF5 failed'}; {free} are free "
-            "there. Nothing was left half-written; free some space, and the same command "
-            "goes on from here",
-        ) from error
+        raise _not_written(path, found[1] if found else "HDF5 failed") from error
+
+
+def _read_back(written: Path, path: Path) -> None:
+    """Raises OSError if a table does not hold what was written.
+
+    HDF5 keeps back some of what it writes until it closes the file, and PyTables does
+    not say when that fails.
+    """
+    try:
+        good = not verify_table(written)
+    except (ValueError, OSError):
+        good = False
+    if not good:
+        raise _not_written(path, "it does not read back as it was written")
+
+
+def _not_written(path: Path, reason: str) -> OSError:
+    free = files.size_text(shutil.disk_usage(_existing(path)).free)
+    return OSError(
+        errno.ENOSPC,
+        f"cannot write {path}: {reason}; {free} are free there. Nothing was left "
+        "half-written; free some space, and the same command goes on from here",
+    )
 
 
 def _require_room(parts: Sequence[Path], out: Path) -> None:

@@ -344,7 +344,7 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
     heights = (part.z.ravel()[:, None] + offsets).reshape(-1, 1, 1)
     start, end = start.astype(np.float32), end.astype(np.float32)
     depth = anatomy.capsule(
-        Mesh(heights, part.y, part.x), start, end, np.float32(r0), np.float32(r1)
+        Mesh(heights, part.y, part.x), start, end, float(r0), float(r1)
     )
     share = np.clip(0.5 - depth / np.float32(dx), 0, 1)
     # A thread thinner than a pixel fills only a part of those it runs through.
@@ -372,12 +372,8 @@ def _place_nodules(
         diameter = float(
             np.clip(9.5 * np.exp(0.55 * rng.standard_normal()), small, large)
         )
-        kind = str(
-            rng.choice(["solid", "part-solid", "ground-glass"], p=(0.7, 0.13, 0.17))
-        )
-        site = str(
-            rng.choice(["isolated", "vascular", "juxtapleural"], p=(0.4, 0.3, 0.3))
-        )
+        kind = nodules.KINDS[rng.choice(3, p=(0.7, 0.13, 0.17))]
+        site = nodules.SITES[rng.choice(3, p=(0.4, 0.3, 0.3))]
         shape = nodules.draw_shape(rng, diameter)
         centre = places.find(site, diameter, placed, rng)
         nodule = PlacedNodule(

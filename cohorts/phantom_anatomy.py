@@ -324,7 +324,7 @@ def _diaphragm(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
     return (mesh.z - surface) / np.sqrt(1 + slope_x**2 + slope_y**2).astype(np.float32)
 
 
-def _spine_y(body: Body, z: np.ndarray) -> np.ndarray:
+def _spine_y(body: Body, z):
     """Centre of the vertebral bodies."""
     t = np.clip(z / body.lung_height, 0, 1.2)
     return 14 * t**2 + 0.7 * body.half_depth + 5 * np.sin(np.pi * t)
@@ -366,7 +366,7 @@ def _great_vessels(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]
     def path(*points):
         return [(x, y, t * height) for x, y, t in points]
 
-    spine_front = float(_spine_y(body, np.float32(0.5 * height))) - 20
+    spine_front = float(_spine_y(body, 0.5 * height)) - 20
     aorta = tube(
         mesh,
         path(

@@ -89,8 +89,9 @@ def dicom_slice(series: Series, index: int):
     """Slice `index` of a series as a pydicom Dataset ready to be written."""
     import pydicom
     from pydicom import uid as known
+    from pydicom.dataset import FileMetaDataset
 
-    file_meta = pydicom.dataset.FileMetaDataset()
+    file_meta = FileMetaDataset()
     file_meta.MediaStorageSOPClassUID = known.CTImageStorage
     file_meta.MediaStorageSOPInstanceUID = known.UID(series.sop_uids[index])
     file_meta.TransferSyntaxUID = known.ExplicitVRLittleEndian

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -20,6 +20,8 @@ from cohorts.phantom_anatomy import Mesh, mesh_from_axes, spline_noise
 
 Kind = Literal["solid", "part-solid", "ground-glass"]
 Site = Literal["isolated", "vascular", "juxtapleural"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SITES: tuple[Site, ...] = get_args(Site)
 
 READERS = 4
 RATINGS = (
@@ -200,7 +202,7 @@ def read_shape(annotation_id: int) -> Shape:
     width = _largest_extent_mm(field[field.shape[0] // 2] < 0, pitch)
     for plane in field:
         width = max(width, _largest_extent_mm(plane < 0, pitch))
-    names = dict(zip(RATINGS, ratings, strict=True))
+    names: dict[str, int] = dict(zip(RATINGS, ratings, strict=True))
     return Shape(field, pitch, max(width, pitch), names)
 
 

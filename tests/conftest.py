@@ -85,3 +85,9 @@ def scan():
 @pytest.fixture
 def scans():
     return [tiny_scan(index) for index in range(10)]
+
+
+@pytest.fixture(scope="session")
+def make_scan():
+    """make_scan(index): `tiny_scan`, for fixtures that outlive a test."""
+    return tiny_scan

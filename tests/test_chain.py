@@ -1,0 +1,201 @@
+"""The steps after preprocessing, as they are run, on scans small enough for seconds."""
+
+import json
+from dataclasses import replace
+
+import nibabel
+import numpy as np
+import pytest
+
+import config
+import evaluate
+import export
+import infer
+import postprocess
+import slice_idx
+import table
+import train
+from scan import scan_path, write_scan
+from volume_io import read_volume
+
+EXPERIMENT = config.Experiment(
+    table=config.Table(size_px=(64, 64), slices="lung"),
+    split=config.Split(fractions=(0.6, 0.2, 0.2)),
+    batches=config.Batches(input_px=(64, 64)),
+    augment=config.Augment(rotate_deg=0, zoom=0, shift_px=0),
+    model=config.Model(name="unet2d", filters=4),
+    train=config.Train(epochs=1, steps_per_epoch=8, learning_rate=3e-3),
+    postprocess=config.Postprocess(method="fixed"),
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, make_scan):
+    """A work directory after the steps 2, 3, 5, 6 and 7."""
+    work = tmp_path_factory.mktemp("work")
+    for index in range(10):
+        scan = make_scan(index)
+        write_scan(scan, scan_path(work / "scans", scan.scan_id), {})
+    table.write_table(work / "scans", work / "table.h5", EXPERIMENT.table)
+    slice_idx.write_split(work / "table.h5", work / "split.json", EXPERIMENT.split)
+    train.train(work / "table.h5", work / "split.json", work / "runs/tiny", EXPERIMENT)
+    infer.infer(work / "runs/tiny", work / "predictions", scans=work / "scans")
+    postprocess.postprocess_predictions(
+        postprocess.Arguments(
+            predictions=work / "predictions",
+            scans=work / "scans",
+            run=work / "runs/tiny",
+        )
+    )
+    return work
+
+
+def manifest(work):
+    return json.loads((work / "predictions/predictions.json").read_text())
+
+
+def test_only_validation_and_test_patients_are_segmented(work):
+    split = slice_idx.read_split(work / "split.json")
+    segmented = {facts["patient_id"] for facts in manifest(work)["scans"].values()}
+    assert segmented == {*split["parts"]["validation"], *split["parts"]["test"]}
+    assert set(manifest(work)["training_patients"]) == set(split["parts"]["train"])
+
+
+def test_probabilities_lie_on_the_scans_grid_and_within_slices_with_lung(
+    work, make_scan
+):
+    scan = make_scan(0)
+    for scan_id in manifest(work)["scans"]:
+        prob, grid = read_volume(work / "predictions" / scan_id / "prob.nii.gz")
+        assert np.allclose(grid.affine, scan.grid.affine)
+        assert prob.min() >= 0 and prob.max() <= 1
+        assert not prob[~scan.lung.any(axis=(1, 2))].any()
+        assert prob.any()
+
+
+def test_a_prediction_does_not_depend_on_the_batch_size(work, make_scan):
+    scan = make_scan(3)
+    one, many = (
+        infer.Predictor(work / "runs/tiny", batch_size=n).probability(scan)
+        for n in (1, 7)
+    )
+    assert np.allclose(one, many, atol=1e-5)
+
+
+def test_predictions_of_other_weights_are_not_mixed(work, tmp_path):
+    changed = manifest(work) | {"weights_sha256": "0" * 64}
+    (tmp_path / "predictions.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="predictions of weights 000000000000"):
+        infer.infer(work / "runs/tiny", tmp_path, scans=work / "scans")
+
+
+def test_an_unfinished_run_cannot_predict(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run.*run train.py first"):
+        infer.infer(tmp_path / "run", tmp_path / "out", scans=tmp_path)
+
+
+def test_any_ct_is_segmented_without_scan_files(work, make_scan, tmp_path):
+    scan = make_scan(4)
+    volume = np.ascontiguousarray(scan.hu.transpose(2, 1, 0))
+    affine = scan.grid.affine[:, [2, 1, 0, 3]]
+    nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / "ct.nii.gz")
+    report = infer.infer(
+        work / "runs/tiny", tmp_path / "out", input=tmp_path / "ct.nii.gz"
+    )
+    assert report.failures == [] or "no lung" in report.failures[0].reason
+
+
+def test_scores_are_written_with_their_protocol(work, capsys):
+    out = work / "scores"
+    report = evaluate.evaluate(
+        evaluate.Arguments(
+            predictions=work / "predictions", scans=work / "scans", out=out, draws=50
+        )
+    )
+    assert report.failures == []
+    for name in ("scores.csv", "scores.md", "scores.tex", "scores.json", "dice.png"):
+        assert (out / name).stat().st_size > 0
+    text = (out / "scores.md").read_text()
+    assert "No scored patient was trained on." in text
+    assert "not a medical device" in text
+    assert "2 whole scans of 2 patients" in text
+
+
+def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
+    from volume_io import write_volume
+
+    folder = tmp_path / "predictions"
+    record = manifest(work)
+    for scan_id in record["scans"]:
+        scan = make_scan(int(scan_id.rpartition("-")[2]))
+        mask = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+        labels = (scan.nodule_labels * mask).astype(np.uint8)
+        write_volume(
+            folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid
+        )
+    (folder / "predictions.json").write_text(json.dumps(record))
+    arguments = evaluate.Arguments(
+        predictions=folder, scans=work / "scans", out=tmp_path / "scores", draws=50
+    )
+    evaluate.evaluate(arguments)
+    scores = json.loads((tmp_path / "scores/scores.json").read_text())["scores"]
+    values = {line["name"]: line["interval"]["value"] for line in scores}
+    assert values["Dice per scan"] == 1
+    assert values["HD95 (mm)"] == 0
+    assert values["Nodule sensitivity, all"] == 1
+    assert values["False positives per scan"] == 0
+
+
+def test_a_patient_that_was_trained_on_is_marked(work, tmp_path, caplog):
+    record = manifest(work)
+    scan_id, facts = next(iter(record["scans"].items()))
+    record["training_patients"].append(facts["patient_id"])
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    (folder / scan_id).symlink_to(work / "predictions" / scan_id)
+    record["scans"] = {scan_id: facts | {"part": "test"}}
+    (folder / "predictions.json").write_text(json.dumps(record))
+    evaluate.evaluate(
+        evaluate.Arguments(
+            predictions=folder, scans=work / "scans", out=tmp_path / "scores", draws=50
+        )
+    )
+    assert "was trained on" in caplog.text
+    assert "WARNING: 1 of the patients" in (tmp_path / "scores/scores.md").read_text()
+
+
+def test_a_missing_mask_is_a_skipped_scan_not_a_zero(work, tmp_path):
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    record = manifest(work)
+    scan_ids = [s for s, facts in record["scans"].items() if facts["part"] == "test"]
+    (folder / scan_ids[0]).symlink_to(work / "predictions" / scan_ids[0])
+    (folder / "predictions.json").write_text(json.dumps(record))
+    report = evaluate.evaluate(
+        evaluate.Arguments(
+            predictions=folder, scans=work / "scans", out=tmp_path / "scores", draws=50
+        )
+    )
+    assert [failure.scan_id for failure in report.failures] == scan_ids[1:]
+    assert "run postprocess.py first" in report.failures[0].reason
+
+
+@pytest.mark.parametrize("normalisation", ["window", "zscore", "minmax"])
+def test_the_saved_model_gives_what_python_gives(work, tmp_path, normalisation):
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in (work / "runs/tiny").glob("*.*"):
+        if path.is_file():
+            (run / path.name).write_bytes(path.read_bytes())
+    batches = replace(EXPERIMENT.batches, normalisation=normalisation)
+    settings = replace(infer.read_settings(run), batches=batches)
+    (run / "config.json").write_text(json.dumps(config.to_json(settings)))
+    report = export.export(run, tmp_path / "model")
+    assert "equal to Python" in report.line
+    assert (tmp_path / "model/1/saved_model.pb").is_file()
+
+
+def test_an_exported_version_is_not_replaced_unasked(work, tmp_path):
+    (tmp_path / "1").mkdir()
+    with pytest.raises(FileExistsError, match="choose another --version"):
+        export.export(work / "runs/tiny", tmp_path)

@@ -19,7 +19,7 @@ lint: .venv/dev.stamp  ## Format, rules and types.
 	pyright
 
 bench: .venv/dev.stamp  ## Speed and memory, as ratios measured side by side.
-	set -e; for script in benchmarks/*.py; do python $$script; done
+	set -e; for script in benchmarks/*.py; do python -m benchmarks.$$(basename $$script .py); done
 
 clean:  ## Removes results and the environment.
 	rm -rf work .venv

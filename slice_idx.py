@@ -422,13 +422,16 @@ class Arguments:
 
 def run_step(arguments: Arguments) -> steps.Report:
     """What the command line asks for."""
+    other = arguments.nnunet
+    if other and other.exists() and not arguments.overwrite:
+        raise ValueError(f"{other} exists; add --overwrite to replace it")
     report = write_split(
         arguments.table, arguments.out, arguments.split, overwrite=arguments.overwrite
     )
-    if arguments.nnunet:
+    if other:
         with SliceTable(arguments.table) as table:
             folds = nnunet_splits(table, arguments.split)
-        with files.written_whole(arguments.nnunet) as partial:
+        with files.written_whole(other) as partial:
             partial.write_text(json.dumps(folds, indent=1) + "\n")
     return report
 

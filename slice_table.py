@@ -275,12 +275,19 @@ def _as_text(array: np.ndarray) -> np.ndarray:
 
 
 def _decompress(frame: bytes, image: np.ndarray) -> None:
-    """Fills `image` from the one chunk of a Blosc2 frame, without holding the GIL."""
+    """Fills `image` from the one chunk of a Blosc2 frame, without holding the GIL.
+
+    The chunk follows the frame's header, whose length is a big-endian int32 at byte 12;
+    at byte 4 of the chunk is its uncompressed length (Blosc2's cframe and chunk formats).
+    A frame of one value throughout has no chunk there: then, the slow way makes one.
+    """
     import blosc2
 
-    chunk = blosc2.schunk_from_cframe(frame).get_chunk(0)
-    if blosc2.get_cbuffer_sizes(chunk)[0] != image.nbytes:
-        raise ValueError("the chunk has another size than the slice")
+    chunk: Any = memoryview(frame)[int.from_bytes(frame[12:16], "big") :]
+    if int.from_bytes(chunk[4:8], "little") != image.nbytes:
+        chunk = blosc2.schunk_from_cframe(frame).get_chunk(0)
+        if blosc2.get_cbuffer_sizes(chunk)[0] != image.nbytes:
+            raise ValueError("the chunk has another size than the slice")
     blosc2.decompress2(chunk, dst=image, nthreads=1)
 
 

@@ -704,6 +704,9 @@ class Arguments:
 
 def run_step(arguments: Arguments) -> steps.Report:
     """What the command line asks for."""
+    other = arguments.thesis_layout
+    if other and other.exists() and not arguments.overwrite:
+        raise ValueError(f"{other} exists; add --overwrite to replace it")
     if arguments.verify:
         return _verified(arguments.out)
     report = write_table(
@@ -714,8 +717,8 @@ def run_step(arguments: Arguments) -> steps.Report:
         scheduler=arguments.scheduler,
         overwrite=arguments.overwrite,
     )
-    if arguments.thesis_layout:
-        write_thesis_layout(arguments.out, arguments.thesis_layout, arguments.batches)
+    if other:
+        write_thesis_layout(arguments.out, other, arguments.batches)
     return report
 
 

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,4 +332,10 @@ def test_the_command_line_splits_and_refuses(table_path, capsys):
     with pytest.raises(SystemExit) as ended:
         slice_idx.main([*words, "--split.method", "luck"])
     assert ended.value.code == steps.USAGE
-    assert Path(out).exists()
+    nnunet = table_path.with_name("splits_final.json")
+    for code in (steps.DONE, steps.FAILED):
+        with pytest.raises(SystemExit) as ended:
+            slice_idx.main([*words, "--nnunet", str(nnunet)])
+        assert ended.value.code == code
+    assert "splits_final.json exists; add --overwrite" in capsys.readouterr().err
+    assert len(json.loads(nnunet.read_text())) == config.Split().folds

@@ -534,3 +534,30 @@ def test_the_thesis_layout_holds_consensus_and_hu_within_the_lungs(
         assert np.array_equal(data[inside], scan.hu[10, 2:62, 2:62][inside])
         assert (data[~inside] == AIR_HU).all()
         assert h5.root.subject_ids[row] == b"scan-000_10"
+
+
+@pytest.mark.lidc
+def test_real_slices_are_what_simpleitk_reads(tmp_path):
+    data = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
+    folder = data / "LIDC-IDRI/LIDC-IDRI-0001"
+    if not folder.is_dir():
+        pytest.skip(f"no real scan in {folder}")
+    import SimpleITK as sitk
+
+    from cohorts import lidc
+
+    source = lidc.find_scans(folder)[0]
+    scan = lidc.load_scan(source)
+    write_scans([replace(scan, lung=np.ones(scan.hu.shape, np.uint8))], tmp_path / "s")
+    settings = config.Table(size_px=(400, 400), negatives_per_nodule_slice=0.5)
+    table.write_table(tmp_path / "s", tmp_path / "table.h5", settings)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(source.paths[0].parent)))
+    volume_hu = sitk.GetArrayFromImage(reader.Execute())
+    with SliceTable(tmp_path / "table.h5") as opened:
+        marked = int((opened.rows["nodule_px"] > 0).sum())
+        assert marked == np.count_nonzero(scan.reader_bits.any(axis=(1, 2)))
+        assert len(opened) == marked + round(marked / 2)
+        for row, z in enumerate(opened.rows["z"]):
+            centre_hu = volume_hu[z, 56:456, 56:456]
+            assert np.array_equal(opened.read("hu", row), np.maximum(centre_hu, AIR_HU))

@@ -54,6 +54,13 @@ class Warp:
     matrix: np.ndarray
     points: np.ndarray | None = None
 
+    def within(self, box: tuple[slice, slice]) -> "Warp":
+        """The same warp, for a (y, x) box of the output alone."""
+        matrix = self.matrix.copy()
+        matrix[:, 2] += self.matrix[:, :2] @ (box[1].start, box[0].start)
+        points = None if self.points is None else self.points[:, box[0], box[1]]
+        return Warp(matrix, points)
+
 
 def crop_at_centre(slice_px: tuple[int, ...], output_px: tuple[int, int]) -> Crop:
     """The central part of a slice; an odd pixel is left at the end."""
@@ -417,24 +424,36 @@ def to_input(
     Raises:
         ValueError: If `lung_mask` is set and there is no lung mask.
     """
+    image = windowed(image_hu, lung, batches, gamma=gamma)
+    return normalised(image, batches.normalisation)
+
+
+def windowed(
+    image_hu: np.ndarray,
+    lung: np.ndarray | None,
+    batches: config.Batches,
+    *,
+    gamma: float = 1.0,
+) -> np.ndarray:
+    """Steps 1 to 3 of `to_input`, which look at one pixel at a time."""
     low, high = batches.window_hu
     image = np.subtract(image_hu, np.float32(low), dtype=np.float32)
     image /= np.float32(high - low)
     np.clip(image, 0, 1, out=image)
     if gamma != 1:
-        # Eight times faster than np.power, which is not vectorised for float32.
+        # Four times faster than np.power, which is not vectorised for float32.
         with np.errstate(divide="ignore"):
             np.log(image, out=image)
         image *= np.float32(gamma)
         np.exp(image, out=image)
-    if batches.lung_mask:
-        if lung is None:
-            raise ValueError(
-                "batches.lung_mask is set but the scan has no lung mask; make one with "
-                "preprocess.py or use --batches.no-lung-mask"
-            )
-        image = cv2.bitwise_and(image, image, mask=(lung > 0).astype(np.uint8))
-    return normalised(image, batches.normalisation)
+    if not batches.lung_mask:
+        return image
+    if lung is None:
+        raise ValueError(
+            "batches.lung_mask is set but the scan has no lung mask; make one with "
+            "preprocess.py or use --batches.no-lung-mask"
+        )
+    return cv2.bitwise_and(image, image, mask=(lung > 0).view(np.uint8))
 
 
 def normalised(image: np.ndarray, normalisation: str) -> np.ndarray:
@@ -468,8 +487,7 @@ def nodule_target(
         (y, x) uint8, 0 or 1.
     """
     mask = np.zeros(nodule_labels.shape, np.uint8)
-    x, y, width, height = cv2.boundingRect(nodule_labels)
-    box = slice(y, y + height), slice(x, x + width)
+    box = box_of(nodule_labels)
     mask[box] = scan.consensus(
         reader_bits[box],
         nodule_labels[box],
@@ -478,6 +496,12 @@ def nodule_target(
         min_readers=batches.min_readers,
     )
     return mask
+
+
+def box_of(mask: np.ndarray) -> tuple[slice, slice]:
+    """The (y, x) box around what is above 0 in a (y, x) uint8 mask; empty if nothing is."""
+    x, y, width, height = cv2.boundingRect(mask)
+    return slice(y, y + height), slice(x, x + width)
 
 
 def one_hot(mask: np.ndarray) -> np.ndarray:

@@ -165,18 +165,34 @@ class SliceGenerator:
         mask = row_target(self.table, row, batches)
         crop = self.crop(mask, lung, rng)
         marks = mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
-        gamma = 1.0
-        if self.augmentation is None:
-            hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
-            marks = augment.cut(marks, crop, size, fill=0)
-        else:
-            warp = augment.draw_warp(self.augmentation, crop, size, rng)
-            hu = augment.warp_image(hu, warp, size)
-            marks = augment.warp_labels(marks, warp, size)
-            gamma, noise_hu = augment.draw_intensity(self.augmentation, rng)
+        if self.augmentation is not None:
+            return self.changed(hu, marks, crop, self.augmentation, rng)
+        hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
+        marks = augment.cut(marks, crop, size, fill=0)
+        image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
+        return image, marks & augment.TARGET_BIT
+
+    def changed(self, hu, marks, crop, changes: config.Augment, rng):
+        """`sample` after its random changes.
+
+        With `lung_mask` only the box around the lungs is computed: the rest is 0.
+        """
+        batches, size = self.batches, self.batches.input_px
+        warp = augment.draw_warp(changes, crop, size, rng)
+        gamma, noise_hu = augment.draw_intensity(changes, rng)
+        marks = augment.warp_labels(marks, warp, size)
+        lung = marks & augment.LUNG_BIT
+        image = np.zeros(size, np.float32)
+        box = slice(0, size[0]), slice(0, size[1])
+        if batches.lung_mask:
+            box = augment.box_of(lung)
+        part = image[box]
+        if part.size:
+            hu = augment.warp_image(hu, warp.within(box), part.shape)
             if self.noise_field is not None:
                 hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
-        image = augment.to_input(hu, marks & augment.LUNG_BIT, batches, gamma=gamma)
+            part[...] = augment.windowed(hu, lung[box], batches, gamma=gamma)
+        image = augment.normalised(image, batches.normalisation)
         return image, marks & augment.TARGET_BIT
 
     def crop(self, mask, lung, rng: np.random.Generator) -> augment.Crop:

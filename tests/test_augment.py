@@ -123,6 +123,15 @@ def test_a_displaced_warp_agrees_with_scipy():
     assert np.quantile(np.abs(ours - scipys), 0.999) < 0.05
 
 
+@pytest.mark.parametrize("elastic_px", [0.0, 2.0])
+def test_a_warp_within_a_box_gives_that_part_of_the_whole(elastic_px):
+    image = smooth_image()
+    warp = augment.draw_warp(Augment(elastic_px=elastic_px), WHOLE, SIZE, rng(2))
+    box = slice(13, 50), slice(30, 71)
+    part = warp_image(image, warp.within(box), (37, 41))
+    assert np.allclose(part, warp_image(image, warp, SIZE)[box], atol=0.05)
+
+
 def test_source_points_are_the_matrix_and_the_displacement():
     matrix = warp_matrix(WHOLE, rotate_deg=20, zoom=0.9, shift_yx=(2, 4))
     field = augment.smooth_displacement(SIZE, 2.0, 32.0, seed=3)

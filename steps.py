@@ -150,7 +150,11 @@ def _map_by_dask(
     where: dict[str, Any] = (
         {"address": scheduler}
         if scheduler
-        else {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+        else {
+            "n_workers": workers,
+            "threads_per_worker": 1,
+            "dashboard_address": "127.0.0.1:0",
+        }
     )
     outcomes = {}
     with distributed.Client(**where) as client:

@@ -160,9 +160,10 @@ def lung_labels(
     coarse = shrink(hu, factors)
     coarse_mm = tuple(s * f for s, f in zip(spacing_mm, factors, strict=True))
     lungs = inner_air(coarse, threshold, coarse_mm)
+    tubes = np.zeros(lungs.shape, bool)
     if settings.remove_airway:
-        lungs &= ~airway(coarse, lungs, coarse_mm)
-        lungs = large_parts(lungs, coarse_mm)
+        tubes = airway(coarse, lungs, coarse_mm)
+        lungs = large_parts(lungs & ~tubes, coarse_mm)
     if not lungs.any():
         return np.zeros(hu.shape, np.uint8)
     filled = np.zeros(lungs.shape, np.uint8)
@@ -174,7 +175,8 @@ def lung_labels(
         coarse_mm,
         settings,
     )
-    return refine(hu, filled, lungs, threshold, factors, settings)
+    filled[tubes] = 0
+    return refine(hu, filled, lungs, tubes, threshold, factors, settings)
 
 
 def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
@@ -404,14 +406,19 @@ def closed(
     mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
     """Morphological closing of a (z, y, x) mask by a ball, exact in mm."""
-    # Air around the sides; the ends in z are open, so that a lung cut by the scan's last
-    # slice is not closed as if it ended there.
-    margin = [(0, 0), *((int(radius_mm / s) + 2,) * 2 for s in spacing_mm[1:])]
-    padded = np.pad(mask, margin)
+    # Air around the sides. Beyond the ends in z the last slice goes on, so that a lung cut
+    # by the scan is not closed as if it ended there, and one that ends before does not
+    # grow to the scan's end.
+    deep, *wide = (int(radius_mm / s) + 2 for s in spacing_mm)
+    padded = np.pad(mask, ((2 * deep,) * 2, (0, 0), (0, 0)), mode="edge")
+    padded = np.pad(padded, ((0, 0), *((margin,) * 2 for margin in wide)))
     grown = distance_mm(~padded, spacing_mm) <= radius_mm
     shrunk = distance_mm(grown, spacing_mm) > radius_mm
-    (top, _), (left, _) = margin[1:]
-    return shrunk[:, top : top + mask.shape[1], left : left + mask.shape[2]] | mask
+    inner = tuple(
+        slice(margin, margin + length)
+        for margin, length in zip((2 * deep, *wide), mask.shape, strict=True)
+    )
+    return shrunk[inner] | mask
 
 
 def without_holes(mask: np.ndarray) -> np.ndarray:
@@ -428,6 +435,7 @@ def refine(
     hu: np.ndarray,
     filled: np.ndarray,
     lungs: np.ndarray,
+    tubes: np.ndarray,
     threshold: float,
     factors: tuple[int, int, int],
     settings: config.LungMask,
@@ -438,6 +446,7 @@ def refine(
         hu: (z, y, x) int16 at full resolution.
         filled: Coarse labels after `fill`.
         lungs: Coarse mask before it.
+        tubes: Coarse mask of the airway, which is left out.
         threshold: HU between lung and tissue.
         factors: Voxels per coarse voxel.
         settings: Whether small holes are filled.
@@ -452,7 +461,8 @@ def refine(
     def draw(z: int) -> np.ndarray:
         coarse_z = z // factors[0]
         result = np.zeros(hu.shape[1:], np.uint8)
-        air = hu[z] < threshold
+        tube = enlarged(tubes[coarse_z], size) > 0
+        air = (hu[z] < threshold) & ~tube
         added = filled[coarse_z] * ~lungs[coarse_z]
         for side in (RIGHT, LEFT):
             whole = enlarged(filled[coarse_z] == side, size)
@@ -465,7 +475,7 @@ def refine(
             if settings.fill_holes:
                 sealed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, near)
                 mask = without_holes(sealed > 0) & (mask | (whole > 0))
-            result[mask & (result == 0)] = side
+            result[mask & ~tube & (result == 0)] = side
         return result
 
     return per_slice(draw, np.arange(len(hu)))

@@ -1,0 +1,609 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from pydicom.uid import (
+    JPEG2000,
+    EnhancedCTImageStorage,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+    RTStructureSetStorage,
+)
+
+from cohorts import dicom
+from geometry import flip_xy, to_source
+from scan import AIR_HU, ScanError
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
+
+PYDICOM_FILES = Path(pydicom.__file__).parent / "data/test_files"
+"""Installed with pydicom."""
+
+STEP_MM = 2.5
+"""Between the slices that `ct_series` makes."""
+
+OBLIQUE = np.linalg.qr([[0.9, 0.2, 0.1], [-0.1, 0.95, 0.3], [0.1, -0.3, 0.9]])[0]
+
+
+def read_with_itk(paths):
+    """(slice, row, column) HU and image, by GDCM, which sorts along the normal too."""
+    reader = SimpleITK.ImageSeriesReader()
+    names = reader.GetGDCMSeriesFileNames(str(Path(paths[0]).parent))
+    reader.SetFileNames(names)
+    image = reader.Execute()
+    return SimpleITK.GetArrayFromImage(image), image
+
+
+def without_padding(hu):
+    return np.where(hu < dicom.PADDING_HU, AIR_HU, hu)
+
+
+def refused(images, saved, **options):
+    with pytest.raises(ScanError) as caught:
+        dicom.read_series(saved(images), **options)
+    return str(caught.value)
+
+
+def test_hu_and_place_are_those_of_the_headers(series, saved, chest):
+    read = dicom.read_series(saved(series()))
+    assert read.hu.dtype == np.int16
+    assert np.array_equal(read.hu, chest())
+    assert np.allclose(read.grid.spacing_mm, (2.5, 0.9, 0.7))
+    # The first pixel's LPS position is (-7, -11, -30); RAS flips x and y.
+    assert np.allclose(read.grid.index_to_ras_mm((0, 0, 0)), (7, 11, -30))
+    # Next column: 0.7 mm to the left; next row: 0.9 mm to the back.
+    assert np.allclose(read.grid.index_to_ras_mm((0, 1, 1)), (7 - 0.7, 11 - 0.9, -30))
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        (1, 0, 0, 0, 1, 0),
+        (-1, 0, 0, 0, 1, 0),
+        (1, 0, 0, 0, -1, 0),
+        (0, 1, 0, 0, 0, -1),
+        (1, 0, 0, 0, 0, -1),
+        tuple(OBLIQUE[:2].ravel()),
+    ],
+)
+def test_simpleitk_reads_the_same_values_at_the_same_places(orientation, series, saved):
+    paths = saved(series(orientation=orientation))
+    read = dicom.read_series(paths)
+    values, image = read_with_itk(paths)
+    back = to_source(read.hu, read.grid, read.source_grid)
+    if not np.array_equal(back, values):
+        # GDCM may stack the slices the other way round.
+        back = back[::-1]
+    assert np.array_equal(back, values)
+    for index in [(0, 0, 0), (3, 5, 7), (29, 12, 6)]:
+        at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(index))
+        z, y, x = np.rint(read.grid.ras_mm_to_index(at_ras_mm)).astype(int)
+        assert np.allclose(read.grid.index_to_ras_mm((z, y, x)), at_ras_mm, atol=1e-4)
+        assert read.hu[z, y, x] == image[index]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "tolerance_hu"),
+    [
+        (RLELossless, 0),
+        (JPEGLSLossless, 0),
+        (JPEGLSNearLossless, 2),
+        (JPEG2000Lossless, 0),
+        (JPEG2000, 40),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.int16, np.uint16])
+def test_compressed_series_give_the_same_hu(
+    syntax, tolerance_hu, kind, series, saved, chest
+):
+    images = series()
+    options = {JPEGLSNearLossless: {"jls_error": 2}, JPEG2000: {"j2k_cr": [4]}}
+    for image in images:
+        stored = image.pixel_array.astype(kind)
+        image.PixelRepresentation = int(kind is np.int16)
+        image.compress(syntax, arr=stored, **options.get(syntax, {}))
+    read = dicom.read_series(saved(images))
+    assert read.acquisition["TransferSyntax"] == syntax.name
+    assert np.abs(read.hu.astype(int) - chest()).max() <= tolerance_hu
+
+
+def test_jpeg_2000_with_a_wrong_sign_in_its_header_is_read():
+    # The codestream says unsigned, the DICOM header signed; from pydicom's own tests.
+    path = PYDICOM_FILES / "J2K_pixelrep_mismatch.dcm"
+    (item,) = dicom.read_slices([path])
+    (stored,) = dicom._stored_pixels(path, [item])
+    assert stored.min() == -2000
+    assert dicom.to_hu(stored, item)[0, 0] == AIR_HU
+
+
+def test_jpeg_extended_is_decoded_as_another_decoder_does():
+    path = PYDICOM_FILES / "JPGExtended.dcm"
+    header = pydicom.dcmread(path)
+    assert header.file_meta.TransferSyntaxUID.name.startswith("JPEG Extended")
+    stored = pydicom.pixels.pixel_array(path, raw=True)
+    other = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0]
+    # Decoders of lossy JPEG may round differently.
+    assert np.abs(stored.astype(int) - other).max() <= 1
+    assert stored.max() > 100
+
+
+def test_rescale_is_taken_from_each_slice(series, saved, chest):
+    images = series()
+    stored = np.rint((chest()[2] + 1000) / 0.5).astype(np.int16)
+    images[2].PixelData = stored.tobytes()
+    images[2].RescaleSlope, images[2].RescaleIntercept = "0.5", "-1000"
+    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+
+
+def test_twelve_bits_with_rubbish_in_the_unused_bits_are_cleaned(series, saved, chest):
+    images = series()
+    for image in images:
+        stored = image.pixel_array.astype(np.uint16) | 0x8000
+        image.PixelData = stored.tobytes()
+        image.BitsStored, image.HighBit, image.PixelRepresentation = 12, 11, 0
+    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+
+
+def test_padding_becomes_air_whichever_way_it_is_written(series, saved):
+    images = series()
+    for image in images:
+        stored = image.pixel_array.copy()
+        stored[0, 0] = -2000
+        stored[0, 1] = 3072
+        stored[0, 2] = 4000
+        stored[
+            0, 3
+        ] = -1024  # -2048 HU: no padding value says so, but no density either
+        image.PixelData = stored.tobytes()
+    for image in images[:4]:
+        # Many files have the padding of signed pixels as an unsigned number.
+        image.add_new("PixelPaddingValue", "US", 63536)
+    for image in images[4:]:
+        image.add_new("PixelPaddingValue", "SS", 4500)
+        image.add_new("PixelPaddingRangeLimit", "SS", 4000)
+        image.RescaleIntercept = "-1024"
+    hu = dicom.read_series(saved(images)).hu
+    assert (hu[:4, 0, :4] == [AIR_HU, 2048, 2976, AIR_HU]).all()
+    # 4000 stored is 2976 HU, which metal can have: it stays.
+    assert (hu[4:, 0, :4] == [AIR_HU, 2048, 2976, AIR_HU]).all()
+
+
+def test_padding_above_every_density_becomes_air(series, saved):
+    images = series()
+    for image in images:
+        stored = image.pixel_array.copy()
+        stored[0, :2] = 4096, 5000
+        image.PixelData = stored.tobytes()
+        image.add_new("PixelPaddingValue", "SS", 5000)
+        image.add_new("PixelPaddingRangeLimit", "SS", 4096)
+    assert (dicom.read_series(saved(images)).hu[:, 0, :2] == AIR_HU).all()
+
+
+def test_water_declared_as_padding_stays_water(series, saved, chest):
+    images = series()
+    for image in images:
+        image.add_new("PixelPaddingValue", "SS", 1024)
+    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+
+
+def test_values_beyond_int16_are_clipped(series, saved):
+    images = series()
+    for image in images:
+        stored = image.pixel_array.astype(np.uint16)
+        stored[0, 0] = 65535
+        image.PixelData = stored.tobytes()
+        image.PixelRepresentation = 0
+    assert (dicom.read_series(saved(images)).hu[:, 0, 0] == 32767).all()
+
+
+def test_small_jitter_of_positions_is_accepted(series, saved):
+    images = series()
+    images[3].ImagePositionPatient = [-7.0, -11.0, -30 + 3 * STEP_MM + 0.02]
+    assert dicom.read_series(saved(images)).grid.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_slices_are_found_by_their_sop_instance_uid(series, saved, chest):
+    images = series(orientation=(1, 0, 0, 0, -1, 0))
+    read = dicom.read_series(saved(images))
+    for k, image in enumerate(images):
+        z = read.z_of_sop[image.SOPInstanceUID]
+        assert np.array_equal(read.hu[z], chest()[k][::-1])
+
+
+def test_an_enhanced_ct_file_gives_the_volume_of_its_slices(series, saved, chest):
+    (path,) = saved([enhanced(series())])
+    read = dicom.read_series([path])
+    assert np.array_equal(read.hu, chest())
+    image = SimpleITK.ReadImage(str(path))
+    at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint((3, 5, 7)))
+    z, y, x = np.rint(read.grid.ras_mm_to_index(at_ras_mm)).astype(int)
+    assert np.allclose(read.grid.index_to_ras_mm((z, y, x)), at_ras_mm, atol=1e-4)
+    assert read.hu[z, y, x] == image[3, 5, 7]
+
+
+def enhanced(images):
+    """A multi-frame file of single images."""
+    whole = images[0]
+    whole.SOPClassUID = EnhancedCTImageStorage
+    whole.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    whole.NumberOfFrames = len(images)
+    whole.PixelData = b"".join(image.PixelData for image in images)
+    groups = []
+    for image in images:
+        group = pydicom.Dataset()
+        group.PlanePositionSequence = [picked(image, "ImagePositionPatient")]
+        groups.append(group)
+    shared = pydicom.Dataset()
+    shared.PlaneOrientationSequence = [picked(whole, "ImageOrientationPatient")]
+    shared.PixelMeasuresSequence = [picked(whole, "PixelSpacing", "SliceThickness")]
+    shared.PixelValueTransformationSequence = [
+        picked(whole, "RescaleSlope", "RescaleIntercept")
+    ]
+    whole.PerFrameFunctionalGroupsSequence = groups
+    whole.SharedFunctionalGroupsSequence = [shared]
+    for tag in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
+        del whole[tag]
+    return whole
+
+
+def picked(image, *tags):
+    item = pydicom.Dataset()
+    for tag in tags:
+        setattr(item, tag, image[tag].value)
+    return item
+
+
+def test_a_missing_slice_is_refused_and_interpolated(series, saved, chest):
+    images = series()
+    del images[3]
+    message = refused(images, saved)
+    assert "1 uneven gaps, about 1 slices missing; widest 5.000 mm between" in message
+    assert "at -25.00 mm; expected 2.500 mm throughout (--repair gaps" in message
+    hu = dicom.read_series(saved(images), repair=["gaps"]).hu
+    expected = chest()
+    between = np.rint((expected[2].astype(float) + expected[4]) / 2)
+    assert np.array_equal(hu[3], between)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert np.array_equal(hu[others], expected[others])
+
+
+def test_a_wide_gap_is_not_interpolated(series, saved):
+    images = series()
+    message = refused(images[:2] + images[6:], saved, repair=["gaps"])
+    assert "widest 12.500 mm" in message
+    assert "gaps above 10 mm are not mended" in message
+
+
+def test_uneven_spacing_is_refused_and_resampled(series, saved):
+    images = series()
+    for k, image in enumerate(images):
+        # 40, 45, ... HU: linear in the position, so interpolation is exact.
+        z = -30 + 2.5 * k + (1.0 if k == 4 else 0)
+        image.ImagePositionPatient = [-7, -11, z]
+        stored = image.pixel_array.copy()
+        stored[10, 10] = 1064 + 2 * (z + 30)
+        image.PixelData = stored.tobytes()
+    assert "2 uneven gaps" in refused(images, saved)
+    read = dicom.read_series(saved(images), repair=["gaps"])
+    assert read.hu[:, 10, 10].tolist() == [40, 45, 50, 55, 60, 65, 70, 75]
+
+
+def test_doubled_slices_are_refused_and_the_lower_instance_kept(series, saved, chest):
+    images = series()
+    twin = series()[5]
+    twin.InstanceNumber, twin.SOPInstanceUID = 99, "1.2.3.99"
+    twin.PixelData = bytes(len(twin.PixelData))
+    message = refused([twin, *images], saved)
+    assert "1 doubled slices, first 042-6.dcm and 000-0.dcm at -17.50 mm" in message
+    assert "--repair duplicates" in message
+    read = dicom.read_series(saved([twin, *images]), repair=["duplicates"])
+    assert np.array_equal(read.hu, chest())
+
+
+def tilted(series, degrees):
+    angle = np.radians(degrees)
+    orientation = (1, 0, 0, 0, np.cos(angle), np.sin(angle))
+    images = series(orientation=orientation, step=(0, 0, STEP_MM))
+    for image in images:
+        image.GantryDetectorTilt = str(degrees)
+    return images
+
+
+def test_gantry_tilt_is_refused_with_its_angle(series, saved):
+    message = refused(tilted(series, 12), saved)
+    assert "leans 12.0 deg from the slice normal (gantry tilt)" in message
+    assert "--repair tilt" in message
+
+
+def test_a_straightened_stack_keeps_every_voxel_in_its_place(series, saved):
+    images = tilted(series, 12)
+    read = dicom.read_series(saved(images), repair=["tilt"])
+    axes = read.grid.affine[:3, :3] / read.grid.spacing_mm
+    assert np.allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    assert read.grid.spacing_mm[0] == pytest.approx(2.5 * np.cos(np.radians(12)))
+    # A bright voxel of the middle slice is found where the header says it is.
+    images = tilted(series, 12)
+    stored = images[4].pixel_array.copy()
+    stored[9:12, 9:12] = 4000
+    images[4].PixelData = stored.tobytes()
+    read = dicom.read_series(saved(images), repair=["tilt"])
+    row_mm = 10 * 0.9 * np.array([0, np.cos(np.radians(12)), np.sin(np.radians(12))])
+    expected = np.array([-7 + 10 * 0.7, -11, -30 + 4 * 2.5]) + row_mm
+    bright = np.argwhere(read.hu > 1000)
+    weights = read.hu[tuple(bright.T)].astype(float) + 1024
+    found = np.average(read.grid.index_to_ras_mm(bright), axis=0, weights=weights)
+    assert np.allclose(found, flip_xy(expected), atol=0.25)
+
+
+def test_a_tilt_that_the_positions_do_not_show_is_refused(series, saved, chest):
+    images = series()
+    for image in images:
+        image.GantryDetectorTilt = "15"
+    assert "GantryDetectorTilt is 15 deg in 000-0.dcm" in refused(images, saved)
+    read = dicom.read_series(saved(images), repair=["tilt"])
+    assert np.array_equal(read.hu, chest())
+
+
+def changed(tag, value):
+    def change(images):
+        setattr(images[3], tag, value)
+
+    return change
+
+
+def drop(tag):
+    def change(images):
+        del images[3][tag]
+
+    return change
+
+
+REFUSALS = {
+    "sideways": (
+        changed("ImagePositionPatient", [-2.0, -11.0, -22.5]),
+        r"021-3.dcm lies [34]\.\d+ mm beside the line",
+    ),
+    "modality": (changed("Modality", "MR"), "modality 'MR' in 1 of 8 images"),
+    "monochrome1": (
+        changed("PhotometricInterpretation", "MONOCHROME1"),
+        "PhotometricInterpretation 'MONOCHROME1'.*expected MONOCHROME2",
+    ),
+    "rescale type": (
+        changed("RescaleType", "MGML"),
+        "RescaleType 'MGML'.*expected HU or US",
+    ),
+    "localizer": (
+        changed("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        "localizer .scout. images: 1 of 8",
+    ),
+    "series": (
+        changed("SeriesInstanceUID", "1.2.3"),
+        "mixed with other series: 1.2.3, 1.2.826.*expected one SeriesInstanceUID",
+    ),
+    "orientation": (
+        changed("ImageOrientationPatient", [1, 0, 0, 0, 0.99, 0.141]),
+        "mixed orientation",
+    ),
+    "spacing": (changed("PixelSpacing", [0.8, 0.7]), "mixed pixel spacing in mm: .0.8"),
+    "matrix": (
+        changed("Rows", 12),
+        r"mixed matrix size: \[12, 36\] in 1 of 8 images .first 021-3.dcm.",
+    ),
+    **{tag: (drop(tag), rf"021-3.dcm has no {tag}") for tag in dicom.REQUIRED_TAGS},
+    "short tag": (
+        changed("ImageOrientationPatient", [1, 0, 0, 0, 1]),
+        "021-3.dcm: a value of the header has the wrong form",
+    ),
+    "empty tag": (changed("RescaleSlope", None), "021-3.dcm has no RescaleSlope"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_defect_is_named_with_file_value_and_expectation(name, series, saved):
+    change, pattern = REFUSALS[name]
+    images = series()
+    change(images)
+    with pytest.raises(ScanError, match=pattern):
+        dicom.read_series(saved(images))
+
+
+def test_axes_that_are_not_perpendicular_are_refused(series, saved):
+    images = series()
+    for image in images:
+        image.ImageOrientationPatient = [1, 0, 0, 0.2, 0.98, 0]
+    assert "expected two perpendicular unit vectors" in refused(images, saved)
+
+
+def test_a_single_image_is_refused(series, saved):
+    assert "one image only (000-0.dcm)" in refused(series()[:1], saved)
+
+
+def test_a_truncated_file_is_named(series, saved):
+    paths = saved(series())
+    paths[3].write_bytes(paths[3].read_bytes()[:-100])
+    with pytest.raises(
+        ScanError, match=r"pixels of 021-3.dcm .* cannot be read: .*1390.*40,36"
+    ):
+        dicom.read_series(paths)
+
+
+@pytest.mark.parametrize("size", [0, 60, 250, 700])
+def test_a_file_cut_in_its_header_is_refused_with_its_series(size, series, saved):
+    paths = saved(series())
+    paths[7].write_bytes(paths[7].read_bytes()[:size])
+    (source,) = dicom.find_scans(paths[0].parent)
+    assert len(source.paths) == 8
+    with pytest.raises(ScanError, match=paths[7].name):
+        dicom.read_series(source.paths)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
+def test_a_damaged_compressed_slice_is_named(syntax, series, saved):
+    images = series()
+    for image in images:
+        image.compress(syntax)
+    images[3].PixelData = pydicom.encaps.encapsulate([b"\x00\x01 rubbish " * 8])
+    with pytest.raises(ScanError, match="021-3.dcm"):
+        dicom.read_series(saved(images))
+
+
+def test_a_slice_of_another_scan_is_named(series, saved):
+    images = series()
+    stored = images[3].pixel_array
+    images[3].PixelData = stored.byteswap().tobytes()
+    assert "slice 021-3.dcm differs from its neighbours by" in refused(images, saved)
+
+
+@pytest.mark.parametrize(
+    ("intercept", "hint"),
+    [
+        ("0", "they would be if 1024 were subtracted"),
+        ("-2048", "99th percentile -1024, -1024, -9"),
+    ],
+)
+def test_a_wrong_intercept_is_named(intercept, hint, series, saved):
+    images = series()
+    for image in images:
+        image.RescaleIntercept = intercept
+    message = refused(images, saved)
+    assert "the values are no Hounsfield units" in message
+    assert hint in message
+
+
+def test_values_of_another_modality_are_refused():
+    rng = np.random.default_rng(0)
+    mr = rng.integers(0, 700, (4, 30, 30)).astype(np.int16)
+    with pytest.raises(ScanError, match="scan: .*expected air near -1000"):
+        dicom.check_hu(mr, "scan")
+
+
+def test_an_unknown_repair_is_refused(series, saved):
+    with pytest.raises(ValueError, match=r"repair \['gap'\]: expected some of gaps"):
+        dicom.read_series(saved(series()), repair=["gap"])
+
+
+def other_object(images, sop_class, modality):
+    image = images[0]
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = sop_class
+    image.SeriesInstanceUID, image.Modality = "1.2.3.4", modality
+    return image
+
+
+def test_series_are_found_whatever_else_lies_in_the_folder(series, saved, tmp_path):
+    saved(series(), "patient/study/series", suffix="")
+    saved([other_object(series(), RTStructureSetStorage, "RTSTRUCT")], "patient/rt")
+    scout = series()[0]
+    scout.ImageType, scout.SeriesInstanceUID = (
+        ["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        "9.9",
+    )
+    saved([scout], "patient/study/series/scout")
+    folder = tmp_path / "patient"
+    (folder / "notes.txt").write_text("no DICOM")
+    (folder / "study/series/._000-0.dcm").write_bytes(b"left by another system")
+    (source,) = dicom.find_scans(folder)
+    assert source.patient_id == "LIDC-IDRI-0042"
+    assert len(source.paths) == 8
+    assert dicom.inspect_folder(folder) == [(source, [])]
+
+
+def test_files_of_several_series_in_one_folder_are_told_apart(series, saved):
+    images, others = series(), series()
+    for k, image in enumerate(others):
+        image.SeriesInstanceUID = "1.2.3"
+        image.SOPInstanceUID = f"1.2.3.{k}"
+    paths = saved(images) + saved(others, suffix=".img")
+    found = dicom.find_scans(paths[0].parent)
+    assert [(s.scan_id, len(s.paths)) for s in found] == [
+        ("1.2.3", 8),
+        (images[0].SeriesInstanceUID, 8),
+    ]
+
+
+def test_a_folder_without_ct_says_what_it_holds(series, saved, tmp_path):
+    paths = saved([other_object(series(), RTStructureSetStorage, "RTSTRUCT")])
+    with pytest.raises(ScanError, match=r"no CT series; found 1 .*\(1 RTSTRUCT\)"):
+        dicom.find_scans(paths[0].parent)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScanError, match="no DICOM file at all"):
+        dicom.find_scans(tmp_path / "empty")
+    with pytest.raises(ScanError, match="no such folder"):
+        dicom.find_scans(tmp_path / "absent")
+    with pytest.raises(
+        ScanError, match="RT Structure Set Storage of modality RTSTRUCT"
+    ):
+        dicom.read_series(paths)
+
+
+def test_inspection_gives_the_reason_without_reading_pixels(series, saved):
+    images = series()
+    del images[3]
+    for image in images:
+        image.PixelData = b""
+    ((_, reasons),) = dicom.inspect_folder(saved(images)[0].parent)
+    assert len(reasons) == 1
+    assert "about 1 slices missing" in reasons[0]
+
+
+def test_patient_ids_that_are_not_public_become_pseudonyms(series, saved):
+    images = series()
+    for image in images:
+        image.PatientID = "hospital 4711"
+    read = dicom.read_series(saved(images))
+    assert read.patient_id == "p-" + sha256_hex("hospital 4711")[:12]
+
+
+def sha256_hex(text):
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_without_a_patient_id_the_study_stands_for_the_patient(series, saved):
+    images = series()
+    for image in images:
+        image.PatientID = ""
+    read = dicom.read_series(saved(images))
+    assert read.patient_id == "p-" + sha256_hex(images[0].StudyInstanceUID)[:12]
+
+
+def test_nothing_personal_leaves_the_reader(series, saved):
+    read = dicom.read_series(saved(series()))
+    assert read.acquisition == {
+        "Manufacturer": "Maker",
+        "ConvolutionKernel": "STANDARD",
+        "KVP": 120.0,
+        "SliceThickness": 2.5,
+        "TransferSyntax": "Explicit VR Little Endian",
+    }
+
+
+@pytest.mark.lidc
+@pytest.mark.parametrize(
+    "folder",
+    ["LIDC-IDRI/LIDC-IDRI-0001", "LIDC-IDRI/LIDC-IDRI-0003", "Lung-PET-CT-Dx"],
+)
+def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
+    (source,) = dicom.find_scans(DATA / folder)
+    read = dicom.read_series(source.paths)
+    values, image = read_with_itk(source.paths)
+    assert np.array_equal(read.hu, without_padding(values))
+    corner = [n - 1 for n in image.GetSize()]
+    at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
+    assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
+    assert read.patient_id.startswith(("LIDC-IDRI-000", "p-"))
+    assert dicom.inspect_series(source.paths) == []

@@ -1,0 +1,488 @@
+import json
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+from cohorts import nifti
+from geometry import flip_xy, to_source
+from scan import AIR_HU, ScanError
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
+
+RAS_AFFINE = np.array(
+    [[-0.7, 0, 0, 20], [0, -0.9, 0, 30], [0, 0, 2.5, -40], [0, 0, 0, 1]], float
+)
+"""(i, j, k) to RAS mm of a volume stored as CT is: x to the left, y to the back."""
+
+
+def save_nifti(array, path, affine=RAS_AFFINE, **header):
+    """Writes an (x, y, z) array."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(array, affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nibabel.save(image, path)
+    return path
+
+
+def load(path, **options):
+    (source,) = nifti.find_scans(path)
+    return nifti.load_scan(source, **options)
+
+
+@pytest.fixture
+def chest_file(chest, tmp_path):
+    return save_nifti(chest().T, tmp_path / "case.nii.gz")
+
+
+@pytest.fixture
+def listed(tmp_path, chest):
+    """Writes a list of `text` beside a.nii, b.nii, seg.nii and lung.nii; finds its scans."""
+    for name in ("a.nii", "b.nii"):
+        save_nifti(chest().T, tmp_path / name)
+    seg = np.zeros(chest().shape, np.uint8)
+    seg[2:4, 10:13, 8:12] = 1
+    seg[6, 20, 25] = 1
+    save_nifti(seg.T, tmp_path / "seg.nii")
+    lung = np.zeros(chest().shape, np.uint8)
+    lung[:, 9:28, 6:16], lung[:, 9:28, 20:30] = 1, 2
+    save_nifti(lung.T, tmp_path / "lung.nii")
+
+    def find(text, encoding="utf-8"):
+        path = tmp_path / "list.csv"
+        path.write_text(text, encoding=encoding)
+        return nifti.find_scans(path)
+
+    return find
+
+
+def test_a_nifti_volume_is_read_as_it_is(chest_file, chest):
+    scan = load(chest_file)
+    assert np.array_equal(scan.hu, chest())
+    assert scan.hu.dtype == np.int16
+    assert np.allclose(scan.spacing_mm, (2.5, 0.9, 0.7))
+    assert (scan.scan_id, scan.patient_id) == ("case", "case")
+    assert scan.reader_bits is None
+    assert scan.lung is None
+
+
+@pytest.mark.parametrize("suffix", nifti.SUFFIXES)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_every_format_places_voxels_where_simpleitk_does(
+    suffix, mirrored, chest, tmp_path
+):
+    turn = np.linalg.qr([[0.9, 0.2, 0.1], [-0.1, 0.95, 0.3], [0.1, -0.3, 0.9]])[0]
+    if mirrored:
+        turn = turn[:, [1, 0, 2]] * (1, -1, 1)
+    image = SimpleITK.GetImageFromArray(chest())
+    image.SetSpacing((0.7, 0.9, 2.5))
+    image.SetOrigin((-7.0, -11.0, -30.0))
+    image.SetDirection(turn.ravel().tolist())
+    path = tmp_path / f"case{suffix}"
+    SimpleITK.WriteImage(image, str(path))
+    scan = load(path)
+    back = to_source(scan.hu, scan.grid, scan.source_grid)
+    assert np.array_equal(back, chest().T)
+    for index in [(0, 0, 0), (35, 39, 7), (3, 20, 5)]:
+        at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(index))
+        assert np.allclose(
+            scan.source_grid.index_to_ras_mm(index), at_ras_mm, atol=1e-4
+        )
+        z, y, x = np.rint(scan.grid.ras_mm_to_index(at_ras_mm)).astype(int)
+        assert scan.hu[z, y, x] == image[index]
+
+
+def test_scale_and_intercept_of_the_header_are_used(chest, tmp_path):
+    stored = ((chest().T.astype(int) + 1100) * 2).astype(np.uint16)
+    image = nibabel.Nifti1Image(stored, RAS_AFFINE)
+    image.header.set_slope_inter(0.5, -1100)
+    nibabel.save(image, tmp_path / "case.nii")
+    assert np.array_equal(load(tmp_path / "case.nii").hu, chest())
+
+
+def test_floats_are_rounded_and_padding_becomes_air(chest, tmp_path):
+    values = chest().astype(np.float32)
+    values[0, 0, :4] = 40.6, -3024, 1e6, -0.4
+    scan = load(save_nifti(values.T, tmp_path / "case.nii"))
+    assert scan.hu[0, 0, :4].tolist() == [41, AIR_HU, 32767, 0]
+
+
+def test_a_trailing_axis_of_one_is_dropped(chest, tmp_path):
+    scan = load(save_nifti(chest().T[..., None], tmp_path / "case.nii"))
+    assert np.array_equal(scan.hu, chest())
+
+
+def test_direction_cosines_with_few_digits_are_accepted_as_they_are(chest, tmp_path):
+    affine = RAS_AFFINE.copy()
+    affine[1, 0] = 0.7 * 0.004
+    scan = load(save_nifti(chest().T, tmp_path / "case.nii", affine))
+    # ITK: "only supports orthonormal direction cosines" beyond 1e-6.
+    assert np.allclose(scan.source_grid.affine, affine, atol=1e-6)
+
+
+def broken(path, chest):
+    """Volumes that are refused: (array, affine, expected message)."""
+    rgb = np.zeros(chest.T.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    holes = chest.astype(np.float32)
+    holes[1, 2, 3], holes[1, 2, 4] = np.nan, np.inf
+    sheared = RAS_AFFINE.copy()
+    sheared[1, 2] = 2.5 * np.tan(np.radians(10))
+    return {
+        "4-D": (np.stack([chest.T] * 2, -1), RAS_AFFINE, r"shape \(36, 40, 8, 2\)"),
+        "2-D": (chest.T[..., :1], RAS_AFFINE, "expected one 3-D volume of two or more"),
+        "rgb": (rgb, RAS_AFFINE, "colour or complex.; expected numbers"),
+        "nan": (holes.T, RAS_AFFINE, "2 voxels are NaN or infinite"),
+        "mr": ((chest.T + 1000) // 4, RAS_AFFINE, "no Hounsfield units"),
+        "offset": (chest.T + 1024, RAS_AFFINE, "if 1024 were subtracted"),
+        "sheared": (chest.T, sheared, "axes are 10.0 deg from perpendicular"),
+    }
+
+
+@pytest.mark.parametrize(
+    "defect", ["4-D", "2-D", "rgb", "nan", "mr", "offset", "sheared"]
+)
+def test_a_volume_that_is_no_ct_is_refused(defect, chest, tmp_path):
+    array, affine, pattern = broken(tmp_path, chest())[defect]
+    path = save_nifti(array, tmp_path / "case.nii", affine)
+    with pytest.raises(ScanError, match=pattern) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_volume_without_orientation_is_refused(chest, tmp_path):
+    path = save_nifti(chest().T, tmp_path / "a.nii")
+    whole = bytearray(path.read_bytes())
+    whole[252:256] = bytes(4)  # qform_code and sform_code; nibabel always writes one
+    path.write_bytes(whole)
+    with pytest.raises(ScanError, match="neither sform nor qform"):
+        load(path)
+
+
+def test_contradicting_orientations_are_refused(chest, tmp_path):
+    image = nibabel.Nifti1Image(chest().T, RAS_AFFINE)
+    image.set_qform(RAS_AFFINE * [[-1], [1], [1], [1]], code=1)
+    nibabel.save(image, tmp_path / "a.nii")
+    with pytest.raises(ScanError, match="sform and qform place the volume"):
+        load(tmp_path / "a.nii")
+
+
+def test_lengths_that_are_not_mm_are_refused(chest, tmp_path):
+    path = save_nifti(chest().T, tmp_path / "a.nii", xyzt_units=1)
+    with pytest.raises(ScanError, match="lengths in meter; expected mm"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_truncated_volume_is_named(suffix, keep, chest, tmp_path):
+    path = tmp_path / f"case{suffix}"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(chest()), str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ScanError, match=rf"case{suffix}: not a readable"):
+        load(path)
+
+
+def test_a_nodule_mask_becomes_nodules_of_one_reader(listed):
+    (source,) = listed("pid,image_path,seg_path\ncase-1,a.nii,seg.nii\n")
+    scan = nifti.load_scan(source)
+    assert set(np.unique(scan.reader_bits)) == {0, 1}
+    big, small = sorted(scan.nodules, key=lambda n: -n.annotations[0].volume_mm3)
+    # 2 x 3 x 4 voxels of 2.5 x 0.9 x 0.7 mm; its corners are (2 rows, 3 columns) apart.
+    assert big.annotations[0].volume_mm3 == pytest.approx(24 * 2.5 * 0.9 * 0.7)
+    diagonal_mm = np.hypot(2 * 0.9, 3 * 0.7)
+    assert big.diameter_mm == pytest.approx(diagonal_mm + 0.8, abs=0.01)
+    assert small.annotations[0].volume_mm3 == pytest.approx(2.5 * 0.9 * 0.7)
+    # Voxel (z, y, x) = (6, 20, 25) in RAS mm by RAS_AFFINE.
+    expected = (20 - 25 * 0.7, 30 - 20 * 0.9, -40 + 6 * 2.5)
+    assert small.centre_ras_mm == pytest.approx(expected)
+    assert scan.nodule_labels[6, 20, 25] == small.label
+    assert (scan.nodule_labels[2:4, 10:13, 8:12] == big.label).all()
+
+
+def test_regions_that_touch_at_a_corner_are_one_nodule(scan):
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[3, 4, 5] = mask[4, 5, 6] = True
+    found = nifti.nodules_of_mask(mask, scan.grid, "mask")
+    assert len(found["nodules"]) == 1
+
+
+def test_an_empty_mask_was_read_and_has_no_nodule(scan):
+    found = nifti.nodules_of_mask(np.zeros(scan.hu.shape, bool), scan.grid, "mask")
+    assert found["nodules"] == ()
+    assert not found["reader_bits"].any()
+    assert not found["nodule_labels"].any()
+
+
+def test_more_regions_than_labels_are_refused(scan):
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[::2, ::4, ::4] = True
+    with pytest.raises(
+        ScanError, match=r"mask: \d+ separate regions; expected at most 255"
+    ):
+        nifti.nodules_of_mask(mask, scan.grid, "mask")
+
+
+def test_a_lung_mask_is_kept_apart_from_nodules(listed):
+    (source,) = listed("pid,image_path,lung_path\ncase-1,a.nii,lung.nii\n")
+    scan = nifti.load_scan(source)
+    assert scan.reader_bits is None
+    # x rises to the patient's left: the right lung, 1, has the lower columns.
+    assert (scan.lung[:, 9:28, 6:16] == 1).all()
+    assert (scan.lung[:, 9:28, 20:30] == 2).all()
+
+
+def test_lungs_on_the_wrong_sides_are_refused(listed, tmp_path, chest):
+    lung = np.asarray(nibabel.load(tmp_path / "lung.nii").dataobj)
+    save_nifti(lung[::-1].copy(), tmp_path / "lung.nii")
+    (source,) = listed("pid,image_path,lung_path\ncase-1,a.nii,lung.nii\n")
+    with pytest.raises(ScanError, match=r"label 1 .right lung. lies left of label 2"):
+        nifti.load_scan(source)
+
+
+def test_other_lung_labels_are_refused():
+    with pytest.raises(ScanError, match="lung labels 0, 3, 4; expected 0, 1"):
+        nifti.lung_labels(np.array([[[0, 3, 4]]]), "lung.nii")
+
+
+def test_labels_of_another_geometry_are_refused(listed, tmp_path, chest):
+    row = "pid,image_path,seg_path\ncase-1,a.nii,seg.nii\n"
+    seg = np.zeros(chest().T.shape, np.uint8)
+    shifted = RAS_AFFINE.copy()
+    shifted[2, 3] += 2.5
+    save_nifti(seg, tmp_path / "seg.nii", shifted)
+    (source,) = listed(row)
+    with pytest.raises(ScanError, match=r"seg.nii: lies 1.0 voxels from its image"):
+        nifti.load_scan(source)
+    save_nifti(seg[..., :5], tmp_path / "seg.nii")
+    with pytest.raises(
+        ScanError, match=r"shape \(5, 40, 36\).*its image's \(8, 40, 36\)"
+    ):
+        nifti.load_scan(source)
+    save_nifti(seg + np.float32(0.5), tmp_path / "seg.nii")
+    with pytest.raises(ScanError, match="not all whole; expected labels 0, 1"):
+        nifti.load_scan(source)
+
+
+def test_labels_stored_in_another_orientation_are_turned(listed, tmp_path, chest):
+    flipped = RAS_AFFINE.copy()
+    flipped[:, 0] *= -1
+    flipped[0, 3] = 20 - 35 * 0.7
+    seg = np.zeros(chest().T.shape, np.uint8)
+    seg[35 - 8, 20, 3] = 1
+    save_nifti(seg, tmp_path / "seg.nii", flipped)
+    (source,) = listed("pid,image_path,seg_path\ncase-1,a.nii,seg.nii\n")
+    scan = nifti.load_scan(source)
+    assert np.argwhere(scan.reader_bits).tolist() == [[3, 20, 8]]
+
+
+def test_a_list_gives_ids_patients_and_paths(listed, tmp_path):
+    found = listed(
+        "pid,image_path,seg_path,patient_id,age\n"
+        f"s1,a.nii,seg.nii,P1,60\ns2,{tmp_path / 'b.nii'},,P1,61\n",
+        encoding="utf-8-sig",  # as Excel writes it
+    )
+    assert [(s.scan_id, s.patient_id) for s in found] == [("s1", "P1"), ("s2", "P1")]
+    assert found[0].annotations == (tmp_path / "seg.nii",)
+    assert found[1].paths == (tmp_path / "b.nii",)
+    assert found[1].annotations == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("id,image\n1,a.nii\n", "line 1: no column pid, image_path .found id, image"),
+        ("", "line 1: no column pid"),
+        ("pid,image_path\n", "no rows; expected one scan per line"),
+        (
+            "pid,image_path\n../x,a.nii\n",
+            r"line 2, column pid: the id '../x' cannot name",
+        ),
+        ("pid,image_path\n,a.nii\n", "line 2, column pid: the id '' cannot name"),
+        ("pid,image_path\nx,\n", "line 2: image_path is empty"),
+        (
+            "pid,image_path\nx,a.nii\nX,b.nii\n",
+            r"two scans are called X: image .*a.nii and image .*b.nii",
+        ),
+        ("pid,image_path\nx,a.nii\ny\n", "line 3: another number of values"),
+        ("pid,image_path\nx,a.nii,b,c\n", "line 2: another number of values"),
+        (
+            "pid,image_path,patient_id\nx,a.nii,a/b\n",
+            "line 2, column patient_id: the id 'a/b'",
+        ),
+        (
+            "pid,image_path\nx,c.nii\n",
+            "none of its 1 images exists, the first is .*c.nii",
+        ),
+        ('pid,image_path\n"x,a.nii\n', "not a readable CSV list"),
+    ],
+)
+def test_a_bad_list_is_refused_with_its_line(text, pattern, listed):
+    with pytest.raises(ValueError, match=pattern):
+        listed(text)
+
+
+def test_a_list_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_bytes(b"pid,image_path\n\xff\xfe\x00,a\n")
+    with pytest.raises(ValueError, match="not a readable CSV list"):
+        nifti.find_scans(tmp_path / "list.csv")
+
+
+def test_one_missing_image_costs_one_scan(listed):
+    found = listed("pid,image_path\nx,a.nii\ny,gone.nii\nz,gone\n")
+    assert nifti.load_scan(found[0]).scan_id == "x"
+    for source in found[1:]:
+        with pytest.raises(ScanError, match=r"gone.*: no such file"):
+            nifti.load_scan(source)
+
+
+def test_a_list_may_name_dicom_folders(listed, series, saved, chest):
+    saved(series())
+    (source,) = listed("pid,image_path\ncase-1,series\n")
+    scan = nifti.load_scan(source)
+    assert (scan.scan_id, scan.patient_id) == ("case-1", "case-1")
+    assert np.array_equal(scan.hu, chest())
+    others = series()
+    for image in others:
+        image.SeriesInstanceUID = "1.2.3"
+    saved(others, suffix=".img")
+    with pytest.raises(
+        ScanError, match=r"2 CT series \(1.2.3 \(8 files\).*expected one"
+    ):
+        nifti.load_scan(source)
+
+
+def test_repairs_reach_dicom_series(series, saved, chest):
+    images = series()
+    del images[3]
+    folder = saved(images)[0].parent
+    (source,) = nifti.find_scans(folder)
+    with pytest.raises(ScanError, match="--repair gaps"):
+        nifti.load_scan(source)
+    assert nifti.load_scan(source, repair=["gaps"]).hu.shape == chest().shape
+
+
+def test_a_folder_of_volumes_is_found_by_name(chest, tmp_path):
+    for name in ("b.nii.gz", "deep/a.nii", ".hidden.nii"):
+        save_nifti(chest().T, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no volume")
+    assert [s.scan_id for s in nifti.find_scans(tmp_path)] == ["b", "a"]
+    save_nifti(chest().T, tmp_path / "other/a.nii.gz")
+    with pytest.raises(ValueError, match="two scans are called a"):
+        nifti.find_scans(tmp_path)
+
+
+def test_an_unknown_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        nifti.find_scans(tmp_path / "absent")
+    (tmp_path / "scan.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"unknown kind of file; expected .csv or .nii"
+    ):
+        nifti.find_scans(tmp_path / "scan.png")
+
+
+@pytest.fixture
+def nnunet(chest, tmp_path):
+    """An nnU-Net data set of two training cases and one test case."""
+    folder = tmp_path / "Dataset001_Nodules"
+    seg = np.zeros(chest().T.shape, np.uint8)
+    seg[10, 10, 3] = 1
+    for case in ("n_001", "n_002"):
+        save_nifti(chest().T, folder / f"imagesTr/{case}_0000.nii.gz")
+        save_nifti(seg, folder / f"labelsTr/{case}.nii.gz")
+    save_nifti(chest().T, folder / "imagesTs/n_003_0000.nii.gz")
+    write_dataset(folder)
+    return folder
+
+
+def write_dataset(folder, **changes):
+    dataset = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "nodule": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+        **changes,
+    }
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+
+
+def test_the_nnunet_layout_gives_cases_labels_and_parts(nnunet):
+    found = nifti.find_scans(nnunet)
+    assert [(s.scan_id, s.subset, len(s.annotations)) for s in found] == [
+        ("n_001", "Tr", 1),
+        ("n_002", "Tr", 1),
+        ("n_003", "Ts", 0),
+    ]
+    assert nifti.load_scan(found[0]).reader_bits[3, 10, 10] == 1
+    assert nifti.load_scan(found[2]).reader_bits is None
+
+
+def test_the_decathlon_layout_is_the_same_without_channels(nnunet):
+    for image in (nnunet / "imagesTr").iterdir():
+        image.rename(image.with_name(image.name.replace("_0000", "")))
+    (nnunet / "dataset.json").write_text('{"modality": {"0": "CT"}, "labels": {}}')
+    assert [s.scan_id for s in nifti.find_scans(nnunet)] == ["n_001", "n_002", "n_003"]
+
+
+def test_an_nnunet_data_set_that_is_not_one_ct_is_refused(nnunet):
+    write_dataset(nnunet, channel_names={"0": "T2"})
+    with pytest.raises(ValueError, match=r"channels {'0': 'T2'}; expected CT alone"):
+        nifti.find_scans(nnunet)
+    write_dataset(nnunet, labels={"background": 0, "nodule": 1, "ignore": 2})
+    with pytest.raises(ValueError, match="'ignore' class"):
+        nifti.find_scans(nnunet)
+    (nnunet / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dataset.json: not readable JSON"):
+        nifti.find_scans(nnunet)
+    (nnunet / "dataset.json").unlink()
+    image = nnunet / "imagesTr/n_001_0000.nii.gz"
+    image.with_name("n_001_0001.nii.gz").write_bytes(image.read_bytes())
+    with pytest.raises(ValueError, match="a second volume of case n_001"):
+        nifti.find_scans(nnunet)
+
+
+def test_a_training_case_without_its_label_is_named(nnunet):
+    (nnunet / "labelsTr/n_002.nii.gz").unlink()
+    with pytest.raises(ValueError, match=r"n_002_0000.nii.gz: no label for it"):
+        nifti.find_scans(nnunet)
+
+
+@pytest.mark.lidc
+@pytest.mark.parametrize(
+    ("name", "shape", "spacing_mm"),
+    [
+        ("Lung-PET-CT-Dx/Lung_Dx-A0002.nii.gz", (30, 512, 512), (8.0, 0.646, 0.646)),
+        ("ACRIN-FLT-Breast/acrin-flt-013.nii.gz", (49, 512, 512), (4.0, 1.367, 1.367)),
+        ("CIP/ct-64.nrrd", (79, 64, 64), (3.987, 4.172, 4.172)),
+    ],
+)
+def test_real_volumes_agree_with_simpleitk(name, shape, spacing_mm):
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"no {name} in {DATA}; set LUNG_DATA")
+    scan = load(path)
+    assert scan.hu.shape == shape
+    assert np.allclose(scan.spacing_mm, spacing_mm, atol=1e-3)
+    image = SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS")
+    assert np.array_equal(scan.hu, SimpleITK.GetArrayFromImage(image))
+    corner = [n - 1 for n in image.GetSize()]
+    at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
+    assert np.allclose(scan.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
+
+
+@pytest.mark.lidc
+def test_a_real_lobe_map_is_no_ct_and_no_lung_mask():
+    path = DATA / "CIP/lm-64.nrrd"
+    if not path.is_file():
+        pytest.skip(f"no CIP in {DATA}; set LUNG_DATA")
+    with pytest.raises(ScanError, match="no Hounsfield units"):
+        load(path)
+    grid = load(DATA / "CIP/ct-64.nrrd").grid
+    with pytest.raises(ScanError, match="lung labels 0, 9, 10"):
+        nifti.lung_labels(nifti.read_labels(path, grid), str(path))

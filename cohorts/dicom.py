@@ -77,8 +77,8 @@ AIR_RANGE_HU, MIN_AIR_SHARE = (AIR_HU + 1, -700), 0.001
 """Lung, bowel gas, skin surface: every CT has some, apart from padding at exactly AIR_HU."""
 SOFT_RANGE_HU, MIN_SOFT_SHARE = (-200, 200), 0.005
 """Fat to enhanced blood. Seen through an offset of 1024, only cortical bone lies here."""
-KNOWN_OFFSETS_HU = (1024, 1000, -1024, -1000)
-"""Errors of a missing or doubled rescale intercept, tried to name the cause."""
+USUAL_INTERCEPT_HU = -1024
+"""Where it is missing, all values are too high by as much; the message then says so."""
 
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
 """A slice differing from both neighbours by this many times the usual mean difference,
@@ -552,7 +552,7 @@ def _slice(
     uid = header.get("SeriesInstanceUID", "without uid")
     if missing:
         raise ScanError(
-            f"series {uid}: {path.name} has no {', '.join(missing)}; HU and position "
+            f"series {uid}: {path} has no {', '.join(missing)}; HU and position "
             "cannot be known without"
         )
     row, column = np.asarray(place.ImageOrientationPatient, float).reshape(2, 3)
@@ -907,8 +907,7 @@ def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
 def check_hu(hu: np.ndarray, name: str) -> None:
     """Raises ScanError if the values of a volume cannot be HU of a body.
 
-    There must be air (apart from padding) and soft tissue. If there would be after one
-    of `KNOWN_OFFSETS_HU`, the message says so.
+    There must be air (apart from padding) and soft tissue.
 
     Args:
         hu: (z, y, x) int16.
@@ -925,14 +924,11 @@ def check_hu(hu: np.ndarray, name: str) -> None:
         f"{low:.0f}, {middle:.0f}, {high:.0f}); expected air near -1000 and soft tissue "
         "near 0 to 100"
     )
-    for offset_hu in KNOWN_OFFSETS_HU:
-        if _looks_like_hu(counts, offset_hu):
-            message += (
-                f"; they would be if {abs(offset_hu)} were "
-                f"{'subtracted' if offset_hu > 0 else 'added'}: is the rescale intercept "
-                "wrong?"
-            )
-            break
+    if _looks_like_hu(counts, -USUAL_INTERCEPT_HU):
+        message += (
+            f"; they would be if {-USUAL_INTERCEPT_HU} were subtracted: is the rescale "
+            "intercept missing?"
+        )
     raise ScanError(message)
 
 

@@ -228,7 +228,7 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
     volumes = sorted(
         path
         for path in folder.rglob("*")
-        if is_volume(path) and not path.name.startswith(".")
+        if is_volume(path) and not path.name.startswith(".") and path.is_file()
     )
     if not volumes:
         return dicom.find_scans(folder)
@@ -344,11 +344,16 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image: Any = nibabel.load(path)
         _check_nifti_header(image, path)
         array = np.asanyarray(image.dataobj)
+    except ScanError:
+        raise
     except (
         ImageFileError,
         HeaderDataError,
         OSError,
         EOFError,
+        KeyError,
+        ValueError,
+        OverflowError,
         zlib.error,
     ) as error:
         raise ScanError(

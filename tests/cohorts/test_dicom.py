@@ -459,6 +459,24 @@ def test_a_damaged_compressed_slice_is_named(syntax, series, saved):
         dicom.read_series(saved(images))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values it doubts
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_is_refused_or_harmless_but_never_a_crash(seed, series, saved):
+    paths = saved(series())
+    rng = np.random.default_rng(seed)
+    damaged = bytearray(paths[3].read_bytes())
+    for at in rng.integers(128, 1100, 4):
+        damaged[at] = rng.integers(0, 256)
+    paths[3].write_bytes(damaged)
+    try:
+        found = dicom.find_scans(paths[0].parent)
+        hu = [dicom.read_series(source.paths).hu for source in found]
+    except ScanError as error:
+        assert "021-3.dcm" in str(error) or "series 1." in str(error)
+    else:
+        assert hu[0].shape == (8, 40, 36)
+
+
 def test_a_slice_of_another_scan_is_named(series, saved):
     images = series()
     stored = images[3].pixel_array

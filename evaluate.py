@@ -82,6 +82,8 @@ class Job:
     patient_id: str
     part: str
     leak: bool
+    slices: tuple[int, ...] | None
+    """The slices (z) that count; None for all."""
     arguments: Arguments
 
 
@@ -153,13 +155,13 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
     jobs = [
         Job(
             scan_id,
-            facts["patient_id"],
-            facts["part"],
-            facts["patient_id"] in trained,
+            predictions.scans[scan_id]["patient_id"],
+            predictions.scans[scan_id]["part"],
+            predictions.scans[scan_id]["patient_id"] in trained,
+            slices,
             arguments,
         )
-        for scan_id, facts in sorted(predictions.scans.items())
-        if arguments.part in ("all", facts["part"])
+        for scan_id, slices in predictions.of_part(arguments.part).items()
     ]
     if not jobs:
         parts = sorted({facts["part"] for facts in predictions.scans.values()})
@@ -188,9 +190,12 @@ def score(job: Job) -> Scored:
         consensus_level=arguments.consensus_level,
         min_readers=arguments.min_readers,
     )
+    labels, reference = (
+        postprocess.only(volume, job.slices) for volume in (labels, reference)
+    )
     predicted = labels > 0
     counts = metrics.count_voxels(reference, predicted)
-    slices = reference.any(axis=(1, 2))
+    with_nodule = reference.any(axis=(1, 2))
     surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
     nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
     match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
@@ -201,7 +206,9 @@ def score(job: Job) -> Scored:
         "leak": int(job.leak),
         **counts._asdict(),
         "dice": counts.dice,
-        "dice_nodule_slices": metrics.dice(reference[slices], predicted[slices]),
+        "dice_nodule_slices": metrics.dice(
+            reference[with_nodule], predicted[with_nodule]
+        ),
         "iou": counts.iou,
         "sensitivity": counts.sensitivity,
         "precision": counts.precision,
@@ -333,9 +340,11 @@ def protocol(
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
     leaks = {row["patient_id"] for row in rows if row["leak"]}
+    by_slice = any(facts.get("slices") for facts in predictions.scans.values())
+    what = "scans (only their slices in the part)" if by_slice else "whole scans"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
-        f"{len(rows)} whole scans of {len(patients)} patients, part {arguments.part}.",
+        f"{len(rows)} {what} of {len(patients)} patients, part {arguments.part}.",
         f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
         f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
         f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "
@@ -436,7 +445,7 @@ def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
     axes = np.atleast_1d(figure.subplots(1, len(chosen)))
     for axis, place in zip(axes, chosen, strict=True):
         row = order[place]
-        job = Job(row["scan_id"], row["patient_id"], "", False, arguments)
+        job = Job(row["scan_id"], row["patient_id"], "", False, None, arguments)
         scan, labels = read_pair(job)
         reference = postprocess.reference_mask(
             scan,

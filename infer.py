@@ -11,7 +11,7 @@ Research code, not a medical device.
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,6 +199,8 @@ class Task:
     patient_id: str
     part: str
     source: Path | ScanSource
+    slices: dict[str, list[int]] = field(default_factory=dict)
+    """Slices (z) in each part; only of a split by slice."""
 
 
 def infer(
@@ -234,6 +236,7 @@ def infer(
     done, failures = steps.map_scans(segment, tasks, workers=1, label="infer")
     manifest["scans"] = {
         task.scan_id: {"part": task.part, "patient_id": task.patient_id}
+        | ({"slices": task.slices} if task.slices else {})
         for task in done
     }
     write_manifest(result_dir, manifest)
@@ -250,24 +253,25 @@ def tasks_of_parts(
 ) -> list[Task]:
     """The scan files of the patients in `parts` of a split."""
     part_of = {
-        patient: part for part in parts for patient in split_patients(split, part)
+        patient: part
+        for part in parts
+        for patient in slice_idx.patients_of_part(split, part)
+    }
+    slices = {
+        part: slice_idx.slices_of_part(split, part) for part in parts if split["leaks"]
     }
     tasks = []
     for path in scan_files(scans_dir):
         patient_id, scan_id = scan_identity(path)
         if patient_id in part_of:
-            tasks.append(Task(scan_id, patient_id, part_of[patient_id], path))
+            own = {part: s[scan_id] for part, s in slices.items() if scan_id in s}
+            tasks.append(Task(scan_id, patient_id, part_of[patient_id], path, own))
     if not tasks:
         raise ValueError(
             f"{scans_dir} holds no scan of the {' or '.join(parts)} patients of the run's "
             "split; choose other --parts, or the --scans the run was made from"
         )
     return tasks
-
-
-def split_patients(split: dict[str, Any], part: str) -> list[str]:
-    """Patients of a part; of a split by slice, the patients of its slices."""
-    return sorted(set(slice_idx.patients_of_part(split, part)))
 
 
 def scan_identity(path: Path) -> tuple[str, str]:
@@ -315,7 +319,7 @@ def new_manifest(run_dir: Path, split: dict[str, Any]) -> dict[str, Any]:
         "run": run_dir.name,
         "weights_sha256": files.sha256(run_dir / "best.weights.h5"),
         "split_sha256": split["sha256"],
-        "training_patients": split_patients(split, "train"),
+        "training_patients": slice_idx.patients_of_part(split, "train"),
         "provenance": provenance.record(),
         "scans": {},
     }

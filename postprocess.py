@@ -110,7 +110,8 @@ class Predictions:
         weights_sha256: Checksum of the weights.
         split_sha256: Checksum of the split the run was trained with.
         training_patients: Patients the weights have seen.
-        scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}.
+        scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}, and
+            of a split by slice {"slices": {part: [z, ...]}}.
         provenance: What wrote the predictions.
     """
 
@@ -118,8 +119,22 @@ class Predictions:
     weights_sha256: str
     split_sha256: str
     training_patients: tuple[str, ...]
-    scans: dict[str, dict[str, str]]
+    scans: dict[str, dict[str, Any]]
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def of_part(self, part: str) -> dict[str, tuple[int, ...] | None]:
+        """Sorted ids of a part's scans, each with its slices (z) that are in the part.
+
+        None stands for all slices; only a split by slice has others. The part "all" has
+        every scan.
+        """
+        return {
+            scan_id: tuple(facts["slices"][part])
+            if part in facts.get("slices", ())
+            else None
+            for scan_id, facts in sorted(self.scans.items())
+            if part in ("all", facts["part"], *facts.get("slices", ()))
+        }
 
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""
@@ -417,6 +432,8 @@ class Job:
     settings: config.Postprocess
     consensus_level: float = 0.5
     min_readers: int = 1
+    slices: tuple[int, ...] | None = None
+    """The slices (z) that count; None for all."""
 
 
 def read_prediction(job: Job, name: str) -> tuple[Scan, np.ndarray]:
@@ -500,7 +517,17 @@ def count_for_tuning(job: Job) -> np.ndarray:
     )
     if job.settings.within_lung:
         prob = np.where(lung_of(scan) > 0, prob, np.float32(0))
+    prob, reference = only(prob, job.slices), only(reference, job.slices)
     return tuning_counts(prob, reference, scan.grid, job.settings.connectivity)
+
+
+def only(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
+    """A (z, y, x) volume that is 0 in all but some slices; None keeps all."""
+    if slices is None:
+        return volume
+    kept = np.zeros_like(volume)
+    kept[list(slices)] = volume[list(slices)]
+    return kept
 
 
 def tuning_counts(
@@ -687,9 +714,9 @@ def tune(
             base,
             batches.consensus_level,
             batches.min_readers,
+            slices,
         )
-        for scan_id, facts in sorted(predictions.scans.items())
-        if facts["part"] == "validation"
+        for scan_id, slices in predictions.of_part("validation").items()
     ]
     counts, failures = steps.map_scans(
         count_for_tuning,

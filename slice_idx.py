@@ -344,6 +344,15 @@ def patients_of_part(split: Mapping[str, Any], part: str) -> list[str]:
     return sorted(entries)
 
 
+def slices_of_part(split: Mapping[str, Any], part: str) -> dict[str, list[int]]:
+    """Scan id to the slices (z) in a part; only of a split by slice."""
+    slices: dict[str, list[int]] = {}
+    for entry in split["parts"][part]:
+        scan_id, _, z = entry.rpartition("/")
+        slices.setdefault(scan_id, []).append(int(z))
+    return {scan_id: sorted(members) for scan_id, members in slices.items()}
+
+
 def part_of(split: Mapping[str, Any], patient_id: str) -> str:
     """The part a patient is in, "" if in none; "train" if any slice was trained on."""
     return next((p for p in PARTS if patient_id in patients_of_part(split, p)), "")

@@ -23,4 +23,4 @@ for name in "$BASE" "${ablations[@]/#/$BASE-}"; do
     bash scripts/8_evaluate.sh
     scores+=("$WORK/scores/$name")
 done
-python experiments/ablation_table.py --scores "${scores[@]}" --out "$WORK/scores/ablations-$BASE"
+python -m experiments.ablation_table --scores "${scores[@]}" --out "$WORK/scores/ablations-$BASE"

@@ -146,6 +146,32 @@ def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
     assert values["False positives per scan"] == 0
 
 
+def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
+    work, tmp_path, make_scan
+):
+    from volume_io import write_volume
+
+    folder = tmp_path / "predictions"
+    record = manifest(work)
+    scan_id = next(iter(record["scans"]))
+    scan = make_scan(int(scan_id.rpartition("-")[2]))
+    reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    slices = np.flatnonzero(reference.any(axis=(1, 2)))[:2].tolist()
+    labels = postprocess.only(reference.astype(np.uint8), slices)
+    write_volume(folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid)
+    facts = record["scans"][scan_id] | {"part": "validation"}
+    facts["slices"] = {"validation": [0], "test": slices}
+    record["scans"] = {scan_id: facts}
+    (folder / "predictions.json").write_text(json.dumps(record))
+    out = tmp_path / "scores"
+    evaluate.evaluate(
+        evaluate.Arguments(predictions=folder, scans=work / "scans", out=out, draws=50)
+    )
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["scores"][0]["interval"]["value"] == 1
+    assert "only their slices in the part" in scores["protocol"][0]
+
+
 def test_a_patient_that_was_trained_on_is_marked(work, tmp_path, caplog):
     record = manifest(work)
     scan_id, facts = next(iter(record["scans"].items()))

@@ -197,6 +197,9 @@ def test_the_split_by_slice_is_marked_as_leaking_and_does_leak(table_path):
         assert set(opened.patient_ids[rows[0]]) & set(opened.patient_ids[rows[2]])
         patients = set(opened.patient_ids[rows[2]].tolist())
     assert slice_idx.patients_of_part(split, "test") == sorted(patients)
+    tested = slice_idx.slices_of_part(split, "test")
+    assert sum(map(len, tested.values())) == 32
+    assert all(z == sorted(set(z)) for z in tested.values())
     assert slice_idx.part_of(split, "patient-000") == "train"
     assert slice_idx.part_of(split, "somebody else") == ""
     with pytest.raises(ValueError, match="unit=slice cannot keep subsets"):

@@ -27,16 +27,6 @@ DTYPES = {
     "reader_bits": np.dtype(np.uint8),
     "nodule_labels": np.dtype(np.uint8),
 }
-FILTERS = {
-    name: tables.Filters(
-        complevel=5, complib="blosc2:lz4", shuffle=size > 1, bitshuffle=size == 1
-    )
-    for name, size in ((name, dtype.itemsize) for name, dtype in DTYPES.items())
-}
-"""The fastest to read of those in benchmarks/table.py. LZ4HC reads HU no faster, makes
-them 7 % smaller and takes ten times as long to write; Zstandard makes them 15 % smaller
-and takes twice as long to read."""
-
 ROW = np.dtype(
     [
         ("scan", "<i4"),

@@ -13,10 +13,8 @@ import errno
 import functools
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,9 @@ import provenance
 import resample
 import scan as scans
 import steps
-from scan import AIR_HU, VOLUMES, Scan, ScanError
+from scan import AIR_HU, FILTERS, VOLUMES, Scan, ScanError
 from slice_table import (
     DTYPES,
-    FILTERS,
     FORMAT_VERSION,
     NODULE,
     ROW,
@@ -139,14 +136,13 @@ def write_table(
 
 def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
     """Writes a scan's part, a table of this scan alone; a good one there is kept."""
-    tables.silence_hdf5_messages()  # is per thread; Dask works in threads of its own
     path = parts_dir / f"{item.scan_id}.h5"
     source_sha256 = _source_sha256(item.path)
     if _part_stands(path, settings, source_sha256):
         return path
     part = make_part(scans.read_scan(item.path), settings, source_sha256)
     with files.written_whole(path) as partial:
-        with _no_room(path), tables.open_file(partial, "w") as h5:
+        with scans.hdf5_errors(path), tables.open_file(partial, "w") as h5:
             _create(h5, settings, rows=len(part.rows), provenance_record={})
             _write(h5, part)
         _read_back(partial, path)
@@ -183,7 +179,7 @@ def join_parts(
     joined = parts[0].with_name(".joined.h5")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _no_room(out), tables.open_file(joined, "w") as h5:
+        with scans.hdf5_errors(out), tables.open_file(joined, "w") as h5:
             _create(h5, settings, rows=total, provenance_record=made_by)
             h5.root.skipped.append(skipped)
             first_row = 0
@@ -301,8 +297,8 @@ def _source_sha256(path: Path) -> str:
     record = ""
     try:
         with tables.open_file(path) as h5:
-            record = str(h5.root._v_attrs.scan)
-    except (tables.HDF5ExtError, AttributeError):
+            record = h5.root.record[:].tobytes().decode()
+    except (tables.HDF5ExtError, tables.NoSuchNodeError):
         log.debug("%s has no readable record", path)
     return text_sha256(f"{path.stat().st_size} {record}")
 
@@ -328,16 +324,6 @@ def _cut_text(text: str) -> bytes:
     return text.encode("ascii", "replace")
 
 
-@contextmanager
-def _no_room(path: Path) -> Iterator[None]:
-    """Turns HDF5's failure to write, a page of its own stack, into one OSError."""
-    try:
-        yield
-    except tables.HDF5ExtError as error:
-        found = re.search(r"error message = '([^']*)'", str(error))
-        raise _not_written(path, found[1] if found else "HDF5 failed") from error
-
-
 def _read_back(written: Path, path: Path) -> None:
     """Raises OSError if a table does not hold what was written.
 
@@ -349,16 +335,7 @@ def _read_back(written: Path, path: Path) -> None:
     except (ValueError, OSError):
         good = False
     if not good:
-        raise _not_written(path, "it does not read back as it was written")
-
-
-def _not_written(path: Path, reason: str) -> OSError:
-    free = files.size_text(shutil.disk_usage(_existing(path)).free)
-    return OSError(
-        errno.ENOSPC,
-        f"cannot write {path}: {reason}; {free} are free there. Nothing was left "
-        "half-written; free some space, and the same command goes on from here",
-    )
+        raise scans.not_written(path, "it does not read back as it was written")
 
 
 def _require_room(parts: Sequence[Path], out: Path) -> None:
@@ -641,7 +618,7 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
     filters = tables.Filters(complevel=5, complib="blosc")
     with (
         SliceTable(path) as table,
-        _no_room(out),
+        scans.hdf5_errors(out),
         files.written_whole(out) as partial,
         tables.open_file(partial, "w") as h5,
     ):

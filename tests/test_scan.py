@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +36,41 @@ def test_a_scan_file_of_another_version_is_refused(scan, tmp_path):
     path = tmp_path / "scan.h5"
     write_scan(scan, path, {})
     with tables.open_file(path, "a") as h5:
-        record = h5.root._v_attrs.scan.replace(
-            '"format_version": 1', '"format_version": 0'
-        )
-        h5.root._v_attrs.scan = record
+        text = h5.root.record[:].tobytes()
+        text = text.replace(b'"format_version": 1', b'"format_version": 0')
+        h5.root.record[:] = np.frombuffer(text, np.uint8)
     with pytest.raises(ScanError, match="scan format 0, expected 1; run preprocess.py"):
         read_scan(path)
+
+
+def test_a_scan_file_may_have_very_many_nodules(scan, tmp_path):
+    many = tuple(replace(scan.nodules[0], label=1) for _ in range(1000))
+    write_scan(replace(scan, nodules=many), tmp_path / "scan.h5", {})
+    assert len(read_scan(tmp_path / "scan.h5").nodules) == 1000
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(scan, tmp_path):
+    # A limit on the size of files stops the writing as a full disk does.
+    noise = np.random.default_rng(0).integers(-1000, 400, scan.hu.shape, np.int16)
+    write_scan(replace(scan, hu=noise), tmp_path / "whole.h5", {})
+    size = (tmp_path / "whole.h5").stat().st_size
+    path = tmp_path / "scans/scan.h5"
+    for limit in (size // 2, size - 100):
+        code = (
+            "import resource, signal\n"
+            "from pathlib import Path\n"
+            "from scan import read_scan, write_scan\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"scan = read_scan(Path({str(tmp_path / 'whole.h5')!r}))\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+            f"write_scan(scan, Path({str(path)!r}), {{}})\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert "Nothing was left half-written; free some space" in done.stderr
+        assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(

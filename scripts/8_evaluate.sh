@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # Predictions + readers -> scores with intervals, tables, figures.
 source "$(dirname "$0")/env.sh"
-python evaluate.py --predictions "$WORK/predictions/$NAME" --scans "$WORK/scans" --out "$WORK/scores/$NAME" "$@"
+if [ -d "$DATA/truth" ]; then set -- --lung_truth "$DATA/truth" "$@"; fi  # phantoms have it
+python evaluate.py --predictions "$WORK/predictions/$NAME" --scans "$WORK/scans" --out "$WORK/scores/$NAME" --workers "$WORKERS" "$@"

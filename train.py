@@ -112,7 +112,7 @@ def train(
         for directory in (run_dir, partial):
             refuse_other_run(directory, record, overwrite=overwrite)
         if run_dir.exists():
-            write_json(run_dir / "config.json", config.to_json(experiment))
+            keep_postprocess(run_dir, experiment.postprocess)
             return steps.Report(f"{run_dir} is complete: {closing_line(run_dir)}")
         warn_of_seen_patients(record["init_training_patients"], split)
         data = open_data(table, split, experiment)
@@ -123,6 +123,13 @@ def train(
     return steps.Report(f"wrote {run_dir}: {closing_line(run_dir)}")
 
 
+def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> None:
+    """Sets how a complete run's maps are postprocessed, which decides no weight."""
+    path = run_dir / "config.json"
+    record = json.loads(path.read_text())
+    write_json(path, record | {"postprocess": config.to_json(settings)})
+
+
 def split_settings(split: Mapping[str, Any]) -> config.Split:
     """The settings of a split; those that one written by hand leaves out are defaults."""
     record = config.to_json(config.Split()) | split["settings"]
@@ -130,19 +137,24 @@ def split_settings(split: Mapping[str, Any]) -> config.Split:
 
 
 def training_patients_of(weights: Path | None) -> list[str]:
-    """Patients that the weights of another run were trained on; none if it is unknown."""
+    """Patients that the weights of another run have seen; none if that is unknown.
+
+    Those that the weights that run started from had seen are among them.
+    """
     if weights is None:
         return []
     split_path = weights.parent / "split.json"
     if not split_path.is_file():
         log.warning("no %s: who %s was trained on is unknown", split_path, weights)
         return []
-    return slice_idx.read_split(split_path)["parts"]["train"]
+    seen = slice_idx.patients_of_part(slice_idx.read_split(split_path), "train")
+    made_by = json.loads((weights.parent / "provenance.json").read_text())
+    return sorted({*seen, *made_by.get("init_training_patients", ())})
 
 
 def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None:
     for part in ("validation", "test"):
-        shared = set(seen) & set(split["parts"][part])
+        shared = set(seen) & set(slice_idx.patients_of_part(split, part))
         if shared:
             log.warning(
                 "the weights to start from were trained on %d patients of the %s part",
@@ -162,9 +174,11 @@ def refuse_other_run(
     if not directory.exists():
         return
     path = directory / "provenance.json"
-    if not path.is_file():  # killed before its first file was whole
-        files.remove(directory)
-        return
+    if not path.is_file():
+        raise FileExistsError(
+            f"{directory} exists and is no run of train.py (provenance.json is missing); "
+            "choose another --name or --runs"
+        )
     found = json.loads(path.read_text())
     differences = differing(found, json.loads(json.dumps(record)))
     if not differences:

@@ -37,7 +37,9 @@ class Progress:
     Attributes:
         epoch: Epochs done.
         best_epoch: Epoch with the best validation Dice, counted from 1; 0 before the first.
-        best_dice: Its Dice; NaN without validation.
+        best_dice: Its Dice; NaN without validation, and if there was nothing to find and
+            nothing was found.
+        best_loss: Its validation loss; NaN without validation.
         stopped: Whether `patience` ended the run early.
         history: One row of numbers per epoch.
     """
@@ -45,22 +47,34 @@ class Progress:
     epoch: int = 0
     best_epoch: int = 0
     best_dice: float = math.nan
+    best_loss: float = math.nan
     stopped: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, row: dict[str, float], patience: int) -> bool:
         """Takes in an epoch's numbers; tells whether it is the best so far.
 
-        Without validation, or as long as its Dice is NaN, the last epoch is the best.
+        The largest validation Dice is the best, then the smallest validation loss. A Dice
+        of NaN counts as 1: nothing was to be found, and nothing was found. Without
+        validation the last epoch is the best.
         """
         self.epoch += 1
         self.history.append(row)
-        dice = row.get("val_dice", math.nan)
-        better = math.isnan(self.best_dice) or dice > self.best_dice
+        dice, loss = row.get("val_dice", math.nan), row.get("val_loss", math.nan)
+        better = (
+            not self.best_epoch
+            or "val_dice" not in row
+            or goodness(dice, loss) > goodness(self.best_dice, self.best_loss)
+        )
         if better:
-            self.best_epoch, self.best_dice = self.epoch, dice
+            self.best_epoch, self.best_dice, self.best_loss = self.epoch, dice, loss
         self.stopped = 0 < patience <= self.epoch - self.best_epoch
         return better
+
+
+def goodness(dice: float, loss: float) -> tuple[float, float]:
+    """Compares epochs; see `Progress.add`."""
+    return (1.0 if math.isnan(dice) else dice, -loss)
 
 
 def write_state(path: Path, model: keras.Model, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import keras
 from keras import ops
@@ -12,12 +13,17 @@ UNDECAYED = ("bias", "gamma", "beta")
 """Weights that weight decay leaves alone: offsets, and the scales of normalisation."""
 
 
-def build_optimizer(settings: config.Train, steps_per_epoch: int) -> "FlatOptimizer":
+def build_optimizer(
+    settings: config.Train,
+    steps_per_epoch: int,
+    statistics: Sequence[keras.Variable] = (),
+) -> "FlatOptimizer":
     """The optimizer that `settings` describes.
 
     Args:
         settings: Optimizer, schedule, clipping, accumulation and moving average.
         steps_per_epoch: Batches per epoch; the schedules count batches.
+        statistics: Variables that are averaged with the weights: batch normalisation's.
     """
     rate = learning_rate(settings, steps_per_epoch)
     options = {
@@ -36,7 +42,13 @@ def build_optimizer(settings: config.Train, steps_per_epoch: int) -> "FlatOptimi
             )
         case "sgd":
             inner = keras.optimizers.SGD(momentum=0.9, nesterov=True, **options)
-    return FlatOptimizer(inner, learning_rate=rate, ema=settings.ema)
+    return FlatOptimizer(
+        inner,
+        learning_rate=rate,
+        ema=settings.ema,
+        accumulate=settings.accumulate,
+        statistics=statistics,
+    )
 
 
 def learning_rate(settings: config.Train, steps_per_epoch: int) -> "Schedule":
@@ -106,18 +118,32 @@ class FlatOptimizer(keras.optimizers.Optimizer):
     them. NASNet has 883 small weight tensors: TensorFlow would trace 45 operations for
     each, more than for the network and its gradient together.
 
-    It also keeps the moving average of the weights, if `ema` is above 0.
+    It also keeps the moving average of the weights, if `ema` is above 0, and of the
+    statistics of batch normalisation, which belong to the weights they were measured with.
 
     Args:
         inner: Optimizer that is not built yet.
         learning_rate: The one that `inner` has, for the logs.
-        ema: Momentum of the moving average; 0 for none.
+        ema: Momentum of the moving average, per step; 0 for none.
+        accumulate: Batches per step.
+        statistics: Variables that are not trained but averaged.
     """
 
-    def __init__(self, inner, *, learning_rate, ema: float = 0.0, name: str = "flat"):
+    def __init__(
+        self,
+        inner,
+        *,
+        learning_rate,
+        ema: float = 0.0,
+        accumulate: int = 1,
+        statistics: Sequence[keras.Variable] = (),
+        name: str = "flat",
+    ):
         super().__init__(learning_rate=learning_rate, name=name)
         self.inner = inner
         self.ema = ema
+        self.accumulate = accumulate
+        self.statistics = tuple(statistics) if ema else ()
 
     def build(self, variables):
         super().build(variables)
@@ -130,6 +156,11 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         self.groups = tuple(group for group in indices if group)
         self.vectors = self.new_vectors("weights")
         self.averages = self.new_vectors("average") if self.ema else ()
+        self.average_statistics = (
+            self.add_variable((sum(map(size_of, self.statistics)),), name="statistics")
+            if self.statistics
+            else None
+        )
         self.inner.exclude_from_weight_decay(
             var_list=[
                 vector
@@ -142,8 +173,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
     def new_vectors(self, name: str) -> tuple[keras.Variable, ...]:
         """One vector of zeros per group of weights."""
         lengths = (
-            sum(math.prod(self.weights[i].shape) for i in group)
-            for group in self.groups
+            sum(size_of(self.weights[i]) for i in group) for group in self.groups
         )
         return tuple(self.add_variable((length,), name=name) for length in lengths)
 
@@ -174,27 +204,38 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         self.iterations.assign_add(1)
 
     def update_averages(self) -> None:
-        # The first batch starts the average: there is nothing to average with yet.
-        momentum = self.ema * ops.cast(self.iterations > 0, "float32")
+        # The first step starts the average: there is nothing to average with yet. Batches
+        # that only add to the gradient leave the weights and so the average alone.
+        batch = self.iterations + 1
+        momentum = ops.where(
+            batch <= self.accumulate,
+            0.0,
+            ops.where(batch % self.accumulate == 0, self.ema, 1.0),
+        )
         for average, vector in zip(self.averages, self.vectors, strict=True):
             average.assign(momentum * average + (1 - momentum) * vector)
+        if self.average_statistics is not None:
+            present = laid_flat(self.statistics)
+            self.average_statistics.assign(
+                momentum * self.average_statistics + (1 - momentum) * present
+            )
 
     def write_weights(self, vectors) -> None:
         """Gives the weights the values that lie end to end in `vectors`, one per group."""
         for vector, group in zip(vectors, self.groups, strict=True):
-            shapes = [self.weights[i].shape for i in group]
-            ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-            parts = ops.split(vector, ends[:-1]) if ends[:-1] else [vector]
-            for i, part, shape in zip(group, parts, shapes, strict=True):
-                self.weights[i].assign(ops.reshape(part, shape))
+            assign_parts([self.weights[i] for i in group], vector)
 
     def swap_averages(self) -> None:
-        """Exchanges the weights and their moving average; again, and they are back."""
+        """Exchanges weights and statistics with their averages; again, and they are back."""
         for vector, group in zip(self.vectors, self.groups, strict=True):
             vector.assign(laid_flat([self.weights[i] for i in group]))
         self.write_weights(self.averages)
         for average, vector in zip(self.averages, self.vectors, strict=True):
             average.assign(vector)
+        if self.average_statistics is not None:
+            present = laid_flat(self.statistics)
+            assign_parts(self.statistics, self.average_statistics)
+            self.average_statistics.assign(present)
 
     def get_config(self):
         base = super().get_config()
@@ -202,6 +243,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
             "inner": keras.optimizers.serialize(self.inner),
             **{name: base[name] for name in ("name", "learning_rate")},
             "ema": self.ema,
+            "accumulate": self.accumulate,
         }
 
     @classmethod
@@ -212,6 +254,18 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         if isinstance(rate, dict):
             rate = keras.optimizers.schedules.deserialize(rate)
         return cls(inner, learning_rate=rate, **config)
+
+
+def size_of(variable: keras.Variable) -> int:
+    return math.prod(variable.shape)
+
+
+def assign_parts(variables: Sequence[keras.Variable], vector: keras.KerasTensor) -> None:
+    """Gives variables the values that lie end to end in `vector`."""
+    ends = list(itertools.accumulate(map(size_of, variables)))
+    parts = ops.split(vector, ends[:-1]) if ends[:-1] else [vector]
+    for variable, part in zip(variables, parts, strict=True):
+        variable.assign(ops.reshape(part, variable.shape))
 
 
 def laid_flat(tensors) -> keras.KerasTensor:

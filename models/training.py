@@ -34,7 +34,7 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     mask_loss, dice = build_loss(experiment.loss), PooledDice()
     heads = isinstance(model.output, dict)
     model.compile(
-        build_optimizer(settings, steps_per_epoch),
+        build_optimizer(settings, steps_per_epoch, batch_statistics(model)),
         loss={"mask": mask_loss, "slice": "binary_crossentropy"}
         if heads
         else mask_loss,
@@ -42,6 +42,15 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
         jit_compile="auto" if on_gpu else False,
     )
     return model
+
+
+def batch_statistics(model: keras.Model) -> list[keras.Variable]:
+    """The moving means and variances of batch normalisation."""
+    return [
+        variable
+        for variable in model.non_trainable_variables
+        if variable.name in ("moving_mean", "moving_variance")
+    ]
 
 
 def prepare_tensorflow(on_gpu: bool) -> None:

@@ -345,16 +345,56 @@ def test_patience_counts_epochs_since_the_best():
     assert progress.stopped
 
 
-def test_an_undefined_dice_is_never_better_than_a_defined_one():
+def test_where_nothing_is_to_be_found_silence_is_best_and_loss_decides():
     from models.callbacks import Progress
 
     progress = Progress()
+    # Dice 0: something was found; NaN: nothing, as it should be.
+    epochs = ((0.0, 0.9), (math.nan, 0.8), (math.nan, 0.9), (math.nan, 0.7), (0.0, 0.1))
     better = [
-        progress.add({"val_dice": dice}, patience=0)
-        for dice in (math.nan, math.nan, 0.0, math.nan)
+        progress.add({"val_dice": dice, "val_loss": loss}, patience=0)
+        for dice, loss in epochs
     ]
-    assert better == [True, True, True, False]
-    assert not progress.stopped
+    assert better == [True, True, False, True, False]
+    assert progress.best_epoch == 4
+
+
+def test_equal_dice_is_decided_by_the_loss():
+    from models.callbacks import Progress
+
+    progress = Progress()
+    rows = [{"val_dice": 0.5, "val_loss": loss} for loss in (0.9, 0.8, 0.85)]
+    assert [progress.add(row, patience=0) for row in rows] == [True, True, False]
+
+
+def test_a_folder_that_is_no_run_is_never_removed(data):
+    folder = data / "runs/scans"
+    folder.mkdir(parents=True)
+    (folder / "precious.h5").write_bytes(b"scan")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is no run of train.py"):
+            trained(data, "scans", overwrite=overwrite)
+    assert (folder / "precious.h5").read_bytes() == b"scan"
+
+
+def test_patients_of_every_earlier_run_count_as_seen(tmp_path):
+    for name, patients, earlier in (("a", ["p1"], []), ("b", ["p2"], ["p0"])):
+        run = tmp_path / name
+        run.mkdir()
+        parts = {"train": patients, "validation": [], "test": []}
+        split = {
+            "format_version": 1,
+            "settings": config.to_json(config.Split()),
+            "leaks": False,
+            "sha256": slice_idx.split_sha256(parts),
+            "parts": parts,
+        }
+        (run / "split.json").write_text(json.dumps(split))
+        (run / "provenance.json").write_text(
+            json.dumps({"init_training_patients": earlier})
+        )
+    assert train.training_patients_of(tmp_path / "a/best.weights.h5") == ["p1"]
+    assert train.training_patients_of(tmp_path / "b/best.weights.h5") == ["p0", "p2"]
 
 
 def test_early_stopping_is_the_same_after_a_resume(tmp_path):

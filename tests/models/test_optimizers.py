@@ -70,6 +70,35 @@ def test_a_weight_without_gradient_stays():
     np.testing.assert_array_equal(variables[1], before)
 
 
+def test_statistics_are_averaged_with_the_weights():
+    weight, mean = keras.Variable([0.0]), keras.Variable([0.0], trainable=False)
+    flat = FlatOptimizer(
+        keras.optimizers.SGD(1.0), learning_rate=1.0, ema=0.5, statistics=[mean]
+    )
+    for value in (4.0, 8.0):
+        mean.assign([value])
+        flat.apply([keras.ops.ones((1,))], [weight])
+    flat.swap_averages()
+    assert mean.numpy().tolist() == [6.0]  # (4 + 8) / 2
+    assert weight.numpy().tolist() == [-1.5]  # (-1 - 2) / 2
+    flat.swap_averages()
+    assert mean.numpy().tolist() == [8.0]
+
+
+def test_the_average_moves_once_per_step_of_several_batches():
+    weight = keras.Variable([0.0])
+    flat = FlatOptimizer(
+        keras.optimizers.SGD(1.0, gradient_accumulation_steps=2),
+        learning_rate=1.0,
+        ema=0.5,
+        accumulate=2,
+    )
+    for _ in range(4):
+        flat.apply([keras.ops.ones((1,))], [weight])
+    flat.swap_averages()
+    assert weight.numpy().tolist() == [-1.5]  # weights -1 and -2 after the two steps
+
+
 def test_the_average_follows_the_weights_and_can_be_swapped():
     # One weight, steps of -1 from 0: the weight is -1, -2, -3 after each.
     variable = keras.Variable(np.zeros(1, np.float32), name="kernel")

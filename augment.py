@@ -9,6 +9,7 @@ everything else is (y, x).
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,6 +23,9 @@ EPSILON = 1e-6
 
 TARGET_BIT, LUNG_BIT = 1, 2
 """A slice's masks travel as bits of one uint8 image, so that one warp moves both."""
+
+TILE_OVERLAP = 0.25
+"""Least share of a tile that its neighbour covers too."""
 
 NOISE_CORRELATION_PX = 0.8
 """Width (sigma) of the kernel that makes neighbouring pixels' noise alike, as
@@ -39,6 +43,13 @@ class Crop:
 
     top_left_yx: tuple[int, int]
     pin_yx: tuple[float, float]
+
+
+class Tile(NamedTuple):
+    """A crop of a slice, and the (y, x) float32 weight of each of its pixels."""
+
+    crop: Crop
+    weight: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +172,84 @@ def _between(low: float, high: float, share: float) -> float:
 def cut(image: np.ndarray, crop: Crop, output_px: tuple[int, int], *, fill: int):
     """The crop of a (y, x) image, `fill` where it reaches beyond; not interpolated."""
     result = np.full(output_px, fill, image.dtype)
-    taken, put = [], []
-    for start, size, full in zip(crop.top_left_yx, output_px, image.shape, strict=True):
-        low, high = max(start, 0), max(min(start + size, full), 0)
-        taken.append(slice(low, high))
-        put.append(slice(low - start, high - start))
-    result[tuple(put)] = image[tuple(taken)]
+    inside, covered = overlap(crop, output_px, image.shape)
+    result[covered] = image[inside]
     return result
+
+
+def paste(image: np.ndarray, values: np.ndarray, crop: Crop) -> None:
+    """Adds the (y, x) values of a crop to the image they lie on, in place."""
+    inside, covered = overlap(crop, values.shape, image.shape)
+    image[inside] += values[covered]
+
+
+def overlap(
+    crop: Crop, output_px: tuple[int, ...], image_px: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a crop and an image overlap: in the image, and in the crop."""
+    inside, covered = [], []
+    for start, size, full in zip(crop.top_left_yx, output_px, image_px, strict=True):
+        low, high = max(start, 0), max(min(start + size, full), 0)
+        inside.append(slice(low, high))
+        covered.append(slice(low - start, high - start))
+    return tuple(inside), tuple(covered)
+
+
+def tiles(
+    lung: np.ndarray | None, slice_px: tuple[int, int], output_px: tuple[int, int]
+) -> list[Tile]:
+    """Overlapping crops that cover the lungs of a slice, or the slice without lungs.
+
+    A network sees tiles of the size it was trained on: of another size, the means of
+    squeeze-excite and the reach of its widest kernels would be others.
+
+    Args:
+        lung: (y, x) lung labels; None covers the whole slice.
+        slice_px: (y, x) size of the slice.
+        output_px: (y, x) size of a tile.
+
+    Returns:
+        The tiles that hold any lung, from the top down; none where there is no lung. At
+        every pixel of the lungs their weights sum to 1.
+    """
+    bounds = [(0, length) for length in slice_px]
+    if lung is not None:
+        x, y, width, height = cv2.boundingRect((lung > 0).view(np.uint8))
+        bounds = [(y, y + height), (x, x + width)]
+        if not width:
+            return []
+    rows, columns = (
+        tiles_along(low, high, size)
+        for (low, high), size in zip(bounds, output_px, strict=True)
+    )
+    found = []
+    for top, weight_y in rows:
+        for left, weight_x in columns:
+            crop = Crop((top, left), _middle(output_px))
+            if lung is None or cut(lung, crop, output_px, fill=0).any():
+                found.append(Tile(crop, np.outer(weight_y, weight_x)))
+    return found
+
+
+def tiles_along(low: int, high: int, size: int) -> list[tuple[int, np.ndarray]]:
+    """Starts of evenly spread tiles from `low` to `high`, each with its (size,) weights.
+
+    A single tile lies in the middle. Weights fall linearly to the borders, where a
+    network sees least, and are scaled so that they sum to 1 everywhere.
+    """
+    length = high - low
+    if length <= size:
+        return [((low + high - size) // 2, np.ones(size, np.float32))]
+    count = int(np.ceil((length - size) / (size * (1 - TILE_OVERLAP)))) + 1
+    starts = low + np.rint(np.linspace(0, length - size, count)).astype(int)
+    ramp = np.minimum(np.arange(size), np.arange(size)[::-1]) + 1.0
+    total = np.zeros(length)
+    for start in starts - low:
+        total[start : start + size] += ramp
+    return [
+        (int(start), (ramp / total[start - low :][:size]).astype(np.float32))
+        for start in starts
+    ]
 
 
 def draw_warp(

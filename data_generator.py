@@ -12,7 +12,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,16 +116,8 @@ class SliceGenerator:
         epoch = self.epoch if self.shuffle else 0
         rows = self.rows_of_batch(index, epoch)
         rng = np.random.default_rng((BATCH, self.seed, epoch, index))
-        x = np.empty((len(rows), *self.batches.input_px, 1), np.float32)
-        y = np.empty((len(rows), *self.batches.input_px, 2), np.uint8)
-        for position, row in enumerate(rows):
-            image, mask = self.sample(int(row), rng)
-            x[position, ..., 0] = image
-            y[position] = augment.one_hot(mask)
-        if self.with_slice_label:
-            present = np.any(y[..., 1], axis=(1, 2))
-            return x, {"mask": y, "slice": present[:, None].astype(np.float32)}
-        return x, y
+        samples = (self.sample(int(row), rng) for row in rows)
+        return batch_of(samples, len(rows), self.batches, self.with_slice_label)
 
     def on_epoch_end(self) -> None:
         """Goes on to the next epoch."""
@@ -159,18 +151,13 @@ class SliceGenerator:
 
     def sample(self, row: int, rng: np.random.Generator):
         """One row as (y, x) float32 input and (y, x) uint8 mask of 0 and 1."""
-        batches, size = self.batches, self.batches.input_px
-        hu = self.table.read("hu", row)
-        lung = self.table.read("lung", row) if reads_lung(batches) else None
-        mask = row_target(self.table, row, batches)
+        batches = self.batches
+        hu, mask, lung = read_row(self.table, row, batches)
         crop = self.crop(mask, lung, rng)
-        marks = mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
+        marks = marks_of(mask, lung)
         if self.augmentation is not None:
             return self.changed(hu, marks, crop, self.augmentation, rng)
-        hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
-        marks = augment.cut(marks, crop, size, fill=0)
-        image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
-        return image, marks & augment.TARGET_BIT
+        return plain(hu, marks, crop, batches)
 
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
         """`sample` after its random changes.
@@ -208,6 +195,109 @@ class SliceGenerator:
                 return augment.crop_near_nodule(
                     mask, lung, size, rng, margin_px=shift_px
                 )
+
+
+class TileGenerator:
+    """Every tile of some slices, in order: what inference will look at, for validation.
+
+    Tiles cover the lungs without asking where nodules are, so the score says how a network
+    does where it has to search too. Without a lung mask they cover the whole slice.
+
+    Args:
+        table: The open table.
+        rows: Rows of the table.
+        batches: Window, target, size of the tiles and of a batch.
+        with_slice_label: As for `SliceGenerator`.
+    """
+
+    def __init__(
+        self,
+        table: SliceTable,
+        rows: np.ndarray,
+        batches: config.Batches,
+        *,
+        with_slice_label: bool = False,
+    ) -> None:
+        self.table = table
+        self.batches = batches
+        self.with_slice_label = with_slice_label
+        self.epoch = 0
+        size = batches.input_px
+        self.tiles = [
+            (int(row), tile.crop)
+            for row in usable_rows(table, rows, batches)
+            for tile in augment.tiles(
+                table.read("lung", int(row)) if reads_lung(batches) else None,
+                table.settings.size_px,
+                size,
+            )
+        ]
+
+    def __len__(self) -> int:
+        return -(-len(self.tiles) // self.batches.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+        """One batch, shaped as `SliceGenerator`'s; the last may be smaller.
+
+        Raises:
+            IndexError: If `index` is not from 0 to the number of batches.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index}; expected 0 to {len(self) - 1}")
+        size = self.batches.batch_size
+        tiles = self.tiles[index * size : (index + 1) * size]
+        samples = (self.sample(row, crop) for row, crop in tiles)
+        return batch_of(samples, len(tiles), self.batches, self.with_slice_label)
+
+    def sample(self, row: int, crop: augment.Crop) -> tuple[np.ndarray, np.ndarray]:
+        """One tile as (y, x) float32 input and (y, x) uint8 mask of 0 and 1."""
+        hu, mask, lung = read_row(self.table, row, self.batches)
+        return plain(hu, marks_of(mask, lung), crop, self.batches)
+
+    def on_epoch_end(self) -> None:
+        """Nothing: all epochs are the same."""
+
+
+def read_row(
+    table: SliceTable, row: int, batches: config.Batches
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """HU, target and, if the settings look at it, the lung mask of a row; each (y, x)."""
+    lung = table.read("lung", row) if reads_lung(batches) else None
+    return table.read("hu", row), row_target(table, row, batches), lung
+
+
+def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
+    """Target and lung as bits of one image, so that one warp moves both."""
+    return mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
+
+
+def plain(
+    hu: np.ndarray, marks: np.ndarray, crop: augment.Crop, batches: config.Batches
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop as (y, x) float32 input and (y, x) uint8 mask of 0 and 1, unchanged."""
+    size = batches.input_px
+    hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
+    marks = augment.cut(marks, crop, size, fill=0)
+    image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
+    return image, marks & augment.TARGET_BIT
+
+
+def batch_of(
+    samples: Iterable[tuple[np.ndarray, np.ndarray]],
+    count: int,
+    batches: config.Batches,
+    with_slice_label: bool,
+) -> tuple[np.ndarray, Any]:
+    """`count` pairs of input and mask as x and y of a batch; see `SliceGenerator`."""
+    x = np.empty((count, *batches.input_px, 1), np.float32)
+    y = np.empty((count, *batches.input_px, 2), np.uint8)
+    for position, (image, mask) in enumerate(samples):
+        x[position, ..., 0] = image
+        y[position] = augment.one_hot(mask)
+    if with_slice_label:
+        present = np.any(y[..., 1], axis=(1, 2))
+        return x, {"mask": y, "slice": present[:, None].astype(np.float32)}
+    return x, y
 
 
 def usable_rows(
@@ -257,10 +347,12 @@ def balanced_groups(
 ) -> list[tuple[np.ndarray, int]]:
     """Rows with and rows without target, each with its number of rows per batch."""
     size = batches.batch_size
+    if size == 1:
+        return [(rows, 1)]
     has_target = rows_with_target(table, rows, batches)
     if has_target.all() or not has_target.any():
         return [(rows, size)]
-    count = max(round(batches.nodule_fraction * size), 1)
+    count = min(max(round(batches.nodule_fraction * size), 1), size)
     return [(rows[has_target], count), (rows[~has_target], size - count)]
 
 

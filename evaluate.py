@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import config
 import files
 import metrics
 import postprocess
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 SIZES_MM = (0.0, 6.0, 10.0, 20.0, np.inf)
 """Bounds of the strata by nodule diameter."""
+
+FIGURES = ("dice.png", "overlays.png")
 
 DISCLAIMER = "Research code, not a medical device."
 
@@ -46,6 +49,9 @@ PER_SCAN = {
     "lung_inclusion": "Consensus nodule voxels inside the lung mask",
 }
 """Columns of scores.csv that are averaged over scans, and their names in the tables."""
+
+WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
+"""Columns that have no value where only some slices of a scan count."""
 
 
 @dataclass(frozen=True)
@@ -124,33 +130,67 @@ def evaluate(arguments: Arguments) -> steps.Report:
     rows = [item.row for item in scored]
     nodules = [nodule for item in scored for nodule in item.nodules]
     lines = summary(rows, nodules, draws=arguments.draws)
-    out = arguments.out
     facts = protocol(arguments, predictions, rows)
-    postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
-    if nodules:
-        postprocess.write_rows(nodules, list(nodules[0]), out / "nodules.csv")
-    write_text(out / "scores.md", markdown(lines, facts))
-    write_text(out / "scores.tex", latex(lines, facts))
-    record = {
-        "protocol": facts,
-        "scores": [
-            asdict(line) | {"interval": line.interval._asdict()} for line in lines
-        ],
-        "provenance": provenance.record(),
-    }
-    write_text(out / "scores.json", json.dumps(record, indent=1))
-    figures = draw_figures(arguments, rows, nodules)
-    steps.write_failures(failures, out / "skipped.csv")
+    with files.written_whole(arguments.out) as out:
+        out.mkdir()
+        postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
+        if nodules:
+            postprocess.write_rows(nodules, list(nodules[0]), out / "nodules.csv")
+        (out / "scores.md").write_text(markdown(lines, facts))
+        (out / "scores.tex").write_text(latex(lines, facts))
+        record = {
+            "setting": setting(arguments, predictions),
+            "protocol": facts,
+            "scores": [
+                asdict(line) | {"interval": line.interval._asdict()} for line in lines
+            ],
+            "provenance": provenance.record(),
+        }
+        postprocess.write_json(record, out / "scores.json")
+        draw_figures(arguments, rows, nodules, out)
+        steps.write_failures(failures, out / "skipped.csv")
+    out = arguments.out
     sys.stdout.write(markdown(lines, facts) + "\n")
-    named = ", ".join(str(path) for path in figures)
+    named = ", ".join(str(out / name) for name in FIGURES)
     return steps.Report(
         f"wrote {out}: {len(rows)} scans, {len(nodules)} nodules; figures {named}",
         failures,
     )
 
 
+def setting(
+    arguments: Arguments, predictions: postprocess.Predictions
+) -> dict[str, Any]:
+    """What two runs must share for their scores to be compared."""
+    return {
+        "part": arguments.part,
+        "consensus_level": arguments.consensus_level,
+        "min_readers": arguments.min_readers,
+        "surface_tolerance_mm": arguments.surface_tolerance_mm,
+        "by_slice": by_slice(predictions),
+    }
+
+
+def by_slice(predictions: postprocess.Predictions) -> bool:
+    """Whether the run's split is by slice, so that only some slices of a scan count."""
+    return any("slices" in facts for facts in predictions.scans.values())
+
+
 def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[Job]:
-    """The predictions of the part; a patient that was trained on is named."""
+    """The predictions of the part; a patient that was trained on is named.
+
+    Raises:
+        ValueError: If there is none, or the masks were made of other weights' maps.
+    """
+    path = arguments.predictions / postprocess.RECORD
+    if path.exists():
+        used = json.loads(path.read_text())["weights_sha256"]
+        if used != predictions.weights_sha256:
+            raise ValueError(
+                f"{path}: the masks were made of maps of weights {used[:12]}, the maps "
+                f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
+                "--overwrite"
+            )
     trained = set(predictions.training_patients)
     jobs = [
         Job(
@@ -191,35 +231,43 @@ def score(job: Job) -> Scored:
         min_readers=arguments.min_readers,
     )
     labels, reference = (
-        postprocess.only(volume, job.slices) for volume in (labels, reference)
+        postprocess.only_slices(volume, job.slices) for volume in (labels, reference)
     )
     predicted = labels > 0
     counts = metrics.count_voxels(reference, predicted)
     with_nodule = reference.any(axis=(1, 2))
-    surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
-    nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
-    match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
     row = {
         "scan_id": job.scan_id,
         "patient_id": job.patient_id,
         "part": job.part,
         "leak": int(job.leak),
         **counts._asdict(),
-        "dice": counts.dice,
+        "dice": counts.dice if with_nodule.any() else np.nan,
         "dice_nodule_slices": metrics.dice(
             reference[with_nodule], predicted[with_nodule]
         ),
-        "iou": counts.iou,
+        "iou": counts.iou if with_nodule.any() else np.nan,
         "sensitivity": counts.sensitivity,
         "precision": counts.precision,
-        "hd95_mm": surfaces.hausdorff_mm(),
-        "surface_dice": surfaces.dice(arguments.surface_tolerance_mm),
         "reference_mm3": float(reference.sum() * scan.grid.voxel_mm3),
         "predicted_mm3": float(predicted.sum() * scan.grid.voxel_mm3),
+        **lung_scores(scan, reference, arguments.lung_truth),
+    }
+    if job.slices is not None:  # single slices have neither surfaces nor whole nodules
+        return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
+    surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
+    nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
+    match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
+    row |= {
+        "hd95_mm": surfaces.hausdorff_mm(),
+        "surface_dice": (
+            surfaces.dice(arguments.surface_tolerance_mm)
+            if with_nodule.any()
+            else np.nan
+        ),
         "nodules": len(match.labels_ref),
         "nodules_hit": int((match.hit_by > 0).sum()),
         "false_positives": int(match.false_positive.sum()),
-        **lung_scores(scan, reference, arguments.lung_truth),
     }
     return Scored(row, nodule_rows(job, scan, match))
 
@@ -245,7 +293,7 @@ def lung_scores(
         return {"lung_dice": np.nan, "lung_inclusion": np.nan}
     inside = scan.lung > 0
     dice = np.nan
-    if truth_dir is not None:
+    if truth_dir is not None and scan_path(truth_dir, scan.scan_id).exists():
         truth = read_scan(scan_path(truth_dir, scan.scan_id)).lung
         if truth is not None:
             dice = metrics.dice(truth > 0, inside)
@@ -340,15 +388,19 @@ def protocol(
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
     leaks = {row["patient_id"] for row in rows if row["leak"]}
-    by_slice = any(facts.get("slices") for facts in predictions.scans.values())
-    what = "scans (only their slices in the part)" if by_slice else "whole scans"
+    what = "whole scans"
+    if by_slice(predictions):
+        what = "scans (only their slices in the part)"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
         f"{len(rows)} {what} of {len(patients)} patients, part {arguments.part}.",
         f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
         f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
         f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "
-        "n: cases where the value is defined; an empty reference or prediction is not.",
+        "n: scans where the value is defined: those with a nodule; for HD95 and precision "
+        "those with a prediction too. What is found in scans without nodule counts in the "
+        "pooled scores and as false positives.",
+        masks_made_by(arguments.predictions),
         f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
         f"within {arguments.surface_tolerance_mm:g} mm.",
         f"WARNING: {len(leaks)} of the patients were trained on."
@@ -356,6 +408,16 @@ def protocol(
         else "No scored patient was trained on.",
         DISCLAIMER,
     ]
+
+
+def masks_made_by(predictions: Path) -> str:
+    """The settings the masks were made with, in a sentence."""
+    path = predictions / postprocess.RECORD
+    if not path.exists():
+        return "How the masks were made is unknown."
+    record = json.loads(path.read_text())
+    used = config.from_json(config.Postprocess, record["settings"])
+    return f"Masks: {postprocess.settings_text(used)}; {record['origin']}."
 
 
 def markdown(lines: Sequence[Line], facts: Sequence[str]) -> str:
@@ -397,16 +459,12 @@ def bounds(interval: Interval) -> str:
     return f"{interval.low:.3f} to {interval.high:.3f}"
 
 
-def write_text(path: Path, text: str) -> None:
-    with files.written_whole(path) as partial:
-        partial.write_text(text)
-
-
 def draw_figures(
     arguments: Arguments,
     rows: Sequence[dict[str, Any]],
     nodules: Sequence[dict[str, Any]],
-) -> list[Path]:
+    out: Path,
+) -> None:
     """Dice per scan, nodules by size, and the best, median and worst scan."""
     from matplotlib.figure import Figure
 
@@ -426,20 +484,19 @@ def draw_figures(
     right.set(xlabel="diameter (mm)", ylabel="Dice", ylim=(0, 1), title="Nodules")
     right.legend(loc="lower right")
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
-    paths = [arguments.out / "dice.png", arguments.out / "overlays.png"]
-    with files.written_whole(paths[0]) as partial:
-        figure.savefig(partial, dpi=120, bbox_inches="tight")
-    overlays = draw_overlays(arguments, rows)
-    with files.written_whole(paths[1]) as partial:
-        overlays.savefig(partial, dpi=120)
-    return paths
+    figure.savefig(out / FIGURES[0], dpi=120, bbox_inches="tight")
+    draw_overlays(arguments, rows).savefig(out / FIGURES[1], dpi=120)
 
 
 def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
-    """The slice with most reference in the best, the median and the worst scan."""
+    """The slice with most reference in the best, the median and the worst scan.
+
+    Scans where there is nothing and nothing was found are shown only if all are so.
+    """
     from matplotlib.figure import Figure
 
-    order = sorted(rows, key=lambda row: -np.nan_to_num(row["dice"], nan=-1.0))
+    defined = [row for row in rows if np.isfinite(row["dice"])]
+    order = sorted(defined, key=lambda row: -row["dice"]) or list(rows)
     chosen = list(dict.fromkeys((0, len(order) // 2, len(order) - 1)))
     figure = Figure(figsize=(4.2 * len(chosen), 4.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(chosen)))

@@ -66,7 +66,8 @@ class Arguments:
     version: int = 1
     """Version that TensorFlow Serving shows."""
     size_px: tuple[int, int] | None = None
-    """(y, x) size of the slices the model takes; the table's slice size if not given."""
+    """(y, x) size of the slices the model takes; by default that of the tiles trained on,
+    in which infer.py cuts a slice too."""
     overwrite: bool = False
     """Replace this version."""
 
@@ -91,7 +92,7 @@ def export(
             f"{target} exists; choose another --version or use --overwrite"
         )
     settings = infer.read_settings(run)
-    size_px = size_px or settings.table.size_px
+    size_px = size_px or settings.batches.input_px
     network = infer.load_network(run, settings, size_px)
     with files.written_whole(target) as partial:
         write_saved_model(partial, network, settings.batches, size_px)

@@ -20,17 +20,17 @@ import numpy as np
 import augment
 import config
 import files
+import postprocess
 import provenance
 import slice_idx
 import steps
-from scan import Scan, ScanSource, read_scan, scan_files
+import train
+from preprocess import with_lungs
+from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "predictions.json"
-FORMAT_VERSION = 1
-STRIDE_PX = 64
-"""Crops are rounded up to this, so that few shapes of the network have to be built."""
 
 
 @dataclass(frozen=True)
@@ -48,54 +48,90 @@ class Arguments:
     input: Path | None = None
     """Segment this CT instead of scan files: DICOM folder, volume, folder or CSV list."""
     batch_size: int = 8
-    """Slices per pass."""
+    """Tiles per pass."""
     overwrite: bool = False
     """Replace predictions made with other weights."""
 
 
 class Predictor:
-    """A run's network; it is built once per input shape and loads its weights once each."""
+    """A run's network, built and loaded once for any number of scans.
 
-    def __init__(self, run_dir: Path, *, batch_size: int) -> None:
-        self.run_dir = run_dir
-        self.settings = read_settings(run_dir)
+    Args:
+        run_dir: Made by train.py.
+        settings: The run's.
+        batch_size: Tiles per pass.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: config.Experiment, *, batch_size: int
+    ) -> None:
+        self.settings = settings
         self.batch_size = batch_size
-        self._networks: dict[tuple[int, int], Any] = {}
-
-    def network(self, size_px: tuple[int, int]) -> Any:
-        """The Keras model for (y, x) inputs of `size_px`."""
-        if size_px not in self._networks:
-            self._networks[size_px] = load_network(self.run_dir, self.settings, size_px)
-        return self._networks[size_px]
+        self.network = load_network(run_dir, settings, settings.batches.input_px)
 
     def probability(self, scan: Scan) -> np.ndarray:
         """Probability of the target at every voxel of a scan.
 
-        The network sees the box around both lungs, whole slices where there is no lung
-        mask; elsewhere the probability is 0.
+        The lungs of each slice, or the slice where the run does without lung masks, are
+        covered by overlapping tiles of the size trained on; elsewhere it is 0.
 
         Args:
             scan: With lung labels if the run was trained with `batches.lung_mask`.
 
         Returns:
             (z, y, x) float32 on the scan's grid.
+
+        Raises:
+            ScanError: If it lacks lung labels.
         """
         batches = self.settings.batches
-        lung = scan.lung if batches.lung_mask or batches.crop == "lung" else None
-        slices, window = network_window(scan.hu.shape, lung, batches.input_px)
-        size_px = tuple(side.stop - side.start for side in window)
-        network = self.network(size_px)
+        size = batches.input_px
+        lung = lung_for(scan, batches)
         prob = np.zeros(scan.hu.shape, np.float32)
-        inside = clipped(window, scan.hu.shape[1:])
-        for start in range(0, len(slices), self.batch_size):
-            rows = slices[start : start + self.batch_size]
-            images = np.stack([network_input(scan, z, window, batches) for z in rows])
-            output = network.predict_on_batch(images[..., None])
-            output = output["mask"] if isinstance(output, dict) else output
-            prob[rows, inside[0], inside[1]] = within(
-                output[..., 1], window, scan.hu.shape[1:]
+        tiles = [
+            (z, tile)
+            for z in range(len(scan.hu))
+            for tile in augment.tiles(
+                None if lung is None else lung[z], scan.hu.shape[1:], size
             )
+        ]
+        for start in range(0, len(tiles), self.batch_size):
+            some = tiles[start : start + self.batch_size]
+            images = np.stack([tile_input(scan, z, t.crop, batches) for z, t in some])
+            # Full batches only: TensorFlow would trace the network again for the last.
+            images = np.resize(images, (self.batch_size, *size))
+            output = self.network.predict_on_batch(images[..., None])
+            output = output["mask"] if isinstance(output, dict) else output
+            for (z, tile), image in zip(some, np.asarray(output)[..., 1], strict=False):
+                augment.paste(prob[z], tile.weight * image, tile.crop)
         return prob
+
+
+def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
+    """The lung labels a run needs to look at a scan; None if it needs none.
+
+    Raises:
+        ScanError: If they are missing.
+    """
+    if not batches.lung_mask and batches.crop == "centre":
+        return None
+    if scan.lung is None:
+        raise ScanError(
+            f"scan {scan.scan_id} has no lung mask, which the run was trained with; run "
+            "preprocess.py again with --overwrite"
+        )
+    return scan.lung
+
+
+def tile_input(
+    scan: Scan, z: int, crop: augment.Crop, batches: config.Batches
+) -> np.ndarray:
+    """(y, x) float32 network input of a tile; beyond the slice is air."""
+    hu = augment.cut(scan.hu[z], crop, batches.input_px, fill=augment.AIR_HU)
+    lung = None
+    if scan.lung is not None:
+        lung = augment.cut(scan.lung[z], crop, batches.input_px, fill=0)
+    return augment.to_input(hu, lung, batches)
 
 
 def read_settings(run_dir: Path) -> config.Experiment:
@@ -121,74 +157,6 @@ def load_network(
     network = build_model(replace(settings.model, weights="none"), (*size_px, 1), 2)
     network.load_weights(run_dir / "best.weights.h5")
     return network
-
-
-def network_window(
-    shape: tuple[int, ...], lung: np.ndarray | None, least_px: tuple[int, int]
-) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """Which slices enter the network, and which window of each.
-
-    Args:
-        shape: (z, y, x) of the scan.
-        lung: (z, y, x) lung labels, or None for whole slices.
-        least_px: (y, x) the window is at least as large as.
-
-    Returns:
-        Slice numbers, and (y, x) slices that may reach beyond the image. The window is
-        centred on the lungs and its sides are multiples of `STRIDE_PX`.
-    """
-    if lung is None or not lung.any():
-        bounds = [(0, shape[1]), (0, shape[2])]
-        rows = np.arange(shape[0])
-    else:
-        rows = np.flatnonzero(lung.any(axis=(1, 2)))
-        marked = [np.flatnonzero(lung.any(axis=other)) for other in ((0, 2), (0, 1))]
-        bounds = [(int(m[0]), int(m[-1]) + 1) for m in marked]
-    window = []
-    for (low, high), least in zip(bounds, least_px, strict=True):
-        side = -(-max(high - low, least) // STRIDE_PX) * STRIDE_PX
-        start = (low + high - side) // 2
-        window.append(slice(start, start + side))
-    return rows, (window[0], window[1])
-
-
-def clipped(window: tuple[slice, slice], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The part of `window` that lies on an image of (y, x) `shape`."""
-    y, x = (
-        slice(max(side.start, 0), min(side.stop, length))
-        for side, length in zip(window, shape, strict=True)
-    )
-    return y, x
-
-
-def within(
-    images: np.ndarray, window: tuple[slice, slice], shape: tuple[int, ...]
-) -> np.ndarray:
-    """The part of (..., y, x) images cut by `window` that lies on the full image."""
-    inside = clipped(window, shape)
-    y, x = (
-        slice(part.start - side.start, part.stop - side.start)
-        for part, side in zip(inside, window, strict=True)
-    )
-    return images[..., y, x]
-
-
-def network_input(
-    scan: Scan, z: int, window: tuple[slice, slice], batches: config.Batches
-) -> np.ndarray:
-    """(y, x) float32 network input of one slice; beyond the image is air."""
-    hu = cut(scan.hu[z], window, fill=augment.AIR_HU)
-    lung = None if scan.lung is None else cut(scan.lung[z], window, fill=0)
-    return augment.to_input(hu, lung, batches)
-
-
-def cut(image: np.ndarray, window: tuple[slice, slice], *, fill: int) -> np.ndarray:
-    """A (y, x) window of an image; `fill` where it reaches beyond."""
-    size = tuple(side.stop - side.start for side in window)
-    result = np.full(size, fill, image.dtype)
-    inside = clipped(window, image.shape)
-    within(result, window, image.shape)[...] = image[inside]
-    return result
 
 
 @dataclass(frozen=True)
@@ -219,27 +187,28 @@ def infer(
         FileNotFoundError: If the run or the scans are missing.
         ValueError: If `result_dir` holds predictions of other weights.
     """
-    predictor = Predictor(exp_dir, batch_size=batch_size)
+    settings = read_settings(exp_dir)
     split = slice_idx.read_split(exp_dir / "split.json")
     manifest = new_manifest(exp_dir, split)
-    check_same_weights(result_dir, manifest, overwrite=overwrite)
-    tasks = tasks_of_input(input) if input else tasks_of_parts(scans, split, parts)
+    tasks, unreadable = (
+        (tasks_of_input(input), []) if input else tasks_of_parts(scans, split, parts)
+    )
+    if overwrite:
+        remove_predictions(result_dir)
+    start_manifest(result_dir, manifest)
     warn_of_leaks(tasks, manifest["training_patients"])
+    predictor = Predictor(exp_dir, settings, batch_size=batch_size)
 
     def segment(task: Task) -> Task:
         path = result_dir / task.scan_id / "prob.nii.gz"
         if overwrite or not path.exists():
-            scan = read_source(task.source, predictor.settings)
+            scan = read_source(task.source, settings)
             write_probability(path, predictor.probability(scan), scan)
         return task
 
     done, failures = steps.map_scans(segment, tasks, workers=1, label="infer")
-    manifest["scans"] = {
-        task.scan_id: {"part": task.part, "patient_id": task.patient_id}
-        | ({"slices": task.slices} if task.slices else {})
-        for task in done
-    }
-    write_manifest(result_dir, manifest)
+    add_scans(result_dir, manifest, done)
+    failures = [*unreadable, *failures]
     steps.write_failures(failures, result_dir / "skipped.csv")
     volume_bytes = sum(
         (result_dir / task.scan_id / "prob.nii.gz").stat().st_size for task in done
@@ -250,8 +219,8 @@ def infer(
 
 def tasks_of_parts(
     scans_dir: Path, split: dict[str, Any], parts: Sequence[str]
-) -> list[Task]:
-    """The scan files of the patients in `parts` of a split."""
+) -> tuple[list[Task], list[steps.Failure]]:
+    """The scan files of the patients in `parts` of a split, and those not readable."""
     part_of = {
         patient: part
         for part in parts
@@ -260,29 +229,24 @@ def tasks_of_parts(
     slices = {
         part: slice_idx.slices_of_part(split, part) for part in parts if split["leaks"]
     }
-    tasks = []
+    tasks, unreadable = [], []
     for path in scan_files(scans_dir):
-        patient_id, scan_id = scan_identity(path)
-        if patient_id in part_of:
-            own = {part: s[scan_id] for part, s in slices.items() if scan_id in s}
-            tasks.append(Task(scan_id, patient_id, part_of[patient_id], path, own))
+        try:
+            patient_id, scan_id = scan_identity(path)
+        except ScanError as error:
+            unreadable.append(steps.Failure(path.stem, str(error)))
+            continue
+        own = {part: s[scan_id] for part, s in slices.items() if scan_id in s}
+        if split["leaks"] and own:
+            tasks.append(Task(scan_id, patient_id, "", path, own))
+        elif not split["leaks"] and patient_id in part_of:
+            tasks.append(Task(scan_id, patient_id, part_of[patient_id], path))
     if not tasks:
         raise ValueError(
             f"{scans_dir} holds no scan of the {' or '.join(parts)} patients of the run's "
             "split; choose other --parts, or the --scans the run was made from"
         )
-    return tasks
-
-
-def scan_identity(path: Path) -> tuple[str, str]:
-    """Patient id and scan id of a scan file, without reading its volumes."""
-    import tables
-
-    from scan import read_record
-
-    with tables.open_file(path) as h5:
-        record = read_record(h5, path)
-    return record["patient_id"], record["scan_id"]
+    return tasks, unreadable
 
 
 def tasks_of_input(path: Path) -> list[Task]:
@@ -300,10 +264,8 @@ def read_source(source: Path | ScanSource, settings: config.Experiment) -> Scan:
     if isinstance(source, Path):
         return read_scan(source)
     from cohorts import nifti
-    from lung_mask import lung_labels
 
-    scan = nifti.load_scan(source)
-    return replace(scan, lung=lung_labels(scan.hu, scan.spacing_mm, settings.mask))
+    return with_lungs(nifti.load_scan(source), settings.mask)
 
 
 def write_probability(path: Path, prob: np.ndarray, scan: Scan) -> None:
@@ -315,22 +277,33 @@ def write_probability(path: Path, prob: np.ndarray, scan: Scan) -> None:
 def new_manifest(run_dir: Path, split: dict[str, Any]) -> dict[str, Any]:
     """The record that goes beside the predictions, still without scans."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": postprocess.FORMAT_VERSION,
         "run": run_dir.name,
         "weights_sha256": files.sha256(run_dir / "best.weights.h5"),
         "split_sha256": split["sha256"],
-        "training_patients": slice_idx.patients_of_part(split, "train"),
+        "training_patients": train.training_patients_of(run_dir / "best.weights.h5"),
         "provenance": provenance.record(),
         "scans": {},
     }
 
 
-def check_same_weights(
-    result_dir: Path, manifest: dict[str, Any], *, overwrite: bool
-) -> None:
-    """Refuses to mix predictions of two networks in one folder."""
+def remove_predictions(result_dir: Path) -> None:
+    """Removes maps and what was made of them, so that none of other weights stays."""
+    for folder in [path.parent for path in result_dir.glob("*/prob.nii.gz")]:
+        files.remove(folder)
+    for name in (MANIFEST, postprocess.RECORD):
+        files.remove(result_dir / name)
+
+
+def start_manifest(result_dir: Path, manifest: dict[str, Any]) -> None:
+    """Says whose predictions the folder holds before the first is written.
+
+    Raises:
+        ValueError: If it holds those of another network.
+    """
     path = result_dir / MANIFEST
-    if overwrite or not path.exists():
+    if not path.exists():
+        write_manifest(result_dir, manifest)
         return
     found = json.loads(path.read_text())["weights_sha256"]
     if found != manifest["weights_sha256"]:
@@ -340,14 +313,22 @@ def check_same_weights(
         )
 
 
+def add_scans(
+    result_dir: Path, manifest: dict[str, Any], tasks: Sequence[Task]
+) -> None:
+    """Lists scans in predictions.json, beside those that an earlier call listed."""
+    scans = json.loads((result_dir / MANIFEST).read_text())["scans"]
+    for task in tasks:
+        facts: dict[str, Any] = {"part": task.part, "patient_id": task.patient_id}
+        if task.slices:
+            earlier = scans.get(task.scan_id, {}).get("slices", {})
+            facts["slices"] = earlier | task.slices
+        scans[task.scan_id] = facts
+    write_manifest(result_dir, manifest | {"scans": scans})
+
+
 def write_manifest(result_dir: Path, manifest: dict[str, Any]) -> None:
-    """Writes predictions.json; scans listed by an earlier call are kept."""
-    path = result_dir / MANIFEST
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier["weights_sha256"] == manifest["weights_sha256"]:
-            manifest["scans"] = earlier["scans"] | manifest["scans"]
-    with files.written_whole(path) as partial:
+    with files.written_whole(result_dir / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
 
 

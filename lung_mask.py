@@ -81,9 +81,14 @@ def without_extremes(image_hu: np.ndarray) -> np.ndarray:
 
 def middle_of(image: np.ndarray) -> np.ndarray:
     """The part of a (y, x) slice that K-means looks at."""
-    scale = image.shape[0] / SLICE_RULE_PX
-    part = slice(round(MIDDLE.start * scale), round(MIDDLE.stop * scale))
-    return image[part, part]
+    rows, columns = (
+        slice(
+            round(MIDDLE.start * length / SLICE_RULE_PX),
+            round(MIDDLE.stop * length / SLICE_RULE_PX),
+        )
+        for length in image.shape
+    )
+    return image[rows, columns]
 
 
 def slice_threshold(image_hu: np.ndarray) -> float:
@@ -326,7 +331,8 @@ def tracheas(
 def sides(lungs: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
     """Right (1) and left (2) lung of a coarse mask, also where they touch.
 
-    The mask is eroded until its two largest parts are of similar size; every voxel then
+    Parts that lie on one side of the volume's middle are named by it, however small. Else
+    the mask is eroded until its two largest parts are of similar size; every voxel then
     goes to the nearer part. A single lung is named by the side of the mask's middle.
 
     Returns:
@@ -334,6 +340,14 @@ def sides(lungs: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
     """
     import cc3d
 
+    parts = cc3d.connected_components(lungs, connectivity=6)
+    half = lungs.shape[2] // 2
+    in_right = np.bincount(parts[..., :half].ravel(), minlength=int(parts.max()) + 1)
+    right_share = in_right / np.maximum(np.bincount(parts.ravel()), 1)
+    if (np.abs(right_share[1:] - 0.5) > 0.4).all():
+        labels = np.where(right_share > 0.5, RIGHT, LEFT).astype(np.uint8)
+        labels[0] = 0
+        return labels[parts]
     inner_mm = distance_mm(lungs, spacing_mm)
     for depth_mm in (0.0, 3.0, 6.0, 9.0, 12.0):
         parts = cc3d.connected_components(inner_mm > depth_mm, connectivity=6)

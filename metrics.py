@@ -297,7 +297,7 @@ def _pairs(iou: np.ndarray, min_iou: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Interval(NamedTuple):
-    """A value and its bootstrap interval; NaN bounds if fewer than two patients."""
+    """A value and its bootstrap interval; NaN bounds if fewer than two patients give it."""
 
     value: float
     low: float
@@ -334,7 +334,7 @@ def bootstrap(
     sums = np.zeros((len(names), values.shape[1]))
     np.add.at(sums, patient_of_case, values)
     value = float(statistic(sums.sum(axis=0)))
-    if len(names) < 2:
+    if np.count_nonzero(sums.any(axis=1)) < 2:
         return Interval(value, np.nan, np.nan)
     times = np.random.default_rng(seed).multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=n

@@ -1,8 +1,7 @@
 """Step 7 of 9: turn probability maps into nodules, each measured in mm.
 
 A run whose method is "tuned" gets threshold, erosion and smallest volume from the
-validation scans: the values of the largest mean Dice per scan (a scan without nodule
-counts 1 when nothing is found, else 0), and among equals of the fewest false components.
+validation scans; `best_of_grid` says how.
 
 Example:
     python postprocess.py --predictions work/predictions/thesis --run work/runs/thesis
@@ -48,6 +47,9 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EROSIONS_PX = (0, 3, 5)
 MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
 """The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
+
+FALSE_PRICE = 0.02
+"""What a false component costs, in Dice of its scan."""
 
 NODULE_COLUMNS = (
     "case_id",
@@ -128,13 +130,14 @@ class Predictions:
         None stands for all slices; only a split by slice has others. The part "all" has
         every scan.
         """
-        return {
-            scan_id: tuple(facts["slices"][part])
-            if part in facts.get("slices", ())
-            else None
-            for scan_id, facts in sorted(self.scans.items())
-            if part in ("all", facts["part"], *facts.get("slices", ()))
-        }
+        found: dict[str, tuple[int, ...] | None] = {}
+        for scan_id, facts in sorted(self.scans.items()):
+            slices = facts.get("slices")
+            if part == "all" or (slices is None and facts["part"] == part):
+                found[scan_id] = None
+            elif slices is not None and part in slices:
+                found[scan_id] = tuple(slices[part])
+        return found
 
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""
@@ -517,11 +520,12 @@ def count_for_tuning(job: Job) -> np.ndarray:
     )
     if job.settings.within_lung:
         prob = np.where(lung_of(scan) > 0, prob, np.float32(0))
-    prob, reference = only(prob, job.slices), only(reference, job.slices)
-    return tuning_counts(prob, reference, scan.grid, job.settings.connectivity)
+    return tuning_counts(
+        prob, reference, scan.grid, job.settings.connectivity, slices=job.slices
+    )
 
 
-def only(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
+def only_slices(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
     """A (z, y, x) volume that is 0 in all but some slices; None keeps all."""
     if slices is None:
         return volume
@@ -531,25 +535,40 @@ def only(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
 
 
 def tuning_counts(
-    prob: np.ndarray, reference: np.ndarray, grid: Grid, connectivity: Connectivity
+    prob: np.ndarray,
+    reference: np.ndarray,
+    grid: Grid,
+    connectivity: Connectivity,
+    *,
+    slices: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """See `count_for_tuning`; each component is found once for all smallest volumes."""
+    """See `count_for_tuning`; each component is found once for all smallest volumes.
+
+    Components and their volumes are those of the whole scan, but only voxels and
+    components in `slices` are counted.
+    """
     shape = (len(THRESHOLDS), len(EROSIONS_PX), len(MIN_VOLUMES_MM3), 4)
     counts = np.zeros(shape, np.int64)
+    reference = only_slices(reference, slices)
     total_ref = int(np.count_nonzero(reference))
     counts[..., 2] = total_ref
     box = bounding_box(prob >= np.float32(THRESHOLDS[0]))
     if box is None:
         return counts
     prob, reference = prob[box], reference[box]
+    counted = np.ones(len(prob), bool)
+    if slices is not None:
+        counted = np.isin(np.arange(len(prob)) + box[0].start, list(slices))
     for t, threshold in enumerate(THRESHOLDS):
         for e, erosion_px in enumerate(EROSIONS_PX):
             mask = erode(prob >= np.float32(threshold), erosion_px)
             parts = components(mask, connectivity)
-            sizes = np.bincount(parts[mask], minlength=1)
+            volumes_mm3 = np.bincount(parts[mask], minlength=1) * grid.voxel_mm3
+            mask[~counted] = False
+            sizes = np.bincount(parts[mask], minlength=len(volumes_mm3))
             shared = np.bincount(parts[mask & reference], minlength=len(sizes))
             for v, min_volume_mm3 in enumerate(MIN_VOLUMES_MM3):
-                kept = (sizes > 0) & (sizes * grid.voxel_mm3 >= min_volume_mm3)
+                kept = (sizes > 0) & (volumes_mm3 >= min_volume_mm3)
                 tp, size = shared[kept].sum(), sizes[kept].sum()
                 false = np.count_nonzero(shared[kept] == 0)
                 counts[t, e, v] = tp, size - tp, total_ref - tp, false
@@ -558,45 +577,54 @@ def tuning_counts(
 
 def best_of_grid(
     counts: np.ndarray, base: config.Postprocess
-) -> tuple[config.Postprocess, dict[str, float]]:
-    """The setting of the largest mean Dice per scan.
+) -> tuple[config.Postprocess, dict[str, Any]]:
+    """The plainest setting that is not worse than the best by more than chance explains.
 
-    Two empty masks count 1: a scan without nodule where none is found is right. Equals
-    are told apart by fewer false components, then by nearness to 0.5, no erosion and no
-    smallest volume.
+    A scan scores its Dice, 0 if it has no nodule, less `FALSE_PRICE` for every false
+    component. A setting is as good as the best if its mean score lacks no more than one
+    standard error of the scans' differences. Of those, the one fewest steps of the grid
+    away from threshold 0.5, no erosion and no smallest volume is taken: few scans cannot
+    tell more apart.
 
     Args:
         counts: (scans, thresholds, erosions, volumes, 4) of `count_for_tuning`.
         base: Gives what is not tuned.
 
     Returns:
-        The settings, and what they reach: mean Dice and false components per scan.
+        The settings, and what they reach: mean Dice of the scans with nodules, and false
+        components per scan.
+
+    Reference: Breiman et al. 1984 (the rule of one standard error).
     """
     dice = Counts(counts[..., 0], counts[..., 1], counts[..., 2]).dice
-    mean_dice = np.where(np.isnan(dice), 1.0, dice).mean(axis=0)
-    false_per_scan = counts[..., 3].mean(axis=0)
+    with_nodule = (counts[..., 0] + counts[..., 2]).max(axis=(1, 2, 3)) > 0
+    scores = np.where(with_nodule[:, None, None, None], np.nan_to_num(dice), 0.0)
+    scores -= FALSE_PRICE * counts[..., 3]
+    best = np.unravel_index(scores.mean(axis=0).argmax(), scores.shape[1:])
+    lack = scores[:, *best][:, None, None, None] - scores
+    error = lack.std(axis=0, ddof=1) if len(scores) > 1 else np.zeros(lack.shape[1:])
+    good = lack.mean(axis=0) <= error / np.sqrt(len(scores)) + 1e-9
 
-    def goodness(place: tuple[int, ...]) -> tuple[float, ...]:
+    def steps_away(place: tuple[int, ...]) -> tuple[int, ...]:
         t, e, v = place
-        return (
-            round(float(mean_dice[place]), 6),
-            -float(false_per_scan[place]),
-            -abs(THRESHOLDS[t] - 0.5),
-            -e,
-            -v,
-        )
+        return (abs(t - THRESHOLDS.index(0.5)) + e + v, *place)
 
-    best = max(np.ndindex(mean_dice.shape), key=goodness)
+    taken = min(
+        (place for place in np.ndindex(good.shape) if good[place]), key=steps_away
+    )
     settings = replace(
         base,
         method="tuned",
-        threshold=THRESHOLDS[best[0]],
-        erosion_px=EROSIONS_PX[best[1]],
-        min_volume_mm3=MIN_VOLUMES_MM3[best[2]],
+        threshold=THRESHOLDS[taken[0]],
+        erosion_px=EROSIONS_PX[taken[1]],
+        min_volume_mm3=MIN_VOLUMES_MM3[taken[2]],
     )
     reached = {
-        "mean_dice": float(mean_dice[best]),
-        "false_components_per_scan": float(false_per_scan[best]),
+        "mean_dice": float(dice[with_nodule, *taken].mean())
+        if with_nodule.any()
+        else None,
+        "false_components_per_scan": float(counts[:, *taken, 3].mean()),
+        "scans_with_nodule": int(with_nodule.sum()),
     }
     return settings, reached
 
@@ -694,11 +722,29 @@ def settings_of_run(
     path = arguments.run / RECORD
     if path.exists() and not arguments.tune:
         record = json.loads(path.read_text())
-        if record["weights_sha256"] == predictions.weights_sha256:
+        if record.get("tuned_on") == tuned_on(predictions, experiment):
             settings = config.from_json(config.Postprocess, record["settings"])
             return settings, record["origin"]
-        log.warning("%s was tuned for other weights; it does not count", path)
+        log.warning(
+            "%s was tuned on other weights, scans or settings; it does not count", path
+        )
     return tune(arguments, predictions, experiment)
+
+
+def tuned_on(predictions: Predictions, experiment: config.Experiment) -> dict[str, Any]:
+    """What tuned values hold for: weights, validation scans and what is not tuned."""
+    batches, base = experiment.batches, experiment.postprocess
+    scans = predictions.of_part("validation")
+    return {
+        "weights_sha256": predictions.weights_sha256,
+        "scans": {
+            scan_id: slices and list(slices) for scan_id, slices in scans.items()
+        },
+        "consensus_level": batches.consensus_level,
+        "min_readers": batches.min_readers,
+        "within_lung": base.within_lung,
+        "connectivity": base.connectivity,
+    }
 
 
 def tune(
@@ -734,15 +780,18 @@ def tune(
         )
         return replace(base, method="fixed"), "not tuned: no validation scans"
     settings, reached = best_of_grid(np.stack(counts), base)
-    origin = f"tuned on {len(counts)} validation scans (mean Dice {reached['mean_dice']:.3f})"
+    origin = (
+        f"tuned on {len(counts)} validation scans, {reached['scans_with_nodule']} of them "
+        "with a nodule"
+    )
+    if reached["mean_dice"] is not None:
+        origin += f" (mean Dice {reached['mean_dice']:.3f})"
     record = {
         "format_version": FORMAT_VERSION,
-        "weights_sha256": predictions.weights_sha256,
+        "tuned_on": tuned_on(predictions, experiment),
         "settings": config.to_json(settings),
         "origin": origin,
         "reached": reached,
-        "consensus_level": batches.consensus_level,
-        "min_readers": batches.min_readers,
         "provenance": provenance.record(),
     }
     write_json(record, arguments.run / RECORD)

@@ -11,10 +11,7 @@ A scan file is HDF5, one Blosc2-compressed chunk per axial slice:
 else as JSON in UTF-8 bytes; as an attribute it could not exceed 64 kB.
 """
 
-import errno
 import json
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +22,10 @@ import numpy as np
 import tables
 
 import files
+import hdf5
 from geometry import Grid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when a change makes older scan files unreadable."""
 
 FILTERS = {
@@ -220,7 +218,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
         "provenance": provenance,
     }
     with files.written_whole(path) as partial:
-        with hdf5_errors(path), tables.open_file(partial, "w") as h5:
+        with hdf5.written(partial, path) as h5:
             for name in VOLUMES:
                 volume = getattr(scan, name)
                 if volume is not None:
@@ -234,45 +232,19 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
             text = json.dumps(record).encode()
             h5.create_array("/", "record", obj=np.frombuffer(text, np.uint8))
         if not _holds(partial, scan):
-            raise not_written(path, "it does not read back as it was written")
+            raise hdf5.not_written(path, "it does not read back as it was written")
 
 
 def _holds(path: Path, scan: Scan) -> bool:
-    """Whether a scan file has the volumes of `scan`.
-
-    HDF5 keeps back some of what it writes until it closes the file, and PyTables does
-    not say when that fails.
-    """
+    """Whether a scan file has the volumes and the nodules of `scan`."""
     try:
         found = read_scan(path)
     except (ScanError, OSError):
         return False
-    return all(
+    return found.nodules == scan.nodules and all(
         np.array_equal(getattr(found, name), getattr(scan, name))
         for name in VOLUMES
         if getattr(scan, name) is not None
-    )
-
-
-@contextmanager
-def hdf5_errors(path: Path) -> Iterator[None]:
-    """Turns HDF5's failure to write, a page of its own stack, into one OSError."""
-    tables.silence_hdf5_messages()  # is per thread; Dask works in threads of its own
-    try:
-        yield
-    except tables.HDF5ExtError as error:
-        found = re.search(r"error message = '([^']*)'", str(error))
-        raise not_written(path, found[1] if found else "HDF5 failed") from error
-
-
-def not_written(path: Path, reason: str) -> OSError:
-    """The error that a file could not be written, with the room that is left."""
-    folder = next(p for p in path.absolute().parents if p.is_dir())
-    free = files.size_text(shutil.disk_usage(folder).free)
-    return OSError(
-        errno.ENOSPC,
-        f"cannot write {path}: {reason}; {free} are free there. Nothing was left "
-        "half-written; free some space, and the same command goes on from here",
     )
 
 
@@ -282,17 +254,11 @@ def read_scan(path: Path) -> Scan:
     Raises:
         ScanError: If the file is damaged or of another format version.
     """
-    tables.silence_hdf5_messages()
-    try:
-        with tables.open_file(path) as h5:
-            record = read_record(h5, path)
-            volumes = {
-                name: h5.get_node("/", name)[:] for name in VOLUMES if name in h5.root
-            }
-    except tables.HDF5ExtError as error:
-        raise ScanError(
-            f"{path}: not a readable scan file; remove it and run preprocess.py again"
-        ) from error
+    with opened(path) as h5:
+        record = read_record(h5, path)
+        volumes = {
+            name: h5.get_node("/", name)[:] for name in VOLUMES if name in h5.root
+        }
     return Scan(
         scan_id=record["scan_id"],
         patient_id=record["patient_id"],
@@ -306,11 +272,28 @@ def read_scan(path: Path) -> Scan:
     )
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tables.File]:
+    """A scan file to read.
+
+    Raises:
+        ScanError: If it is damaged or no scan file.
+    """
+    try:
+        with hdf5.opened(path) as h5:
+            yield h5
+    except hdf5.Unreadable as error:
+        raise ScanError(
+            f"not a readable scan file: {error}; remove it and run preprocess.py again"
+        ) from error
+
+
 def read_record(h5: tables.File, path: Path) -> dict[str, Any]:
     """The JSON record of an open scan file, its version checked."""
     if "record" not in h5.root:
         raise ScanError(
-            f"{path}: no scan record; expected a file made by preprocess.py"
+            f"{path}: no scan record of format {FORMAT_VERSION}; expected a file made by "
+            "this version's preprocess.py"
         )
     record = json.loads(h5.root.record[:].tobytes())
     if record["format_version"] != FORMAT_VERSION:
@@ -321,14 +304,21 @@ def read_record(h5: tables.File, path: Path) -> dict[str, Any]:
     return record
 
 
+def scan_identity(path: Path) -> tuple[str, str]:
+    """Patient id and scan id of a scan file, without reading its volumes.
+
+    Raises:
+        ScanError: If the file is damaged or of another format version.
+    """
+    with opened(path) as h5:
+        record = read_record(h5, path)
+    return record["patient_id"], record["scan_id"]
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The lung mask settings a scan file was made with; see `read_scan` for errors."""
-    tables.silence_hdf5_messages()
-    try:
-        with tables.open_file(path) as h5:
-            return read_record(h5, path)["provenance"]["settings"]
-    except tables.HDF5ExtError as error:
-        raise ScanError(f"{path}: not a readable scan file") from error
+    with opened(path) as h5:
+        return read_record(h5, path)["provenance"]["settings"]
 
 
 def scan_path(scans_dir: Path, scan_id: str) -> Path:

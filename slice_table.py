@@ -16,6 +16,7 @@ import numpy as np
 import tables
 
 import config
+import hdf5
 from scan import VOLUMES
 
 FORMAT_VERSION = 1
@@ -226,10 +227,10 @@ def _open_table(path: Path) -> tables.File:
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; run table.py first")
     try:
-        h5 = tables.open_file(path)
-    except tables.HDF5ExtError as error:
+        h5 = hdf5.open_file(path)
+    except hdf5.Unreadable as error:
         raise ValueError(
-            f"{path} is not a readable table; run table.py again with --overwrite"
+            f"not a readable table: {error}; run table.py again with --overwrite"
         ) from error
     found = None
     if "table" in h5.root._v_attrs:

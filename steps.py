@@ -130,10 +130,11 @@ def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
         return work(item)
     except ScanError as error:
         return Failure(item.scan_id, str(error))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:  # whatever is wrong with one scan, the others go on
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        return Failure(item.scan_id, str(error))
+        log.exception("scan %s failed unexpectedly", item.scan_id)
+        return Failure(item.scan_id, f"{type(error).__name__}: {error}")
 
 
 def _map_by_dask(

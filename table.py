@@ -24,6 +24,7 @@ import tables
 
 import config
 import files
+import hdf5
 import provenance
 import resample
 import scan as scans
@@ -142,7 +143,7 @@ def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
         return path
     part = make_part(scans.read_scan(item.path), settings, source_sha256)
     with files.written_whole(path) as partial:
-        with scans.hdf5_errors(path), tables.open_file(partial, "w") as h5:
+        with hdf5.written(partial, path) as h5:
             _create(h5, settings, rows=len(part.rows), provenance_record={})
             _write(h5, part)
         _read_back(partial, path)
@@ -179,14 +180,14 @@ def join_parts(
     joined = parts[0].with_name(".joined.h5")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with scans.hdf5_errors(out), tables.open_file(joined, "w") as h5:
+        with hdf5.written(joined, out) as h5:
             _create(h5, settings, rows=total, provenance_record=made_by)
             h5.root.skipped.append(skipped)
             first_row = 0
             for index, part in enumerate(
                 tqdm(parts, "join", unit="scan", disable=None)
             ):
-                with tables.open_file(part) as source:
+                with hdf5.opened(part) as source:
                     first_row = _append(h5, source, index, first_row)
         _read_back(joined, out)
         joined.replace(out)
@@ -275,7 +276,7 @@ def _frames(node: tables.EArray) -> Iterator[bytes]:
 
 
 def _rows_of(part: Path) -> int:
-    with tables.open_file(part) as h5:
+    with hdf5.opened(part) as h5:
         return h5.root.rows.nrows
 
 
@@ -296,9 +297,9 @@ def _source_sha256(path: Path) -> str:
     """Tells scan files apart without reading their pixels: by size and record."""
     record = ""
     try:
-        with tables.open_file(path) as h5:
+        with hdf5.opened(path) as h5:
             record = h5.root.record[:].tobytes().decode()
-    except (tables.HDF5ExtError, tables.NoSuchNodeError):
+    except (hdf5.Unreadable, tables.NoSuchNodeError):
         log.debug("%s has no readable record", path)
     return text_sha256(f"{path.stat().st_size} {record}")
 
@@ -335,7 +336,7 @@ def _read_back(written: Path, path: Path) -> None:
     except (ValueError, OSError):
         good = False
     if not good:
-        raise scans.not_written(path, "it does not read back as it was written")
+        raise hdf5.not_written(path, "it does not read back as it was written")
 
 
 def _require_room(parts: Sequence[Path], out: Path) -> None:
@@ -618,9 +619,8 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
     filters = tables.Filters(complevel=5, complib="blosc")
     with (
         SliceTable(path) as table,
-        scans.hdf5_errors(out),
         files.written_whole(out) as partial,
-        tables.open_file(partial, "w") as h5,
+        hdf5.written(partial, out) as h5,
     ):
         shape = (0, *batches.input_px)
         data, truth = (

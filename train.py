@@ -243,14 +243,11 @@ def open_data(
     if not len(rows["validation"]):
         log.warning("nobody validates: the last epoch counts as the best")
         return Data(training)
-    validation = data_generator.SliceGenerator(
+    validation = data_generator.TileGenerator(
         table,
         rows["validation"],
         batches,
-        None,
-        shuffle=False,
-        balanced=False,
-        **options,
+        with_slice_label=experiment.model.slice_classifier,
     )
     return Data(training, validation)
 

@@ -21,9 +21,12 @@ import numpy as np
 import files
 import metrics
 import steps
-from evaluate import DISCLAIMER, bounds, number, write_text
+from evaluate import DISCLAIMER, bounds, number
 from metrics import Counts, Interval
 from postprocess import write_rows
+
+FEW_PATIENTS = 10
+"""With fewer, a percentile interval excludes 0 by chance far more often than it says."""
 
 COLUMNS = (
     "run",
@@ -109,8 +112,8 @@ class Cell:
     difference: Interval | None
 
 
-def read_scores(folder: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of scores.csv in the order of their scans, and the protocol.
+def read_scores(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The rows of scores.csv in the order of their scans, and what scores.json says.
 
     Raises:
         FileNotFoundError: If the folder holds no scores.
@@ -120,7 +123,7 @@ def read_scores(folder: Path) -> tuple[list[dict[str, str]], list[str]]:
             raise FileNotFoundError(f"no {folder / name}; run evaluate.py first")
     with (folder / "scores.csv").open(newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["scan_id"])
-    return rows, json.loads((folder / "scores.json").read_text())["protocol"]
+    return rows, json.loads((folder / "scores.json").read_text())
 
 
 def same_cases(rows: Sequence[dict[str, str]], base: Sequence[dict[str, str]]) -> bool:
@@ -178,25 +181,46 @@ def ablation_table(arguments: Arguments) -> steps.Report:
     names = [folder.name for folder in arguments.scores]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the runs have one name: {', '.join(names)}")
-    base, protocol = read_scores(arguments.scores[0])
+    base, base_record = read_scores(arguments.scores[0])
+    patients = len({row["patient_id"] for row in base})
     cells = compare(names[0], base, base, draws=arguments.draws)
-    for name, folder in zip(names[1:], arguments.scores[1:], strict=True):
-        rows, _ = read_scores(folder)
-        cells += compare(name, rows, base, draws=arguments.draws)
     facts = [
-        f"Differences are from {names[0]}, on the same patients in every draw; (!): its "
-        "interval excludes 0; unpaired: the run was scored on other cases.",
-        f"Protocol of {names[0]}: {' '.join(protocol[:-1])}",
-        DISCLAIMER,
+        f"Differences are from {names[0]}, on the same {patients} patients in every draw; "
+        "unpaired: the run was scored on other cases.",
+        "Intervals are not corrected for the number of comparisons"
+        + (
+            f", and are too narrow with fewer than {FEW_PATIENTS} patients."
+            if patients < FEW_PATIENTS
+            else "; (!): the difference's interval excludes 0."
+        ),
+        f"{names[0]}: {' '.join(base_record['protocol'][:-1])}",
     ]
-    out = arguments.out
-    write_rows([csv_row(cell) for cell in cells], COLUMNS, out / "ablations.csv")
-    text = markdown(names, cells, facts)
-    write_text(out / "ablations.md", text)
-    write_text(out / "ablations.tex", latex(names, cells, facts))
+    for name, folder in zip(names[1:], arguments.scores[1:], strict=True):
+        rows, record = read_scores(folder)
+        found, expected = record["setting"], base_record["setting"]
+        if found | {"by_slice": False} != expected | {"by_slice": False}:
+            raise ValueError(
+                f"{folder} was scored with {found}, {names[0]} with {expected}; run "
+                "evaluate.py on both alike"
+            )
+        if found["by_slice"]:
+            facts.append(
+                f"{name}: split by slice, so patients that are tested were TRAINED on."
+            )
+        cells += compare(name, rows, base, draws=arguments.draws)
+    facts.append(DISCLAIMER)
+    with files.written_whole(arguments.out) as out:
+        out.mkdir()
+        write_rows([csv_row(cell) for cell in cells], COLUMNS, out / "ablations.csv")
+        text = markdown(names, cells, facts, marked=patients >= FEW_PATIENTS)
+        (out / "ablations.md").write_text(text)
+        (out / "ablations.tex").write_text(
+            latex(names, cells, facts, marked=patients >= FEW_PATIENTS)
+        )
     sys.stdout.write(text + "\n")
-    size = files.size_text((out / "ablations.csv").stat().st_size)
-    return steps.Report(f"wrote {out}: {len(names)} runs, {size}")
+    return steps.Report(
+        f"wrote {arguments.out}: {len(names)} runs, {patients} patients"
+    )
 
 
 def csv_row(cell: Cell) -> dict[str, Any]:
@@ -217,12 +241,22 @@ def grid(
     ]
 
 
-def markdown(names: Sequence[str], cells: Sequence[Cell], facts: Sequence[str]) -> str:
+def markdown(
+    names: Sequence[str],
+    cells: Sequence[Cell],
+    facts: Sequence[str],
+    *,
+    marked: bool,
+) -> str:
     """The table in Markdown."""
 
     def entry(cell: Cell, first: bool) -> str:
         text = f"{number(cell.interval.value)} ({bounds(cell.interval)})"
-        return text if first else f"{text}<br>{difference_text(cell.difference)}"
+        return (
+            text
+            if first
+            else f"{text}<br>{difference_text(cell.difference, marked=marked)}"
+        )
 
     lines = [
         f"| run | {' | '.join(measure.name for measure in MEASURES)} |",
@@ -232,19 +266,28 @@ def markdown(names: Sequence[str], cells: Sequence[Cell], facts: Sequence[str]) 
     return "\n".join([*lines, "", *facts, ""])
 
 
-def difference_text(difference: Interval | None) -> str:
-    """A difference with its interval, marked if that excludes 0."""
+def difference_text(difference: Interval | None, *, marked: bool) -> str:
+    """A difference with its interval; if `marked`, with (!) where that excludes 0."""
     if difference is None:
         return "unpaired"
-    mark = " (!)" if difference.low > 0 or difference.high < 0 else ""
+    excluded = difference.low > 0 or difference.high < 0
+    mark = " (!)" if marked and excluded else ""
     return f"{difference.value:+.3f} ({bounds(difference)}){mark}"
 
 
-def latex(names: Sequence[str], cells: Sequence[Cell], facts: Sequence[str]) -> str:
+def latex(
+    names: Sequence[str],
+    cells: Sequence[Cell],
+    facts: Sequence[str],
+    *,
+    marked: bool,
+) -> str:
     """The table in LaTeX, for the package booktabs: values, and differences below them."""
 
     def entry(cell: Cell, first: bool) -> str:
-        difference = "" if first else f" [{difference_text(cell.difference)}]"
+        difference = (
+            "" if first else f" [{difference_text(cell.difference, marked=marked)}]"
+        )
         return f"{number(cell.interval.value)}{difference}"
 
     rows = [" & ".join(row) + " \\\\" for row in grid(names, cells, entry)]

@@ -260,7 +260,9 @@ def size_of(variable: keras.Variable) -> int:
     return math.prod(variable.shape)
 
 
-def assign_parts(variables: Sequence[keras.Variable], vector: keras.KerasTensor) -> None:
+def assign_parts(
+    variables: Sequence[keras.Variable], vector: keras.KerasTensor
+) -> None:
     """Gives variables the values that lie end to end in `vector`."""
     ends = list(itertools.accumulate(map(size_of, variables)))
     parts = ops.split(vector, ends[:-1]) if ends[:-1] else [vector]

@@ -77,6 +77,27 @@ def tiny_scan(index=0):
     )
 
 
+def chest(shape=(40, 200, 200)):
+    """A body with two lungs, a trachea above them and a table below; and its parts.
+
+    Returns:
+        (z, y, x) int16 HU, and bool masks of the right lung, left lung and trachea.
+    """
+    z, y, x = np.ogrid[tuple(slice(n) for n in shape)]
+    hu = np.full(shape, -1000, np.int16)
+    hu[:, 175:180, 40:160] = 100  # table, with a gap to the body
+    body = ((y - 95) / 75) ** 2 + ((x - 100) / 90) ** 2 + 0 * z <= 1
+    hu[body] = 40
+    right, left = (
+        (((y - 95) / 45) ** 2 + ((x - middle) / 27) ** 2 <= 1) & (z >= 4) & (z < 30)
+        for middle in (65, 135)
+    )
+    trachea = ((y - 95) ** 2 + (x - 100) ** 2 <= 6**2) & (z >= 15)
+    hu[right | left] = -850
+    hu[trachea] = -990
+    return hu, right, left, trachea
+
+
 @pytest.fixture
 def scan():
     return tiny_scan()
@@ -91,3 +112,9 @@ def scans():
 def make_scan():
     """make_scan(index): `tiny_scan`, for fixtures that outlive a test."""
     return tiny_scan
+
+
+@pytest.fixture(scope="session")
+def make_chest():
+    """make_chest(): `chest`, whose lungs the classical chain finds."""
+    return chest

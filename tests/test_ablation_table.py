@@ -14,13 +14,16 @@ FIELDS = (
 )
 
 
-def write_scores(folder, rows):
+def write_scores(folder, rows, *, by_slice=False):
     folder.mkdir()
     with (folder / "scores.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(FIELDS)
         writer.writerows(rows)
-    record = {"protocol": ["Whole scans.", "Research code, not a medical device."]}
+    record = {
+        "protocol": ["Whole scans.", "Research code, not a medical device."],
+        "setting": {"part": "test", "by_slice": by_slice},
+    }
     (folder / "scores.json").write_text(json.dumps(record))
     return folder
 
@@ -62,7 +65,8 @@ def test_a_difference_is_taken_on_the_same_patients(tmp_path, base):
     for name in ("difference", "diff_low", "diff_high"):
         assert float(cell[name]) == pytest.approx(-0.1)
     text = (tmp_path / "out/ablations.md").read_text()
-    assert "-0.100 (-0.100 to -0.100) (!)" in text
+    assert "-0.100 (-0.100 to -0.100) |" in text  # two patients prove nothing
+    assert "too narrow with fewer than 10 patients" in text
     assert "not a medical device" in text
 
 
@@ -71,11 +75,35 @@ def test_a_run_scored_on_other_cases_is_not_paired(tmp_path, base):
         ("a", "A", 4, 0, 0, 1.0, 1.0, 1, 1, 0),
         ("b", "B", 8, 0, 0, 1.0, 1.0, 1, 1, 0),
     ]
-    other = write_scores(tmp_path / "leaky", rows)
+    other = write_scores(tmp_path / "leaky", rows, by_slice=True)
     cells = table_of(tmp_path, base, other)
     assert cells["leaky", "Dice, pooled"]["value"] == "1.0"
     assert cells["leaky", "Dice, pooled"]["difference"] == ""
-    assert "unpaired" in (tmp_path / "out/ablations.md").read_text()
+    text = (tmp_path / "out/ablations.md").read_text()
+    assert "<br>unpaired" in text
+    assert "leaky: split by slice, so patients that are tested were TRAINED on" in text
+
+
+def test_a_difference_that_excludes_zero_is_marked_with_enough_patients(tmp_path):
+    rows = [(f"s{i}", f"P{i}", 5, 5, 5, 0.5, 0.5, 1, 1, 0) for i in range(12)]
+    worse = [(f"s{i}", f"P{i}", 4, 6, 6, 0.4, 0.4, 1, 1, 0) for i in range(12)]
+    table_of(
+        tmp_path,
+        write_scores(tmp_path / "a", rows),
+        write_scores(tmp_path / "b", worse),
+    )
+    text = (tmp_path / "out/ablations.md").read_text()
+    assert "-0.100 (-0.100 to -0.100) (!)" in text
+
+
+def test_runs_that_were_scored_otherwise_are_refused(tmp_path, base):
+    rows = [("a", "A", 1, 0, 0, 1, 1, 1, 1, 0)]
+    other = write_scores(tmp_path / "other", rows)
+    record = json.loads((other / "scores.json").read_text())
+    record["setting"]["part"] = "validation"
+    (other / "scores.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="run evaluate.py on both alike"):
+        table_of(tmp_path, base, other)
 
 
 def test_a_folder_without_scores_is_named(tmp_path, base):

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -380,3 +381,43 @@ def test_opencv_keeps_a_half_pixel_shift_exact():
     image[:, 4:] = 100
     half = Warp(np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]))
     assert warp_image(image, half, (8, 7))[0].tolist() == [0, 0, 0, 50, 100, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "size"),
+    [(0, 100, 100), (10, 60, 100), (0, 101, 100), (7, 300, 64), (0, 512, 128)],
+)
+def test_tiles_cover_a_line_and_their_weights_sum_to_one(low, high, size):
+    total = np.zeros(1000)
+    starts = []
+    for start, weight in augment.tiles_along(low, high, size):
+        assert weight.shape == (size,)
+        total[start + 200 : start + 200 + size] += weight
+        starts.append(start)
+    assert np.allclose(total[low + 200 : high + 200], 1)
+    if len(starts) > 1:
+        assert (starts[0], starts[-1] + size) == (low, high)
+        assert max(np.diff(starts)) <= round(0.75 * size)
+
+
+def test_tiles_put_together_are_the_image_within_the_lungs():
+    rng = np.random.default_rng(0)
+    image = rng.random((150, 170)).astype(np.float32)
+    lung = np.zeros(image.shape, np.uint8)
+    cv2.ellipse(lung, (40, 70), (30, 60), 0, 0, 360, 1, -1)
+    cv2.circle(lung, (150, 20), 15, 2, -1)
+    tiles = augment.tiles(lung, image.shape, (48, 64))
+    assert all(augment.cut(lung, t.crop, (48, 64), fill=0).any() for t in tiles)
+    whole = np.zeros_like(image)
+    for crop, weight in tiles:
+        part = augment.cut(image, crop, (48, 64), fill=0)
+        augment.paste(whole, weight * part, crop)
+    assert np.allclose(whole[lung > 0], image[lung > 0], atol=1e-6)
+
+
+def test_a_slice_without_lung_has_no_tile_and_without_mask_is_covered():
+    assert augment.tiles(np.zeros((90, 90), np.uint8), (90, 90), (64, 64)) == []
+    weights = np.zeros((90, 70), np.float32)
+    for crop, weight in augment.tiles(None, weights.shape, (64, 96)):
+        augment.paste(weights, weight, crop)
+    assert np.allclose(weights, 1, atol=1e-6)

@@ -8,27 +8,6 @@ from scan import LEFT, RIGHT
 SPACING_MM = (2.5, 1.5, 1.5)
 
 
-def chest(shape=(40, 200, 200)):
-    """A body with two lungs, a trachea above them and a table below; and its parts.
-
-    Returns:
-        (z, y, x) int16 HU, and bool masks of the right lung, left lung and trachea.
-    """
-    z, y, x = np.ogrid[tuple(slice(n) for n in shape)]
-    hu = np.full(shape, -1000, np.int16)
-    hu[:, 175:180, 40:160] = 100  # table, with a gap to the body
-    body = ((y - 95) / 75) ** 2 + ((x - 100) / 90) ** 2 + 0 * z <= 1
-    hu[body] = 40
-    right, left = (
-        (((y - 95) / 45) ** 2 + ((x - middle) / 27) ** 2 <= 1) & (z >= 4) & (z < 30)
-        for middle in (65, 135)
-    )
-    trachea = ((y - 95) ** 2 + (x - 100) ** 2 <= 6**2) & (z >= 15)
-    hu[right | left] = -850
-    hu[trachea] = -990
-    return hu, right, left, trachea
-
-
 def dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
@@ -77,8 +56,8 @@ def test_the_slice_rule_keeps_regions_by_place_and_size():
     assert not mask[10:60, 300:350].any()
 
 
-def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table():
-    hu, right, left, trachea = chest()
+def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_chest):
+    hu, right, left, trachea = make_chest()
     labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
     assert dice(labels == RIGHT, right) > 0.97
     assert dice(labels == LEFT, left) > 0.97
@@ -86,8 +65,8 @@ def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table():
     assert not labels[:, 170:].any()
 
 
-def test_a_mirrored_body_has_its_sides_exchanged():
-    hu, *_ = chest()
+def test_a_mirrored_body_has_its_sides_exchanged(make_chest):
+    hu, *_ = make_chest()
     labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
     mirrored = lung_mask.lung_labels(
         np.ascontiguousarray(hu[:, :, ::-1]), SPACING_MM, config.LungMask()
@@ -96,8 +75,8 @@ def test_a_mirrored_body_has_its_sides_exchanged():
     assert dice(exchanged == RIGHT, labels == RIGHT) > 0.98
 
 
-def test_closing_takes_in_a_nodule_at_the_pleura():
-    hu, right, *_ = chest()
+def test_closing_takes_in_a_nodule_at_the_pleura(make_chest):
+    hu, right, *_ = make_chest()
     z, y, x = np.ogrid[tuple(slice(n) for n in hu.shape)]
     nodule = (
         ((z - 16) * 2.5) ** 2 + ((y - 95) * 1.5) ** 2 + ((x - 40) * 1.5) ** 2 <= 7**2
@@ -110,29 +89,49 @@ def test_closing_takes_in_a_nodule_at_the_pleura():
     assert (without[nodule] == RIGHT).mean() < 0.35
 
 
-def test_a_vessel_within_the_lung_is_filled():
-    hu, *_ = chest()
+def test_a_vessel_within_the_lung_is_filled(make_chest):
+    hu, *_ = make_chest()
     hu[5:28, 90:94, 60:64] = 50
     labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
     assert (labels[8:26, 90:94, 60:64] == RIGHT).all()
 
 
-def test_one_lung_is_named_by_its_side():
-    hu, right, left, _ = chest()
+def test_one_lung_is_named_by_its_side(make_chest):
+    hu, right, left, _ = make_chest()
     hu[left] = 40
     labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
     assert dice(labels == RIGHT, right) > 0.97
     assert not (labels == LEFT).any()
 
 
-def test_a_body_without_lungs_has_none():
-    hu, right, left, trachea = chest()
+def test_a_body_without_lungs_has_none(make_chest):
+    hu, right, left, trachea = make_chest()
     hu[right | left | trachea] = 40
     assert not lung_mask.lung_labels(hu, SPACING_MM, config.LungMask()).any()
 
 
-def test_thesis_mode_is_the_slice_rule_alone():
-    hu, *_ = chest()
+def test_thesis_mode_is_the_slice_rule_alone(make_chest):
+    hu, *_ = make_chest()
     labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask(cleaning=False))
     expected = np.stack([lung_mask.slice_rule(image) for image in hu])
     assert np.array_equal(labels > 0, expected)
+
+
+def test_a_small_lung_keeps_its_side():
+    lungs = np.zeros((40, 60, 80), bool)
+    lungs[2:38, 10:50, 5:35] = True
+    lungs[5:15, 20:40, 55:70] = True  # 7 % of the other
+    labels = lung_mask.sides(lungs, (2.5, 3.0, 3.0))
+    assert (labels[:, :, :40][lungs[:, :, :40]] == RIGHT).all()
+    assert (labels[:, :, 40:][lungs[:, :, 40:]] == LEFT).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 320, 36), (150, 60, 256), (1, 512, 512)])
+def test_slices_of_any_shape_have_a_middle(shape):
+    hu = np.random.default_rng(0).integers(-1000, 200, shape).astype(np.int16)
+    middle = lung_mask.middle_of(hu[0])
+    assert min(middle.shape) >= 1
+    share = middle.size / hu[0].size
+    full = lung_mask.middle_of(np.zeros((512, 512), np.int16)).size / 512**2
+    assert share == pytest.approx(full, rel=0.15)
+    lung_mask.lung_labels(hu, (2.5, 1.0, 1.0), config.LungMask())

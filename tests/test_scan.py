@@ -1,6 +1,8 @@
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +30,25 @@ def test_what_is_unknown_stays_unknown(scan, tmp_path):
 
 def test_a_damaged_scan_file_is_named(tmp_path):
     (tmp_path / "scan.h5").write_bytes(b"not HDF5")
-    with pytest.raises(ScanError, match=r"scan\.h5: not a readable scan file"):
+    with pytest.raises(ScanError, match=r"not a readable scan file: .*scan\.h5"):
         read_scan(tmp_path / "scan.h5")
+
+
+def test_what_is_pickled_in_a_file_does_not_run(scan, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "scan.h5"
+    write_scan(scan, path, {})
+    with tables.open_file(path, "a") as h5:
+        h5.root._v_attrs.title = np.bytes_(pickle.dumps(Attack(), 0))
+        h5.remove_node("/record")
+        record = h5.create_vlarray("/", "record", tables.ObjectAtom())
+        record.append(Attack())
+    with pytest.raises(ScanError):
+        read_scan(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_scan_file_of_another_version_is_refused(scan, tmp_path):
@@ -37,9 +56,9 @@ def test_a_scan_file_of_another_version_is_refused(scan, tmp_path):
     write_scan(scan, path, {})
     with tables.open_file(path, "a") as h5:
         text = h5.root.record[:].tobytes()
-        text = text.replace(b'"format_version": 1', b'"format_version": 0')
+        text = text.replace(b'"format_version": 2', b'"format_version": 0')
         h5.root.record[:] = np.frombuffer(text, np.uint8)
-    with pytest.raises(ScanError, match="scan format 0, expected 1; run preprocess.py"):
+    with pytest.raises(ScanError, match="scan format 0, expected 2; run preprocess.py"):
         read_scan(path)
 
 

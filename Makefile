@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := demo
 
 demo: .venv/run.stamp  ## The whole chain on phantoms, or on CT=/path/to/dicom.
-	CONFIG=$(CONFIG) DATA=$(CT) bash scripts/all.sh
+	CONFIG="$(CONFIG)" DATA="$(CT)" bash scripts/all.sh
 
 test: .venv/dev.stamp  ## The tests.
 	python -m pytest

@@ -1,15 +1,22 @@
 """Files that appear whole or not at all, their checksums, and names safe on disk."""
 
+import glob
 import hashlib
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an id must look like to become a file name."""
+
+
+ABANDONED_S = 24 * 3600
+"""A partial file older than this belongs to a process that was killed."""
 
 
 @contextmanager
@@ -22,15 +29,31 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    remove(partial)
+    token = secrets.token_hex(4)
+    for left in path.parent.glob(f".partial-*-{glob.escape(path.name)}"):
+        if time.time() - left.stat().st_mtime > ABANDONED_S:
+            remove(left)  # by a process that was killed
+    partial = path.with_name(f".partial-{token}-{path.name}")
     try:
         yield partial
-        if partial.is_dir():
-            remove(path)
-        partial.replace(path)
+        sync(partial)
+        if partial.is_dir() and path.exists():
+            old = path.with_name(f".partial-{token}-old-{path.name}")
+            path.replace(old)
+            partial.replace(path)
+            remove(old)
+        else:
+            partial.replace(path)
     finally:
         remove(partial)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or each file in a folder, is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def remove(path: Path) -> None:

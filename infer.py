@@ -25,7 +25,7 @@ import provenance
 import slice_idx
 import steps
 import train
-from preprocess import with_lungs
+from preprocess import with_lungs, without_folders
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,10 @@ def read_source(source: Path | ScanSource, settings: config.Experiment) -> Scan:
         return read_scan(source)
     from cohorts import nifti
 
-    return with_lungs(nifti.load_scan(source), settings.mask)
+    try:
+        return with_lungs(nifti.load_scan(source), settings.mask)
+    except ScanError as error:
+        raise ScanError(without_folders(str(error), source)) from error
 
 
 def write_probability(path: Path, prob: np.ndarray, scan: Scan) -> None:

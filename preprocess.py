@@ -4,17 +4,18 @@ Example:
     python preprocess.py smoke --source work/phantoms --scans work/scans
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import config
 import files
 import provenance
 import steps
 from lung_mask import lung_labels
-from scan import Scan, ScanError, ScanSource, read_settings, scan_path, write_scan
+from scan import Scan, ScanError, ScanSource, read_provenance, scan_path, write_scan
 
 Repair = Literal["gaps", "duplicates", "tilt"]
 
@@ -56,6 +57,15 @@ class Task:
     def scan_id(self) -> str:
         return self.source.scan_id
 
+    def made_by(self) -> dict[str, Any]:
+        """What decides the scan file: settings and source, for its provenance."""
+        return {
+            "settings": asdict(self.mask),
+            "cohort": self.cohort,
+            "repair": list(self.repair),
+            "source_sha256": source_sha256(self.source),
+        }
+
 
 def preprocess(
     source: Path,
@@ -80,9 +90,9 @@ def preprocess(
     if limit:
         found = found[:limit]
     tasks = [
-        Task(item, cohort, scans, mask, tuple(repair))
-        for item in found
-        if overwrite or not complete(scan_path(scans, item.scan_id), mask)
+        task
+        for task in (Task(item, cohort, scans, mask, tuple(repair)) for item in found)
+        if overwrite or not complete(task)
     ]
     _, failures = steps.map_scans(
         prepare, tasks, workers=workers, scheduler=scheduler, label="preprocess"
@@ -96,35 +106,65 @@ def preprocess(
     )
 
 
-def complete(path: Path, mask: config.LungMask) -> bool:
-    """Whether a scan file exists; one of other settings is an error, not overwritten."""
+def complete(task: Task) -> bool:
+    """Whether a task's scan file exists and was made of the same source alike.
+
+    Raises:
+        ValueError: If it was made otherwise; it is not replaced unasked.
+    """
+    path = scan_path(task.scans, task.scan_id)
     if not path.exists():
         return False
     try:
-        found = read_settings(path)
+        found = flat(read_provenance(path))
     except ScanError:
         return False
-    if found != asdict(mask):
-        changed = {
-            name: (found.get(name), value)
-            for name, value in asdict(mask).items()
-            if found.get(name) != value
-        }
+    changed = {
+        name: (found.get(name), value)
+        for name, value in flat(task.made_by()).items()
+        if found.get(name) != value
+    }
+    if changed:
         raise ValueError(
-            f"{path} was made with other mask settings (found, expected): {changed}; "
-            "use --overwrite or another --scans"
+            f"{path} was made otherwise (found, expected): {changed}; use --overwrite or "
+            "another --scans"
         )
     return True
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance record with its settings beside its other facts."""
+    return {**record, **(record.get("settings") or {}), "settings": None}
+
+
+def source_sha256(source: ScanSource) -> str:
+    """Tells sources apart: by name and size of the images, content of the annotations."""
+    lines = [f"{path.name} {path.stat().st_size}" for path in sorted(source.paths)]
+    marks = [*source.annotations, *([source.lung] if source.lung else [])]
+    lines += [files.sha256(path) for path in marks if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def prepare(task: Task) -> str:
     """Reads one scan, finds its lungs and writes its file; the scan id."""
     import cohorts
 
-    scan = cohorts.cohort(task.cohort).load_scan(task.source, repair=task.repair)
-    record = provenance.record(task.mask, cohort=task.cohort, repair=list(task.repair))
-    write_scan(with_lungs(scan, task.mask), scan_path(task.scans, scan.scan_id), record)
+    try:
+        scan = cohorts.cohort(task.cohort).load_scan(task.source, repair=task.repair)
+        scan = with_lungs(scan, task.mask)
+    except ScanError as error:
+        raise ScanError(without_folders(str(error), task.source)) from error
+    record = provenance.record() | task.made_by()
+    write_scan(scan, scan_path(task.scans, scan.scan_id), record)
     return scan.scan_id
+
+
+def without_folders(text: str, source: ScanSource) -> str:
+    """A message without the folders of a source, which hospitals name after patients."""
+    folders = {path.parent for path in (*source.paths, *source.annotations)}
+    for folder in sorted(folders, key=lambda folder: -len(str(folder))):
+        text = text.replace(f"{folder}/", "").replace(str(folder), "its folder")
+    return text
 
 
 def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:

@@ -315,10 +315,10 @@ def scan_identity(path: Path) -> tuple[str, str]:
     return record["patient_id"], record["scan_id"]
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The lung mask settings a scan file was made with; see `read_scan` for errors."""
+def read_provenance(path: Path) -> dict[str, Any]:
+    """How a scan file was made; see `read_scan` for errors."""
     with opened(path) as h5:
-        return read_record(h5, path)["provenance"]["settings"]
+        return read_record(h5, path)["provenance"]
 
 
 def scan_path(scans_dir: Path, scan_id: str) -> Path:

@@ -16,11 +16,10 @@ for name in "$BASE" "${ablations[@]/#/$BASE-}"; do
     export CONFIG=$name NAME=$name
     split="$WORK/split.json"
     if [ "$name" = "$BASE-slice-split" ]; then split="$WORK/split-by-slice.json"; fi
-    bash scripts/3_slice_idx.sh --out "$split"
-    bash scripts/5_train.sh --split "$split"
-    bash scripts/6_infer.sh
-    bash scripts/7_postprocess.sh
-    bash scripts/8_evaluate.sh
+    run 3_slice_idx --out "$split"
+    run 5_train --split "$split"
+    for step in 6_infer 7_postprocess 8_evaluate; do run "$step"; done
     scores+=("$WORK/scores/$name")
 done
 python -m experiments.ablation_table --scores "${scores[@]}" --out "$WORK/scores/ablations-$BASE"
+exit "$skipped"

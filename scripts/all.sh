@@ -6,12 +6,6 @@ made_phantoms=${DATA:+no}
 source "$(dirname "$0")/env.sh"
 export CONFIG DATA COHORT WORK NAME WORKERS PHANTOMS
 
-skipped=0
-run() {
-    echo "== $1" >&2
-    bash "scripts/$1.sh" || { code=$?; [ "$code" -eq 3 ] || exit "$code"; skipped=3; }
-}
-
 if [ -z "$made_phantoms" ]; then run 0_phantoms; fi
 for step in 1_preprocess 2_table 3_slice_idx 4_data_generator 5_train 6_infer \
     7_postprocess 8_evaluate 9_export; do

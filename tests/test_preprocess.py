@@ -1,39 +1,78 @@
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 
 import config
 import preprocess
-from scan import ScanError, read_scan, scan_path
+from scan import AIR_HU, ScanError, read_provenance, read_scan
+
+MASK = config.LungMask()
 
 
-def test_scan_files_keep_hu_and_place_and_gain_lungs(scan, tmp_path):
-    lungs = replace(scan, lung=None)
-    found = preprocess.with_lungs(replace(scan), config.LungMask())
-    assert np.array_equal(found.lung, scan.lung)  # the source's own are kept
+def write_ct(path, hu):
+    """A volume as NIfTI, whose axes are x, y, z and whose x rises to the left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-1.5, -1.5, 2.5, 1.0])
+    affine[:3, 3] = (150, 140, -60)
+    volume = np.ascontiguousarray(hu.transpose(2, 1, 0))
+    nibabel.save(nibabel.Nifti1Image(volume, affine), path)
+
+
+def test_scan_files_keep_hu_and_place_and_gain_lungs(make_chest, tmp_path):
+    hu, right, left, _ = make_chest()
+    write_ct(tmp_path / "ct/a.nii.gz", hu)
+    report = preprocess.preprocess(
+        tmp_path / "ct", tmp_path / "scans", MASK, cohort="nifti"
+    )
+    assert report.failures == []
+    scan = read_scan(tmp_path / "scans/a.h5")
+    assert np.array_equal(scan.hu, hu)
+    assert scan.spacing_mm == (2.5, 1.5, 1.5)
+    # Voxel (0, 0, 0) of the file lies at x 150, y 140, z -60 mm.
+    assert np.allclose(scan.grid.index_to_ras_mm(np.zeros(3)), (150, 140, -60))
+    for label, truth in ((1, right), (2, left)):
+        found = scan.lung == label
+        assert 2 * (found & truth).sum() > 0.95 * (found.sum() + truth.sum())
+
+
+def test_lungs_that_a_source_has_are_kept_and_none_is_an_error(scan):
+    assert np.array_equal(preprocess.with_lungs(scan, MASK).lung, scan.lung)
+    water = replace(scan, lung=None, hu=np.full_like(scan.hu, 40))
     with pytest.raises(ScanError, match="no lung found in 24 slices"):
-        preprocess.with_lungs(
-            replace(lungs, hu=np.full_like(scan.hu, 40)), config.LungMask()
-        )
+        preprocess.with_lungs(water, MASK)
 
 
-def test_a_bad_volume_does_not_stop_the_cohort(scan, tmp_path):
+def test_bad_volumes_do_not_stop_the_cohort(make_chest, tmp_path):
+    source, scans = tmp_path / "Doe^Jane 1950", tmp_path / "scans"
+    write_ct(source / "b.nii.gz", make_chest()[0])
+    write_ct(source / "c.nii.gz", np.full((4, 30, 20), AIR_HU, np.int16))
+    (source / "a.nii.gz").write_bytes(b"not a volume")
+    report = preprocess.preprocess(source, scans, MASK, cohort="nifti")
+    assert [failure.scan_id for failure in report.failures] == ["a", "c"]
+    assert [path.name for path in scans.glob("*.h5")] == ["b.h5"]
+    listed = (scans / "skipped.csv").read_text()
+    assert "a.nii.gz" in listed
+    assert "Doe" not in listed  # folders of hospitals are named after patients
+
+
+def test_what_was_made_alike_is_kept_and_what_was_made_otherwise_refused(
+    make_chest, tmp_path
+):
     source, scans = tmp_path / "ct", tmp_path / "scans"
-    source.mkdir()
-    (source / "broken.nii.gz").write_bytes(b"not a volume")
-    report = preprocess.preprocess(source, scans, config.LungMask(), cohort="nifti")
-    assert [failure.scan_id for failure in report.failures] == ["broken"]
-    assert "broken" in (scans / "skipped.csv").read_text()
-    assert not list(scans.glob("*.h5"))
-
-
-def test_a_complete_scan_file_is_kept_and_one_of_other_settings_refused(scan, tmp_path):
-    from scan import write_scan
-
-    path = scan_path(tmp_path, scan.scan_id)
-    write_scan(scan, path, {"settings": config.to_json(config.LungMask())})
-    assert preprocess.complete(path, config.LungMask())
-    with pytest.raises(ValueError, match="'closing_mm': \\(12.0, 5.0\\)"):
-        preprocess.complete(path, config.LungMask(closing_mm=5.0))
-    assert read_scan(path).scan_id == scan.scan_id
+    write_ct(source / "a.nii.gz", make_chest()[0])
+    preprocess.preprocess(source, scans, MASK, cohort="nifti")
+    made = read_provenance(scans / "a.h5")["made"]
+    again = preprocess.preprocess(source, scans, MASK, cohort="nifti")
+    assert "0 scans, 1 already there" in again.line
+    assert read_provenance(scans / "a.h5")["made"] == made
+    with pytest.raises(ValueError, match=r"'closing_mm': \(12.0, 5.0\)"):
+        preprocess.preprocess(
+            source, scans, replace(MASK, closing_mm=5.0), cohort="nifti"
+        )
+    write_ct(source / "a.nii.gz", make_chest()[0] + 1)
+    with pytest.raises(ValueError, match="'source_sha256'"):
+        preprocess.preprocess(source, scans, MASK, cohort="nifti")
+    preprocess.preprocess(source, scans, MASK, cohort="nifti", overwrite=True)
+    assert np.array_equal(read_scan(scans / "a.h5").hu, make_chest()[0] + 1)

@@ -18,6 +18,8 @@ LossName = Literal[
 ]
 CohortName = Literal["lidc", "luna16", "nifti"]
 
+LUNA16_SUBSETS = 10
+
 
 @dataclass(frozen=True)
 class LungMask:
@@ -85,9 +87,9 @@ class Split:
             abs(total - 1) < 1e-6, "fractions", self.fractions, "shares that sum to 1"
         )
         require(self.folds >= 2, "folds", self.folds, "2 or more")
-        require(
-            0 <= self.fold < self.folds, "fold", self.fold, f"0 to {self.folds - 1}"
-        )
+        folds = {"ratios": 1000, "folds": self.folds, "subsets": LUNA16_SUBSETS}
+        last = folds[self.method] - 1
+        require(0 <= self.fold <= last, "fold", self.fold, f"0 to {last}")
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Batches:
     input_px: tuple[int, int] = (400, 400)
     """(y, x) size of the crop that enters the network."""
     crop: Literal["centre", "lung", "nodule"] = "centre"
-    """Centre of the crop: of the slice, of its lungs, or near a nodule (training and
-    validation only; whole scans are covered by tiles)."""
+    """Centre of a training crop: of the slice, of its lungs, or near a nodule. Validation
+    and whole scans are covered by tiles of `input_px`."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU mapped to 0 and 1; beyond is clipped."""
     normalisation: Literal["window", "zscore", "minmax"] = "window"
@@ -212,6 +214,10 @@ class Train:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         require(self.accumulate >= 1, "accumulate", self.accumulate, "1 or more")
+        decays = self.optimizer == "adamw" or not self.weight_decay
+        require(
+            decays, "weight_decay", self.weight_decay, "0 unless optimizer is adamw"
+        )
         require(0 <= self.ema < 1, "ema", self.ema, "at least 0, below 1")
 
 

@@ -1,13 +1,18 @@
-"""The thesis: NASNet-GCN-SE on 400x400 slices, generalised Dice + weighted cross-entropy.
+"""After the thesis: NASNet-GCN-SE on 400x400 slices, generalised Dice + weighted cross-entropy.
 
-Follows DESIGN W3 with one change: patients, not slices, are split.
+Follows Ghofrani's thesis (2020). What differs: patients, not slices, are split; the decoder also joins
+the encoder's stride 2, takes one tap per stride and upsamples with aligned pixels
+(models/nasnet_gcn_se.py); K-means clusters the probabilities of a scan, not of a slice,
+and a component needs a voxel of at least 0.5; the learning rate falls by a cosine and
+gradients are clipped at norm 1.
 
     CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh
 """
 
-from config import Augment, Batches, Experiment, Model, Postprocess, Train
+from config import Augment, Batches, Experiment, LungMask, Model, Postprocess, Train
 
 THESIS = Experiment(
+    mask=LungMask(cleaning=False),
     batches=Batches(input_px=(400, 400), crop="centre", lung_mask=True),
     augment=Augment(flip=True, rotate_deg=15.0, zoom=0.1, shift_px=0.0),
     model=Model(name="nasnet_gcn_se", weights="imagenet"),
@@ -15,4 +20,4 @@ THESIS = Experiment(
     postprocess=Postprocess(method="kmeans", erosion_px=5),
 )
 
-CONFIGS = {"thesis": ("The thesis as published, split by patient.", THESIS)}
+CONFIGS = {"thesis": ("After the thesis, but split by patient.", THESIS)}

@@ -1,10 +1,10 @@
 """After the thesis: NASNet-GCN-SE on 400x400 slices, generalised Dice + weighted cross-entropy.
 
-Follows Ghofrani's thesis (2020). What differs: patients, not slices, are split; the decoder also joins
-the encoder's stride 2, takes one tap per stride and upsamples with aligned pixels
-(models/nasnet_gcn_se.py); K-means clusters the probabilities of a scan, not of a slice,
-and a component needs a voxel of at least 0.5; the learning rate falls by a cosine and
-gradients are clipped at norm 1.
+Follows Ghofrani's thesis (2020). What differs: patients, not slices, are split; the
+decoder also joins the encoder's stride 2, takes one tap per stride and upsamples with
+aligned pixels (models/nasnet_gcn_se.py); K-means clusters the probabilities of a scan, not
+of a slice, and a component needs a voxel of at least 0.5; the learning rate falls by a
+cosine and gradients are clipped at norm 1.
 
     CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh
 """

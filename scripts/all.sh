@@ -4,7 +4,7 @@
 #   CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh    the thesis
 made_phantoms=${DATA:+no}
 source "$(dirname "$0")/env.sh"
-export CONFIG DATA COHORT WORK NAME WORKERS PHANTOMS
+export CONFIG DATA COHORT WORK NAME WORKERS PHANTOMS NODULES
 
 if [ -z "$made_phantoms" ]; then run 0_phantoms; fi
 for step in 1_preprocess 2_table 3_slice_idx 4_data_generator 5_train 6_infer \

@@ -11,15 +11,19 @@ A mended series has the mended grid as its source grid.
 """
 
 import hashlib
+import hmac
 import logging
 import os
 import re
+import secrets
 import struct
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,20 @@ REPAIRS = ("gaps", "duplicates", "tilt")
 
 PUBLIC_IDS = re.compile(r"(LIDC-IDRI|PHANTOM)-\d{4}")
 """Patient ids that are public research ids and are kept as they are."""
+ANONYMOUS_IDS = re.compile(
+    r"\W*|0+|x+|anon[^1-9]*"
+    r"|(de-?identified|no ?name|unknown|none|null|n/?a|patient|test)[^a-z1-9]*",
+    re.IGNORECASE,
+)
+"""Patient ids that stand for nobody in particular, so many patients may share them."""
+
+KEY_FILE_VARIABLE = "LUNG_PATIENT_KEY_FILE"
+KEY_BYTES = 32
+"""Pseudonyms are made with a secret key: without one, an id of seven digits is found by
+trying them all."""
+
+SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
+"""A series' uid becomes the name of its files, so nothing else is taken for one."""
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -236,7 +254,6 @@ class Series:
         hu: (z, y, x) int16 HU, canonical.
         grid: Where `hu` lies.
         source_grid: (slice, row, column) grid, slices rising along the slice normal.
-        patient_id: A public id, or a pseudonym; see `safe_patient_id`.
         z_of_sop: SOPInstanceUID to canonical z, for single-frame axial series; else {}.
         acquisition: Technical facts only.
     """
@@ -245,84 +262,70 @@ class Series:
     grid: Grid
     source_grid: Grid
     series_uid: str
-    patient_id: str
     z_of_sop: dict[str, int]
     acquisition: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file is; `series_uid` is "" when it is damaged."""
+    """What a file is; `series_uid` is "" when it is damaged, or has no usable one.
+
+    `patient_id` is as it stands in the header; only `safe_patient_id` of it may go further.
+    """
 
     path: Path
-    series_uid: str
-    patient_id: str
-    modality: str
-    ct_image: bool
-    localizer: bool
+    series_uid: str = ""
+    study_uid: str = ""
+    patient_id: str = ""
+    modality: str = ""
+    ct_image: bool = False
+    localizer: bool = False
 
 
-def find_scans(
-    source: Path, *, public_ids: re.Pattern[str] = PUBLIC_IDS
-) -> list[ScanSource]:
+def find_scans(source: Path) -> list[ScanSource]:
     """Every CT series below a folder, by SeriesInstanceUID; no pixels are read.
 
     Files that are not DICOM, objects that are not CT images (RTSTRUCT, SEG, reports) and
     localizers are passed over. A damaged file named *.dcm counts with the series of its
     folder, so that they are refused rather than silently short of a slice.
 
-    Args:
-        source: A folder in any layout.
-        public_ids: Patient ids that match are kept; others become pseudonyms.
-
     Raises:
         ScanError: If there is no CT series; the message says what there is.
     """
-    identities = list(identify_files(Path(source), public_ids=public_ids))
+    source = Path(source)
+    identities = list(identify_files(source))
     groups = defaultdict(list)
     for identity in identities:
         if identity.ct_image and not identity.localizer:
             groups[identity.series_uid].append(identity)
     if not groups:
         raise ScanError(f"{source}: no CT series; {_inventory(identities)}")
+    nameless = sum(is_anonymous(group[0].patient_id) for group in groups.values())
+    if nameless:
+        log.warning(
+            "%s: %d of %d series have no PatientID of their own; each study counts as a "
+            "patient, so studies of one person may fall on both sides of a split",
+            source,
+            nameless,
+            len(groups),
+        )
     damaged = [i.path for i in identities if not i.series_uid]
     return [
-        ScanSource(uid, group[0].patient_id, _series_paths(group, damaged))
+        ScanSource(uid, safe_patient_id(group[0]), _series_paths(group, damaged))
         for uid, group in sorted(groups.items())
     ]
-
-
-def inspect_folder(
-    folder: Path, *, public_ids: re.Pattern[str] = PUBLIC_IDS
-) -> list[tuple[ScanSource, list[str]]]:
-    """Every CT series below a folder with the reasons against it, from headers alone."""
-    return [
-        (source, inspect_series(source.paths))
-        for source in find_scans(folder, public_ids=public_ids)
-    ]
-
-
-def inspect_series(paths: Iterable[Path]) -> list[str]:
-    """Why a series would be refused, from headers alone; [] if it would not."""
-    try:
-        slices = read_slices(paths)
-    except ScanError as error:
-        return [str(error)]
-    return [str(finding) for finding in check_series(slices)]
 
 
 def read_series(
     paths: Iterable[Path],
     *,
     repair: Sequence[str] = (),
-    public_ids: re.Pattern[str] = PUBLIC_IDS,
 ) -> Series:
     """Reads the files of one series.
 
     Args:
         paths: Its files, in any order.
         repair: Defects to mend instead of refusing; see the head of this module.
-        public_ids: Patient ids that match are kept; others become pseudonyms.
 
     Raises:
         ScanError: If the series is not one regular CT volume.
@@ -351,7 +354,6 @@ def read_series(
         grid=grid,
         source_grid=source_grid,
         series_uid=uid,
-        patient_id=safe_patient_id(header, public_ids),
         z_of_sop=_z_of_sop(slices, grid),
         acquisition=acquisition_facts(header),
     )
@@ -364,14 +366,12 @@ def check_repair(repair: Sequence[str]) -> None:
         raise ValueError(f"repair {unknown}: expected some of {', '.join(REPAIRS)}")
 
 
-def identify_files(folder: Path, *, public_ids: re.Pattern[str]) -> Iterator[Identity]:
+def identify_files(folder: Path) -> Iterator[Identity]:
     """What every DICOM file below a folder is, in order of path; headers only."""
     if not folder.is_dir():
         raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
     with ThreadPoolExecutor(FIND_THREADS) as threads:
-        identified = threads.map(
-            partial(identify, public_ids=public_ids), _walk(folder)
-        )
+        identified = threads.map(identify, _walk(folder))
         yield from (identity for identity in identified if identity is not None)
 
 
@@ -382,30 +382,37 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, n) for n in sorted(names) if not n.startswith("."))
 
 
-def identify(path: Path, *, public_ids: re.Pattern[str]) -> Identity | None:
+def identify(path: Path) -> Identity | None:
     """What a file is, or None if it is not DICOM and not named *.dcm."""
     if not _has_mark(path):
-        if path.suffix.lower() != ".dcm":
-            return None
-        return Identity(path, "", "", "", ct_image=False, localizer=False)
+        return Identity(path) if path.suffix.lower() == ".dcm" else None
     try:
         header = read_header(path, IDENTITY_TAGS)
     except ScanError:
-        return Identity(path, "", "", "", ct_image=False, localizer=False)
+        return Identity(path)
     media_class = str(header.file_meta.get("MediaStorageSOPClassUID", ""))
     sop_class = str(header.get("SOPClassUID", media_class))
     series_uid = str(header.get("SeriesInstanceUID", ""))
     if sop_class not in CT_IMAGES:
         modality = str(header.get("Modality", "")) or UID(sop_class).name
-        return Identity(path, series_uid or "-", "", modality, False, False)
+        return Identity(path, series_uid or "-", modality=modality)
+    if not SERIES_UID.fullmatch(series_uid):
+        return Identity(path)
     return Identity(
         path,
         series_uid,
-        safe_patient_id(header, public_ids),
-        "CT",
-        ct_image=bool(series_uid),
+        study_uid=str(header.get("StudyInstanceUID") or ""),
+        patient_id=str(header.get("PatientID") or "").strip(),
+        modality="CT",
+        ct_image=True,
         localizer="LOCALIZER" in (header.get("ImageType") or ()),
     )
+
+
+def first_ct_image(folder: Path) -> Path | None:
+    """The first DICOM CT image below a folder, or None; stops reading when it finds one."""
+    identified = (identify(path) for path in _walk(folder))
+    return next((i.path for i in identified if i is not None and i.ct_image), None)
 
 
 def _has_mark(path: Path) -> bool:
@@ -430,25 +437,71 @@ def _inventory(identities: Sequence[Identity]) -> str:
     if not identities:
         return "no DICOM file at all; expected CT images with DICM at byte 128"
     kinds = Counter(
-        "damaged" if not i.series_uid else "CT localizer" if i.localizer else i.modality
+        "damaged or without a SeriesInstanceUID of digits and dots"
+        if not i.series_uid
+        else "CT localizer"
+        if i.localizer
+        else i.modality
         for i in identities
     )
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return f"found {len(identities)} DICOM files ({found}), expected CT images"
 
 
-def safe_patient_id(header: pydicom.Dataset, public_ids: re.Pattern[str]) -> str:
+def safe_patient_id(identity: Identity) -> str:
     """The patient's id if it is public; else a pseudonym, the same for all its series.
 
-    Without a PatientID the study stands for the patient.
+    Where the id stands for nobody in particular, the study stands for the patient.
     """
-    patient_id = str(header.get("PatientID") or "").strip()
-    if public_ids.fullmatch(patient_id):
-        return patient_id
-    secret = patient_id or str(
-        header.get("StudyInstanceUID") or header.get("SeriesInstanceUID")
-    )
-    return "p-" + hashlib.sha256(secret.encode()).hexdigest()[:12]
+    if PUBLIC_IDS.fullmatch(identity.patient_id):
+        return identity.patient_id
+    secret = identity.patient_id
+    if is_anonymous(secret):
+        secret = identity.study_uid or identity.series_uid
+    mark = hmac.new(read_key(key_path()), secret.encode(), hashlib.sha256)
+    return "p-" + mark.hexdigest()[:12]
+
+
+def is_anonymous(patient_id: str) -> bool:
+    """Whether a PatientID is one that many patients may share."""
+    return ANONYMOUS_IDS.fullmatch(patient_id) is not None
+
+
+def key_path() -> Path:
+    """The file with the key of this user's pseudonyms."""
+    if named := os.environ.get(KEY_FILE_VARIABLE):
+        return Path(named)
+    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(settings, "lung-nodules/patient_key")
+
+
+@cache
+def read_key(path: Path) -> bytes:
+    """The key in a file, which is made, for its owner alone, if there is none.
+
+    Raises:
+        ValueError: If the file holds no key.
+    """
+    if not path.exists():
+        _make_key(path)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise ValueError(
+            f"{path}: {len(key)} bytes; expected a key of {KEY_BYTES}. Restore it; or "
+            "remove it for a new one, with which all pseudonyms of patients change"
+        )
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Writes a new key; if another process was faster, its key stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # of mode 0600
+        file.write(secrets.token_bytes(KEY_BYTES))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+            log.info("made %s, the key of this user's pseudonyms of patients", path)
 
 
 def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
@@ -555,7 +608,12 @@ def _slice(
             f"series {uid}: {path} has no {', '.join(missing)}; HU and position "
             "cannot be known without"
         )
-    row, column = np.asarray(place.ImageOrientationPatient, float).reshape(2, 3)
+    if not SERIES_UID.fullmatch(str(uid)):
+        raise ScanError(
+            f"{path}: SeriesInstanceUID {str(uid)!r}; expected 1 to 64 digits and dots"
+        )
+    row, column = _finite(place, "ImageOrientationPatient", path).reshape(2, 3)
+    spacing_mm = _finite(place, "PixelSpacing", path).tolist()
     return Slice(
         path=path,
         frame=frame,
@@ -566,17 +624,25 @@ def _slice(
         rescale_type=str(place.get("RescaleType") or ""),
         image_type=tuple(place.get("ImageType") or header.get("ImageType") or ()),
         size_px=(int(place.Rows), int(place.Columns)),
-        spacing_mm=(float(place.PixelSpacing[0]), float(place.PixelSpacing[1])),
+        spacing_mm=(spacing_mm[0], spacing_mm[1]),
         # DICOM names the direction *of a row* first: the one the column index rises in.
         axes_lps=np.array([column, row]),
-        position_lps_mm=np.asarray(place.ImagePositionPatient, float),
-        slope=float(place.RescaleSlope),
-        intercept=float(place.RescaleIntercept),
+        position_lps_mm=_finite(place, "ImagePositionPatient", path).reshape(3),
+        slope=float(_finite(place, "RescaleSlope", path)),
+        intercept=float(_finite(place, "RescaleIntercept", path)),
         padding=_padding(header),
         instance=int(header.get("InstanceNumber") or 0),
         tilt_deg=float(header.get("GantryDetectorTilt") or 0),
         transfer_syntax=header.file_meta.TransferSyntaxUID,
     )
+
+
+def _finite(place: pydicom.Dataset, tag: str, path: Path) -> np.ndarray:
+    """The number or numbers of an element, none of them NaN or infinite."""
+    numbers = np.asarray(place[tag].value, float)
+    if not np.isfinite(numbers).all():
+        raise ScanError(f"{path}: {tag} is {numbers.tolist()}; expected finite numbers")
+    return numbers
 
 
 def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:

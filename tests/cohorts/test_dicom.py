@@ -1,4 +1,6 @@
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -406,10 +408,25 @@ REFUSALS = {
         changed("ImageOrientationPatient", [1, 0, 0, 0, 1]),
         "021-3.dcm: a value of the header has the wrong form",
     ),
+    **{
+        f"{tag} {value}": (
+            changed(tag, [value, *rest]),
+            f"021-3.dcm: {tag} is .*{value}.*; expected finite numbers",
+        )
+        for tag, rest in (
+            ("ImagePositionPatient", ["0", "0"]),
+            ("ImageOrientationPatient", ["0", "0", "0", "1", "0"]),
+            ("PixelSpacing", ["1"]),
+            ("RescaleSlope", []),
+            ("RescaleIntercept", []),
+        )
+        for value in ("nan", "inf")
+    },
     "empty tag": (changed("RescaleSlope", None), "021-3.dcm has no RescaleSlope"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values it doubts
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_defect_is_named_with_file_value_and_expectation(name, series, saved):
     change, pattern = REFUSALS[name]
@@ -534,7 +551,6 @@ def test_series_are_found_whatever_else_lies_in_the_folder(series, saved, tmp_pa
     (source,) = dicom.find_scans(folder)
     assert source.patient_id == "LIDC-IDRI-0042"
     assert len(source.paths) == 8
-    assert dicom.inspect_folder(folder) == [(source, [])]
 
 
 def test_files_of_several_series_in_one_folder_are_told_apart(series, saved):
@@ -565,36 +581,110 @@ def test_a_folder_without_ct_says_what_it_holds(series, saved, tmp_path):
         dicom.read_series(paths)
 
 
-def test_inspection_gives_the_reason_without_reading_pixels(series, saved):
-    images = series()
-    del images[3]
-    for image in images:
-        image.PixelData = b""
-    ((_, reasons),) = dicom.inspect_folder(saved(images)[0].parent)
-    assert len(reasons) == 1
-    assert "about 1 slices missing" in reasons[0]
-
-
-def test_patient_ids_that_are_not_public_become_pseudonyms(series, saved):
+@pytest.mark.parametrize("uid", ["../../escaped", "..", "/tmp/x", "1" * 65, ""])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of a UID it doubts
+def test_a_uid_that_could_name_another_folder_is_refused(uid, series, saved):
     images = series()
     for image in images:
-        image.PatientID = "hospital 4711"
-    read = dicom.read_series(saved(images))
-    assert read.patient_id == "p-" + sha256_hex("hospital 4711")[:12]
+        image.SeriesInstanceUID = uid
+    paths = saved(images)
+    with pytest.raises(ScanError, match=r"8 damaged or without a SeriesInstanceUID of"):
+        dicom.find_scans(paths[0].parent)
+    with pytest.raises(ScanError, match="SeriesInstanceUID .*expected 1 to 64 digits"):
+        dicom.read_series(paths)
 
 
-def sha256_hex(text):
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_without_a_patient_id_the_study_stands_for_the_patient(series, saved):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_slice_with_such_a_uid_costs_its_series(series, saved):
     images = series()
-    for image in images:
+    images[3].SeriesInstanceUID = "../../escaped"
+    (source,) = dicom.find_scans(saved(images)[0].parent)
+    with pytest.raises(ScanError, match="021-3.dcm: SeriesInstanceUID '../../escaped'"):
+        dicom.read_series(source.paths)
+
+
+def patients_of(saved, *ids):
+    """The patients that `find_scans` gives for series of these PatientIDs."""
+    folder = None
+    for k, (images, patient_id) in enumerate(ids, start=1):
+        for image in images:
+            image.PatientID = patient_id
+            image.SeriesInstanceUID, image.StudyInstanceUID = f"1.2.{k}", f"1.3.{k}"
+        folder = saved(images, f"found/{k}")[0].parents[1]
+    return [source.patient_id for source in dicom.find_scans(folder)]
+
+
+def test_patient_ids_that_are_not_public_become_pseudonyms_of_a_secret_key(
+    series, saved, key_file
+):
+    def found():
+        return patients_of(
+            saved,
+            (series(), "4711007"),
+            (series(), "4711008"),
+            (series(), "4711007"),
+            (series(), "LIDC-IDRI-0042"),
+        )
+
+    first = found()
+    assert first[0] == first[2] != first[1]
+    assert first[3] == "LIDC-IDRI-0042"
+    assert all(re.fullmatch(r"p-[0-9a-f]{12}", p) for p in first[:3])
+    assert first[0] != "p-" + hashlib.sha256(b"4711007").hexdigest()[:12]
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    assert len(key_file.read_bytes()) == 32
+    assert list(key_file.parent.iterdir()) == [key_file]
+    dicom.read_key.cache_clear()  # as a later run of the same user
+    assert found() == first
+    key_file.write_bytes(bytes(32))
+    dicom.read_key.cache_clear()
+    assert found()[0] not in first
+
+
+def test_the_key_lies_in_the_users_settings(monkeypatch, tmp_path):
+    monkeypatch.delenv("LUNG_PATIENT_KEY_FILE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert dicom.key_path() == tmp_path / "lung-nodules/patient_key"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert dicom.key_path() == tmp_path / "home/.config/lung-nodules/patient_key"
+
+
+def test_a_damaged_key_is_refused_not_replaced(series, saved, key_file):
+    key_file.parent.mkdir()
+    key_file.write_bytes(b"short")
+    with pytest.raises(ValueError, match="patient_key: 5 bytes; expected a key of 32"):
+        patients_of(saved, (series(), "4711007"))
+    assert key_file.read_bytes() == b"short"
+
+
+def test_public_ids_need_no_key(series, saved, key_file):
+    patients_of(saved, (series(), "LIDC-IDRI-0042"))
+    assert not key_file.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "ANONYMOUS", "Anon^Anon", "anonymized000", "UNKNOWN", "0", "N/A", "---"],
+)
+def test_an_id_that_means_nobody_makes_each_study_a_patient(
+    name, series, saved, caplog
+):
+    ids = patients_of(saved, (series(), name), (series(), name), (series(), "Anna"))
+    assert len(set(ids)) == 3
+    assert len(caplog.records) == 1
+    assert "2 of 3 series have no PatientID of their own" in caplog.text
+
+
+def test_two_series_of_a_study_without_patient_are_one_patient(series, saved):
+    images, others = series(), series()
+    for image in others:
+        image.SeriesInstanceUID = "1.2.3"
+    for image in images + others:
         image.PatientID = ""
-    read = dicom.read_series(saved(images))
-    assert read.patient_id == "p-" + sha256_hex(images[0].StudyInstanceUID)[:12]
+    saved(images, "both/a")
+    folder = saved(others, "both/b")[0].parents[1]
+    assert len({source.patient_id for source in dicom.find_scans(folder)}) == 1
 
 
 def test_nothing_personal_leaves_the_reader(series, saved):
@@ -623,5 +713,4 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     corner = [n - 1 for n in image.GetSize()]
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
     assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
-    assert read.patient_id.startswith(("LIDC-IDRI-000", "p-"))
-    assert dicom.inspect_series(source.paths) == []
+    assert source.patient_id.startswith(("LIDC-IDRI-000", "p-"))

@@ -4,7 +4,7 @@ A series is used only if its headers describe one evenly spaced volume; anything
 `ScanError` that says what was found where, and which `repair` mends it:
 
     gaps        missing or unevenly spaced slices: linear interpolation between neighbours
-    duplicates  several images at one position: the lowest InstanceNumber stays
+    duplicates  several sets of images at the same positions: the first set stays
     tilt        sheared stacks (gantry tilt): slices are shifted in-plane to a straight stack
 
 A mended series has the mended grid as its source grid.
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,12 @@ USUAL_INTERCEPT_HU = -1024
 """Where it is missing, all values are too high by as much; the message then says so."""
 
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
-"""A slice differing from both neighbours by this many times the usual mean difference,
-and by this many HU, is damaged. In whole scans of 2.5 and 5 mm the ratio stayed below
-1.5; a slice with its lower half blanked had 3.3 to 9."""
+"""Neighbours that differ by this many times the usual mean difference, and by this many
+HU, do not belong together. In whole scans of 2.5 to 8 mm the ratio stayed below 1.5; at a
+slice with its lower half blanked it was 3.3 to 9."""
+
+NAMED_SLICES = 4
+"""A message names no more."""
 
 FIND_THREADS = 8
 """Reading headers waits for the disk."""
@@ -146,6 +149,8 @@ SLICE_TAGS = [
     "ConvolutionKernel",
     "KVP",
     "SliceThickness",
+    "AcquisitionNumber",
+    "FrameOfReferenceUID",
     "XRayTubeCurrent",
     "GantryDetectorTilt",
     "ImagePositionPatient",
@@ -181,8 +186,17 @@ FUNCTIONAL_GROUPS = (
     "PlaneOrientationSequence",
     "PixelValueTransformationSequence",
     "CTImageFrameTypeSequence",
+    "CTReconstructionSequence",
+    "FrameContentSequence",
 )
 """Where a multi-frame file keeps what a single image has at its top."""
+DOUBLE_TAGS = {
+    "ConvolutionKernel": "kernel",
+    "SliceThickness": "thickness",
+    "AcquisitionNumber": "acquisition",
+    "ImageType": "image_type",
+}
+"""Images at one position that differ in these are not two of a kind."""
 ACQUISITION_TAGS = (
     "Manufacturer",
     "ManufacturerModelName",
@@ -206,6 +220,8 @@ class Slice:
         slope, intercept: HU = stored * slope + intercept.
         padding: Lowest and highest stored value that is padding, or None.
         tilt_deg: GantryDetectorTilt, 0 if absent.
+        patient_id: As in the header; it goes into no message and no output.
+        kernel, thickness, acquisition: As text, "" if absent; only compared.
     """
 
     path: Path
@@ -226,6 +242,12 @@ class Slice:
     instance: int
     tilt_deg: float
     transfer_syntax: UID
+    patient_id: str
+    study_uid: str
+    frame_of_reference: str
+    kernel: str
+    thickness: str
+    acquisition: str
 
     @property
     def name(self) -> str:
@@ -634,7 +656,21 @@ def _slice(
         instance=int(header.get("InstanceNumber") or 0),
         tilt_deg=float(header.get("GantryDetectorTilt") or 0),
         transfer_syntax=header.file_meta.TransferSyntaxUID,
+        patient_id=str(header.get("PatientID") or "").strip(),
+        study_uid=str(header.get("StudyInstanceUID") or ""),
+        frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
+        kernel=_stated(place, header, "ConvolutionKernel"),
+        thickness=_stated(place, header, "SliceThickness"),
+        acquisition=_stated(
+            place, header, "AcquisitionNumber", "FrameAcquisitionNumber"
+        ),
     )
+
+
+def _stated(place: pydicom.Dataset, header: pydicom.Dataset, *tags: str) -> str:
+    """The first of these elements that is there, as text; else ""."""
+    values = (source.get(tag) for tag in tags for source in (place, header))
+    return next((str(value) for value in values if value is not None), "")
 
 
 def _finite(place: pydicom.Dataset, tag: str, path: Path) -> np.ndarray:
@@ -703,6 +739,26 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Finding]:
         yield Finding(
             f"mixed with other series: {', '.join(mixed)}; expected one SeriesInstanceUID"
         )
+    for name, attribute in (
+        ("StudyInstanceUID", "study_uid"),
+        ("FrameOfReferenceUID", "frame_of_reference"),
+        ("ConvolutionKernel", "kernel"),
+    ):
+        other = [
+            s for s in slices if getattr(s, attribute) != getattr(first, attribute)
+        ]
+        if other:
+            yield Finding(
+                f"mixed {name}: {getattr(other[0], attribute)!r} in "
+                f"{_files(other, slices)}, {getattr(first, attribute)!r} in {first.name}; "
+                "expected one throughout"
+            )
+    strangers = [s for s in slices if s.patient_id != first.patient_id]
+    if strangers:
+        yield Finding(
+            f"two or more PatientIDs: that of {_files(strangers, slices)} is not that of "
+            f"{first.name}; expected one patient"
+        )
     for name, attribute, tolerance in (
         ("matrix size", "size_px", 0.0),
         ("pixel spacing in mm", "spacing_mm", SPACING_RTOL * first.spacing_mm[0]),
@@ -733,14 +789,16 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Finding]:
     ordered = sorted_slices(slices)
     along_mm = along_normal_mm(ordered)
     gaps_mm = np.diff(along_mm)
-    doubled = np.flatnonzero(gaps_mm < SAME_PLACE_MM)
-    if len(doubled):
-        k = doubled[0]
+    places = by_place(ordered)
+    doubled = [place for place in places if len(place) > 1]
+    if doubled:
+        one, another = doubled[0][:2]
+        unlike = unlike_doubles(doubled)
         yield Finding(
-            f"{len(doubled)} doubled slices, first {ordered[k].name} and "
-            f"{ordered[k + 1].name} at {along_mm[k]:.2f} mm; expected one image per "
-            "position",
-            "duplicates",
+            f"{len(ordered) - len(places)} doubled slices, first {one.name} and "
+            f"{another.name} at {along_normal_mm([one])[0]:.2f} mm; expected one image per "
+            f"position{unlike and '; ' + unlike}",
+            "" if unlike else "duplicates",
         )
     apart_mm = gaps_mm[gaps_mm >= SAME_PLACE_MM]
     if not len(apart_mm):
@@ -833,14 +891,71 @@ def sorted_slices(slices: Sequence[Slice]) -> list[Slice]:
     ]
 
 
-def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
-    """Keeps the first of sorted slices that share a position."""
+def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
+    """Sorted slices, those at one position together: by InstanceNumber, path and frame."""
     along_mm = along_normal_mm(ordered)
-    kept = [0]
-    for k, at_mm in enumerate(along_mm):
-        if at_mm - along_mm[kept[-1]] >= SAME_PLACE_MM:
-            kept.append(k)
-    return [ordered[k] for k in kept]
+    places: list[list[Slice]] = []
+    start_mm = -np.inf
+    for item, at_mm in zip(ordered, along_mm, strict=True):
+        if at_mm - start_mm >= SAME_PLACE_MM:
+            places.append([])
+            start_mm = at_mm
+        places[-1].append(item)
+    return [sorted(p, key=lambda s: (s.instance, s.path, s.frame)) for p in places]
+
+
+def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
+    """Why images at the same positions are not the same series twice; "" if they are.
+
+    Args:
+        doubled: Per position, its images as `by_place` sorts them. Their first ones are
+            kept, so these must be one set, and so must the second ones.
+    """
+    for place in doubled:
+        for name, attribute in DOUBLE_TAGS.items():
+            found = [getattr(item, attribute) for item in place]
+            for item, value in zip(place, found, strict=True):
+                if value != found[0]:
+                    return (
+                        f"{place[0].name} and {item.name} differ in {name} ({found[0]!r}, "
+                        f"{value!r}), so they are two reconstructions; separate them"
+                    )
+    # Copies of one file: it does not matter which stays.
+    doubled = [p for p in doubled if len({item.sop_uid for item in p}) > 1]
+    if _in_folders(doubled) or _in_order(doubled):
+        return ""
+    return (
+        "neither InstanceNumber nor folder tells which images belong together; separate "
+        "the two sets"
+    )
+
+
+def _in_folders(doubled: Sequence[Sequence[Slice]]) -> bool:
+    """Whether the first images of all positions, the second ones, ... have a folder each."""
+    folders = [tuple(item.path.parent for item in place) for place in doubled]
+    most = max(folders, key=len, default=())
+    return len(set(most)) == len(most) and all(f == most[: len(f)] for f in folders)
+
+
+def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
+    """Whether the first images of all positions, the second ones, ... are numbered one way."""
+    for place in doubled:
+        if any(a.instance == b.instance for a, b in pairwise(place)):
+            return False
+    for rank in range(max(map(len, doubled), default=0)):
+        numbers = [place[rank].instance for place in doubled if len(place) > rank]
+        directions = {int(np.sign(step)) for step in np.diff(numbers)}
+        if not (directions <= {1} or directions <= {-1}):
+            return False
+    return True
+
+
+def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
+    """Keeps the first image of each position, if these are one set; else all."""
+    places = by_place(ordered)
+    if unlike_doubles([place for place in places if len(place) > 1]):
+        return list(ordered)
+    return [place[0] for place in places]
 
 
 def _sideways_mm(ordered: Sequence[Slice], along_mm: np.ndarray) -> np.ndarray:
@@ -948,26 +1063,59 @@ def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid
 
 
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
-    """Raises ScanError if a slice is unlike both its neighbours: damaged, but decodable.
+    """Raises ScanError where slices are damaged, though they could be decoded.
+
+    Refused are blank slices, slices that are their neighbour's copy, and neighbours that
+    differ too much: a slice of another scan, or some slices of another rescale.
 
     Args:
         volume: (slice, row, column) HU.
         ordered: Its slices.
     """
+    series = f"series {ordered[0].series_uid}"
+    blank = [k for k, image in enumerate(volume) if image.min() == image.max()]
+    if blank:
+        raise ScanError(
+            f"{series}: {_names(blank, ordered)} blank, the first is {volume[blank[0], 0, 0]} "
+            "HU throughout; expected an image of the body; restore the files"
+        )
+    copies = [
+        k + 1 for k, (a, b) in enumerate(pairwise(volume)) if np.array_equal(a, b)
+    ]
+    if copies:
+        raise ScanError(
+            f"{series}: {_names(copies, ordered)} equal to the slice before, to the last "
+            f"bit (first {ordered[copies[0] - 1].name}); expected another image at "
+            "another position; restore the files"
+        )
     if len(volume) < 4:
         return
     thin = volume[:, ::4, ::4].astype(np.float32)
     steps_hu = np.abs(np.diff(thin, axis=0)).mean(axis=(1, 2))
-    beside = np.stack([np.r_[np.inf, steps_hu], np.r_[steps_hu, np.inf]])
-    unlike_hu = beside.min(axis=0)
+    gaps_mm = np.diff(along_normal_mm(ordered))
     usual_hu = float(np.median(steps_hu))
-    k = int(np.argmax(unlike_hu))
-    if unlike_hu[k] > max(CORRUPT_HU, CORRUPT_RATIO * usual_hu):
-        raise ScanError(
-            f"series {ordered[k].series_uid}: slice {ordered[k].name} differs from its "
-            f"neighbours by {unlike_hu[k]:.0f} HU on average; expected about "
-            f"{usual_hu:.0f} HU as elsewhere; it is damaged or of another scan"
+    # Slices further apart may differ by more.
+    apart = np.maximum(gaps_mm / np.median(gaps_mm), 1)
+    jumps = np.flatnonzero(
+        steps_hu > np.maximum(CORRUPT_HU, CORRUPT_RATIO * usual_hu * apart)
+    )
+    if len(jumps):
+        named = ", and ".join(
+            f"by {steps_hu[k]:.0f} HU from {ordered[k].name} to {ordered[k + 1].name}"
+            for k in jumps[:NAMED_SLICES]
         )
+        raise ScanError(
+            f"{series}: the values change {len(jumps)} times more than between other "
+            f"slices: on average {named}; expected about {usual_hu:.0f} HU as elsewhere; "
+            "the slices on one side are damaged, or of another scan or rescale"
+        )
+
+
+def _names(indices: Sequence[int], ordered: Sequence[Slice]) -> str:
+    """Some slices by name, and how many they are."""
+    named = ", ".join(ordered[k].name for k in indices[:NAMED_SLICES])
+    more = ", ..." if len(indices) > NAMED_SLICES else ""
+    return f"{len(indices)} of {len(ordered)} slices ({named}{more}) are"
 
 
 def check_hu(hu: np.ndarray, name: str) -> None:

@@ -314,6 +314,67 @@ def test_doubled_slices_are_refused_and_the_lower_instance_kept(series, saved, c
     assert np.array_equal(read.hu, chest())
 
 
+def second_set(series, **changes):
+    """The images of the same positions again, of another noise, numbered from 101."""
+    images = series()
+    for k, image in enumerate(images):
+        image.InstanceNumber, image.SOPInstanceUID = 101 + k, f"1.2.3.{k + 1}"
+        image.PixelData = (image.pixel_array + 1).astype(np.int16).tobytes()
+        for tag, value in changes.items():
+            setattr(image, tag, value)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        ("ConvolutionKernel", "LUNG"),
+        ("SliceThickness", "5"),
+        ("AcquisitionNumber", 2),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL"]),
+    ],
+)
+def test_two_reconstructions_at_the_same_positions_are_not_mended(
+    tag, value, series, saved
+):
+    images = series() + second_set(series, **{tag: value})
+    message = refused(images, saved, repair=["duplicates"])
+    assert tag in message
+    assert "--repair" not in message
+
+
+def test_of_two_sets_at_the_same_positions_one_stays_throughout(series, saved, chest):
+    paths = saved(series() + second_set(series))
+    read = dicom.read_series(paths, repair=["duplicates"])
+    assert np.array_equal(read.hu, chest())
+
+
+def test_two_sets_numbered_against_each_other_are_not_mixed(series, saved, chest):
+    others = second_set(series)
+    for k, image in enumerate(others):
+        image.InstanceNumber = 8 - k
+    both = series() + others
+    message = refused(both, saved, repair=["duplicates"])
+    assert "neither InstanceNumber nor folder tells which images belong" in message
+    for k, image in enumerate(others):
+        image.InstanceNumber = k + 1
+    assert "neither InstanceNumber" in refused(both, saved, repair=["duplicates"])
+    # A folder each: the first of the folders is taken.
+    paths = saved(series(), "two/a") + saved(others, "two/b")
+    assert np.array_equal(dicom.read_series(paths, repair=["duplicates"]).hu, chest())
+
+
+def test_files_that_lie_there_twice_are_mended_whatever_their_numbers(
+    series, saved, chest
+):
+    images = series()
+    for image in images:
+        image.InstanceNumber = 0
+    paths = saved(images, "two/a") + saved(images[3:], "two/b")
+    read = dicom.read_series(paths, repair=["duplicates"])
+    assert np.array_equal(read.hu, chest())
+
+
 def tilted(series, degrees):
     angle = np.radians(degrees)
     orientation = (1, 0, 0, 0, np.cos(angle), np.sin(angle))
@@ -394,6 +455,22 @@ REFUSALS = {
         changed("SeriesInstanceUID", "1.2.3"),
         "mixed with other series: 1.2.3, 1.2.826.*expected one SeriesInstanceUID",
     ),
+    "study": (
+        changed("StudyInstanceUID", "1.2.3"),
+        "mixed StudyInstanceUID: '1.2.3' in 1 of 8 images .first 021-3.dcm., '1.2.826.*'",
+    ),
+    "frame of reference": (
+        changed("FrameOfReferenceUID", "1.2.3"),
+        "mixed FrameOfReferenceUID: '1.2.3' in 1 of 8 images",
+    ),
+    "kernel": (
+        changed("ConvolutionKernel", "LUNG"),
+        "mixed ConvolutionKernel: 'LUNG' in 1 of 8 images .first 021-3.dcm., 'STANDARD'",
+    ),
+    "patient": (
+        changed("PatientID", "Secret"),
+        "two or more PatientIDs: that of 1 of 8 images .first 021-3.dcm. is not",
+    ),
     "orientation": (
         changed("ImageOrientationPatient", [1, 0, 0, 0, 0.99, 0.141]),
         "mixed orientation",
@@ -432,8 +509,10 @@ def test_a_defect_is_named_with_file_value_and_expectation(name, series, saved):
     change, pattern = REFUSALS[name]
     images = series()
     change(images)
-    with pytest.raises(ScanError, match=pattern):
+    with pytest.raises(ScanError, match=pattern) as caught:
         dicom.read_series(saved(images))
+    assert "Secret" not in str(caught.value)
+    assert "LIDC-IDRI-0042" not in str(caught.value)
 
 
 def test_axes_that_are_not_perpendicular_are_refused(series, saved):
@@ -498,7 +577,47 @@ def test_a_slice_of_another_scan_is_named(series, saved):
     images = series()
     stored = images[3].pixel_array
     images[3].PixelData = stored.byteswap().tobytes()
-    assert "slice 021-3.dcm differs from its neighbours by" in refused(images, saved)
+    message = refused(images, saved)
+    assert re.search(r"by \d+ HU from 014-2.dcm to 021-3.dcm", message)
+    assert re.search(r"by \d+ HU from 021-3.dcm to 028-4.dcm", message)
+
+
+def test_a_block_of_blank_slices_is_refused(series, saved):
+    images = series()
+    for image in images[2:5]:
+        image.PixelData = bytes(len(image.PixelData))
+    message = refused(images, saved)
+    assert "3 of 8 slices (014-2.dcm, 021-3.dcm, 028-4.dcm) are blank" in message
+    assert "-1024 HU throughout" in message
+
+
+def test_a_block_of_slices_half_blank_is_refused(series, saved):
+    images = series()
+    for image in images[2:5]:
+        stored = image.pixel_array.copy()
+        stored[20:] = 0
+        image.PixelData = stored.tobytes()
+    assert re.search(
+        r"change 2 times .* from 007-1.dcm to 014-2.dcm, and by \d+ HU from 028-4.dcm",
+        refused(images, saved),
+    )
+
+
+def test_half_a_series_of_another_intercept_is_refused(series, saved):
+    images = series()
+    for image in images[4:]:
+        image.RescaleIntercept = "0"
+    message = refused(images, saved)
+    assert re.search(r"by 1\d\d\d HU from 021-3.dcm to 028-4.dcm", message)
+    assert "of another scan or rescale" in message
+
+
+def test_a_copy_of_the_slice_before_is_refused(series, saved):
+    images = series()
+    images[4].PixelData = images[3].PixelData
+    message = refused(images, saved)
+    assert "1 of 8 slices (028-4.dcm) are equal to the slice before" in message
+    assert "(first 021-3.dcm)" in message
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def write_series(
     stored[:, 4:-4, 4:-4] = 30
     stored[:, 8:-8, 8:-8] = -850
     stored[NODULE] = 100
+    stored[:, 0, 0] = -1000 + np.arange(SLICES)  # no two slices are the same
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(SLICES):
         meta = pydicom.dataset.FileMetaDataset()

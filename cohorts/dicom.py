@@ -275,7 +275,8 @@ class Series:
     Attributes:
         hu: (z, y, x) int16 HU, canonical.
         grid: Where `hu` lies.
-        source_grid: (slice, row, column) grid, slices rising along the slice normal.
+        source_grid: (column, row, slice) grid, the order in which SimpleITK, dcm2niix and
+            nnU-Net have a series; slices rise along the slice normal.
         z_of_sop: SOPInstanceUID to canonical z, for single-frame axial series; else {}.
         acquisition: Technical facts only.
     """
@@ -362,19 +363,19 @@ def read_series(
     unmended = [f for f in findings if f.repair not in repair]
     if unmended:
         raise ScanError(f"series {uid}: " + "; ".join(map(str, unmended)))
-    volume, source_grid = read_volume(slices)
+    volume, slice_grid = read_volume(slices)
     check_neighbours(volume, slices)
     if any(f.repair == "gaps" for f in findings):
-        volume, source_grid = fill_gaps(volume, slices)
+        volume, slice_grid = fill_gaps(volume, slices)
     if any(f.repair == "tilt" for f in findings):
-        volume, source_grid = straighten(volume, source_grid)
-    hu, grid = geometry.to_canonical(volume, source_grid.affine)
+        volume, slice_grid = straighten(volume, slice_grid)
+    hu, grid = geometry.to_canonical(volume, slice_grid.affine)
     check_hu(hu, f"series {uid}")
     header = read_header(slices[0].path, SLICE_TAGS)
     return Series(
         hu=hu,
         grid=grid,
-        source_grid=source_grid,
+        source_grid=reversed_axes(slice_grid),
         series_uid=uid,
         z_of_sop=_z_of_sop(slices, grid),
         acquisition=acquisition_facts(header),
@@ -1060,6 +1061,12 @@ def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid
     affine[:3] = geometry.flip_xy(columns_lps).T
     slices, rows, columns = shape
     return Grid((slices, rows, columns), affine)
+
+
+def reversed_axes(grid: Grid) -> Grid:
+    """The same voxels in the opposite order of axes."""
+    i, j, k = grid.shape
+    return Grid((k, j, i), grid.affine[:, [2, 1, 0, 3]])
 
 
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:

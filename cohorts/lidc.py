@@ -103,7 +103,7 @@ class Slices:
     """Where the slices of a series lie, in the order of its source grid.
 
     Attributes:
-        grid: The source grid: axes slice, row, column.
+        grid: The source grid with its axes as slice, row, column.
         z_mm: (slices,) ImagePositionPatient z.
         index_of: SOPInstanceUID -> slice.
         thickness_mm: SliceThickness.
@@ -169,18 +169,19 @@ def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
     """Raises ScanError if outlines, drawn on tilted slices, would fall beside the nodules."""
     header = dicom.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
-    if series.source_grid.shape[1:] != drawn_px:
+    columns, rows, _ = series.source_grid.shape
+    if (rows, columns) != drawn_px:
         raise ScanError(
             f"series {series.series_uid}: its outlines were drawn on tilted slices of "
             f"{drawn_px} pixels; the straightened slices have "
-            f"{series.source_grid.shape[1:]}; use it through the nifti cohort, without "
+            f"{(rows, columns)}; use it through the nifti cohort, without "
             "outlines"
         )
 
 
 def slices_of(series: dicom.Series) -> Slices:
     """Where the slices of a series lie, in the order of its source grid."""
-    grid = series.source_grid
+    grid = dicom.reversed_axes(series.source_grid)
     at_ras_mm = series.grid.index_to_ras_mm(
         np.stack(
             [np.arange(series.grid.shape[0]), *np.zeros((2, series.grid.shape[0]))], 1

@@ -207,11 +207,11 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
     reading = lidc.read_database(scan.series_uid)
     if reading is None:
         return nothing[0], nothing[1], ()
-    i, j, k = scan.source_grid.shape
-    affine = scan.source_grid.affine[:, [2, 1, 0, 3]]
+    grid = dicom.reversed_axes(scan.source_grid)
+    affine = grid.affine
     slices = lidc.Slices(
-        grid=Grid((k, j, i), affine),
-        z_mm=affine[2, 3] + affine[2, 0] * np.arange(k),
+        grid=grid,
+        z_mm=affine[2, 3] + affine[2, 0] * np.arange(grid.shape[0]),
         index_of={},
         thickness_mm=reading.thickness_mm,
     )

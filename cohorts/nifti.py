@@ -26,6 +26,7 @@ import numpy as np
 import files
 import geometry
 import outlines
+import volume_io
 from cohorts import dicom
 from geometry import Grid
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
@@ -334,33 +335,9 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import zlib
-
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        image: Any = nibabel.load(path)
+    with volume_io.opened_nifti(path, remedy="restore it from its source") as image:
         _check_nifti_header(image, path)
-        array = np.asanyarray(image.dataobj)
-    except ScanError:
-        raise
-    except (
-        ImageFileError,
-        HeaderDataError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        OverflowError,
-        zlib.error,
-    ) as error:
-        raise ScanError(
-            f"{path}: not a readable NIfTI file of {path.stat().st_size} bytes "
-            f"({error}); restore it from its source"
-        ) from error
-    return array, image.affine
+        return np.asanyarray(image.dataobj), image.affine
 
 
 def _check_nifti_header(image: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ import SimpleITK
 from cohorts import nifti
 from geometry import flip_xy, to_source
 from scan import AIR_HU, ScanError
+from volume_io import write_volume
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
@@ -186,6 +187,48 @@ def test_a_truncated_volume_is_named(suffix, keep, chest, tmp_path):
     path.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ScanError, match=rf"case{suffix}: not a readable"):
         load(path)
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(chest_file):
+    content = bytearray(chest_file.read_bytes())
+    content[-8] ^= 1  # the checksum itself, behind the last voxel
+    chest_file.write_bytes(content)
+    with pytest.raises(ScanError, match=r"not a readable NIfTI .*CRC check failed"):
+        load(chest_file)
+
+
+def test_nifti_2_is_read_too(chest, tmp_path):
+    image = nibabel.Nifti2Image(chest().T, RAS_AFFINE)
+    nibabel.save(image, tmp_path / "case.nii.gz")
+    assert np.array_equal(load(tmp_path / "case.nii.gz").hu, chest())
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        (1, 0, 0, 0, 1, 0),
+        (-1, 0, 0, 0, 1, 0),
+        (1, 0, 0, 0, -1, 0),
+        (0, 1, 0, 0, 0, -1),
+        tuple(np.linalg.qr([[9, 2, 1], [-1, 9, 3], [1, -3, 9]])[0][:2].ravel()),
+    ],
+)
+def test_what_is_written_of_a_series_lies_as_simpleitk_reads_the_series(
+    orientation, series, saved, tmp_path
+):
+    folder = saved(series(orientation=orientation))[0].parent
+    scan = load(folder)
+    write_volume(tmp_path / "m.nii.gz", scan.hu, scan.grid, scan.source_grid)
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    dicom, written = reader.Execute(), SimpleITK.ReadImage(tmp_path / "m.nii.gz")
+    assert written.GetSize() == dicom.GetSize()
+    assert np.allclose(written.GetSpacing(), dicom.GetSpacing(), atol=1e-6)
+    assert np.allclose(written.GetDirection(), dicom.GetDirection(), atol=1e-6)
+    assert np.allclose(written.GetOrigin(), dicom.GetOrigin(), atol=1e-4)
+    assert np.array_equal(
+        SimpleITK.GetArrayViewFromImage(written), SimpleITK.GetArrayViewFromImage(dicom)
+    )
 
 
 def test_a_nodule_mask_becomes_nodules_of_one_reader(listed):

@@ -60,7 +60,7 @@ def write_volume(
     image.header.set_xyzt_units("mm")
     image.set_sform(source_grid.affine, SCANNER)
     image.header.set_qform(source_grid.affine, SCANNER, strip_shears=True)
-    off_mm = _furthest_mm(source_grid, image.header.get_qform())
+    off_mm = _furthest_mm(source_grid, np.asarray(image.header.get_qform()))
     if off_mm > QFORM_MM:
         image.header["qform_code"] = UNKNOWN
         log.warning(

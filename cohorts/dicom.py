@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -242,7 +242,7 @@ class Slice:
     instance: int
     tilt_deg: float
     transfer_syntax: UID
-    patient_id: str
+    patient_id: str = field(repr=False)
     study_uid: str
     frame_of_reference: str
     kernel: str
@@ -299,7 +299,7 @@ class Identity:
     path: Path
     series_uid: str = ""
     study_uid: str = ""
-    patient_id: str = ""
+    patient_id: str = field(default="", repr=False)
     modality: str = ""
     ct_image: bool = False
     localizer: bool = False

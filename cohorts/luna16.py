@@ -79,12 +79,12 @@ def find_scans(source: Path) -> list[ScanSource]:
         ValueError: If there is no volume, a series occurs twice, or a list is not one of
             LUNA16's.
     """
-    volumes = sorted(Path(source).rglob("*.mhd"))
+    volumes = files_named(source, "*.mhd")
     lungs = {path.stem: path for path in volumes if path.parent.name == LUNGS_DIR}
     lists = tuple(
-        found[0]
+        only_list(found)
         for name in (ANNOTATIONS, EXCLUDED)
-        if (found := sorted(Path(source).rglob(name)))
+        if (found := files_named(source, name))
     )
     for path in lists:
         check_columns(path)
@@ -111,6 +111,33 @@ def find_scans(source: Path) -> list[ScanSource]:
             f"{source}: no .mhd volume; expected LUNA16's folders subset0 to subset9"
         )
     return [scans[uid] for uid in sorted(scans)]
+
+
+def files_named(source: Path, pattern: str) -> list[Path]:
+    """Files below a folder, sorted, without the hidden ones that some systems leave."""
+    return sorted(
+        path
+        for path in Path(source).rglob(pattern)
+        if path.is_file() and not path.name.startswith(".")
+    )
+
+
+def only_list(found: Sequence[Path]) -> Path:
+    """One of several files of a name, which must hold the same.
+
+    LUNA16's evaluation script brings copies of its lists.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    first, *others = found
+    for other in others:
+        if other.read_text().split() != first.read_text().split():
+            raise ValueError(
+                f"{first} and {other} differ; expected one list of that name; remove the "
+                "one that is wrong"
+            )
+    return first
 
 
 def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
@@ -207,11 +234,11 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
     reading = lidc.read_database(scan.series_uid)
     if reading is None:
         return nothing[0], nothing[1], ()
-    i, j, k = scan.source_grid.shape
-    affine = scan.source_grid.affine[:, [2, 1, 0, 3]]
+    grid = dicom.reversed_axes(scan.source_grid)
+    affine = grid.affine
     slices = lidc.Slices(
-        grid=Grid((k, j, i), affine),
-        z_mm=affine[2, 3] + affine[2, 0] * np.arange(k),
+        grid=grid,
+        z_mm=affine[2, 3] + affine[2, 0] * np.arange(grid.shape[0]),
         index_of={},
         thickness_mm=reading.thickness_mm,
     )

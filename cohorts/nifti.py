@@ -5,7 +5,7 @@ What `find_scans` takes:
     a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id;
                  relative paths start at the list's folder
     a folder     with imagesTr or imagesTs: nnU-Net or Decathlon layout; else every volume
-                 in it and below; else its DICOM series
+                 in it and below; else its DICOM series; not both
     a file       one volume
 
 Formats: NIfTI, NRRD, MHA, MHD, and a folder of one DICOM series. Nodule masks (seg_path,
@@ -17,8 +17,9 @@ import csv
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy as np
 import files
 import geometry
 import outlines
+import volume_io
 from cohorts import dicom
 from geometry import Grid
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
@@ -53,6 +55,16 @@ the last one; ITK refuses such files.
 """
 MAX_NODULES = 255
 """Labels are uint8."""
+
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+"""Characters of a file's name that its scan's id does not keep."""
+
+DATA_FILE = re.compile(
+    rb"(?:ElementDataFile[\s=:]*|^\s*data ?file\s*:\s*)([^\r\n]*)", re.I | re.M
+)
+"""Where the header of a MetaImage or NRRD says in which file the voxels are."""
+MAX_HEADER_BYTES = 1 << 20
+"""A header that is longer is refused."""
 
 
 def find_scans(source: Path) -> list[ScanSource]:
@@ -232,14 +244,31 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
     )
     if not volumes:
         return dicom.find_scans(folder)
+    ct_image = dicom.first_ct_image(folder)
+    if ct_image is not None:
+        raise ValueError(
+            f"{folder}: holds volumes ({len(volumes)}, first {volumes[0]}) and DICOM CT "
+            f"(first {ct_image}); expected one kind. Name a folder that holds one, or list "
+            "the scans in a CSV"
+        )
     sources = [_volume_source(path) for path in volumes]
     _check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
     return sources
 
 
 def _volume_source(path: Path) -> ScanSource:
-    scan_id = files.checked_id(stem(path), where=f"name of {path}")
+    scan_id = safe_id(path)
     return ScanSource(scan_id, scan_id, (path,))
+
+
+def safe_id(path: Path) -> str:
+    """The id of a volume's scan: the file's stem, what cannot name a file replaced by _."""
+    scan_id = UNSAFE.sub("_", stem(path))
+    if not scan_id[:1].isalnum():
+        scan_id = f"x{scan_id}"
+    if scan_id != stem(path):
+        log.warning("%s: its scan is called %s", path, scan_id)
+    return files.checked_id(scan_id, where=f"name of {path}")
 
 
 def find_nnunet(folder: Path) -> list[ScanSource]:
@@ -279,14 +308,14 @@ def _check_dataset(path: Path) -> None:
 def _nnunet_part(folder: Path, part: str) -> Iterator[ScanSource]:
     labels = _volumes_by_stem(folder / f"labels{part}")
     for case, image in _volumes_by_stem(folder / f"images{part}").items():
-        files.checked_id(case, where=f"name of {image}")
+        scan_id = safe_id(image)
         if part == "Tr" and labels and case not in labels:
             raise ValueError(
                 f"{image}: no label for it in {folder / 'labelsTr'}; expected one named "
                 f"{case} with the suffix of a volume"
             )
         annotations = (labels[case],) if case in labels else ()
-        yield ScanSource(case, case, (image,), annotations, part)
+        yield ScanSource(scan_id, scan_id, (image,), annotations, part)
 
 
 def _volumes_by_stem(folder: Path) -> dict[str, Path]:
@@ -334,33 +363,9 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import zlib
-
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
-        image: Any = nibabel.load(path)
+    with volume_io.opened_nifti(path, remedy="restore it from its source") as image:
         _check_nifti_header(image, path)
-        array = np.asanyarray(image.dataobj)
-    except ScanError:
-        raise
-    except (
-        ImageFileError,
-        HeaderDataError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        OverflowError,
-        zlib.error,
-    ) as error:
-        raise ScanError(
-            f"{path}: not a readable NIfTI file of {path.stat().st_size} bytes "
-            f"({error}); restore it from its source"
-        ) from error
-    return array, image.affine
+        return np.asanyarray(image.dataobj), image.affine
 
 
 def _check_nifti_header(image: Any, path: Path) -> None:
@@ -391,6 +396,7 @@ def _check_nifti_header(image: Any, path: Path) -> None:
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK
 
+    _check_data_file(path)
     try:
         image = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
@@ -411,6 +417,32 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     affine = np.eye(4)
     affine[:3] = geometry.flip_xy(columns_lps).T
     return SimpleITK.GetArrayFromImage(image).T, affine
+
+
+def _check_data_file(path: Path) -> None:
+    """Raises ScanError if a header takes its voxels from outside of its folder."""
+    with path.open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES)
+    found = list(DATA_FILE.finditer(start))
+    attached_nrrd = start.startswith(b"NRRD") and re.search(rb"\n\r?\n", start)
+    if not found and not attached_nrrd:
+        raise ScanError(
+            f"{path}: not a readable volume (no end of a MetaImage or NRRD header in its "
+            f"first {len(start)} bytes); restore it from its source"
+        )
+    for entry in found:
+        listed = start[entry.end() :] if entry[1].upper().startswith(b"LIST") else b""
+        for name in (entry[1], *listed.splitlines()):
+            _check_inside(name.decode(errors="replace").strip(), path)
+
+
+def _check_inside(name: str, path: Path) -> None:
+    outside = PureWindowsPath(name)  # knows /, \ and drives
+    if outside.anchor or ".." in outside.parts or name.startswith("~"):
+        raise ScanError(
+            f"{path}: its voxels are said to be in {name!r}; expected a file in the folder "
+            "of the header; move it there and name it without folders"
+        )
 
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:

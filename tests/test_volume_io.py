@@ -111,6 +111,33 @@ def test_a_tilted_gantry_keeps_its_shear_in_the_sform(tmp_path):
     assert np.allclose(again.affine, grid.affine, atol=1e-5)
 
 
+@pytest.mark.parametrize("lean_deg", [0.01, 0.4, 3.0])
+def test_a_sheared_volume_is_placed_right_or_not_at_all(lean_deg, tmp_path, caplog):
+    """A qform would bring its last slice up to 1.3 mm beside its place, unsaid."""
+    affine = np.diag([-0.7, -0.7, 2.5, 1.0])
+    affine[1, 2] = 2.5 * np.tan(np.radians(lean_deg))
+    shape = (5, 6, 150)
+    canonical, grid = to_canonical(np.zeros(shape, np.uint8), affine)
+    write_volume(tmp_path / "m.nii.gz", canonical, grid, Grid(shape, affine))
+    corners = np.array(list(itertools.product((0, 4), (0, 5), (0, 149))))
+    expected = Grid(shape, affine).index_to_ras_mm(corners)
+    by_nibabel = nibabel.affines.apply_affine(
+        nibabel.load(tmp_path / "m.nii.gz").affine, corners
+    )
+    assert np.abs(by_nibabel - expected).max() < 0.05
+    try:
+        image = sitk.ReadImage(tmp_path / "m.nii.gz")
+    except RuntimeError as error:
+        # ITK has no shear; it says so where it cannot read the qform instead.
+        assert "orthonormal" in str(error)
+        assert lean_deg > 0.01
+        assert "programs made with ITK refuse it" in caplog.text
+    else:
+        by_itk = [image.TransformIndexToPhysicalPoint(c.tolist()) for c in corners]
+        assert np.abs(flip_xy(np.array(by_itk)) - expected).max() < 0.05
+        assert not caplog.text
+
+
 def test_the_noise_floor_of_a_probability_map_compresses_away(tmp_path):
     rng = np.random.default_rng(0)
     noise = (rng.random((40, 64, 64)) * 4e-5).astype(np.float32)
@@ -151,7 +178,19 @@ def test_a_truncated_volume_is_named(keep, tmp_path):
     path = tmp_path / "prob.nii.gz"
     write_volume(path, canonical, grid, Grid(noise.shape, np.eye(4)))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ScanError, match="not a readable NIfTI volume"):
+    with pytest.raises(ScanError, match="not a readable NIfTI file"):
+        read_volume(path)
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
+    array = np.zeros((10, 20, 20), np.float32)
+    canonical, grid = to_canonical(array, np.eye(4))
+    path = tmp_path / "prob.nii.gz"
+    write_volume(path, canonical, grid, Grid(array.shape, np.eye(4)))
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # the checksum itself, behind the last voxel
+    path.write_bytes(content)
+    with pytest.raises(ScanError, match=r"CRC check failed.*; remove it and make it"):
         read_volume(path)
 
 
@@ -163,7 +202,7 @@ def test_a_corrupt_volume_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[1000:1100] = bytes(100)
     path.write_bytes(content)
-    with pytest.raises(ScanError, match="not a readable NIfTI volume"):
+    with pytest.raises(ScanError, match="not a readable NIfTI file"):
         read_volume(path)
 
 

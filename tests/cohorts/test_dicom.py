@@ -1,4 +1,6 @@
+import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +79,7 @@ def test_simpleitk_reads_the_same_values_at_the_same_places(orientation, series,
     read = dicom.read_series(paths)
     values, image = read_with_itk(paths)
     back = to_source(read.hu, read.grid, read.source_grid)
-    if not np.array_equal(back, values):
-        # GDCM may stack the slices the other way round.
-        back = back[::-1]
-    assert np.array_equal(back, values)
+    assert np.array_equal(back, values.T)
     for index in [(0, 0, 0), (3, 5, 7), (29, 12, 6)]:
         at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(index))
         z, y, x = np.rint(read.grid.ras_mm_to_index(at_ras_mm)).astype(int)
@@ -312,6 +311,67 @@ def test_doubled_slices_are_refused_and_the_lower_instance_kept(series, saved, c
     assert np.array_equal(read.hu, chest())
 
 
+def second_set(series, **changes):
+    """The images of the same positions again, of another noise, numbered from 101."""
+    images = series()
+    for k, image in enumerate(images):
+        image.InstanceNumber, image.SOPInstanceUID = 101 + k, f"1.2.3.{k + 1}"
+        image.PixelData = (image.pixel_array + 1).astype(np.int16).tobytes()
+        for tag, value in changes.items():
+            setattr(image, tag, value)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        ("ConvolutionKernel", "LUNG"),
+        ("SliceThickness", "5"),
+        ("AcquisitionNumber", 2),
+        ("ImageType", ["DERIVED", "PRIMARY", "AXIAL"]),
+    ],
+)
+def test_two_reconstructions_at_the_same_positions_are_not_mended(
+    tag, value, series, saved
+):
+    images = series() + second_set(series, **{tag: value})
+    message = refused(images, saved, repair=["duplicates"])
+    assert tag in message
+    assert "--repair" not in message
+
+
+def test_of_two_sets_at_the_same_positions_one_stays_throughout(series, saved, chest):
+    paths = saved(series() + second_set(series))
+    read = dicom.read_series(paths, repair=["duplicates"])
+    assert np.array_equal(read.hu, chest())
+
+
+def test_two_sets_numbered_against_each_other_are_not_mixed(series, saved, chest):
+    others = second_set(series)
+    for k, image in enumerate(others):
+        image.InstanceNumber = 8 - k
+    both = series() + others
+    message = refused(both, saved, repair=["duplicates"])
+    assert "neither InstanceNumber nor folder tells which images belong" in message
+    for k, image in enumerate(others):
+        image.InstanceNumber = k + 1
+    assert "neither InstanceNumber" in refused(both, saved, repair=["duplicates"])
+    # A folder each: the first of the folders is taken.
+    paths = saved(series(), "two/a") + saved(others, "two/b")
+    assert np.array_equal(dicom.read_series(paths, repair=["duplicates"]).hu, chest())
+
+
+def test_files_that_lie_there_twice_are_mended_whatever_their_numbers(
+    series, saved, chest
+):
+    images = series()
+    for image in images:
+        image.InstanceNumber = 0
+    paths = saved(images, "two/a") + saved(images[3:], "two/b")
+    read = dicom.read_series(paths, repair=["duplicates"])
+    assert np.array_equal(read.hu, chest())
+
+
 def tilted(series, degrees):
     angle = np.radians(degrees)
     orientation = (1, 0, 0, 0, np.cos(angle), np.sin(angle))
@@ -392,6 +452,22 @@ REFUSALS = {
         changed("SeriesInstanceUID", "1.2.3"),
         "mixed with other series: 1.2.3, 1.2.826.*expected one SeriesInstanceUID",
     ),
+    "study": (
+        changed("StudyInstanceUID", "1.2.3"),
+        "mixed StudyInstanceUID: '1.2.3' in 1 of 8 images .first 021-3.dcm., '1.2.826.*'",
+    ),
+    "frame of reference": (
+        changed("FrameOfReferenceUID", "1.2.3"),
+        "mixed FrameOfReferenceUID: '1.2.3' in 1 of 8 images",
+    ),
+    "kernel": (
+        changed("ConvolutionKernel", "LUNG"),
+        "mixed ConvolutionKernel: 'LUNG' in 1 of 8 images .first 021-3.dcm., 'STANDARD'",
+    ),
+    "patient": (
+        changed("PatientID", "Secret"),
+        "two or more PatientIDs: that of 1 of 8 images .first 021-3.dcm. is not",
+    ),
     "orientation": (
         changed("ImageOrientationPatient", [1, 0, 0, 0, 0.99, 0.141]),
         "mixed orientation",
@@ -406,17 +482,34 @@ REFUSALS = {
         changed("ImageOrientationPatient", [1, 0, 0, 0, 1]),
         "021-3.dcm: a value of the header has the wrong form",
     ),
+    **{
+        f"{tag} {value}": (
+            changed(tag, [value, *rest]),
+            f"021-3.dcm: {tag} is .*{value}.*; expected finite numbers",
+        )
+        for tag, rest in (
+            ("ImagePositionPatient", ["0", "0"]),
+            ("ImageOrientationPatient", ["0", "0", "0", "1", "0"]),
+            ("PixelSpacing", ["1"]),
+            ("RescaleSlope", []),
+            ("RescaleIntercept", []),
+        )
+        for value in ("nan", "inf")
+    },
     "empty tag": (changed("RescaleSlope", None), "021-3.dcm has no RescaleSlope"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values it doubts
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_defect_is_named_with_file_value_and_expectation(name, series, saved):
     change, pattern = REFUSALS[name]
     images = series()
     change(images)
-    with pytest.raises(ScanError, match=pattern):
+    with pytest.raises(ScanError, match=pattern) as caught:
         dicom.read_series(saved(images))
+    assert "Secret" not in str(caught.value)
+    assert "LIDC-IDRI-0042" not in str(caught.value)
 
 
 def test_axes_that_are_not_perpendicular_are_refused(series, saved):
@@ -481,7 +574,47 @@ def test_a_slice_of_another_scan_is_named(series, saved):
     images = series()
     stored = images[3].pixel_array
     images[3].PixelData = stored.byteswap().tobytes()
-    assert "slice 021-3.dcm differs from its neighbours by" in refused(images, saved)
+    message = refused(images, saved)
+    assert re.search(r"by \d+ HU from 014-2.dcm to 021-3.dcm", message)
+    assert re.search(r"by \d+ HU from 021-3.dcm to 028-4.dcm", message)
+
+
+def test_a_block_of_blank_slices_is_refused(series, saved):
+    images = series()
+    for image in images[2:5]:
+        image.PixelData = bytes(len(image.PixelData))
+    message = refused(images, saved)
+    assert "3 of 8 slices (014-2.dcm, 021-3.dcm, 028-4.dcm) are blank" in message
+    assert "-1024 HU throughout" in message
+
+
+def test_a_block_of_slices_half_blank_is_refused(series, saved):
+    images = series()
+    for image in images[2:5]:
+        stored = image.pixel_array.copy()
+        stored[20:] = 0
+        image.PixelData = stored.tobytes()
+    assert re.search(
+        r"change 2 times .* from 007-1.dcm to 014-2.dcm, and by \d+ HU from 028-4.dcm",
+        refused(images, saved),
+    )
+
+
+def test_half_a_series_of_another_intercept_is_refused(series, saved):
+    images = series()
+    for image in images[4:]:
+        image.RescaleIntercept = "0"
+    message = refused(images, saved)
+    assert re.search(r"by 1\d\d\d HU from 021-3.dcm to 028-4.dcm", message)
+    assert "of another scan or rescale" in message
+
+
+def test_a_copy_of_the_slice_before_is_refused(series, saved):
+    images = series()
+    images[4].PixelData = images[3].PixelData
+    message = refused(images, saved)
+    assert "1 of 8 slices (028-4.dcm) are equal to the slice before" in message
+    assert "(first 021-3.dcm)" in message
 
 
 @pytest.mark.parametrize(
@@ -534,7 +667,6 @@ def test_series_are_found_whatever_else_lies_in_the_folder(series, saved, tmp_pa
     (source,) = dicom.find_scans(folder)
     assert source.patient_id == "LIDC-IDRI-0042"
     assert len(source.paths) == 8
-    assert dicom.inspect_folder(folder) == [(source, [])]
 
 
 def test_files_of_several_series_in_one_folder_are_told_apart(series, saved):
@@ -565,36 +697,110 @@ def test_a_folder_without_ct_says_what_it_holds(series, saved, tmp_path):
         dicom.read_series(paths)
 
 
-def test_inspection_gives_the_reason_without_reading_pixels(series, saved):
-    images = series()
-    del images[3]
-    for image in images:
-        image.PixelData = b""
-    ((_, reasons),) = dicom.inspect_folder(saved(images)[0].parent)
-    assert len(reasons) == 1
-    assert "about 1 slices missing" in reasons[0]
-
-
-def test_patient_ids_that_are_not_public_become_pseudonyms(series, saved):
+@pytest.mark.parametrize("uid", ["../../escaped", "..", "/tmp/x", "1" * 65, ""])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of a UID it doubts
+def test_a_uid_that_could_name_another_folder_is_refused(uid, series, saved):
     images = series()
     for image in images:
-        image.PatientID = "hospital 4711"
-    read = dicom.read_series(saved(images))
-    assert read.patient_id == "p-" + sha256_hex("hospital 4711")[:12]
+        image.SeriesInstanceUID = uid
+    paths = saved(images)
+    with pytest.raises(ScanError, match=r"8 damaged or without a SeriesInstanceUID of"):
+        dicom.find_scans(paths[0].parent)
+    with pytest.raises(ScanError, match="SeriesInstanceUID .*expected 1 to 64 digits"):
+        dicom.read_series(paths)
 
 
-def sha256_hex(text):
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_without_a_patient_id_the_study_stands_for_the_patient(series, saved):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_slice_with_such_a_uid_costs_its_series(series, saved):
     images = series()
-    for image in images:
+    images[3].SeriesInstanceUID = "../../escaped"
+    (source,) = dicom.find_scans(saved(images)[0].parent)
+    with pytest.raises(ScanError, match="021-3.dcm: SeriesInstanceUID '../../escaped'"):
+        dicom.read_series(source.paths)
+
+
+def patients_of(saved, *ids):
+    """The patients that `find_scans` gives for series of these PatientIDs."""
+    folder = None
+    for k, (images, patient_id) in enumerate(ids, start=1):
+        for image in images:
+            image.PatientID = patient_id
+            image.SeriesInstanceUID, image.StudyInstanceUID = f"1.2.{k}", f"1.3.{k}"
+        folder = saved(images, f"found/{k}")[0].parents[1]
+    return [source.patient_id for source in dicom.find_scans(folder)]
+
+
+def test_patient_ids_that_are_not_public_become_pseudonyms_of_a_secret_key(
+    series, saved, key_file
+):
+    def found():
+        return patients_of(
+            saved,
+            (series(), "4711007"),
+            (series(), "4711008"),
+            (series(), "4711007"),
+            (series(), "LIDC-IDRI-0042"),
+        )
+
+    first = found()
+    assert first[0] == first[2] != first[1]
+    assert first[3] == "LIDC-IDRI-0042"
+    assert all(re.fullmatch(r"p-[0-9a-f]{12}", p) for p in first[:3])
+    assert first[0] != "p-" + hashlib.sha256(b"4711007").hexdigest()[:12]
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    assert len(key_file.read_bytes()) == 32
+    assert list(key_file.parent.iterdir()) == [key_file]
+    dicom.read_key.cache_clear()  # as a later run of the same user
+    assert found() == first
+    key_file.write_bytes(bytes(32))
+    dicom.read_key.cache_clear()
+    assert found()[0] not in first
+
+
+def test_the_key_lies_in_the_users_settings(monkeypatch, tmp_path):
+    monkeypatch.delenv("LUNG_PATIENT_KEY_FILE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert dicom.key_path() == tmp_path / "lung-nodules/patient_key"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert dicom.key_path() == tmp_path / "home/.config/lung-nodules/patient_key"
+
+
+def test_a_damaged_key_is_refused_not_replaced(series, saved, key_file):
+    key_file.parent.mkdir()
+    key_file.write_bytes(b"short")
+    with pytest.raises(ValueError, match="patient_key: 5 bytes; expected a key of 32"):
+        patients_of(saved, (series(), "4711007"))
+    assert key_file.read_bytes() == b"short"
+
+
+def test_public_ids_need_no_key(series, saved, key_file):
+    patients_of(saved, (series(), "LIDC-IDRI-0042"))
+    assert not key_file.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "ANONYMOUS", "Anon^Anon", "anonymized000", "UNKNOWN", "0", "N/A", "---"],
+)
+def test_an_id_that_means_nobody_makes_each_study_a_patient(
+    name, series, saved, caplog
+):
+    ids = patients_of(saved, (series(), name), (series(), name), (series(), "Anna"))
+    assert len(set(ids)) == 3
+    assert len(caplog.records) == 1
+    assert "2 of 3 series have no PatientID of their own" in caplog.text
+
+
+def test_two_series_of_a_study_without_patient_are_one_patient(series, saved):
+    images, others = series(), series()
+    for image in others:
+        image.SeriesInstanceUID = "1.2.3"
+    for image in images + others:
         image.PatientID = ""
-    read = dicom.read_series(saved(images))
-    assert read.patient_id == "p-" + sha256_hex(images[0].StudyInstanceUID)[:12]
+    saved(images, "both/a")
+    folder = saved(others, "both/b")[0].parents[1]
+    assert len({source.patient_id for source in dicom.find_scans(folder)}) == 1
 
 
 def test_nothing_personal_leaves_the_reader(series, saved):
@@ -623,5 +829,28 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     corner = [n - 1 for n in image.GetSize()]
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
     assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
-    assert read.patient_id.startswith(("LIDC-IDRI-000", "p-"))
-    assert dicom.inspect_series(source.paths) == []
+    assert source.patient_id.startswith(("LIDC-IDRI-000", "p-"))
+
+
+@pytest.mark.lidc
+@pytest.mark.parametrize("folder", ["LIDC-IDRI/LIDC-IDRI-0001", "Lung-PET-CT-Dx"])
+def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
+    if not (DATA / folder).is_dir():
+        pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
+    (source,) = dicom.find_scans(DATA / folder)
+    slices = dicom.sorted_slices(dicom.read_slices(source.paths))
+    volume, _ = dicom.read_volume(slices)
+    blank, half_blank, offset, copied = (volume.copy() for _ in range(4))
+    blank[20:23] = AIR_HU
+    half_blank[20:23, 256:] = AIR_HU
+    offset[len(offset) // 2 :] += 1024
+    copied[30] = copied[29]
+    dicom.check_neighbours(volume, slices)
+    for damaged, message in (
+        (blank, "3 of .* are blank"),
+        (half_blank, f"change 2 times .* from {slices[19].name} to {slices[20].name}"),
+        (offset, "change 1 times .* by 10\\d\\d HU"),
+        (copied, f"1 of .*{slices[30].name}.* equal to the slice before"),
+    ):
+        with pytest.raises(ScanError, match=message):
+            dicom.check_neighbours(damaged, slices)

@@ -56,6 +56,7 @@ def write_series(
     stored[:, 4:-4, 4:-4] = 30
     stored[:, 8:-8, 8:-8] = -850
     stored[NODULE] = 100
+    stored[:, 0, 0] = -1000 + np.arange(SLICES)  # no two slices are the same
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(SLICES):
         meta = pydicom.dataset.FileMetaDataset()
@@ -163,6 +164,24 @@ def test_series_are_matched_to_xml_by_uid_in_any_layout(tmp_path):
     ]
     assert [s.annotations for s in found] == [(first,), (second,)]
     assert [len(s.paths) for s in found] == [SLICES, SLICES]
+
+
+def test_a_folder_named_like_an_xml_is_passed_over(tmp_path):
+    write_series(tmp_path / "ct")
+    (tmp_path / "x.xml").mkdir()
+    assert len(lidc.find_scans(tmp_path)) == 1
+
+
+def test_two_xml_files_of_a_series_must_say_the_same(tmp_path):
+    write_series(tmp_path / "ct")
+    write_xml(tmp_path / "a.xml", box_nodule())
+    copy = write_xml(tmp_path / "b.xml", box_nodule())
+    copy.write_text(copy.read_text().replace("><", ">\n<"))
+    (source,) = lidc.find_scans(tmp_path)
+    assert len(lidc.load_scan(source).nodules) == 1
+    write_xml(copy, box_nodule(malignancy=1))
+    with pytest.raises(ScanError, match=r"a\.xml and .*b\.xml both name it and differ"):
+        lidc.load_scan(source)
 
 
 def test_a_nodule_is_where_its_outline_encloses(load):

@@ -277,6 +277,25 @@ def test_a_bad_row_is_named(luna, tmp_path, row, message):
         luna16.load_scan(source)
 
 
+def test_two_lists_of_one_name_must_say_the_same(luna, tmp_path):
+    scan = luna()
+    first = tmp_path / "annotations.csv"
+    other = tmp_path / "evaluationScript/annotations/annotations.csv"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(first.read_bytes().replace(b"\n", b"\r\n"))
+    (source,) = luna16.find_scans(tmp_path)
+    assert luna16.load_scan(source).nodules == scan.nodules
+    write_csv(other)
+    with pytest.raises(ValueError, match=r"annotations\.csv differ; expected one list"):
+        luna16.find_scans(tmp_path)
+
+
+def test_files_that_another_system_left_are_passed_over(luna, tmp_path):
+    luna()
+    (tmp_path / "subset3" / f"._{UID}.mhd").write_bytes(b"")
+    assert len(luna16.find_scans(tmp_path)) == 1
+
+
 def test_a_list_with_other_columns_is_refused(luna, tmp_path):
     luna()
     (tmp_path / "annotations.csv").write_text("seriesuid,x,y,z,diameter_mm\n")

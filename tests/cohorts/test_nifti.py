@@ -10,6 +10,7 @@ import SimpleITK
 from cohorts import nifti
 from geometry import flip_xy, to_source
 from scan import AIR_HU, ScanError
+from volume_io import write_volume
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
@@ -186,6 +187,48 @@ def test_a_truncated_volume_is_named(suffix, keep, chest, tmp_path):
     path.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ScanError, match=rf"case{suffix}: not a readable"):
         load(path)
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(chest_file):
+    content = bytearray(chest_file.read_bytes())
+    content[-8] ^= 1  # the checksum itself, behind the last voxel
+    chest_file.write_bytes(content)
+    with pytest.raises(ScanError, match=r"not a readable NIfTI .*CRC check failed"):
+        load(chest_file)
+
+
+def test_nifti_2_is_read_too(chest, tmp_path):
+    image = nibabel.Nifti2Image(chest().T, RAS_AFFINE)
+    nibabel.save(image, tmp_path / "case.nii.gz")
+    assert np.array_equal(load(tmp_path / "case.nii.gz").hu, chest())
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        (1, 0, 0, 0, 1, 0),
+        (-1, 0, 0, 0, 1, 0),
+        (1, 0, 0, 0, -1, 0),
+        (0, 1, 0, 0, 0, -1),
+        tuple(np.linalg.qr([[9, 2, 1], [-1, 9, 3], [1, -3, 9]])[0][:2].ravel()),
+    ],
+)
+def test_what_is_written_of_a_series_lies_as_simpleitk_reads_the_series(
+    orientation, series, saved, tmp_path
+):
+    folder = saved(series(orientation=orientation))[0].parent
+    scan = load(folder)
+    write_volume(tmp_path / "m.nii.gz", scan.hu, scan.grid, scan.source_grid)
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    dicom, written = reader.Execute(), SimpleITK.ReadImage(tmp_path / "m.nii.gz")
+    assert written.GetSize() == dicom.GetSize()
+    assert np.allclose(written.GetSpacing(), dicom.GetSpacing(), atol=1e-6)
+    assert np.allclose(written.GetDirection(), dicom.GetDirection(), atol=1e-6)
+    assert np.allclose(written.GetOrigin(), dicom.GetOrigin(), atol=1e-4)
+    assert np.array_equal(
+        SimpleITK.GetArrayViewFromImage(written), SimpleITK.GetArrayViewFromImage(dicom)
+    )
 
 
 def test_a_nodule_mask_becomes_nodules_of_one_reader(listed):
@@ -375,6 +418,80 @@ def test_a_folder_of_volumes_is_found_by_name(chest, tmp_path):
     save_nifti(chest().T, tmp_path / "other/a.nii.gz")
     with pytest.raises(ValueError, match="two scans are called a"):
         nifti.find_scans(tmp_path)
+
+
+def test_a_folder_of_volumes_and_dicom_is_refused(chest, series, saved, tmp_path):
+    saved(series(), "both/patient", suffix="")
+    save_nifti(chest().T, tmp_path / "both/stray.nii.gz")
+    with pytest.raises(
+        ValueError,
+        match=r"both: holds volumes \(1, first .*stray.* and DICOM CT \(first",
+    ):
+        nifti.find_scans(tmp_path / "both")
+
+
+def test_a_name_that_cannot_be_an_id_does_not_stop_the_others(chest, tmp_path, caplog):
+    for name in ("case 1.nii.gz", "-b.nii", "c.nii", "d" * 126 + "é.nii"):
+        save_nifti(chest().T, tmp_path / name)
+    found = nifti.find_scans(tmp_path)
+    ids = [source.scan_id for source in found]
+    assert ids == ["x-b", "c", "case_1", "d" * 126 + "_"]
+    assert "case 1.nii.gz: its scan is called case_1" in caplog.text
+    save_nifti(chest().T, tmp_path / "case_1.nii")
+    with pytest.raises(ValueError, match=r"two scans are called case_1: .*case 1.nii"):
+        nifti.find_scans(tmp_path)
+
+
+META = "ObjectType = Image\nNDims = 3\nDimSize = 36 40 8\nElementType = MET_SHORT\n"
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 36 40 8\nencoding: raw\n"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{secret}",
+        "../secret.raw",
+        "sub/../../secret.raw",
+        "..\\secret.raw",
+        "LIST\n{secret}",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.mhd", META + "ElementDataFile = {}\n"),
+        ("a.mha", META + "elementdatafile={}\n"),
+        ("b.mha", META + "ElementDataFile\n= {}\n"),
+        ("a.nhdr", NRRD + "space: LPS\ndata file: {}\n"),
+        ("a.nrrd", NRRD + "DataFile: {}\n"),
+    ],
+    ids=["mhd", "mha", "mha, two lines", "nhdr", "nrrd"],
+)
+def test_a_header_cannot_name_a_file_outside_its_folder(
+    name, header, named, chest, tmp_path
+):
+    secret = tmp_path / "secret.raw"
+    secret.write_bytes(chest().tobytes())
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_text(header.format(named.format(secret=secret)))
+    with pytest.raises(
+        ScanError, match=rf"{name}: its voxels are said to be in .*secret"
+    ):
+        nifti.read_volume(path)
+
+
+def test_a_header_may_name_a_file_beside_it(chest, tmp_path):
+    (tmp_path / "my scan..raw").write_bytes(chest().tobytes())
+    path = tmp_path / "a.mhd"
+    path.write_text(META + "ElementDataFile = my scan..raw\n")
+    assert np.array_equal(nifti.read_volume(path)[0], chest().T)
+
+
+def test_a_header_without_end_is_refused(tmp_path):
+    (tmp_path / "a.mhd").write_text(META + "Comment = x\n" * 100_000)
+    with pytest.raises(ScanError, match="no end of a MetaImage .* first 1048576 bytes"):
+        nifti.read_volume(tmp_path / "a.mhd")
 
 
 def test_an_unknown_source_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from cohorts import phantom_nodules as nodules
 from cohorts.phantom_anatomy import Body, Chest, Mesh
 from cohorts.phantom_nodules import PlacedNodule, Reading
 from geometry import Grid
+from outlines import READERS, diameter_mm, volume_mm3
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, write_scan
 
 FORMAT = 1
@@ -135,16 +136,6 @@ class Phantom:
     @property
     def series_uid(self) -> str:
         return series_uid(self.seed, self.settings)
-
-    @property
-    def reader_bits(self) -> np.ndarray:
-        """(z, y, x) uint8, bit r where reader r outlined a nodule."""
-        bits = np.zeros(self.hu.shape, np.uint8)
-        for reading in self.readings:
-            for z, outline in reading.outlines.items():
-                inside = nodules.fill_outline(outline, bits.shape[1:])
-                bits[z] |= inside << reading.reader
-        return bits
 
 
 def patient_id(seed: int) -> str:
@@ -409,7 +400,6 @@ class _Places:
         vessel_radii: (segments,) in mm.
         vessel_axes: (segments, xyz) unit vectors.
         roots_xyz: (roots, xyz) of the lungs.
-        half_slice_mm: Half the distance between slices.
         z_range_mm: First and last slice.
     """
 
@@ -557,14 +547,11 @@ def _label_nodules(patches: Sequence[_Patch], lung: np.ndarray) -> np.ndarray:
 
 def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Reading]:
     mesh = scene.mesh.part(patch.box)
-    field_mm = np.zeros(0)
     z0, y0, x0 = (span.start for span in patch.box)
     shift = np.array([x0, y0])
-    ratings = [nodules.rate(patch.nodule, rng) for _ in range(nodules.READERS)]
+    ratings = [nodules.rate(patch.nodule, rng) for _ in range(READERS)]
     found = False
-    for reader, mask in nodules.read_nodule(
-        patch.nodule, field_mm, patch.limit, mesh, rng
-    ):
+    for reader, mask in nodules.read_nodule(patch.nodule, patch.limit, mesh, rng):
         outlines = nodules.outlines_of(mask)
         if not outlines:
             continue
@@ -582,7 +569,7 @@ def _marks(trees, mesh: Mesh, labels: np.ndarray, rng: np.random.Generator):
     vessels = [tree for kind, tree in trees if kind == "vessel"]
     points = np.concatenate([tree.ends[tree.end_radii < 1.5] for tree in vessels])
     axes = [axis.ravel() for axis in (mesh.x, mesh.y, mesh.z)]
-    for reader in range(nodules.READERS):
+    for reader in range(READERS):
         for point in points[rng.choice(len(points), int(rng.integers(0, 6)))]:
             x, y, z = (
                 int(np.clip(np.searchsorted(axis, at), 1, len(axis) - 2))
@@ -844,10 +831,13 @@ def _nodule_record(phantom: Phantom, nodule: PlacedNodule) -> Nodule | None:
     if not mask.any():
         return None
     centre = phantom.grid.index_to_ras_mm(np.argwhere(mask).mean(0))
-    volume = float(mask.sum() * phantom.grid.voxel_mm3)
-    diameter = nodules.largest_extent_mm(mask, phantom.grid.spacing_mm[2])
+    reading = Annotation(
+        reader=0,
+        volume_mm3=volume_mm3(mask, phantom.grid.voxel_mm3),
+        diameter_mm=diameter_mm(mask, phantom.grid.spacing_mm),
+    )
     x, y, z = centre.tolist()
-    return Nodule(nodule.label, (x, y, z), (Annotation(0, volume, diameter),))
+    return Nodule(nodule.label, (x, y, z), (reading,))
 
 
 def to_series(phantom: Phantom) -> dicom.Series:

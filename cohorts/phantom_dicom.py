@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cohorts.phantom_nodules import RATINGS, READERS, Reading
+from cohorts.lidc_database import CHARACTERISTICS
+from cohorts.phantom_nodules import Reading
+from outlines import READERS
 
 TransferSyntax = Literal["explicit", "rle", "jpeg-ls"]
 
@@ -249,7 +251,7 @@ def _add_session(session, series, reader, readings, marks) -> None:
         number += 1
         nodule = _add_nodule(session, reader, number)
         ratings = ET.SubElement(nodule, "characteristics")
-        for name in RATINGS:
+        for name in CHARACTERISTICS:
             ET.SubElement(ratings, name).text = str(reading.ratings[name])
         for index, outline in sorted(reading.outlines.items(), reverse=True):
             _add_roi(nodule, series, index, outline.tolist())

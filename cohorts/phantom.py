@@ -456,7 +456,9 @@ class _Places:
             candidates = self._at_depth(site, radius, rng)
         return (c for c in candidates if self._free(c, radius, others))
 
-    def _beside_vessels(self, radius: float, rng: np.random.Generator):
+    def _beside_vessels(
+        self, radius: float, rng: np.random.Generator
+    ) -> Iterator[np.ndarray] | None:
         """Places whose nodule swallows a vessel's flank."""
         fitting = np.flatnonzero((self.vessel_radii > 0.9) & (self.vessel_radii < 2.6))
         if not fitting.size:
@@ -465,7 +467,7 @@ class _Places:
         aside = np.cross(self.vessel_axes[chosen], rng.standard_normal((60, 3)))
         aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
         centres = self.vessels_xyz[chosen] + 0.75 * radius * aside
-        return [c for c in centres if self._depth_at(c) > radius + 1]
+        return (c for c in centres if self._depth_at(c) > radius + 1)
 
     def _at_depth(self, site: str, radius: float, rng: np.random.Generator):
         low, high = (
@@ -805,6 +807,8 @@ def _blurred(image: np.ndarray, sigma_px: float) -> np.ndarray:
 
 def to_scan(phantom: Phantom) -> Scan:
     """The truth as a scan: exact lungs, and the true nodules as reader 0."""
+    from scipy import ndimage
+
     truth = phantom.nodule_labels
     return Scan(
         scan_id=phantom.series_uid,
@@ -816,7 +820,10 @@ def to_scan(phantom: Phantom) -> Scan:
         lung=phantom.lung,
         reader_bits=(truth > 0).astype(np.uint8),
         nodule_labels=truth,
-        nodules=tuple(_nodule_record(phantom, n.label) for n in phantom.nodules),
+        nodules=tuple(
+            _nodule_record(label, truth[box] == label, box, phantom.grid)
+            for label, box in enumerate(ndimage.find_objects(truth), start=1)
+        ),
         acquisition={
             "kernel": phantom.kernel.name,
             "slice_thickness_mm": phantom.settings.slice_spacing_mm,
@@ -828,15 +835,15 @@ def to_scan(phantom: Phantom) -> Scan:
     )
 
 
-def _nodule_record(phantom: Phantom, label: int) -> Nodule:
-    mask = phantom.nodule_labels == label
-    centre = phantom.grid.index_to_ras_mm(np.argwhere(mask).mean(0))
+def _nodule_record(label: int, region: np.ndarray, box: Box, grid: Grid) -> Nodule:
+    """What is true of a nodule, from the mask of its voxels in a box."""
+    start = [span.start for span in box]
+    x, y, z = grid.index_to_ras_mm(np.argwhere(region).mean(0) + start).tolist()
     reading = Annotation(
         reader=0,
-        volume_mm3=volume_mm3(mask, phantom.grid.voxel_mm3),
-        diameter_mm=diameter_mm(mask, phantom.grid.spacing_mm),
+        volume_mm3=volume_mm3(region, grid.voxel_mm3),
+        diameter_mm=diameter_mm(region, grid.spacing_mm),
     )
-    x, y, z = centre.tolist()
     return Nodule(label, (x, y, z), (reading,))
 
 

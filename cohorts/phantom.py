@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,13 +31,17 @@ from cohorts import phantom_nodules as nodules
 from cohorts.phantom_anatomy import Body, Chest, Mesh
 from cohorts.phantom_nodules import PlacedNodule, Reading
 from geometry import Grid
-from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, write_scan
+from outlines import READERS, Box, diameter_mm, volume_mm3
+from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, write_scan
 
-FORMAT = 1
+FORMAT = 2
 """Part of every UID: raised when the same seed makes another phantom than before."""
 
 COARSE_MM = 2.8
 """Pitch at which organs are computed; finer voxels are interpolated from it."""
+
+PLACES_TRIED = 3
+"""Free places at which a nodule is tried before it is left out."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Settings:
     nodules: tuple[int, int] = (1, 5)
     """Fewest and most nodules."""
     diameter_mm: tuple[float, float] = (4.0, 30.0)
-    """Smallest and largest in-plane diameter of a nodule."""
+    """Smallest and largest in-plane diameter of a nodule, as painted within a tenth."""
     transfer_syntax: Literal["mixed", "explicit", "rle", "jpeg-ls"] = "mixed"
     """How pixels are stored; mixed: every fourth phantom as RLE, every fourth JPEG-LS."""
 
@@ -136,16 +141,6 @@ class Phantom:
     def series_uid(self) -> str:
         return series_uid(self.seed, self.settings)
 
-    @property
-    def reader_bits(self) -> np.ndarray:
-        """(z, y, x) uint8, bit r where reader r outlined a nodule."""
-        bits = np.zeros(self.hu.shape, np.uint8)
-        for reading in self.readings:
-            for z, outline in reading.outlines.items():
-                inside = nodules.fill_outline(outline, bits.shape[1:])
-                bits[z] |= inside << reading.reader
-        return bits
-
 
 def patient_id(seed: int) -> str:
     return f"PHANTOM-{seed:04}"
@@ -166,11 +161,12 @@ def make_phantom(seed: int, settings: Settings = Settings()) -> Phantom:
     mesh, coarse, stride = _meshes(body, settings, draws("geometry"))
     chest = anatomy.build_chest(body, coarse, draws("chest"))
     trees = _grow_trees(chest, coarse, draws("trees"))
-    placed = _place_nodules(settings, chest, coarse, trees, draws("nodules"))
-    kernel = KERNELS[draws("kernel").choice(len(KERNELS), p=(0.25, 0.5, 0.25))]
     scene = _Scene(body, chest, mesh, coarse, stride)
+    placed = _place_nodules(settings, scene, trees, draws("nodules"))
+    kernel = KERNELS[draws("kernel").choice(len(KERNELS), p=(0.25, 0.5, 0.25))]
     patches = [
-        _Patch.of(nodule, scene, draws(("patch", nodule.label))) for nodule in placed
+        _Patch.of(nodule, box, scene, draws(("patch", nodule.label)))
+        for nodule, box in placed
     ]
     outside = _outside_fov(mesh) if draws("fov").random() < 0.5 else None
     hu, lung = _render(
@@ -190,7 +186,7 @@ def make_phantom(seed: int, settings: Settings = Settings()) -> Phantom:
         grid=_grid(mesh),
         lung=lung,
         nodule_labels=labels,
-        nodules=tuple(placed),
+        nodules=tuple(nodule for nodule, _ in placed),
         readings=tuple(readings),
         marks=tuple(_marks(trees, mesh, labels, draws("marks"))),
         outside_fov=outside,
@@ -254,10 +250,10 @@ class _Scene:
     coarse: Mesh
     stride: int
 
-    def lungs_at(self, box: tuple[slice, slice, slice]) -> np.ndarray:
-        """The lungs' field at the voxels of a box."""
-        planes = [self.upsampled(plane)[box[1:]] for plane in self.chest.lungs[box[0]]]
-        return np.stack(planes)
+    def nodule_limit(self, box: Box) -> np.ndarray:
+        """Field in mm at the voxels of a box that no nodule leaves."""
+        lungs = [self.upsampled(plane)[box[1:]] for plane in self.chest.lungs[box[0]]]
+        return np.stack(lungs) - nodules.WALL_MM
 
     def upsampled(self, plane: np.ndarray) -> np.ndarray:
         """A coarse (y, x) plane at the scan's pixels."""
@@ -358,37 +354,44 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
 
 def _place_nodules(
     settings: Settings,
-    chest: Chest,
-    coarse: Mesh,
+    scene: _Scene,
     trees: Sequence[tuple[str, anatomy.Tree]],
     rng: np.random.Generator,
-) -> list[PlacedNodule]:
-    """Draws nodules and finds room for each; one that fits nowhere is left out."""
+) -> list[tuple[PlacedNodule, Box]]:
+    """Draws nodules, each with its box; one that fits nowhere is left out."""
     fewest, most = settings.nodules
-    places = _Places.of(chest, coarse, trees)
-    placed: list[PlacedNodule] = []
+    small, large = settings.diameter_mm
+    places = _Places.of(scene.chest, scene.coarse, trees)
+    placed: list[tuple[PlacedNodule, Box]] = []
     for _ in range(int(rng.integers(fewest, most + 1))):
-        small, large = settings.diameter_mm
         diameter = float(
             np.clip(9.5 * np.exp(0.55 * rng.standard_normal()), small, large)
         )
         kind = nodules.KINDS[rng.choice(3, p=(0.7, 0.13, 0.17))]
         site = nodules.SITES[rng.choice(3, p=(0.4, 0.3, 0.3))]
-        shape = nodules.draw_shape(rng, diameter)
-        centre = places.find(site, diameter, placed, rng)
         nodule = PlacedNodule(
             label=len(placed) + 1,
             kind=kind,
             site=site,
-            centre_xyz=np.zeros(3) if centre is None else centre,
+            centre_xyz=np.zeros(3),
             diameter_mm=diameter,
-            shape=shape,
+            shape=nodules.draw_shape(rng, diameter),
             hu=_solid_hu(kind, rng),
-            haze_hu=chest.parenchyma_hu.mean() + float(rng.uniform(140, 360)),
+            haze_hu=scene.chest.parenchyma_hu.mean() + float(rng.uniform(140, 360)),
             core={"solid": 1.0, "part-solid": rng.uniform(0.4, 0.65)}.get(kind, 0.0),
         )
-        if centre is not None:
-            placed.append(nodule)
+        others = [other for other, _ in placed]
+        for centre in islice(places.find(site, diameter, others, rng), PLACES_TRIED):
+            fit = nodules.fitted(
+                dataclasses.replace(nodule, centre_xyz=centre),
+                scene.mesh,
+                scene.nodule_limit,
+                rng,
+                smallest_mm=small,
+            )
+            if fit is not None:
+                placed.append(fit)
+                break
     return placed
 
 
@@ -409,7 +412,6 @@ class _Places:
         vessel_radii: (segments,) in mm.
         vessel_axes: (segments, xyz) unit vectors.
         roots_xyz: (roots, xyz) of the lungs.
-        half_slice_mm: Half the distance between slices.
         z_range_mm: First and last slice.
     """
 
@@ -446,18 +448,17 @@ class _Places:
         diameter_mm: float,
         others: Sequence[PlacedNodule],
         rng: np.random.Generator,
-    ) -> np.ndarray | None:
-        """A centre (xyz) for a nodule, or None if no drawn place has room."""
+    ) -> Iterator[np.ndarray]:
+        """Centres (xyz) with room for a nodule, of some places drawn."""
         radius = diameter_mm / 2
         candidates = self._beside_vessels(radius, rng) if site == "vascular" else None
         if candidates is None:
             candidates = self._at_depth(site, radius, rng)
-        for centre in candidates:
-            if self._free(centre, radius, others):
-                return centre
-        return None
+        return (c for c in candidates if self._free(c, radius, others))
 
-    def _beside_vessels(self, radius: float, rng: np.random.Generator):
+    def _beside_vessels(
+        self, radius: float, rng: np.random.Generator
+    ) -> Iterator[np.ndarray] | None:
         """Places whose nodule swallows a vessel's flank."""
         fitting = np.flatnonzero((self.vessel_radii > 0.9) & (self.vessel_radii < 2.6))
         if not fitting.size:
@@ -466,7 +467,7 @@ class _Places:
         aside = np.cross(self.vessel_axes[chosen], rng.standard_normal((60, 3)))
         aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
         centres = self.vessels_xyz[chosen] + 0.75 * radius * aside
-        return [c for c in centres if self._depth_at(c) > radius + 1]
+        return (c for c in centres if self._depth_at(c) > radius + 1)
 
     def _at_depth(self, site: str, radius: float, rng: np.random.Generator):
         low, high = (
@@ -506,10 +507,14 @@ class _Places:
 
 
 def _depth_mm(chest: Chest, coarse: Mesh) -> np.ndarray:
-    """Distance to the pleura: exact within a slice, first order across slices."""
-    inside = (chest.lungs < 0).astype(np.uint8)
-    within = [cv2.distanceTransform(plane, cv2.DIST_L2, 5) for plane in inside]
-    return np.minimum(np.stack(within) * coarse.spacing_mm[1], -chest.lungs)
+    """Distance to the pleura: the lungs' field, held within a voxel of the exact one.
+
+    The field tells fractions of a voxel near the pleura and is far off deep in the lungs.
+    """
+    import edt
+
+    exact = edt.edt(chest.lungs < 0, anisotropy=coarse.spacing_mm, parallel=1)
+    return np.clip(-chest.lungs, exact - max(coarse.spacing_mm), exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -517,7 +522,7 @@ class _Patch:
     """A nodule's own box of voxels: where it is, how opaque and how dense."""
 
     nodule: PlacedNodule
-    box: tuple[slice, slice, slice]
+    box: Box
     mask: np.ndarray
     opacity: np.ndarray
     hu: np.ndarray
@@ -525,19 +530,13 @@ class _Patch:
 
     @classmethod
     def of(
-        cls, nodule: PlacedNodule, scene: _Scene, rng: np.random.Generator
+        cls, nodule: PlacedNodule, box: Box, scene: _Scene, rng: np.random.Generator
     ) -> "_Patch":
-        box = nodule.box(scene.mesh)
-        if box is None:
-            raise ScanError(
-                f"nodule {nodule.label} at {nodule.centre_xyz.tolist()} mm lies between "
-                "voxels; use a smaller slice_spacing_mm or larger size_px"
-            )
-        limit = scene.lungs_at(box) - nodules.WALL_MM
-        shape_field, opacity, hu = nodules.paint_nodule(
+        limit = scene.nodule_limit(box)
+        field_mm, opacity, hu = nodules.paint_nodule(
             nodule, scene.mesh.part(box), limit, rng
         )
-        return cls(nodule, box, shape_field < 0, opacity, hu, limit)
+        return cls(nodule, box, field_mm < 0, opacity, hu, limit)
 
 
 def _label_nodules(patches: Sequence[_Patch], lung: np.ndarray) -> np.ndarray:
@@ -557,21 +556,18 @@ def _label_nodules(patches: Sequence[_Patch], lung: np.ndarray) -> np.ndarray:
 
 def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Reading]:
     mesh = scene.mesh.part(patch.box)
-    field_mm = np.zeros(0)
     z0, y0, x0 = (span.start for span in patch.box)
     shift = np.array([x0, y0])
-    ratings = [nodules.rate(patch.nodule, rng) for _ in range(nodules.READERS)]
+    ratings = [nodules.rate(patch.nodule, rng) for _ in range(READERS)]
     found = False
-    for reader, mask in nodules.read_nodule(
-        patch.nodule, field_mm, patch.limit, mesh, rng
-    ):
+    for reader, mask in nodules.read_nodule(patch.nodule, patch.limit, mesh, rng):
         outlines = nodules.outlines_of(mask)
         if not outlines:
             continue
         found = True
         moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(reader, patch.nodule.label, moved, ratings[reader])
-    if not found and patch.mask.any():
+    if not found:
         outlines = nodules.outlines_of(patch.mask)
         moved = {z + z0: outline + shift for z, outline in outlines.items()}
         yield Reading(0, patch.nodule.label, moved, ratings[0])
@@ -582,7 +578,7 @@ def _marks(trees, mesh: Mesh, labels: np.ndarray, rng: np.random.Generator):
     vessels = [tree for kind, tree in trees if kind == "vessel"]
     points = np.concatenate([tree.ends[tree.end_radii < 1.5] for tree in vessels])
     axes = [axis.ravel() for axis in (mesh.x, mesh.y, mesh.z)]
-    for reader in range(nodules.READERS):
+    for reader in range(READERS):
         for point in points[rng.choice(len(points), int(rng.integers(0, 6)))]:
             x, y, z = (
                 int(np.clip(np.searchsorted(axis, at), 1, len(axis) - 2))
@@ -602,7 +598,7 @@ class _Layer:
 
     organ_hu: float
     borders: np.ndarray
-    box: tuple[slice, slice, slice]
+    box: Box
 
     @classmethod
     def of(cls, organ: anatomy.Organ, scene: _Scene) -> "_Layer | None":
@@ -638,7 +634,7 @@ def _borders(field_mm: np.ndarray, scene: _Scene) -> np.ndarray:
     return field_mm / np.sqrt((tilt * dz) ** 2 + dx**2).astype(np.float32)
 
 
-def _box_of(inside: np.ndarray, margin: int) -> tuple[slice, slice, slice] | None:
+def _box_of(inside: np.ndarray, margin: int) -> Box | None:
     """The box around a (z, y, x) mask, `margin` voxels wider where there is room."""
     spans = []
     for axis in range(3):
@@ -815,8 +811,9 @@ def _blurred(image: np.ndarray, sigma_px: float) -> np.ndarray:
 
 def to_scan(phantom: Phantom) -> Scan:
     """The truth as a scan: exact lungs, and the true nodules as reader 0."""
+    from scipy import ndimage
+
     truth = phantom.nodule_labels
-    records = [_nodule_record(phantom, nodule) for nodule in phantom.nodules]
     return Scan(
         scan_id=phantom.series_uid,
         patient_id=phantom.patient_id,
@@ -827,7 +824,10 @@ def to_scan(phantom: Phantom) -> Scan:
         lung=phantom.lung,
         reader_bits=(truth > 0).astype(np.uint8),
         nodule_labels=truth,
-        nodules=tuple(record for record in records if record is not None),
+        nodules=tuple(
+            _nodule_record(label, truth[box] == label, box, phantom.grid)
+            for label, box in enumerate(ndimage.find_objects(truth), start=1)
+        ),
         acquisition={
             "kernel": phantom.kernel.name,
             "slice_thickness_mm": phantom.settings.slice_spacing_mm,
@@ -839,15 +839,16 @@ def to_scan(phantom: Phantom) -> Scan:
     )
 
 
-def _nodule_record(phantom: Phantom, nodule: PlacedNodule) -> Nodule | None:
-    mask = phantom.nodule_labels == nodule.label
-    if not mask.any():
-        return None
-    centre = phantom.grid.index_to_ras_mm(np.argwhere(mask).mean(0))
-    volume = float(mask.sum() * phantom.grid.voxel_mm3)
-    diameter = nodules.largest_extent_mm(mask, phantom.grid.spacing_mm[2])
-    x, y, z = centre.tolist()
-    return Nodule(nodule.label, (x, y, z), (Annotation(0, volume, diameter),))
+def _nodule_record(label: int, region: np.ndarray, box: Box, grid: Grid) -> Nodule:
+    """What is true of a nodule, from the mask of its voxels in a box."""
+    start = [span.start for span in box]
+    x, y, z = grid.index_to_ras_mm(np.argwhere(region).mean(0) + start).tolist()
+    reading = Annotation(
+        reader=0,
+        volume_mm3=volume_mm3(region, grid.voxel_mm3),
+        diameter_mm=diameter_mm(region, grid.spacing_mm),
+    )
+    return Nodule(label, (x, y, z), (reading,))
 
 
 def to_series(phantom: Phantom) -> dicom.Series:

@@ -153,10 +153,12 @@ def spline_noise(
         for axis, pitch in zip((mesh.z, mesh.y, mesh.x), pitches, strict=True)
     ]
     knots = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
-    noise = np.tensordot(weights[0], knots, (1, 0))
-    noise = np.matmul(weights[1], noise)
     # The squared cubic B-spline weights of a point sum to 0.479 per axis on average.
-    return np.matmul(noise, weights[2].T) / np.float32(0.479**1.5)
+    noise = knots / np.float32(0.479**1.5)
+    # Each axis as one product of matrices; the axis it makes comes last.
+    for weight in weights:
+        noise = np.tensordot(noise, weight, (0, 1))
+    return noise
 
 
 def _spline_weights(axis_mm: np.ndarray, pitch_mm: float) -> np.ndarray:

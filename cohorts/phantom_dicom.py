@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cohorts.phantom_nodules import RATINGS, READERS, Reading
+from cohorts.lidc_database import CHARACTERISTICS
+from cohorts.phantom_nodules import Reading
+from outlines import READERS
 
 TransferSyntax = Literal["explicit", "rle", "jpeg-ls"]
 
@@ -90,6 +92,7 @@ def dicom_slice(series: Series, index: int):
     import pydicom
     from pydicom import uid as known
     from pydicom.dataset import FileMetaDataset
+    from pydicom.encaps import encapsulate
 
     file_meta = FileMetaDataset()
     file_meta.MediaStorageSOPClassUID = known.CTImageStorage
@@ -104,14 +107,57 @@ def dicom_slice(series: Series, index: int):
     if series.outside_fov is not None:
         dataset.add_new("PixelPaddingValue", "SS", PADDING)
         stored[series.outside_fov] = PADDING
-    dataset.PixelData = stored.tobytes()
-    dataset["PixelData"].VR = "OW"
-    compression = {"rle": known.RLELossless, "jpeg-ls": known.JPEGLSLossless}
-    if series.transfer_syntax in compression:
-        dataset.compress(
-            compression[series.transfer_syntax], generate_instance_uid=False
-        )
+    if series.transfer_syntax == "rle":
+        file_meta.TransferSyntaxUID = known.RLELossless
+        frame = encapsulate([rle_frame(stored)])
+        dataset["PixelData"] = pydicom.DataElement("PixelData", "OB", frame)
+        dataset["PixelData"].is_undefined_length = True
+        return dataset
+    dataset["PixelData"] = pydicom.DataElement("PixelData", "OW", stored.tobytes())
+    if series.transfer_syntax == "jpeg-ls":
+        dataset.compress(known.JPEGLSLossless, generate_instance_uid=False)
     return dataset
+
+
+def rle_frame(stored: np.ndarray) -> bytes:
+    """A (rows, columns) 16-bit image as DICOM's run lengths (PS3.5, annex G).
+
+    pydicom encodes byte by byte in Python, which took longer than making the phantom.
+    """
+    planes = stored.astype(">i2").view(np.uint8).reshape(*stored.shape, 2)
+    segments = [_packed_bits(planes[:, :, byte]) for byte in range(2)]
+    offsets = [64, 64 + len(segments[0])]
+    header = np.array([2, *offsets, *np.zeros(13)], "<u4")
+    return header.tobytes() + b"".join(segments)
+
+
+def _packed_bits(plane: np.ndarray) -> bytes:
+    """PackBits of each row of a (rows, columns) uint8 plane, padded to an even length."""
+    columns, pixels = plane.shape[1], plane.ravel()
+    starts_row = np.arange(pixels.size) % columns == 0
+    starts = np.flatnonzero(starts_row | (np.diff(pixels, prepend=pixels[:1]) != 0))
+    lengths = np.diff(starts, append=pixels.size)
+    repeats = np.repeat(lengths > 2, lengths)
+    # A packet is a long run, or what lies between two of them in a row.
+    begins = starts_row | (np.diff(repeats, prepend=repeats[:1]))
+    begins[starts[lengths > 2]] = True
+    starts = np.flatnonzero(begins)
+    # A packet holds at most 128 pixels.
+    nth = np.arange(pixels.size) - np.repeat(
+        starts, np.diff(starts, append=pixels.size)
+    )
+    starts = np.flatnonzero(nth % 128 == 0)
+    lengths = np.diff(starts, append=pixels.size)
+    runs = repeats[starts] & (lengths > 1)
+    sizes = np.where(runs, 2, lengths + 1)
+    ends = np.cumsum(sizes)
+    packed = np.zeros(ends[-1] + ends[-1] % 2, np.uint8)
+    packed[ends - sizes] = np.where(runs, 257 - lengths, lengths - 1)
+    packed[(ends - sizes)[runs] + 1] = pixels[starts[runs]]
+    within = ~np.repeat(runs, lengths)
+    shift = np.repeat(ends - sizes + 1 - starts, lengths)
+    packed[(np.arange(pixels.size) + shift)[within]] = pixels[within]
+    return packed.tobytes()
 
 
 SAME_IN_ALL: dict[str, object] = {
@@ -249,7 +295,7 @@ def _add_session(session, series, reader, readings, marks) -> None:
         number += 1
         nodule = _add_nodule(session, reader, number)
         ratings = ET.SubElement(nodule, "characteristics")
-        for name in RATINGS:
+        for name in CHARACTERISTICS:
             ET.SubElement(ratings, name).text = str(reading.ratings[name])
         for index, outline in sorted(reading.outlines.items(), reverse=True):
             _add_roi(nodule, series, index, outline.tolist())

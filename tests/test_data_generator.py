@@ -368,3 +368,37 @@ def test_intensity_changes_leave_the_outside_of_the_lungs_alone(table):
         )
         difference = inside - np.clip((hu[lung] + 1000.0) / 1400, 0, 1)
         assert 0 < difference.std() < 80 / 1400
+
+
+def test_tiles_show_all_lungs_of_the_rows_without_asking_for_nodules(table):
+    rows = np.arange(len(table))
+    batches = replace(BATCHES, input_px=(32, 32), batch_size=5)
+    generator = data_generator.TileGenerator(table, rows, batches)
+    seen = {
+        int(row): np.zeros(table.settings.size_px, bool) for row, _ in generator.tiles
+    }
+    x_sum, count = 0.0, 0
+    for index in range(len(generator)):
+        x, y = generator[index]
+        assert x.shape == (len(x), 32, 32, 1) and y.shape == (len(x), 32, 32, 2)
+        assert (y.sum(axis=-1) == 1).all()
+        x_sum, count = x_sum + x.sum(), count + len(x)
+    assert count == len(generator.tiles)
+    assert x_sum > 0
+    for row, crop in generator.tiles:
+        ones = np.ones((32, 32), np.float32)
+        shown = np.zeros(table.settings.size_px, np.float32)
+        augment.paste(shown, ones, crop)
+        seen[row] |= shown > 0
+    for row in rows:
+        lung = table.read("lung", int(row)) > 0
+        assert not lung.any() or seen[int(row)][lung].all()
+
+
+def test_fewer_tiles_are_spread_over_all_rows(table):
+    rows = np.arange(len(table))
+    batches = replace(BATCHES, input_px=(32, 32))
+    every = data_generator.TileGenerator(table, rows, batches).tiles
+    some = data_generator.TileGenerator(table, rows, batches, most=7).tiles
+    assert len(some) == 7
+    assert some == [every[i * len(every) // 7] for i in range(7)]

@@ -16,34 +16,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tables
 
 import files
 import hdf5
 from geometry import Grid
 
+if TYPE_CHECKING:
+    import tables
+
 FORMAT_VERSION = 2
 """Raised when a change makes older scan files unreadable."""
 
-FILTERS = {
-    name: tables.Filters(
-        complevel=5, complib="blosc2:lz4", shuffle=by_bytes, bitshuffle=not by_bytes
-    )
-    for name, by_bytes in (
-        ("hu", True),
-        ("lung", False),
-        ("reader_bits", False),
-        ("nodule_labels", False),
-    )
-}
-"""The fastest to read of those in benchmarks/table.py. LZ4HC reads HU no faster, makes
-them 7 % smaller and takes ten times as long to write; Zstandard makes them 15 % smaller
-and takes twice as long to read."""
-
-VOLUMES = tuple(FILTERS)
+VOLUMES = ("hu", "lung", "reader_bits", "nodule_labels")
 RIGHT, LEFT = 1, 2
 """Values of lung labels, as lungmask writes them."""
 
@@ -226,7 +213,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
                         "/",
                         name,
                         obj=volume,
-                        filters=FILTERS[name],
+                        filters=hdf5.filters(volume.dtype),
                         chunkshape=(1, *volume.shape[1:]),
                     )
             text = json.dumps(record).encode()
@@ -273,7 +260,7 @@ def read_scan(path: Path) -> Scan:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tables.File]:
+def opened(path: Path) -> Iterator["tables.File"]:
     """A scan file to read.
 
     Raises:
@@ -288,7 +275,7 @@ def opened(path: Path) -> Iterator[tables.File]:
         ) from error
 
 
-def read_record(h5: tables.File, path: Path) -> dict[str, Any]:
+def read_record(h5: "tables.File", path: Path) -> dict[str, Any]:
     """The JSON record of an open scan file, its version checked."""
     if "record" not in h5.root:
         raise ScanError(

@@ -10,14 +10,16 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tables
 
 import config
 import hdf5
 from scan import VOLUMES
+
+if TYPE_CHECKING:
+    import tables
 
 FORMAT_VERSION = 1
 """Raised when a change makes older tables unreadable."""
@@ -223,7 +225,7 @@ class SliceTable:
         )
 
 
-def _open_table(path: Path) -> tables.File:
+def _open_table(path: Path) -> "tables.File":
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; run table.py first")
     try:
@@ -246,7 +248,7 @@ def _open_table(path: Path) -> tables.File:
     )
 
 
-def _close_both(h5: tables.File, fd: int) -> None:
+def _close_both(h5: "tables.File", fd: int) -> None:
     h5.close()
     os.close(fd)
 
@@ -338,6 +340,8 @@ def verify_table(path: Path) -> list[str]:
 
 
 def _scan_stands(table: SliceTable, scan_index: int) -> bool:
+    import tables
+
     try:
         return table.checksum(scan_index) == table.scans["sha256"][scan_index]
     except (OSError, tables.HDF5ExtError):

@@ -17,10 +17,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tables
 
 import config
 import files
@@ -29,7 +28,7 @@ import provenance
 import resample
 import scan as scans
 import steps
-from scan import AIR_HU, FILTERS, VOLUMES, Scan, ScanError
+from scan import AIR_HU, VOLUMES, Scan, ScanError
 from slice_table import (
     DTYPES,
     FORMAT_VERSION,
@@ -43,6 +42,9 @@ from slice_table import (
     text_sha256,
     verify_table,
 )
+
+if TYPE_CHECKING:
+    import tables
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +152,7 @@ def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
     return path
 
 
-def _write(h5: tables.File, part: Part) -> None:
+def _write(h5: "tables.File", part: Part) -> None:
     for name, images in part.slices.items():
         _write_chunks(h5.get_node("/slices", name), map(compressed, images))
     for name, volume in part.volumes.items():
@@ -195,7 +197,7 @@ def join_parts(
         files.remove(joined)
 
 
-def _append(h5: tables.File, part: tables.File, index: int, first_row: int) -> int:
+def _append(h5: "tables.File", part: "tables.File", index: int, first_row: int) -> int:
     for name in VOLUMES:
         frames = _frames(part.get_node("/slices", name))
         _write_chunks(h5.get_node("/slices", name), frames, start=first_row)
@@ -218,7 +220,7 @@ def _append(h5: tables.File, part: tables.File, index: int, first_row: int) -> i
 
 
 def _create(
-    h5: tables.File,
+    h5: "tables.File",
     settings: config.Table,
     *,
     rows: int,
@@ -240,15 +242,17 @@ def _create(
 
 
 def _create_array(
-    h5: tables.File, where: str, name: str, shape: tuple[int, ...]
-) -> tables.EArray:
+    h5: "tables.File", where: str, name: str, shape: tuple[int, ...]
+) -> "tables.EArray":
+    import tables
+
     array = h5.create_earray(
         where,
         name,
         atom=tables.Atom.from_dtype(DTYPES[name]),
         shape=(0, *shape[1:]),
         chunkshape=(1, *shape[1:]),
-        filters=FILTERS[name],
+        filters=hdf5.filters(DTYPES[name]),
         createparents=True,
     )
     array.truncate(shape[0])
@@ -256,21 +260,21 @@ def _create_array(
 
 
 def _create_volume(
-    h5: tables.File, index: int, name: str, shape: tuple[int, ...], affine: np.ndarray
-) -> tables.EArray:
+    h5: "tables.File", index: int, name: str, shape: tuple[int, ...], affine: np.ndarray
+) -> "tables.EArray":
     node = _create_array(h5, f"/volumes/scan{index}", name, shape)
     node._v_parent._v_attrs.affine = affine
     return node
 
 
 def _write_chunks(
-    node: tables.EArray, frames: Iterable[bytes], *, start: int = 0
+    node: "tables.EArray", frames: Iterable[bytes], *, start: int = 0
 ) -> None:
     for index, frame in enumerate(frames, start):
         node.write_chunk((index, 0, 0), frame)
 
 
-def _frames(node: tables.EArray) -> Iterator[bytes]:
+def _frames(node: "tables.EArray") -> Iterator[bytes]:
     for index in range(len(node)):
         yield node.read_chunk((index, 0, 0))
 
@@ -298,8 +302,9 @@ def _source_sha256(path: Path) -> str:
     record = ""
     try:
         with hdf5.opened(path) as h5:
-            record = h5.root.record[:].tobytes().decode()
-    except (hdf5.Unreadable, tables.NoSuchNodeError):
+            if "record" in h5.root:
+                record = h5.root.record[:].tobytes().decode()
+    except hdf5.Unreadable:
         log.debug("%s has no readable record", path)
     return text_sha256(f"{path.stat().st_size} {record}")
 
@@ -616,6 +621,8 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
         out: The HDF5 file; it appears whole or not at all.
         batches: `input_px` (cut around the centre), `lung_mask` and the consensus.
     """
+    import tables
+
     filters = tables.Filters(complevel=5, complib="blosc")
     with (
         SliceTable(path) as table,

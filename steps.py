@@ -57,6 +57,7 @@ def run(
         stream=sys.stderr,
     )
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # PyTables' own
     parsed = parse(arguments, argv)
     started = time.monotonic()
     try:

@@ -1,11 +1,39 @@
 """Networks and losses by the names that settings use; the only code that imports Keras."""
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
-import keras
 
-import config
-from models import losses, nasnet_gcn_se, unet2d
+def import_quietly() -> None:
+    """Imports TensorFlow without its banners, if TF_CPP_MIN_LOG_LEVEL is 2 or more.
+
+    TensorFlow writes some to stderr before it has read that variable, among them an error
+    where there is no GPU. Python's own errors come through.
+    """
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0")
+    if level < "2" or os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        import tensorflow as tf
+
+        tf.config.list_physical_devices("GPU")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+import_quietly()
+
+import keras  # noqa: E402
+
+import config  # noqa: E402
+from models import losses, nasnet_gcn_se, unet2d  # noqa: E402
 
 MODELS: dict[str, Callable[..., keras.Model]] = {
     "nasnet_gcn_se": nasnet_gcn_se.build,

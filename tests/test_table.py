@@ -356,7 +356,9 @@ def test_a_missing_foreign_or_older_table_is_one_clear_error(scans_dir, tmp_path
     with pytest.raises(FileNotFoundError, match="run table.py first"):
         SliceTable(path)
     path.write_bytes(b"not HDF5")
-    with pytest.raises(ValueError, match="not a readable table: .*; run table.py again"):
+    with pytest.raises(
+        ValueError, match="not a readable table: .*; run table.py again"
+    ):
         SliceTable(path)
     with pytest.raises(
         ValueError, match="not a table; expected a file made by table.py"

@@ -1,0 +1,119 @@
+"""A plain convolutional 3-D U-Net, as nnU-Net configures it, with random cube masking."""
+
+from typing import Literal
+
+import keras
+from keras import KerasTensor, layers
+
+from models.layers import BATCH_NORM_MOMENTUM
+from models.masking import RandomCubeMasking, noise_size
+
+
+def build(
+    input_shape: tuple[int, int, int, int],
+    num_classes: int,
+    *,
+    filters: int = 16,
+    max_filters: int = 320,
+    depth: int = 4,
+    norm: Literal["instance", "batch"] = "instance",
+    dropout: float = 0.0,
+    deep_supervision: bool = False,
+    cube_px: int = 7,
+    mask_fraction: float = 0.0,
+    mask_value: float = 1.0,
+    noise_input: bool = False,
+) -> keras.Model:
+    """U-Net: strided convolutions down, transposed convolutions up, two per level.
+
+    Args:
+        input_shape: (z, y, x, channels), static, each a multiple of 2^depth.
+        num_classes: Classes of the mask, background included.
+        filters: Channels of the first level; each level below has twice as many.
+        max_filters: Most channels of a level.
+        depth: How often z, y and x are halved.
+        norm: "instance", or "batch", which costs nothing once trained.
+        dropout: Rate of spatial dropout before each level's second convolution in the
+            lower half of the network; 0 for none.
+        deep_supervision: Also predict at every level but the two lowest: the output is
+            then a list, finest first.
+        cube_px: Edge of the cubes that are masked.
+        mask_fraction: Share of the cubes that is masked in training; 0 for none.
+        mask_value: What replaces them.
+        noise_input: Take the noise of the masks as a second input and mask in use too.
+
+    Returns:
+        From volumes (batch, z, y, x, channels) to probabilities (batch, z, y, x,
+        classes) float32.
+
+    Raises:
+        ValueError: If the shape is not static or not a multiple of 2^depth.
+
+    Reference: Isensee et al. 2021 (nnU-Net), figure 2; Zhuang et al. 2025 (masking).
+    """
+    stride = 2**depth
+    if None in input_shape or any(size % stride for size in input_shape[:3]):
+        raise ValueError(
+            f"unet3d: the input is {input_shape}; expected stated z, y and x that are "
+            f"multiples of {stride} (depth {depth})"
+        )
+    widths = [min(filters * 2**level, max_filters) for level in range(depth + 1)]
+    inputs = {"volume": keras.Input(input_shape, name="volume")}
+    x = inputs["volume"]
+    if mask_fraction:
+        masking = RandomCubeMasking(cube_px, mask_fraction, mask_value, name="masking")
+        if noise_input:
+            size = noise_size(input_shape[:3], cube_px)
+            inputs["noise"] = keras.Input((size,), name="noise")
+            x = masking(x, noise=inputs["noise"])
+        else:
+            x = masking(x)
+
+    skips = []
+    for level, width in enumerate(widths):
+        rate = dropout if level >= depth / 2 else 0.0
+        x = block(x, width, norm, strides=2 if level else 1, dropout=rate)
+        skips.append(x)
+    heads = []
+    for level in reversed(range(depth)):
+        x = layers.Conv3DTranspose(widths[level], 2, strides=2, use_bias=False)(x)
+        x = layers.Concatenate()([x, skips[level]])
+        rate = dropout if level >= depth / 2 else 0.0
+        x = block(x, widths[level], norm, dropout=rate)
+        if level == 0 or (deep_supervision and level < depth - 1):
+            heads.append(probability(x, num_classes, name=f"mask{level or ''}"))
+    outputs = heads[::-1] if deep_supervision else heads[-1]
+    return keras.Model(
+        inputs if noise_input else inputs["volume"], outputs, name="unet3d"
+    )
+
+
+def block(
+    x: KerasTensor, filters: int, norm: str, *, strides: int = 1, dropout: float = 0.0
+) -> KerasTensor:
+    """Two 3x3x3 convolutions, each normalised, with leaky ReLU; the first may stride."""
+    for place in range(2):
+        if place and dropout:
+            x = layers.SpatialDropout3D(dropout)(x)
+        x = layers.Conv3D(
+            filters,
+            3,
+            strides=1 if place else strides,
+            padding="same",
+            use_bias=False,
+        )(x)
+        x = normalisation(norm)(x)
+        x = layers.LeakyReLU(0.01)(x)
+    return x
+
+
+def normalisation(norm: str) -> layers.Layer:
+    if norm == "instance":
+        return layers.GroupNormalization(groups=-1, epsilon=1e-5)
+    return layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)
+
+
+def probability(x: KerasTensor, num_classes: int, *, name: str) -> KerasTensor:
+    """Class probabilities in float32 whatever the precision policy."""
+    x = layers.Conv3D(num_classes, 1, dtype="float32")(x)
+    return layers.Softmax(dtype="float32", name=name)(x)

@@ -233,8 +233,9 @@ class Postprocess:
     threshold: float = 0.5
     erosion_px: int = 0
     """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
-    min_volume_mm3: float = 0.0
-    """Smaller components are removed."""
+    min_volume_mm3: float = 14.0
+    """Smaller components are removed; 14 is a ball of 3 mm, the least that LIDC's readers
+    outlined."""
     connectivity: Literal[6, 18, 26] = 26
     within_lung: bool = True
     """Keep only what lies in the lung mask."""

@@ -583,8 +583,8 @@ def best_of_grid(
     A scan scores its Dice, 0 if it has no nodule, less `FALSE_PRICE` for every false
     component. A setting is as good as the best if its mean score lacks no more than one
     standard error of the scans' differences. Of those, the one fewest steps of the grid
-    away from threshold 0.5, no erosion and no smallest volume is taken: few scans cannot
-    tell more apart.
+    away from threshold 0.5, no erosion and a smallest volume of 14 mm3 is taken: few scans
+    cannot tell more apart.
 
     Args:
         counts: (scans, thresholds, erosions, volumes, 4) of `count_for_tuning`.
@@ -607,7 +607,8 @@ def best_of_grid(
 
     def steps_away(place: tuple[int, ...]) -> tuple[int, ...]:
         t, e, v = place
-        return (abs(t - THRESHOLDS.index(0.5)) + e + v, *place)
+        usual = THRESHOLDS.index(0.5), 0, MIN_VOLUMES_MM3.index(14.0)
+        return (abs(t - usual[0]) + e + abs(v - usual[2]), *place)
 
     taken = min(
         (place for place in np.ndindex(good.shape) if good[place]), key=steps_away

@@ -6,7 +6,7 @@ PHANTOMS=48 NODULES="5 10" CONFIG=phantoms bash scripts/all.sh
 
 from dataclasses import replace
 
-from config import Augment, LungMask, Split
+from config import Augment, LungMask, Postprocess, Split
 from configs.thesis import THESIS
 
 SMOKE = replace(
@@ -17,7 +17,7 @@ SMOKE = replace(
     augment=Augment(rotate_deg=45.0, zoom=0.2, shift_px=10.0, gamma=0.2, noise_hu=30.0),
     model=replace(THESIS.model, weights="none", filters=8),
     train=replace(THESIS.train, epochs=8, ema=0.98, validation_tiles=1000),
-    postprocess=replace(THESIS.postprocess, method="tuned", erosion_px=0),
+    postprocess=Postprocess(method="tuned"),
 )
 
 PHANTOMS = replace(

@@ -17,7 +17,7 @@ THESIS = Experiment(
     augment=Augment(flip=True, rotate_deg=15.0, zoom=0.1, shift_px=0.0),
     model=Model(name="nasnet_gcn_se", weights="imagenet"),
     train=Train(optimizer="adam", learning_rate=1e-3, epochs=50),
-    postprocess=Postprocess(method="kmeans", erosion_px=5),
+    postprocess=Postprocess(method="kmeans", erosion_px=5, min_volume_mm3=0.0),
 )
 
 CONFIGS = {"thesis": ("After the thesis, but split by patient.", THESIS)}

@@ -24,7 +24,7 @@ from scan import read_scan, write_scan
 from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
 from volume_io import read_volume, write_volume
 
-FIXED = Postprocess(method="fixed", within_lung=False)
+FIXED = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 VOXEL_MM3 = 2.5 * 1.5 * 1.5
 
 

@@ -4,7 +4,7 @@ CONFIG ?= smoke
 CT ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench env clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/run.stamp  ## The whole chain on phantoms, or on CT=/path/to/dicom.
@@ -21,8 +21,10 @@ lint: .venv/dev.stamp  ## Format, rules and types.
 bench: .venv/dev.stamp  ## Speed and memory, as ratios measured side by side.
 	set -e; for script in benchmarks/*.py; do python -m benchmarks.$$(basename $$script .py); done
 
-clean:  ## Removes results and the environment.
-	rm -rf work .venv
+clean:  ## Removes the environment and caches; results in work/ stay.
+	rm -rf .venv .pytest_cache .ruff_cache
+
+env: .venv/run.stamp  ## The environment, .venv.
 
 .venv/bin/uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

@@ -1,4 +1,4 @@
-"""Step 4 of 9: rows of the table as augmented batches; run alone, a contact sheet.
+r"""Step 4 of 9: rows of the table as augmented batches; run alone, a contact sheet.
 
 Draws a sheet of what a network would be trained on, with the outlines of its reference,
 and prints how fast batches are made with one and with two threads.

@@ -1,4 +1,4 @@
-"""Step 8 of 9: predictions + readers -> scores with intervals, tables, figures.
+r"""Step 8 of 9: predictions + readers -> scores with intervals, tables, figures.
 
 Example:
     python evaluate.py --predictions work/predictions/smoke --scans work/scans \
@@ -60,10 +60,10 @@ class Arguments:
 
     predictions: Path
     """Folder made by infer.py and postprocess.py."""
+    out: Path
+    """Tables and figures are written here."""
     scans: Path = Path("work/scans")
     """Folder of scan files with the readers' masks."""
-    out: Path = Path("work/scores/run")
-    """Tables and figures are written here."""
     part: str = "test"
     """Part of the split that is scored; "all" for every prediction."""
     consensus_level: float = 0.5
@@ -119,6 +119,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
         ValueError: If none is of the part, or none could be scored.
     """
     predictions = postprocess.read_predictions(arguments.predictions)
+    refuse_other_folder(arguments.out, "scores.json")
     jobs = jobs_of(predictions, arguments)
     scored, failures = steps.map_scans(
         score, jobs, workers=arguments.workers, label="evaluate"
@@ -156,6 +157,19 @@ def evaluate(arguments: Arguments) -> steps.Report:
         f"wrote {out}: {len(rows)} scans, {len(nodules)} nodules; figures {named}",
         failures,
     )
+
+
+def refuse_other_folder(folder: Path, mark: str) -> None:
+    """Refuses to replace a folder that lacks the file all of its kind have.
+
+    Raises:
+        FileExistsError: If something else is in it.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise FileExistsError(
+            f"{folder} holds something else ({mark} is missing) and would be replaced; "
+            "choose another --out"
+        )
 
 
 def setting(

@@ -87,18 +87,23 @@ def export(
         ValueError: If the SavedModel differs from Python by more than `TOLERANCE`.
     """
     target = out / str(version)
-    if target.exists() and not overwrite:
-        raise FileExistsError(
-            f"{target} exists; choose another --version or use --overwrite"
-        )
     settings = infer.read_settings(run)
     size_px = size_px or settings.batches.input_px
+    made_of = {
+        "weights_sha256": files.sha256(run / "best.weights.h5"),
+        "size_px": list(size_px),
+    }
+    if target.exists() and not overwrite:
+        if found_record(target).items() >= made_of.items():
+            return steps.Report(f"{target} is complete")
+        raise FileExistsError(
+            f"{target} exists and is of other weights or size; choose another --version "
+            "or use --overwrite"
+        )
     network = infer.load_network(run, settings, size_px)
     with files.written_whole(target) as partial:
         write_saved_model(partial, network, settings.batches, size_px)
-        record = provenance.record(
-            settings, weights_sha256=files.sha256(run / "best.weights.h5")
-        )
+        record = provenance.record(settings, **made_of)
         extra = partial / "assets.extra"
         extra.mkdir()
         (extra / "provenance.json").write_text(json.dumps(record, indent=1))
@@ -113,6 +118,12 @@ def export(
         f"wrote {target}: {size_px[0]}x{size_px[1]} px slices, "
         f"{files.size_text(num_bytes)}, equal to Python within {difference:.1g}"
     )
+
+
+def found_record(target: Path) -> dict[str, Any]:
+    """What an exported version was made of; empty if it does not say."""
+    path = target / "assets.extra/provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_saved_model(

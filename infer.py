@@ -46,7 +46,8 @@ class Arguments:
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split to segment."""
     input: Path | None = None
-    """Segment this CT instead of scan files: DICOM folder, volume, folder or CSV list."""
+    """Segment this CT instead of scan files: DICOM folder, volume, folder or CSV list.
+    postprocess.py needs its scan file too: run preprocess.py --cohort nifti on it."""
     batch_size: int = 8
     """Tiles per pass."""
     overwrite: bool = False

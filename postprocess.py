@@ -655,6 +655,12 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
     """Tunes if needed, then writes masks and nodules of every predicted scan."""
     predictions = read_predictions(arguments.predictions)
     experiment = read_experiment(arguments.run)
+    weights = arguments.run / "best.weights.h5"
+    if weights.exists() and files.sha256(weights) != predictions.weights_sha256:
+        raise ValueError(
+            f"{arguments.predictions} was predicted by run {predictions.run} with other "
+            f"weights than those of {arguments.run}; name the run that made it"
+        )
     settings, origin = settings_of_run(arguments, predictions, experiment)
     record = {
         "format_version": FORMAT_VERSION,

@@ -1,6 +1,7 @@
 """What every numbered step shares: its command line, exit codes and work over scans."""
 
 import csv
+import difflib
 import errno
 import logging
 import sys
@@ -81,12 +82,34 @@ def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
     ]
     if not sections:
         return tyro.cli(arguments, args=argv, description=description)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in (*CONFIGS, "-h", "--help"):
+        near = difflib.get_close_matches(words[0], CONFIGS, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        sys.stderr.write(
+            f"error: the first word must be an experiment ({', '.join(CONFIGS)}), found "
+            f"{words[0]!r}{guess}\n"
+        )
+        sys.exit(USAGE)
+    if words and words[0] in CONFIGS:  # its --help shows this text instead
+        help_line, experiment = CONFIGS[words[0]]
+        chosen = arguments(**{s: getattr(experiment, s) for s in sections})
+        return tyro.cli(
+            arguments,
+            args=words[1:],
+            default=chosen,
+            prog=f"{Path(sys.argv[0]).name} {words[0]}",
+            description=f"{description}\n\n{words[0]}: {help_line}",
+        )
     defaults = {
         name: (help_line, arguments(**{s: getattr(experiment, s) for s in sections}))
         for name, (help_line, experiment) in CONFIGS.items()
     }
     return tyro.extras.overridable_config_cli(
-        defaults, args=argv, description=description
+        defaults,
+        args=argv,
+        description=f"{description}\n\nAfter an experiment's name, --help lists what can "
+        "be set.",
     )
 
 

@@ -132,7 +132,11 @@ def write_table(
             f"none of the {len(items)} scan files in {scans_dir} can be used; "
             f"the first: {failures[0].reason}"
         )
-    join_parts(parts, out, settings, _skipped(failures, items))
+    failed = {failure.scan_id for failure in failures}
+    used = [item.path for item in items if item.scan_id not in failed]
+    join_parts(
+        parts, out, settings, _skipped(failures, items), mask=mask_settings(used)
+    )
     files.remove(parts_dir)
     return _report(out, failures)
 
@@ -164,7 +168,12 @@ def _write(h5: "tables.File", part: Part) -> None:
 
 
 def join_parts(
-    parts: Sequence[Path], out: Path, settings: config.Table, skipped: np.ndarray
+    parts: Sequence[Path],
+    out: Path,
+    settings: config.Table,
+    skipped: np.ndarray,
+    *,
+    mask: dict[str, Any] | None = None,
 ) -> None:
     """Joins tables of the same settings; slices are copied as they are, compressed.
 
@@ -173,12 +182,13 @@ def join_parts(
         out: The table; it appears whole or not at all.
         settings: Of all parts.
         skipped: (scans,) `SKIPPED` scans that are in no part.
+        mask: How the lung masks were made.
     """
     from tqdm import tqdm
 
     _require_room(parts, out)
     total = sum(_rows_of(part) for part in parts)
-    made_by = provenance.record(settings, scans=len(parts))
+    made_by = provenance.record(settings, scans=len(parts), mask=mask)
     joined = parts[0].with_name(".joined.h5")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -195,6 +205,25 @@ def join_parts(
         joined.replace(out)
     finally:
         files.remove(joined)
+
+
+def mask_settings(scan_files: Sequence[Path]) -> dict[str, Any] | None:
+    """How the lung masks of scan files were made; None if they do not say.
+
+    Raises:
+        ValueError: If they were made with different settings.
+    """
+    found: dict[str, Path] = {}
+    for path in scan_files:
+        settings = scans.read_provenance(path).get("settings")
+        found.setdefault(json.dumps(settings), path)
+    if len(found) > 1:
+        (a, first), (b, second), *_ = found.items()
+        raise ValueError(
+            f"lung masks were made with different settings: {first.name} with {a}, "
+            f"{second.name} with {b}; make them alike with preprocess.py --overwrite"
+        )
+    return json.loads(next(iter(found), "null"))
 
 
 def _append(h5: "tables.File", part: "tables.File", index: int, first_row: int) -> int:
@@ -493,8 +522,9 @@ def choose_slices(
         return np.flatnonzero(lung_px)
     if scan.reader_bits is None:
         raise ScanError(
-            f"scan {scan.scan_id} was never read for nodules, which table.slices=nodule "
-            "needs; take --table.slices lung"
+            f"scan {scan.scan_id} has no nodule masks, so no slices with nodules can be "
+            "chosen to train on; segment it with infer.py --input, or store all its slices "
+            "with --table.slices lung"
         )
     with_nodule = np.flatnonzero(nodule_px)
     negatives = np.flatnonzero((lung_px > 0) & (nodule_px == 0))

@@ -1,7 +1,8 @@
-"""Step 5 of 9: configuration + table + split -> run directory.
+r"""Step 5 of 9: configuration + table + split -> run directory.
 
 While it trains, the run is NAME.partial; the same command goes on after a kill, to the same
-result as a run that was not broken. Re-running a complete run does nothing.
+result as a run that was not broken. A complete run is not trained again; only how its maps
+are postprocessed can still be changed.
 
 Example:
     python train.py thesis --table work/table.h5 --split work/split.json \
@@ -46,15 +47,17 @@ class Arguments:
     name: str = tyro.MISSING
     """Name of the run; its directory in `runs`."""
     table: Path = Path("work/table.h5")
+    """Made by table.py."""
     split: Path = Path("work/split.json")
+    """Made by slice_idx.py of this table."""
     runs: Path = Path("work/runs")
+    """Folder of all runs."""
     workers: int = 2
     """Threads that make batches; they do not change the result."""
     init: Path | None = None
     """Weights of the same network to start from, e.g. work/runs/OTHER/best.weights.h5."""
     overwrite: bool = False
     """Replace a run of this name that has other settings or data."""
-    mask: config.LungMask = field(default_factory=config.LungMask)
     batches: config.Batches = field(default_factory=config.Batches)
     augment: config.Augment = field(default_factory=config.Augment)
     model: config.Model = field(default_factory=config.Model)
@@ -99,7 +102,10 @@ def train(
     split = slice_idx.read_split(split_path)
     with SliceTable(table_path) as table:
         experiment = dataclasses.replace(
-            experiment, table=table.settings, split=split_settings(split)
+            experiment,
+            mask=mask_settings(table, experiment.mask),
+            table=table.settings,
+            split=split_settings(split),
         )
         record = provenance.record(
             experiment,
@@ -112,8 +118,10 @@ def train(
         for directory in (run_dir, partial):
             refuse_other_run(directory, record, overwrite=overwrite)
         if run_dir.exists():
-            keep_postprocess(run_dir, experiment.postprocess)
-            return steps.Report(f"{run_dir} is complete: {closing_line(run_dir)}")
+            changed = keep_postprocess(run_dir, experiment.postprocess)
+            return steps.Report(
+                f"{run_dir} is complete: {closing_line(run_dir)}{changed}"
+            )
         warn_of_seen_patients(record["init_training_patients"], split)
         data = open_data(table, split, experiment)
         start_run(partial, record, experiment, split)
@@ -123,11 +131,28 @@ def train(
     return steps.Report(f"wrote {run_dir}: {closing_line(run_dir)}")
 
 
-def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> None:
-    """Sets how a complete run's maps are postprocessed, which decides no weight."""
+def mask_settings(table: SliceTable, otherwise: config.LungMask) -> config.LungMask:
+    """How the lung masks in a table were made, `otherwise` if it does not say."""
+    record = table.provenance.get("mask")
+    return otherwise if record is None else config.from_json(config.LungMask, record)
+
+
+def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
+    """Sets how a complete run's maps are postprocessed, which decides no weight.
+
+    Returns:
+        What changed, for the closing line.
+    """
     path = run_dir / "config.json"
     record = json.loads(path.read_text())
-    write_json(path, record | {"postprocess": config.to_json(settings)})
+    before, now = record["postprocess"], config.to_json(settings)
+    if before == now:
+        return ""
+    write_json(path, record | {"postprocess": now})
+    changed = (
+        f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v
+    )
+    return f"; postprocessing changed: {', '.join(changed)}"
 
 
 def split_settings(split: Mapping[str, Any]) -> config.Split:
@@ -390,7 +415,6 @@ def run_step(arguments: Arguments) -> steps.Report:
         arguments.split,
         arguments.runs / name,
         config.Experiment(
-            mask=arguments.mask,
             batches=arguments.batches,
             augment=arguments.augment,
             model=arguments.model,

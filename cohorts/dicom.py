@@ -459,7 +459,10 @@ def _series_paths(
 
 def _inventory(identities: Sequence[Identity]) -> str:
     if not identities:
-        return "no DICOM file at all; expected CT images with DICM at byte 128"
+        return (
+            "no DICOM file at all; expected CT images with DICM at byte 128 (NIfTI, NRRD "
+            "and other volumes, and CSV lists, need --cohort nifti)"
+        )
     kinds = Counter(
         "damaged or without a SeriesInstanceUID of digits and dots"
         if not i.series_uid

@@ -1,4 +1,4 @@
-"""The table of an ablation: every run's scores, and its differences from the first run.
+r"""The table of an ablation: every run's scores, and its differences from the first run.
 
 A difference is paired where both runs were scored on the same scans: patients are drawn
 once and both runs are scored on them. A run scored on other scans or slices (the split
@@ -21,7 +21,7 @@ import numpy as np
 import files
 import metrics
 import steps
-from evaluate import DISCLAIMER, bounds, number
+from evaluate import DISCLAIMER, bounds, number, refuse_other_folder
 from metrics import Counts, Interval
 from postprocess import write_rows
 
@@ -181,6 +181,7 @@ def ablation_table(arguments: Arguments) -> steps.Report:
     names = [folder.name for folder in arguments.scores]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the runs have one name: {', '.join(names)}")
+    refuse_other_folder(arguments.out, "ablations.csv")
     base, base_record = read_scores(arguments.scores[0])
     patients = len({row["patient_id"] for row in base})
     cells = compare(names[0], base, base, draws=arguments.draws)

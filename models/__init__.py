@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def import_quietly() -> None:
-    """Imports TensorFlow without its banners, if TF_CPP_MIN_LOG_LEVEL is 2 or more.
+    """Imports TensorFlow without its banners, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
     TensorFlow writes some to stderr before it has read that variable, among them an error
     where there is no GPU. Python's own errors come through.
     """
-    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0")
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if level < "2" or os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
     sys.stderr.flush()

@@ -227,6 +227,31 @@ def test_the_saved_model_gives_what_python_gives(work, tmp_path, normalisation):
     assert (tmp_path / "model/1/saved_model.pb").is_file()
 
 
+def test_other_folders_are_not_replaced_by_scores(work, tmp_path):
+    arguments = evaluate.Arguments(
+        predictions=work / "predictions",
+        scans=work / "scans",
+        out=work / "predictions",
+        draws=50,
+    )
+    with pytest.raises(FileExistsError, match="would be replaced"):
+        evaluate.evaluate(arguments)
+    assert manifest(work)["scans"]
+
+
+def test_predictions_of_another_run_are_not_postprocessed(work, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_bytes((work / "runs/tiny/config.json").read_bytes())
+    (run / "best.weights.h5").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="name the run that made it"):
+        postprocess.postprocess_predictions(
+            postprocess.Arguments(
+                predictions=work / "predictions", scans=work / "scans", run=run
+            )
+        )
+
+
 def test_an_exported_version_is_not_replaced_unasked(work, tmp_path):
     (tmp_path / "1").mkdir()
     with pytest.raises(FileExistsError, match="choose another --version"):

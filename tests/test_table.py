@@ -563,3 +563,17 @@ def test_real_slices_are_what_simpleitk_reads(tmp_path):
         for row, z in enumerate(opened.rows["z"]):
             centre_hu = volume_hu[z, 56:456, 56:456]
             assert np.array_equal(opened.read("hu", row), np.maximum(centre_hu, AIR_HU))
+
+
+def test_the_table_says_how_its_lung_masks_were_made(scans, tmp_path):
+    for scan, closing_mm in zip(scans[:3], (5.0, 5.0, 7.0), strict=True):
+        made_by = {"settings": config.to_json(config.LungMask(closing_mm=closing_mm))}
+        folder = tmp_path / ("alike" if closing_mm == 5 else "mixed")
+        scans_module.write_scan(scan, folder / f"{scan.scan_id}.h5", made_by)
+    table.write_table(tmp_path / "alike", tmp_path / "table.h5", SETTINGS)
+    with SliceTable(tmp_path / "table.h5") as opened:
+        assert opened.provenance["mask"]["closing_mm"] == 5.0
+    for path in (tmp_path / "alike").glob("*.h5"):
+        (tmp_path / "mixed" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="made with different settings"):
+        table.write_table(tmp_path / "mixed", tmp_path / "other.h5", SETTINGS)

@@ -35,7 +35,10 @@ TINY = config.Experiment(
 FLAGS = [
     *("--batches.input-px", "64", "64"),
     *("--batches.crop", "centre"),
+    *("--batches.batch-size", "4"),
     *("--augment.rotate-deg", "15"),
+    *("--augment.zoom", "0.1"),
+    *("--augment.gamma", "0"),
     *("--augment.shift-px", "10"),
     *("--augment.noise-hu", "20"),
     *("--model.name", "unet2d"),
@@ -46,6 +49,7 @@ FLAGS = [
     *("--train.steps-per-epoch", "5"),
     *("--train.accumulate", "2"),
     *("--train.ema", "0.9"),
+    *("--train.validation-tiles", "0"),
 ]
 """TINY as a difference from `smoke`."""
 

@@ -13,20 +13,23 @@ SMOKE = replace(
     THESIS,
     mask=LungMask(),
     split=Split(fractions=(0.6, 0.2, 0.2)),
-    batches=replace(THESIS.batches, input_px=(128, 128), crop="nodule", batch_size=8),
+    batches=replace(THESIS.batches, input_px=(96, 96), crop="nodule", batch_size=8),
     augment=Augment(rotate_deg=45.0, zoom=0.2, shift_px=10.0, gamma=0.2, noise_hu=30.0),
     model=replace(THESIS.model, weights="none", filters=8),
-    train=replace(THESIS.train, epochs=8, ema=0.98, validation_tiles=1000),
+    train=replace(THESIS.train, epochs=6, ema=0.98, validation_tiles=400),
     postprocess=Postprocess(method="tuned"),
 )
 
 PHANTOMS = replace(
-    SMOKE, train=replace(SMOKE.train, epochs=10, steps_per_epoch=300, ema=0.99)
+    SMOKE,
+    batches=replace(SMOKE.batches, input_px=(128, 128)),
+    train=replace(
+        SMOKE.train, epochs=10, steps_per_epoch=300, ema=0.99, validation_tiles=1000
+    ),
 )
 
 TINY = replace(
     SMOKE,
-    batches=replace(SMOKE.batches, input_px=(96, 96)),
     model=replace(SMOKE.model, name="unet2d"),
     train=replace(SMOKE.train, epochs=2, steps_per_epoch=20, ema=0.0),
 )

@@ -324,7 +324,7 @@ def test_nnunet_gets_every_fold_by_scan(table_path):
 
 def test_the_command_line_splits_and_refuses(table_path, capsys):
     out = table_path.with_name("split.json")
-    words = ["smoke", "--table", str(table_path), "--out", str(out)]
+    words = ["thesis", "--table", str(table_path), "--out", str(out)]
     for seed, code in (("0", steps.DONE), ("0", steps.DONE), ("1", steps.FAILED)):
         with pytest.raises(SystemExit) as ended:
             slice_idx.main([*words, "--split.seed", seed])

@@ -156,7 +156,7 @@ def test_masks_that_are_unknown_are_zero_and_marked_so(scan, tmp_path):
     ("slices", "unknown", "message"),
     [
         ("nodule", {"lung": None}, "no lung mask.*preprocess.py"),
-        ("nodule", {"reader_bits": None}, "never read.*--table.slices lung"),
+        ("nodule", {"reader_bits": None}, "no nodule masks.*--table.slices lung"),
         ("lung", {"lung": None}, "no lung mask.*--table.slices all"),
     ],
 )

@@ -409,15 +409,15 @@ def test_early_stopping_is_the_same_after_a_resume(tmp_path):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     progress = callbacks.Progress()
-    progress.add({"val_dice": 0.5}, patience=2)
-    progress.add({"val_dice": 0.4}, patience=2)
+    progress.add({"val_dice": 0.5, "val_loss": 1.0}, patience=2)
+    progress.add({"val_dice": 0.4, "val_loss": 1.0}, patience=2)
     assert not progress.stopped
     callbacks.write_state(tmp_path / "state.npz", model, progress)
     model.set_weights([np.full((1, 1), 9.0), np.zeros(1)])
     again = callbacks.read_state(tmp_path / "state.npz", model)
     assert again == progress
     assert model.get_weights()[0] != 9
-    again.add({"val_dice": 0.4}, patience=2)
+    again.add({"val_dice": 0.4, "val_loss": 1.0}, patience=2)
     assert again.stopped
 
 

@@ -10,7 +10,7 @@ COHORT=${COHORT:-lidc}             # how DATA is laid out: lidc, luna16 or nifti
 WORK=${WORK:-work}                 # where everything is written
 NAME=${NAME:-$CONFIG}              # name of the run
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}  # processes for scans, threads for batches
-PHANTOMS=${PHANTOMS:-16}           # how many phantoms are made
+PHANTOMS=${PHANTOMS:-12}           # how many phantoms are made
 NODULES=${NODULES:-4 8}            # fewest and most nodules of a phantom
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2} TF_ENABLE_ONEDNN_OPTS=${TF_ENABLE_ONEDNN_OPTS:-1}
 

@@ -105,7 +105,8 @@ class Predictor:
             output = output["mask"] if isinstance(output, dict) else output
             for (z, tile), image in zip(some, np.asarray(output)[..., 1], strict=False):
                 augment.paste(prob[z], tile.weight * image, tile.crop)
-        return prob
+        # Weights of tiles sum to 1 but for rounding, which can lift a sum above it.
+        return np.minimum(prob, 1, out=prob)
 
 
 def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:

@@ -84,6 +84,24 @@ def test_a_prediction_does_not_depend_on_the_batch_size(work, make_scan):
     assert np.allclose(one, many, atol=1e-5)
 
 
+def test_tiles_that_are_sure_do_not_add_up_to_more_than_one(work, make_scan):
+    scan = make_scan(3)
+    settings = infer.read_settings(work / "runs/tiny")
+    batches = replace(settings.batches, input_px=(16, 16))
+    predictor = infer.Predictor(
+        work / "runs/tiny", replace(settings, batches=batches), batch_size=4
+    )
+
+    class Sure:
+        def predict_on_batch(self, images):
+            return np.ones((*images.shape[:3], 2), np.float32)
+
+    predictor.network = Sure()
+    prob = predictor.probability(scan)
+    assert prob.max() == 1
+    assert prob[scan.lung > 0].min() > 0.999
+
+
 def test_predictions_of_other_weights_are_not_mixed(work, tmp_path):
     changed = manifest(work) | {"weights_sha256": "0" * 64}
     (tmp_path / "predictions.json").write_text(json.dumps(changed))

@@ -68,7 +68,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and chosen by: `SliceGenerator`s; validation may be missing."""
+    """A `SliceGenerator` to train on and a `TileGenerator` to choose by, if there is one."""
 
     training: Any
     validation: Any | None = None

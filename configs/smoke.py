@@ -1,12 +1,12 @@
 """The whole chain on two cores: in minutes, and in an hour.
 
 make demo
-PHANTOMS=48 NODULES="5 10" CONFIG=phantoms bash scripts/all.sh
+PHANTOMS=80 NODULES="5 10" CONFIG=phantoms bash scripts/all.sh
 """
 
 from dataclasses import replace
 
-from config import Augment, LungMask, Postprocess, Split
+from config import Augment, LungMask, Postprocess, Split, Table
 from configs.thesis import THESIS
 
 SMOKE = replace(
@@ -22,9 +22,11 @@ SMOKE = replace(
 
 PHANTOMS = replace(
     SMOKE,
-    batches=replace(SMOKE.batches, input_px=(128, 128)),
+    table=Table(negatives_per_nodule_slice=2.0),
+    split=Split(fractions=(0.75, 0.125, 0.125)),
+    batches=replace(SMOKE.batches, input_px=(128, 128), nodule_fraction=0.375),
     train=replace(
-        SMOKE.train, epochs=10, steps_per_epoch=300, ema=0.99, validation_tiles=1000
+        SMOKE.train, epochs=12, steps_per_epoch=300, ema=0.99, validation_tiles=1000
     ),
 )
 

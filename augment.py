@@ -21,6 +21,10 @@ from scan import AIR_HU
 EPSILON = 1e-6
 """Added to the divisor of the zscore and minmax normalisations."""
 
+POPULATION_HU = (-370.00039, 436.59987)
+"""Mean and standard deviation of HU that the population normalisation takes: those of
+Zhuang et al. 2025, so that their values mean the same here."""
+
 TARGET_BIT, LUNG_BIT = 1, 2
 """A slice's masks travel as bits of one uint8 image, so that one warp moves both."""
 
@@ -492,7 +496,8 @@ def to_input(
     2. gamma, if not 1: window ** gamma (augmentation only);
     3. with `lung_mask`, 0 outside the lungs;
     4. zscore: (v - mean) / (sd + EPSILON) with the population's sd, or
-       minmax: (v - min) / (max - min + EPSILON), over all pixels of this image.
+       minmax: (v - min) / (max - min + EPSILON), over all pixels of this image, or
+       population: back to HU, then (hu - mean) / sd of `POPULATION_HU`.
 
     Args:
         image_hu: (y, x) HU of any real dtype.
@@ -507,7 +512,7 @@ def to_input(
         ValueError: If `lung_mask` is set and there is no lung mask.
     """
     image = windowed(image_hu, lung, batches, gamma=gamma)
-    return normalised(image, batches.normalisation)
+    return normalised(image, batches)
 
 
 def windowed(
@@ -538,16 +543,20 @@ def windowed(
     return cv2.bitwise_and(image, image, mask=(lung > 0).view(np.uint8))
 
 
-def normalised(image: np.ndarray, normalisation: str) -> np.ndarray:
+def normalised(image: np.ndarray, batches: config.Batches) -> np.ndarray:
     """The last step of `to_input`, in place."""
-    if normalisation == "zscore":
+    if batches.normalisation == "zscore":
         mean, sd = image.mean(), image.std()
         image -= mean
         image /= sd + np.float32(EPSILON)
-    elif normalisation == "minmax":
+    elif batches.normalisation == "minmax":
         least, most = image.min(), image.max()
         image -= least
         image /= most - least + np.float32(EPSILON)
+    elif batches.normalisation == "population":
+        (low, high), (mean, sd) = batches.window_hu, POPULATION_HU
+        image *= np.float32((high - low) / sd)
+        image += np.float32((low - mean) / sd)
     return image
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-ModelName = Literal["nasnet_gcn_se", "unet2d"]
+ModelName = Literal["nasnet_gcn_se", "unet2d", "unet3d"]
 LossName = Literal[
     "generalized_dice",
     "weighted_cross_entropy",
@@ -98,15 +98,18 @@ class Batches:
 
     target: Literal["nodule", "lung"] = "nodule"
     """What is segmented."""
-    input_px: tuple[int, int] = (400, 400)
-    """(y, x) size of the crop that enters the network."""
+    input_px: tuple[int, ...] = (400, 400)
+    """Size of the crop that enters the network: (y, x) of a slice, or (z, y, x) of the
+    table's volumes."""
     crop: Literal["centre", "lung", "nodule"] = "centre"
     """Centre of a training crop: of the slice, of its lungs, or near a nodule. Validation
     and whole scans are covered by tiles of `input_px`."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU mapped to 0 and 1; beyond is clipped."""
-    normalisation: Literal["window", "zscore", "minmax"] = "window"
-    """After the window: nothing, zero mean and unit variance per image, or per-image 0..1."""
+    normalisation: Literal["window", "zscore", "minmax", "population"] = "window"
+    """After the window: nothing, zero mean and unit variance per image, per-image 0..1, or
+    HU less their mean over a population, over its standard deviation (as nnU-Net and
+    Zhuang et al. 2025 do; -370 and 437 HU)."""
     lung_mask: bool = True
     """Set everything outside the lungs to air, as the thesis does."""
     consensus_level: float = 0.5
@@ -118,6 +121,9 @@ class Batches:
     """Share of training rows drawn from slices with a nodule; 0 takes rows as they are."""
 
     def __post_init__(self) -> None:
+        size = self.input_px
+        fits = len(size) in (2, 3) and min(size) > 0
+        require(fits, "input_px", size, "two positive sizes (y, x) or three (z, y, x)")
         low, high = self.window_hu
         require(low < high, "window_hu", self.window_hu, "(low, high) with low < high")
         level = self.consensus_level
@@ -125,6 +131,18 @@ class Batches:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         share = self.nodule_fraction
         require(0 <= share <= 1, "nodule_fraction", share, "0 to 1")
+
+    @property
+    def slice_px(self) -> tuple[int, int]:
+        """(y, x) of `input_px`, of an experiment on slices."""
+        require(len(self.input_px) == 2, "input_px", self.input_px, "(y, x)")
+        return self.input_px[0], self.input_px[1]
+
+    @property
+    def volume_px(self) -> tuple[int, int, int]:
+        """(z, y, x) of `input_px`, of an experiment on volumes."""
+        require(len(self.input_px) == 3, "input_px", self.input_px, "(z, y, x)")
+        return self.input_px[0], self.input_px[1], self.input_px[2]
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,20 @@ class Model:
     weights: Literal["none", "imagenet"] = "none"
     """Start of the encoder."""
     filters: int = 32
-    """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d)."""
+    """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d, unet3d)."""
+    depth: int = 4
+    """How often a U-Net halves its input."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Normalisation of unet3d."""
+    deep_supervision: bool = False
+    """Let unet3d also be trained on what its coarser levels predict."""
+    mask_fraction: float = 0.0
+    """Share of the cubes that unet3d is not shown, in training and in Monte-Carlo passes;
+    Zhuang et al. 2025 hide 0.7."""
+    mask_cube_px: int = 7
+    """Edge of the cubes."""
+    mask_value: float = 1.0
+    """What is put in their place, in the units of the network's input."""
     gcn_kernels: tuple[int, ...] = (13, 19, 19, 19)
     """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis;
     shorter leaves them out at the shallow stages; empty for none."""
@@ -172,6 +203,8 @@ class Model:
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
+        share = self.mask_fraction
+        require(0 <= share < 1, "mask_fraction", share, "at least 0, below 1")
         require(self.filters >= 1, "filters", self.filters, "1 or more")
 
 

@@ -100,7 +100,7 @@ class SliceGenerator:
         self.rows_once = len(self.groups) == 1 and steps_per_epoch == 0
         self.noise_field = None
         if augmentation is not None and augmentation.noise_hu > 0:
-            self.noise_field = augment.noise_field(batches.input_px, seed=(NOISE, seed))
+            self.noise_field = augment.noise_field(batches.slice_px, seed=(NOISE, seed))
         self.order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class SliceGenerator:
 
         With `lung_mask` only the box around the lungs is computed: the rest is 0.
         """
-        batches, size = self.batches, self.batches.input_px
+        batches, size = self.batches, self.batches.slice_px
         warp = augment.draw_warp(changes, crop, size, rng)
         gamma, noise_hu = augment.draw_intensity(changes, rng)
         marks = augment.warp_labels(marks, warp, size)
@@ -179,12 +179,12 @@ class SliceGenerator:
             if self.noise_field is not None:
                 hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
             part[...] = augment.windowed(hu, lung[box], batches, gamma=gamma)
-        image = augment.normalised(image, batches.normalisation)
+        image = augment.normalised(image, batches)
         return image, marks & augment.TARGET_BIT
 
     def crop(self, mask, lung, rng: np.random.Generator) -> augment.Crop:
         """The part of the slice that becomes the sample, by `batches.crop`."""
-        size = self.batches.input_px
+        size = self.batches.slice_px
         match self.batches.crop:
             case "centre":
                 return augment.crop_at_centre(mask.shape, size)
@@ -223,8 +223,7 @@ class TileGenerator:
         self.table = table
         self.batches = batches
         self.with_slice_label = with_slice_label
-        self.epoch = 0
-        size = batches.input_px
+        size = batches.slice_px
         tiles = [
             (int(row), tile.crop)
             for row in usable_rows(table, rows, batches)
@@ -279,7 +278,7 @@ def plain(
     hu: np.ndarray, marks: np.ndarray, crop: augment.Crop, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray]:
     """A crop as (y, x) float32 input and (y, x) uint8 mask of 0 and 1, unchanged."""
-    size = batches.input_px
+    size = batches.slice_px
     hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
     marks = augment.cut(marks, crop, size, fill=0)
     image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
@@ -293,8 +292,8 @@ def batch_of(
     with_slice_label: bool,
 ) -> tuple[np.ndarray, Any]:
     """`count` pairs of input and mask as x and y of a batch; see `SliceGenerator`."""
-    x = np.empty((count, *batches.input_px, 1), np.float32)
-    y = np.empty((count, *batches.input_px, 2), np.uint8)
+    x = np.empty((count, *batches.slice_px, 1), np.float32)
+    y = np.empty((count, *batches.slice_px, 2), np.uint8)
     for position, (image, mask) in enumerate(samples):
         x[position, ..., 0] = image
         y[position] = augment.one_hot(mask)

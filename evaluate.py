@@ -147,7 +147,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
             ],
             "provenance": provenance.record(),
         }
-        postprocess.write_json(record, out / "scores.json")
+        files.write_json(out / "scores.json", record)
         draw_figures(arguments, rows, nodules, out)
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out

@@ -88,7 +88,7 @@ def export(
     """
     target = out / str(version)
     settings = infer.read_settings(run)
-    size_px = size_px or settings.batches.input_px
+    size_px = size_px or settings.batches.slice_px
     made_of = {
         "weights_sha256": files.sha256(run / "best.weights.h5"),
         "size_px": list(size_px),
@@ -165,6 +165,9 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
             least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
             most = tf.reduce_max(image, axis=(1, 2), keepdims=True)
             image = (image - least) / (most - least + augment.EPSILON)
+        elif batches.normalisation == "population":
+            mean, sd = augment.POPULATION_HU
+            image = (image * (high - low) + low - mean) / sd
         output = network(tf.expand_dims(image, -1), training=False)
         output = output["mask"] if isinstance(output, dict) else output
         return {"probability": output[..., 1]}

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an id must look like to become a file name."""
@@ -86,6 +88,12 @@ def checked_id(text: str, *, where: str) -> str:
             "digits, '.', '_' or '-', beginning with a letter or digit"
         )
     return text
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes plain values as JSON; the file appears whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def size_text(num_bytes: float) -> str:

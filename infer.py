@@ -25,12 +25,11 @@ import provenance
 import slice_idx
 import steps
 import train
+from postprocess import Predictions
 from preprocess import with_lungs, without_folders
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Predictor:
     ) -> None:
         self.settings = settings
         self.batch_size = batch_size
-        self.network = load_network(run_dir, settings, settings.batches.input_px)
+        self.network = load_network(run_dir, settings, settings.batches.slice_px)
 
     def probability(self, scan: Scan) -> np.ndarray:
         """Probability of the target at every voxel of a scan.
@@ -86,7 +85,7 @@ class Predictor:
             ScanError: If it lacks lung labels.
         """
         batches = self.settings.batches
-        size = batches.input_px
+        size = batches.slice_px
         lung = lung_for(scan, batches)
         prob = np.zeros(scan.hu.shape, np.float32)
         tiles = [
@@ -129,10 +128,10 @@ def tile_input(
     scan: Scan, z: int, crop: augment.Crop, batches: config.Batches
 ) -> np.ndarray:
     """(y, x) float32 network input of a tile; beyond the slice is air."""
-    hu = augment.cut(scan.hu[z], crop, batches.input_px, fill=augment.AIR_HU)
+    hu = augment.cut(scan.hu[z], crop, batches.slice_px, fill=augment.AIR_HU)
     lung = None
     if scan.lung is not None:
-        lung = augment.cut(scan.lung[z], crop, batches.input_px, fill=0)
+        lung = augment.cut(scan.lung[z], crop, batches.slice_px, fill=0)
     return augment.to_input(hu, lung, batches)
 
 
@@ -191,32 +190,38 @@ def infer(
     """
     settings = read_settings(exp_dir)
     split = slice_idx.read_split(exp_dir / "split.json")
-    manifest = new_manifest(exp_dir, split)
+    predictions = new_predictions(exp_dir, split)
     tasks, unreadable = (
         (tasks_of_input(input), []) if input else tasks_of_parts(scans, split, parts)
     )
     if overwrite:
         remove_predictions(result_dir)
-    start_manifest(result_dir, manifest)
-    warn_of_leaks(tasks, manifest["training_patients"])
+    start_predictions(result_dir, predictions)
+    warn_of_leaks(tasks, predictions.training_patients)
     predictor = Predictor(exp_dir, settings, batch_size=batch_size)
+    stood = sum(1 for task in tasks if map_path(result_dir, task).exists())
 
     def segment(task: Task) -> Task:
-        path = result_dir / task.scan_id / "prob.nii.gz"
+        path = map_path(result_dir, task)
         if overwrite or not path.exists():
             scan = read_source(task.source, settings)
             write_probability(path, predictor.probability(scan), scan)
         return task
 
     done, failures = steps.map_scans(segment, tasks, workers=1, label="infer")
-    add_scans(result_dir, manifest, done)
+    add_scans(result_dir, predictions, done)
     failures = [*unreadable, *failures]
     steps.write_failures(failures, result_dir / "skipped.csv")
-    volume_bytes = sum(
-        (result_dir / task.scan_id / "prob.nii.gz").stat().st_size for task in done
-    )
+    volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
     line = f"wrote {result_dir}: {len(done)} scans, {files.size_text(volume_bytes)}"
+    if stood:
+        line += f" ({stood} were there)"
     return steps.Report(line, failures)
+
+
+def map_path(result_dir: Path, task: Task) -> Path:
+    """Where the probability map of a scan is written."""
+    return result_dir / task.scan_id / "prob.nii.gz"
 
 
 def tasks_of_parts(
@@ -279,62 +284,57 @@ def write_probability(path: Path, prob: np.ndarray, scan: Scan) -> None:
     write_volume(path, prob, scan.grid, scan.source_grid)
 
 
-def new_manifest(run_dir: Path, split: dict[str, Any]) -> dict[str, Any]:
+def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
     """The record that goes beside the predictions, still without scans."""
-    return {
-        "format_version": postprocess.FORMAT_VERSION,
-        "run": run_dir.name,
-        "weights_sha256": files.sha256(run_dir / "best.weights.h5"),
-        "split_sha256": split["sha256"],
-        "training_patients": train.training_patients_of(run_dir / "best.weights.h5"),
-        "provenance": provenance.record(),
-        "scans": {},
-    }
+    weights = run_dir / "best.weights.h5"
+    return Predictions(
+        run=run_dir.name,
+        weights_sha256=files.sha256(weights),
+        split_sha256=split["sha256"],
+        training_patients=tuple(train.training_patients_of(weights)),
+        scans={},
+        provenance=provenance.record(),
+    )
 
 
 def remove_predictions(result_dir: Path) -> None:
     """Removes maps and what was made of them, so that none of other weights stays."""
     for folder in [path.parent for path in result_dir.glob("*/prob.nii.gz")]:
         files.remove(folder)
-    for name in (MANIFEST, postprocess.RECORD):
+    for name in (postprocess.PREDICTIONS, postprocess.RECORD):
         files.remove(result_dir / name)
 
 
-def start_manifest(result_dir: Path, manifest: dict[str, Any]) -> None:
+def start_predictions(result_dir: Path, predictions: Predictions) -> None:
     """Says whose predictions the folder holds before the first is written.
 
     Raises:
         ValueError: If it holds those of another network.
     """
-    path = result_dir / MANIFEST
+    path = result_dir / postprocess.PREDICTIONS
     if not path.exists():
-        write_manifest(result_dir, manifest)
+        predictions.write(result_dir)
         return
-    found = json.loads(path.read_text())["weights_sha256"]
-    if found != manifest["weights_sha256"]:
+    found = postprocess.read_predictions(result_dir).weights_sha256
+    if found != predictions.weights_sha256:
         raise ValueError(
             f"{path}: predictions of weights {found[:12]}; this run's are "
-            f"{manifest['weights_sha256'][:12]}; use --overwrite or another --result_dir"
+            f"{predictions.weights_sha256[:12]}; use --overwrite or another --result_dir"
         )
 
 
 def add_scans(
-    result_dir: Path, manifest: dict[str, Any], tasks: Sequence[Task]
+    result_dir: Path, predictions: Predictions, tasks: Sequence[Task]
 ) -> None:
     """Lists scans in predictions.json, beside those that an earlier call listed."""
-    scans = json.loads((result_dir / MANIFEST).read_text())["scans"]
+    scans = dict(postprocess.read_predictions(result_dir).scans)
     for task in tasks:
         facts: dict[str, Any] = {"part": task.part, "patient_id": task.patient_id}
         if task.slices:
             earlier = scans.get(task.scan_id, {}).get("slices", {})
             facts["slices"] = earlier | task.slices
         scans[task.scan_id] = facts
-    write_manifest(result_dir, manifest | {"scans": scans})
-
-
-def write_manifest(result_dir: Path, manifest: dict[str, Any]) -> None:
-    with files.written_whole(result_dir / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=1))
+    replace(predictions, scans=scans).write(result_dir)
 
 
 def warn_of_leaks(tasks: Sequence[Task], training_patients: Sequence[str]) -> None:

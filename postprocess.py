@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Of predictions.json and postprocess.json."""
 
+PREDICTIONS = "predictions.json"
+
 Connectivity = Literal[6, 18, 26]
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -142,7 +144,7 @@ class Predictions:
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""
         record = {"format_version": FORMAT_VERSION, **asdict(self)}
-        write_json(record, Path(folder) / "predictions.json")
+        files.write_json(Path(folder) / PREDICTIONS, record)
 
 
 def read_predictions(folder: Path) -> Predictions:
@@ -152,7 +154,7 @@ def read_predictions(folder: Path) -> Predictions:
         FileNotFoundError: If it is missing.
         ValueError: If it is of another version.
     """
-    path = Path(folder) / "predictions.json"
+    path = Path(folder) / PREDICTIONS
     if not path.exists():
         raise FileNotFoundError(f"no {path}; run infer.py first")
     record = json.loads(path.read_text())
@@ -420,11 +422,6 @@ def write_rows(
         writer.writerows(rows)
 
 
-def write_json(record: Any, path: Path) -> None:
-    with files.written_whole(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-
-
 @dataclass(frozen=True)
 class Job:
     """One scan to work on, wherever that happens."""
@@ -675,7 +672,7 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
         for scan_id in predictions.scans:
             files.remove(folder / scan_id / "nodules.csv")
     refuse_other_settings(record, folder)
-    write_json({**record, "provenance": provenance.record()}, folder / RECORD)
+    files.write_json(folder / RECORD, {**record, "provenance": provenance.record()})
     jobs = [
         Job(scan_id, folder, arguments.scans, settings)
         for scan_id in sorted(predictions.scans)
@@ -801,7 +798,7 @@ def tune(
         "reached": reached,
         "provenance": provenance.record(),
     }
-    write_json(record, arguments.run / RECORD)
+    files.write_json(arguments.run / RECORD, record)
     return settings, origin
 
 

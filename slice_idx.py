@@ -353,11 +353,6 @@ def slices_of_part(split: Mapping[str, Any], part: str) -> dict[str, list[int]]:
     return {scan_id: sorted(members) for scan_id, members in slices.items()}
 
 
-def part_of(split: Mapping[str, Any], patient_id: str) -> str:
-    """The part a patient is in, "" if in none; "train" if any slice was trained on."""
-    return next((p for p in PARTS if patient_id in patients_of_part(split, p)), "")
-
-
 def nnunet_splits(table: SliceTable, settings: config.Split) -> list[dict[str, Any]]:
     """All folds as nnU-Net's splits_final.json lists them: per fold, scans by their id.
 
@@ -395,8 +390,7 @@ def write_split(
                 "match; add --overwrite to replace it"
             )
     if not stands:
-        with files.written_whole(out) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        files.write_json(out, record)
     return steps.Report(
         _closing_line(out, record, rows, "is complete" if stands else "")
     )
@@ -440,8 +434,7 @@ def run_step(arguments: Arguments) -> steps.Report:
     if other:
         with SliceTable(arguments.table) as table:
             folds = nnunet_splits(table, arguments.split)
-        with files.written_whole(other) as partial:
-            partial.write_text(json.dumps(folds, indent=1) + "\n")
+        files.write_json(other, folds)
     return report
 
 

@@ -659,7 +659,7 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
         files.written_whole(out) as partial,
         hdf5.written(partial, out) as h5,
     ):
-        shape = (0, *batches.input_px)
+        shape = (0, *batches.slice_px)
         data, truth = (
             h5.create_earray("/", name, atom, shape, "", filters, len(table))
             for name, atom in (
@@ -669,8 +669,8 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
         )
         for row in range(len(table)):
             hu, mask = _hu_and_mask(table, row, batches)
-            data.append(fit(hu[None], batches.input_px, fill=AIR_HU).astype(np.float32))
-            truth.append(fit(mask[None], batches.input_px, fill=0).astype(np.uint8))
+            data.append(fit(hu[None], batches.slice_px, fill=AIR_HU).astype(np.float32))
+            truth.append(fit(mask[None], batches.slice_px, fill=0).astype(np.uint8))
         subject_ids = [
             f"{table.scans['scan_id'][row['scan']]}_{row['z']}".encode()
             for row in table.rows

@@ -148,7 +148,7 @@ def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
     before, now = record["postprocess"], config.to_json(settings)
     if before == now:
         return ""
-    write_json(path, record | {"postprocess": now})
+    files.write_json(path, record | {"postprocess": now})
     changed = (
         f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v
     )
@@ -289,9 +289,9 @@ def start_run(
         return
     with files.written_whole(directory) as partial:
         partial.mkdir()
-        write_json(partial / "config.json", config.to_json(experiment))
-        write_json(partial / "split.json", split)
-        write_json(partial / "provenance.json", record)
+        files.write_json(partial / "config.json", config.to_json(experiment))
+        files.write_json(partial / "split.json", split)
+        files.write_json(partial / "provenance.json", record)
 
 
 def fit(
@@ -340,7 +340,9 @@ def fit(
             pictured=pictured_slices(data.validation or data.training),
         )
     callbacks.write_weights(directory / "last.weights.h5", model)
-    write_json(directory / "training.json", summary(progress, model.count_params()))
+    files.write_json(
+        directory / "training.json", summary(progress, model.count_params())
+    )
     files.remove(directory / callbacks.STATE)
 
 
@@ -400,11 +402,6 @@ def closing_line(run_dir: Path) -> str:
         f"{facts['epochs']} epochs, best {facts['best_epoch']}, {score}, trained for "
         f"{steps.duration_text(facts['seconds'])}"
     )
-
-
-def write_json(path: Path, record: Any) -> None:
-    with files.written_whole(path) as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run_step(arguments: Arguments) -> steps.Report:

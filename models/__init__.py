@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def import_quietly() -> None:
@@ -33,11 +34,12 @@ import_quietly()
 import keras  # noqa: E402
 
 import config  # noqa: E402
-from models import losses, nasnet_gcn_se, unet2d  # noqa: E402
+from models import losses, nasnet_gcn_se, unet2d, unet3d  # noqa: E402
 
 MODELS: dict[str, Callable[..., keras.Model]] = {
     "nasnet_gcn_se": nasnet_gcn_se.build,
     "unet2d": unet2d.build,
+    "unet3d": unet3d.build,
 }
 
 LOSSES: dict[str, Callable] = {
@@ -52,30 +54,47 @@ LOSSES: dict[str, Callable] = {
 
 
 def build_model(
-    settings: config.Model, input_shape: tuple[int, int, int], num_classes: int
+    settings: config.Model,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    **inputs: bool,
 ) -> keras.Model:
     """The network that `settings` describes, under the precision policy now in force.
 
     Args:
         settings: Name and options; those that the network does not have are not used.
-        input_shape: (y, x, channels).
+        input_shape: (y, x, channels), or (z, y, x, channels) of unet3d.
         num_classes: Classes of the mask, background included.
+        inputs: `noise_input` of unet3d.
 
     Raises:
         ValueError: If ImageNet weights are asked of a network that has none.
     """
-    options = {
-        "filters": settings.filters,
-        "dropout": settings.dropout,
-        "slice_classifier": settings.slice_classifier,
-    }
-    if settings.name == "nasnet_gcn_se":
-        options |= {
-            "weights": settings.weights,
-            "gcn_kernels": settings.gcn_kernels,
-            "squeeze_excite": settings.squeeze_excite,
-        }
-    elif settings.weights != "none":
+    options: dict[str, Any] = {"filters": settings.filters, "dropout": settings.dropout}
+    match settings.name:
+        case "nasnet_gcn_se":
+            options |= {
+                "slice_classifier": settings.slice_classifier,
+                "weights": settings.weights,
+                "gcn_kernels": settings.gcn_kernels,
+                "squeeze_excite": settings.squeeze_excite,
+            }
+        case "unet2d":
+            options |= {
+                "slice_classifier": settings.slice_classifier,
+                "depth": settings.depth,
+            }
+        case "unet3d":
+            options |= {
+                "depth": settings.depth,
+                "norm": settings.norm,
+                "deep_supervision": settings.deep_supervision,
+                "cube_px": settings.mask_cube_px,
+                "mask_fraction": settings.mask_fraction,
+                "mask_value": settings.mask_value,
+                **inputs,
+            }
+    if settings.weights != "none" and settings.name != "nasnet_gcn_se":
         raise ValueError(
             f"model.weights is {settings.weights!r}, but {settings.name} has no such "
             "weights; use --model.weights none"

@@ -270,6 +270,17 @@ def test_zscore_and_minmax_by_hand():
     assert minmax.ravel() == pytest.approx([0, 0.5, 0.5, 1], abs=1e-4)
 
 
+def test_population_normalisation_takes_the_published_numbers():
+    # Zhuang et al. 2025: (HU + 370.00039) / 436.59987 after a clip to -1024..276, so 66.6
+    # HU, with which they hide cubes, is 1.
+    batches = replace(PLAIN, normalisation="population", window_hu=(-1024.0, 276.0))
+    hu = np.array([[-2000, -1024, -370, 66.6, 276, 3000]])
+    expected = [-1.49794, -1.49794, 0, 1, 1.47962, 1.47962]
+    assert augment.to_input(hu, None, batches).ravel() == pytest.approx(
+        expected, abs=2e-5
+    )
+
+
 def test_an_even_image_stays_finite():
     hu = np.zeros((4, 4), np.int16)
     for normalisation in ("zscore", "minmax"):

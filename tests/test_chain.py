@@ -230,7 +230,7 @@ def test_a_missing_mask_is_a_skipped_scan_not_a_zero(work, tmp_path):
     assert "run postprocess.py first" in report.failures[0].reason
 
 
-@pytest.mark.parametrize("normalisation", ["window", "zscore", "minmax"])
+@pytest.mark.parametrize("normalisation", ["window", "zscore", "minmax", "population"])
 def test_the_saved_model_gives_what_python_gives(work, tmp_path, normalisation):
     run = tmp_path / "run"
     run.mkdir()

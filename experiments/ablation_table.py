@@ -11,82 +11,23 @@ by slice) has no paired difference, and the table says so.
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 import files
-import metrics
 import steps
-from evaluate import DISCLAIMER, bounds, number, refuse_other_folder
-from metrics import Counts, Interval
+from evaluate import DISCLAIMER, refuse_other_folder
+from experiments import paired
 from postprocess import write_rows
 
-FEW_PATIENTS = 10
-"""With fewer, a percentile interval excludes 0 by chance far more often than it says."""
-
-COLUMNS = (
-    "run",
-    "score",
-    "value",
-    "low",
-    "high",
-    "difference",
-    "diff_low",
-    "diff_high",
-)
-
-
-class Measure(NamedTuple):
-    """A score as a statistic of sums over scans.
-
-    Attributes:
-        name: What the table calls it.
-        columns: From rows of scores.csv to (scans, k) numbers that are summed.
-        statistic: From (..., k) sums to (...) scores.
-    """
-
-    name: str
-    columns: Callable[[Sequence[dict[str, str]]], np.ndarray]
-    statistic: Callable[[np.ndarray], np.ndarray]
-
-
-def mean_of(name: str, text: str) -> Measure:
-    """The mean over scans of a column of scores.csv, undefined ones left out."""
-    return Measure(
-        text,
-        lambda rows: metrics.mean_columns(np.array([float(row[name]) for row in rows])),
-        metrics.mean_of_sums,
-    )
-
-
-def voxel_counts(rows: Sequence[dict[str, str]]) -> np.ndarray:
-    return np.array([[float(row[name]) for name in ("tp", "fp", "fn")] for row in rows])
-
-
-def nodule_counts(rows: Sequence[dict[str, str]]) -> np.ndarray:
-    return np.array(
-        [[float(row["nodules_hit"]), float(row["nodules"])] for row in rows]
-    )
-
-
 MEASURES = (
-    Measure(
-        "Dice, pooled",
-        voxel_counts,
-        lambda sums: Counts(*np.moveaxis(sums, -1, 0)).dice,
-    ),
-    mean_of("dice", "Dice per scan"),
-    mean_of("dice_nodule_slices", "Dice per scan, nodule slices"),
-    Measure(
-        "Nodule sensitivity",
-        nodule_counts,
-        lambda sums: metrics.ratio(sums[..., 0], sums[..., 1]),
-    ),
-    mean_of("false_positives", "False positives per scan"),
+    paired.pooled_dice("Dice, pooled"),
+    paired.mean_of("dice", "Dice per scan"),
+    paired.mean_of("dice_nodule_slices", "Dice per scan, nodule slices"),
+    paired.ratio_of("nodules_hit", "nodules", "Nodule sensitivity"),
+    paired.mean_of("false_positives", "False positives per scan"),
 )
 
 
@@ -100,16 +41,6 @@ class Arguments:
     """Folder for ablations.csv, ablations.md and ablations.tex."""
     draws: int = 2000
     """Bootstrap draws."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One score of one run; `difference` is None where it cannot be paired."""
-
-    run: str
-    score: str
-    interval: Interval
-    difference: Interval | None
 
 
 def read_scores(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
@@ -135,42 +66,6 @@ def same_cases(rows: Sequence[dict[str, str]], base: Sequence[dict[str, str]]) -
     return cases(rows) == cases(base)
 
 
-def compare(
-    run: str,
-    rows: Sequence[dict[str, str]],
-    base: Sequence[dict[str, str]],
-    *,
-    draws: int,
-) -> list[Cell]:
-    """Every score of a run with its interval, and its paired difference from `base`."""
-    patients = np.array([row["patient_id"] for row in rows])
-    paired = same_cases(rows, base) and rows is not base
-    cells = []
-    for measure in MEASURES:
-        values = measure.columns(rows)
-        interval = metrics.bootstrap(values, patients, measure.statistic, n=draws)
-        difference = None
-        if paired:
-            both = np.hstack([values, measure.columns(base)])
-            difference = metrics.bootstrap(
-                both, patients, difference_of(measure.statistic), n=draws
-            )
-        cells.append(Cell(run, measure.name, interval, difference))
-    return cells
-
-
-def difference_of(
-    statistic: Callable[[np.ndarray], np.ndarray],
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The statistic of the first half of the columns less that of the second half."""
-
-    def difference(sums: np.ndarray) -> np.ndarray:
-        first, second = np.split(sums, 2, axis=-1)
-        return statistic(first) - statistic(second)
-
-    return difference
-
-
 def ablation_table(arguments: Arguments) -> steps.Report:
     """Writes the table as CSV, Markdown and LaTeX.
 
@@ -184,16 +79,11 @@ def ablation_table(arguments: Arguments) -> steps.Report:
     refuse_other_folder(arguments.out, "ablations.csv")
     base, base_record = read_scores(arguments.scores[0])
     patients = len({row["patient_id"] for row in base})
-    cells = compare(names[0], base, base, draws=arguments.draws)
+    cells = paired.compare(names[0], base, None, MEASURES, draws=arguments.draws)
     facts = [
         f"Differences are from {names[0]}, on the same {patients} patients in every draw; "
         "unpaired: the run was scored on other cases.",
-        "Intervals are not corrected for the number of comparisons"
-        + (
-            f", and are too narrow with fewer than {FEW_PATIENTS} patients."
-            if patients < FEW_PATIENTS
-            else "; (!): the difference's interval excludes 0."
-        ),
+        paired.caution(patients),
         f"{names[0]}: {' '.join(base_record['protocol'][:-1])}",
     ]
     for name, folder in zip(names[1:], arguments.scores[1:], strict=True):
@@ -208,103 +98,25 @@ def ablation_table(arguments: Arguments) -> steps.Report:
             facts.append(
                 f"{name}: split by slice, so patients that are tested were TRAINED on."
             )
-        cells += compare(name, rows, base, draws=arguments.draws)
+        cells += paired.compare(
+            name,
+            rows,
+            base if same_cases(rows, base) else None,
+            MEASURES,
+            draws=arguments.draws,
+        )
     facts.append(DISCLAIMER)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
-        write_rows([csv_row(cell) for cell in cells], COLUMNS, out / "ablations.csv")
-        text = markdown(names, cells, facts, marked=patients >= FEW_PATIENTS)
+        rows = [paired.csv_row(cell) for cell in cells]
+        write_rows(rows, paired.COLUMNS, out / "ablations.csv")
+        marked = patients >= paired.FEW_PATIENTS
+        text = paired.markdown(cells, facts, marked=marked)
         (out / "ablations.md").write_text(text)
-        (out / "ablations.tex").write_text(
-            latex(names, cells, facts, marked=patients >= FEW_PATIENTS)
-        )
+        (out / "ablations.tex").write_text(paired.latex(cells, facts, marked=marked))
     sys.stdout.write(text + "\n")
     return steps.Report(
         f"wrote {arguments.out}: {len(names)} runs, {patients} patients"
-    )
-
-
-def csv_row(cell: Cell) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": cell.run, "score": cell.score}
-    row |= dict(zip(COLUMNS[2:5], cell.interval, strict=True))
-    if cell.difference:
-        row |= dict(zip(COLUMNS[5:], cell.difference, strict=True))
-    return row
-
-
-def grid(
-    names: Sequence[str], cells: Sequence[Cell], entry: Callable[[Cell, bool], str]
-) -> list[list[str]]:
-    """One row of the table per run, one entry per measure."""
-    return [
-        [name, *(entry(cell, name == names[0]) for cell in cells if cell.run == name)]
-        for name in names
-    ]
-
-
-def markdown(
-    names: Sequence[str],
-    cells: Sequence[Cell],
-    facts: Sequence[str],
-    *,
-    marked: bool,
-) -> str:
-    """The table in Markdown."""
-
-    def entry(cell: Cell, first: bool) -> str:
-        text = f"{number(cell.interval.value)} ({bounds(cell.interval)})"
-        return (
-            text
-            if first
-            else f"{text}<br>{difference_text(cell.difference, marked=marked)}"
-        )
-
-    lines = [
-        f"| run | {' | '.join(measure.name for measure in MEASURES)} |",
-        "|---" * (len(MEASURES) + 1) + "|",
-        *(f"| {' | '.join(row)} |" for row in grid(names, cells, entry)),
-    ]
-    return "\n".join([*lines, "", *facts, ""])
-
-
-def difference_text(difference: Interval | None, *, marked: bool) -> str:
-    """A difference with its interval; if `marked`, with (!) where that excludes 0."""
-    if difference is None:
-        return "unpaired"
-    excluded = difference.low > 0 or difference.high < 0
-    mark = " (!)" if marked and excluded else ""
-    return f"{difference.value:+.3f} ({bounds(difference)}){mark}"
-
-
-def latex(
-    names: Sequence[str],
-    cells: Sequence[Cell],
-    facts: Sequence[str],
-    *,
-    marked: bool,
-) -> str:
-    """The table in LaTeX, for the package booktabs: values, and differences below them."""
-
-    def entry(cell: Cell, first: bool) -> str:
-        difference = (
-            "" if first else f" [{difference_text(cell.difference, marked=marked)}]"
-        )
-        return f"{number(cell.interval.value)}{difference}"
-
-    rows = [" & ".join(row) + " \\\\" for row in grid(names, cells, entry)]
-    head = " & ".join(["Run", *(measure.name for measure in MEASURES)]) + " \\\\"
-    return "\n".join(
-        [
-            *(f"% {fact}" for fact in facts),
-            f"\\begin{{tabular}}{{l{'r' * len(MEASURES)}}}",
-            "\\toprule",
-            head,
-            "\\midrule",
-            *rows,
-            "\\bottomrule",
-            "\\end{tabular}",
-            "",
-        ]
     )
 
 

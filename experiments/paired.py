@@ -1,0 +1,224 @@
+"""Runs scored on the same cases, compared by paired bootstrap; the table of that.
+
+A difference is paired: patients are drawn once and both runs are scored on them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import metrics
+from evaluate import bounds, number
+from metrics import Counts, Interval
+
+Row = Mapping[str, Any]
+"""A scan's scores by name, numbers or their text."""
+
+FEW_PATIENTS = 10
+"""With fewer, a percentile interval excludes 0 by chance far more often than it says."""
+
+COLUMNS = (
+    "run",
+    "score",
+    "value",
+    "low",
+    "high",
+    "difference",
+    "diff_low",
+    "diff_high",
+)
+"""Columns of the table as CSV."""
+
+
+class Measure(NamedTuple):
+    """A score as a statistic of sums over scans.
+
+    Attributes:
+        name: What the table calls it.
+        columns: From rows of scans to (scans, k) numbers that are summed.
+        statistic: From (..., k) sums to (...) scores.
+    """
+
+    name: str
+    columns: Callable[[Sequence[Row]], np.ndarray]
+    statistic: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one run; `difference` is None where it cannot be paired."""
+
+    run: str
+    score: str
+    interval: Interval
+    difference: Interval | None
+
+
+def numbers(*names: str) -> Callable[[Sequence[Row]], np.ndarray]:
+    """Reads (scans, names) float64 from rows."""
+    return lambda rows: np.array([[float(row[name]) for name in names] for row in rows])
+
+
+def mean_of(name: str, text: str) -> Measure:
+    """The mean over scans of one score, undefined ones left out."""
+    return Measure(
+        text,
+        lambda rows: metrics.mean_columns(numbers(name)(rows)[:, 0]),
+        metrics.mean_of_sums,
+    )
+
+
+def ratio_of(part: str, whole: str, text: str) -> Measure:
+    """The sum of `part` over all scans, over that of `whole`."""
+    return Measure(
+        text,
+        numbers(part, whole),
+        lambda sums: metrics.ratio(sums[..., 0], sums[..., 1]),
+    )
+
+
+def pooled_dice(text: str) -> Measure:
+    """Dice of the summed voxels tp, fp and fn."""
+    return Measure(
+        text,
+        numbers("tp", "fp", "fn"),
+        lambda sums: Counts(*np.moveaxis(sums, -1, 0)).dice,
+    )
+
+
+def compare(
+    run: str,
+    rows: Sequence[Row],
+    base: Sequence[Row] | None,
+    measures: Sequence[Measure],
+    *,
+    draws: int,
+) -> list[Cell]:
+    """Every score of a run with its interval, and its paired difference from `base`.
+
+    Args:
+        run: Its name.
+        rows: Its scans, each with a `patient_id`.
+        base: The same scans in the same order, scored for the run it is compared with;
+            None for no difference.
+        measures: The scores.
+        draws: Bootstrap draws.
+    """
+    patients = np.array([row["patient_id"] for row in rows])
+    cells = []
+    for measure in measures:
+        values = measure.columns(rows)
+        interval = metrics.bootstrap(values, patients, measure.statistic, n=draws)
+        difference = None
+        if base is not None:
+            both = np.hstack([values, measure.columns(base)])
+            difference = metrics.bootstrap(
+                both, patients, difference_of(measure.statistic), n=draws
+            )
+        cells.append(Cell(run, measure.name, interval, difference))
+    return cells
+
+
+def difference_of(
+    statistic: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The statistic of the first half of the columns less that of the second half."""
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        first, second = np.split(sums, 2, axis=-1)
+        return statistic(first) - statistic(second)
+
+    return difference
+
+
+def csv_row(cell: Cell) -> dict[str, Any]:
+    """A cell as a row of `COLUMNS`."""
+    row: dict[str, Any] = {"run": cell.run, "score": cell.score}
+    row |= dict(zip(COLUMNS[2:5], cell.interval, strict=True))
+    if cell.difference:
+        row |= dict(zip(COLUMNS[5:], cell.difference, strict=True))
+    return row
+
+
+def markdown(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> str:
+    """The table in Markdown: values, intervals and the differences below them.
+
+    Args:
+        cells: Of all runs; the first run's stand without difference.
+        facts: Sentences below the table.
+        marked: Mark differences whose interval excludes 0.
+    """
+
+    def entry(cell: Cell, first: bool) -> str:
+        text = f"{number(cell.interval.value)} ({bounds(cell.interval)})"
+        return (
+            text
+            if first
+            else f"{text}<br>{difference_text(cell.difference, marked=marked)}"
+        )
+
+    head = ["run", *scores_of(cells)]
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in grid(cells, entry)),
+    ]
+    return "\n".join([*lines, "", *facts, ""])
+
+
+def latex(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> str:
+    """The table in LaTeX, for the package booktabs: values, and differences in brackets."""
+
+    def entry(cell: Cell, first: bool) -> str:
+        difference = difference_text(cell.difference, marked=marked)
+        return number(cell.interval.value) + ("" if first else f" [{difference}]")
+
+    head = ["Run", *scores_of(cells)]
+    rows = [" & ".join(row) + " \\\\" for row in [head, *grid(cells, entry)]]
+    return "\n".join(
+        [
+            *(f"% {fact}" for fact in facts),
+            f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            "\\toprule",
+            rows[0],
+            "\\midrule",
+            *rows[1:],
+            "\\bottomrule",
+            "\\end{tabular}",
+            "",
+        ]
+    )
+
+
+def scores_of(cells: Sequence[Cell]) -> list[str]:
+    """Names of the scores, in the order of the first run."""
+    return [cell.score for cell in cells if cell.run == cells[0].run]
+
+
+def grid(cells: Sequence[Cell], entry: Callable[[Cell, bool], str]) -> list[list[str]]:
+    """One row of the table per run: its name, then one entry per score."""
+    runs = dict.fromkeys(cell.run for cell in cells)
+    return [
+        [run, *(entry(cell, run == cells[0].run) for cell in cells if cell.run == run)]
+        for run in runs
+    ]
+
+
+def difference_text(difference: Interval | None, *, marked: bool) -> str:
+    """A difference with its interval; if `marked`, with (!) where that excludes 0."""
+    if difference is None:
+        return "unpaired"
+    excluded = difference.low > 0 or difference.high < 0
+    mark = " (!)" if marked and excluded else ""
+    return f"{difference.value:+.3f} ({bounds(difference)}){mark}"
+
+
+def caution(patients: int) -> str:
+    """What the intervals do not say, in a sentence."""
+    few = f", and are too narrow with fewer than {FEW_PATIENTS} patients."
+    many = "; (!): the difference's interval excludes 0."
+    return "Intervals are not corrected for the number of comparisons" + (
+        few if patients < FEW_PATIENTS else many
+    )

@@ -382,3 +382,51 @@ def bootstrap_pooled(
         lambda sums: getattr(Counts(*np.moveaxis(sums, -1, 0)), name),
         **options,
     )
+
+
+class Reliability(NamedTuple):
+    """How often what is predicted with some probability holds, by bins of probability.
+
+    Attributes:
+        probability: (bins,) mean predicted probability; NaN in an empty bin.
+        observed: (bins,) share of voxels that are foreground; NaN in an empty bin.
+        voxels: (bins,) voxels.
+        ece: Expected calibration error: mean |probability - observed| over the voxels.
+    """
+
+    probability: np.ndarray
+    observed: np.ndarray
+    voxels: np.ndarray
+    ece: float
+
+
+def reliability_counts(
+    prob: np.ndarray, mask_ref: np.ndarray, *, bins: int = 20
+) -> np.ndarray:
+    """(bins, 3) voxels, summed probability and foreground voxels; sums over cases add.
+
+    Args:
+        prob: Probabilities 0..1, any shape. Those of exactly 0 and 1 count too.
+        mask_ref: bool, the same shape.
+        bins: Bins of equal width.
+    """
+    place = np.minimum((prob.ravel() * bins).astype(np.int64), bins - 1)
+    inside = mask_ref.ravel().astype(np.float64)
+    return np.stack(
+        [
+            np.bincount(place, minlength=bins).astype(np.float64),
+            np.bincount(place, weights=prob.ravel(), minlength=bins),
+            np.bincount(place, weights=inside, minlength=bins),
+        ],
+        axis=1,
+    )
+
+
+def reliability(counts: np.ndarray) -> Reliability:
+    """The reliability curve of `reliability_counts`.
+
+    Reference: Guo et al. 2017, On calibration of modern neural networks, equation 3.
+    """
+    voxels, summed, inside = np.moveaxis(counts, -1, 0)
+    ece = float(np.abs(summed - inside).sum() / voxels.sum())
+    return Reliability(ratio(summed, voxels), ratio(inside, voxels), voxels, ece)

@@ -1,0 +1,388 @@
+r"""The table of lung masks: each method's overlap, surface, and the nodules it keeps.
+
+A method is a folder of predictions (SCAN_ID/mask.nii.gz of infer.py) or of scan files,
+whose lung masks count (preprocess.py). The first one is what the others are compared with,
+by paired bootstrap over patients.
+
+    python -m experiments.lung_comparison --scans work/scans --truth work/phantoms/truth \
+        --methods classical=work/scans masked=work/predictions/lung3d --out work/scores/lungs
+
+Writes lungs.csv (one row per scan and method), nodules.csv (one per nodule and method),
+comparison.csv, .md and .tex, and for methods with probabilities calibration.csv and .png.
+Research code, not a medical device.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import files
+import metrics
+import steps
+from evaluate import DISCLAIMER, refuse_other_folder
+from experiments import paired
+from postprocess import reference_mask, write_rows
+from scan import Scan, ScanError, read_scan, scan_files, scan_path
+from volume_io import check_same_grid, read_volume
+
+AT_PLEURA_MM = 3.0
+"""A nodule this near to the lungs' surface is juxtapleural."""
+
+LARGE_MM = 30.0
+"""A nodule of at least this diameter is a mass (Fleischner Society, Bankier et al. 2017)."""
+
+MEASURES = (
+    paired.mean_of("dice", "Dice per scan"),
+    paired.mean_of("hd95_mm", "HD95 (mm)"),
+    paired.mean_of("surface_dice", "Surface Dice"),
+    paired.ratio_of("kept_all", "voxels_all", "Inclusion, all nodules"),
+    paired.ratio_of("kept_pleura", "voxels_pleura", "Inclusion, at the pleura"),
+    paired.ratio_of("kept_large", "voxels_large", "Inclusion, large"),
+    paired.ratio_of("whole_pleura", "nodules_pleura", "Kept whole, at the pleura"),
+)
+
+KEPT_WHOLE = 0.95
+"""A nodule is kept whole if this share of it lies in the mask."""
+
+BINS = 20
+"""Of the reliability curve."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which masks are compared, on which scans."""
+
+    methods: tuple[str, ...]
+    """NAME=FOLDER each; the first is the one the others are compared with."""
+    out: Path
+    """Tables and figures are written here."""
+    scans: Path = Path("work/scans")
+    """Scan files with HU and the readers' nodules."""
+    truth: Path | None = None
+    """Scan files with reference lung labels, by the same ids; scans without one are
+    scored by their nodules alone."""
+    tolerance_mm: float = 2.0
+    """Surfaces nearer than this agree."""
+    draws: int = 2000
+    """Bootstrap draws."""
+    workers: int = 1
+    """Processes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan, scored for every method."""
+
+    scan_id: str
+    path: Path
+    arguments: Arguments
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows of one scan, and the reliability counts of each method with probabilities."""
+
+    rows: list[dict[str, Any]]
+    nodules: list[dict[str, Any]]
+    reliability: dict[str, np.ndarray]
+
+
+def compare_lungs(arguments: Arguments) -> steps.Report:
+    """Scores every scan with every method and writes the tables.
+
+    Raises:
+        ValueError: If a method is not NAME=FOLDER, or no scan could be scored.
+    """
+    folders = method_folders(arguments.methods)
+    refuse_other_folder(arguments.out, "lungs.csv")
+    jobs = [Job(path.stem, path, arguments) for path in scan_files(arguments.scans)]
+    scored, failures = steps.map_scans(
+        score, jobs, workers=arguments.workers, label="compare"
+    )
+    if not scored:
+        reason = failures[0].reason if failures else f"{arguments.scans} holds no scans"
+        raise ValueError(f"no scan could be scored: {reason}")
+    rows = [row for item in scored for row in item.rows]
+    nodules = [nodule for item in scored for nodule in item.nodules]
+    by_method = {
+        name: [row for row in rows if row["method"] == name] for name in folders
+    }
+    first, *others = by_method.items()
+    cells = paired.compare(*first, None, MEASURES, draws=arguments.draws)
+    for name, scans in others:
+        cells += paired.compare(name, scans, first[1], MEASURES, draws=arguments.draws)
+    patients = len({row["patient_id"] for row in rows})
+    facts = protocol(arguments, first[1], nodules, patients, first[0])
+    marked = patients >= paired.FEW_PATIENTS
+    with files.written_whole(arguments.out) as out:
+        out.mkdir()
+        write_rows(rows, list(rows[0]), out / "lungs.csv")
+        if nodules:
+            write_rows(nodules, list(nodules[0]), out / "nodules.csv")
+        write_rows(
+            [paired.csv_row(cell) for cell in cells],
+            paired.COLUMNS,
+            out / "comparison.csv",
+        )
+        text = paired.markdown(cells, facts, marked=marked)
+        (out / "comparison.md").write_text(text)
+        (out / "comparison.tex").write_text(paired.latex(cells, facts, marked=marked))
+        write_calibration([item.reliability for item in scored], out)
+        steps.write_failures(failures, out / "skipped.csv")
+    sys.stdout.write(text + "\n")
+    line = f"wrote {arguments.out}: {len(folders)} methods, {len(scored)} scans"
+    return steps.Report(line, failures)
+
+
+def method_folders(methods: Sequence[str]) -> dict[str, Path]:
+    """Name to folder.
+
+    Raises:
+        ValueError: If one is not NAME=FOLDER, or two have one name.
+    """
+    folders = {}
+    for method in methods:
+        name, found, folder = method.partition("=")
+        if not (found and name and folder) or name in folders:
+            raise ValueError(
+                f"--methods {method}: expected NAME=FOLDER, each name once"
+            )
+        folders[name] = Path(folder)
+    return folders
+
+
+def score(job: Job) -> Scored:
+    """Scores one scan with every method.
+
+    Raises:
+        ScanError: If a method has no mask of it.
+    """
+    arguments = job.arguments
+    scan = read_scan(job.path)
+    reference = reference_lung(scan, arguments.truth)
+    marks = nodule_marks(scan, reference)
+    rows, nodules, reliability = [], [], {}
+    for name, folder in method_folders(arguments.methods).items():
+        mask = method_mask(folder, scan)
+        own = [{"method": name, **facts} for facts in nodule_rows(scan, marks, mask)]
+        nodules += own
+        rows.append(
+            {"method": name, "scan_id": scan.scan_id, "patient_id": scan.patient_id}
+            | overlap_scores(reference, mask, scan, arguments.tolerance_mm)
+            | inclusion_counts(own)
+        )
+        prob_path = folder / scan.scan_id / "mean.nii.gz"
+        if reference is not None and prob_path.exists():
+            prob, grid = read_volume(prob_path)
+            check_same_grid(grid, scan.grid, prob_path)
+            reliability[name] = metrics.reliability_counts(prob, reference, bins=BINS)
+    return Scored(rows, nodules, reliability)
+
+
+def method_mask(folder: Path, scan: Scan) -> np.ndarray:
+    """(z, y, x) bool lungs of a method.
+
+    Raises:
+        ScanError: If there are none.
+    """
+    predicted = folder / scan.scan_id / "mask.nii.gz"
+    if predicted.exists():
+        mask, grid = read_volume(predicted)
+        check_same_grid(grid, scan.grid, predicted)
+        return mask > 0
+    path = scan_path(folder, scan.scan_id)
+    if not path.exists():
+        raise ScanError(
+            f"{folder} has neither {predicted.relative_to(folder)} nor {path.name}; run "
+            "infer.py or preprocess.py for it, or leave the method out"
+        )
+    lung = read_scan(path).lung
+    if lung is None:
+        raise ScanError(f"{path} has no lung mask; run preprocess.py with --overwrite")
+    return lung > 0
+
+
+def reference_lung(scan: Scan, truth_dir: Path | None) -> np.ndarray | None:
+    """(z, y, x) bool reference; None if there is none for this scan."""
+    if truth_dir is None or not scan_path(truth_dir, scan.scan_id).exists():
+        return None
+    truth = read_scan(scan_path(truth_dir, scan.scan_id))
+    check_same_grid(truth.grid, scan.grid, scan_path(truth_dir, scan.scan_id))
+    return None if truth.lung is None else truth.lung > 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A nodule: its voxels, its size, and how far it lies from the lungs' surface."""
+
+    label: int
+    voxels: tuple[np.ndarray, ...]
+    diameter_mm: float
+    pleura_mm: float
+
+
+def nodule_marks(scan: Scan, reference: np.ndarray | None) -> list[Mark]:
+    """The readers' consensus nodules of a scan; none if nobody looked.
+
+    Their distance is to the surface of the reference lungs, or else of the scan file's
+    own, united with all nodules, so that one that is cut off counts as at the pleura.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    if scan.nodule_labels is None or scan.reader_bits is None:
+        return []
+    consensus = reference_mask(scan, consensus_level=0.5, min_readers=1)
+    labels = np.asarray(scan.nodule_labels) * consensus
+    lungs = reference if reference is not None else scan.lung
+    if lungs is None or not labels.any():
+        return []
+    inside = (lungs > 0) | consensus
+    box = metrics.bounding_box(inside)
+    depth_mm = np.zeros(inside.shape, np.float32)
+    padded = np.pad(inside[box], 1)
+    depth_mm[box] = distance_transform_edt(padded, sampling=scan.spacing_mm)[
+        1:-1, 1:-1, 1:-1
+    ]
+    known = {nodule.label: nodule.diameter_mm for nodule in scan.nodules}
+    marks = []
+    for label in np.unique(labels[labels > 0]):
+        voxels = np.nonzero(labels == label)
+        nearest_mm = float(depth_mm[voxels].min())
+        marks.append(Mark(int(label), voxels, known[label], nearest_mm))
+    return marks
+
+
+def nodule_rows(
+    scan: Scan, marks: Sequence[Mark], mask: np.ndarray
+) -> list[dict[str, Any]]:
+    """How much of each nodule lies in a mask."""
+    return [
+        {
+            "scan_id": scan.scan_id,
+            "patient_id": scan.patient_id,
+            "label": mark.label,
+            "diameter_mm": mark.diameter_mm,
+            "pleura_mm": mark.pleura_mm,
+            "voxels": len(mark.voxels[0]),
+            "kept": int(mask[mark.voxels].sum()),
+        }
+        for mark in marks
+    ]
+
+
+def overlap_scores(
+    reference: np.ndarray | None, mask: np.ndarray, scan: Scan, tolerance_mm: float
+) -> dict[str, float]:
+    """Dice and surfaces; NaN without a reference."""
+    if reference is None:
+        return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), np.nan)
+    surfaces = metrics.surface_distances(reference, mask, scan.spacing_mm)
+    return {
+        "dice": metrics.dice(reference, mask),
+        "hd95_mm": surfaces.hausdorff_mm(),
+        "surface_dice": surfaces.dice(tolerance_mm),
+    }
+
+
+def inclusion_counts(nodules: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Voxels of a scan's nodules and how many of them a mask keeps, by kind."""
+    kinds = {
+        "all": list(nodules),
+        "pleura": [n for n in nodules if n["pleura_mm"] <= AT_PLEURA_MM],
+        "large": [n for n in nodules if n["diameter_mm"] >= LARGE_MM],
+    }
+    counts = {}
+    for kind, some in kinds.items():
+        counts[f"nodules_{kind}"] = len(some)
+        counts[f"whole_{kind}"] = sum(
+            n["kept"] >= KEPT_WHOLE * n["voxels"] for n in some
+        )
+        counts[f"voxels_{kind}"] = sum(n["voxels"] for n in some)
+        counts[f"kept_{kind}"] = sum(n["kept"] for n in some)
+    return counts
+
+
+def protocol(
+    arguments: Arguments,
+    rows: Sequence[dict[str, Any]],
+    nodules: Sequence[dict[str, Any]],
+    patients: int,
+    first: str,
+) -> list[str]:
+    """What the scores mean, in sentences that stand in every output."""
+    with_truth = sum(np.isfinite(row["dice"]) for row in rows)
+    own = [nodule for nodule in nodules if nodule["method"] == first]
+    kinds = inclusion_counts(own)
+    return [
+        f"{len(rows)} whole scans of {patients} patients; {with_truth} with reference "
+        f"lungs; {kinds['nodules_all']} nodules (consensus of at least 50 % of the readers), "
+        f"{kinds['nodules_pleura']} of them within {AT_PLEURA_MM:g} mm of the lungs' surface, "
+        f"{kinds['nodules_large']} of at least {LARGE_MM:g} mm.",
+        "Inclusion: share of nodule voxels in the mask, summed over scans; kept whole: at "
+        f"least {KEPT_WHOLE:.0%} of the nodule. Surfaces agree within "
+        f"{arguments.tolerance_mm:g} mm.",
+        f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws); below it "
+        f"the paired difference from {first}.",
+        paired.caution(patients),
+        DISCLAIMER,
+    ]
+
+
+def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None:
+    """The reliability curve of each method with probabilities, summed over scans."""
+    names = sorted({name for counts in found for name in counts})
+    if not names:
+        return
+    rows, curves = [], {}
+    for name in names:
+        counts = sum(counts[name] for counts in found if name in counts)
+        curve = metrics.reliability(np.asarray(counts))
+        curves[name] = curve
+        rows += [
+            {
+                "method": name,
+                "ece": curve.ece,
+                "probability": p,
+                "observed": o,
+                "voxels": n,
+            }
+            for p, o, n in zip(
+                curve.probability, curve.observed, curve.voxels, strict=True
+            )
+        ]
+    write_rows(rows, list(rows[0]), out / "calibration.csv")
+    draw_calibration(curves, out / "calibration.png")
+
+
+def draw_calibration(curves: dict[str, metrics.Reliability], path: Path) -> None:
+    """Observed share of lung against predicted probability."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, curve in curves.items():
+        axes.plot(
+            curve.probability,
+            curve.observed,
+            marker="o",
+            markersize=3,
+            label=f"{name} (ECE {curve.ece:.3f})",
+        )
+    axes.set(xlabel="predicted probability of lung", ylabel="share that is lung")
+    axes.set_aspect("equal")
+    axes.legend(frameon=False, loc="upper left")
+    axes.set_title(DISCLAIMER, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(compare_lungs, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+r"""Lung labels to train on: the cleaned classical masks, with what they are known to miss.
+
+Every nodule that a reader outlined is added, and the ellipses of a CSV that a person drew
+where the mask leaves disease out. Columns: scan_id, z_first, z_last (slices of the scan
+file), y_px, x_px, radius_y_px, radius_x_px, why. What is added takes the side of the
+nearest lung.
+
+    python -m experiments.lung_labels --scans work/scans --out work/labelled \
+        --corrections weights/lung3d/corrections.csv
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import files
+import provenance
+import steps
+from scan import Scan, ScanError, read_scan, scan_files, scan_path, write_scan
+
+COLUMNS = (
+    "scan_id",
+    "z_first",
+    "z_last",
+    "y_px",
+    "x_px",
+    "radius_y_px",
+    "radius_x_px",
+    "why",
+)
+
+BONE_HU = 250
+"""An ellipse may reach into the chest wall; from here on it is bone and not lung."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which masks are corrected, and where to."""
+
+    out: Path
+    """Folder for the scan files with corrected lung labels."""
+    scans: Path = Path("work/scans")
+    """Scan files of preprocess.py."""
+    corrections: Path | None = None
+    """CSV of ellipses to add."""
+
+
+@dataclass(frozen=True)
+class Ellipse:
+    """A part of some slices that belongs to the lung."""
+
+    z_first: int
+    z_last: int
+    centre_yx: tuple[float, float]
+    radius_yx: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One scan file to correct."""
+
+    scan_id: str
+    path: Path
+    ellipses: tuple[Ellipse, ...]
+    out: Path
+
+
+def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
+    """Scan id to its ellipses.
+
+    Raises:
+        ValueError: If a column is missing or a value is not a number.
+    """
+    found: dict[str, tuple[Ellipse, ...]] = {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        missing = set(COLUMNS) - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path}: columns {', '.join(sorted(missing))} are missing; expected "
+                f"{', '.join(COLUMNS)}"
+            )
+        for line, row in enumerate(rows, start=2):
+            try:
+                ellipse = Ellipse(
+                    int(row["z_first"]),
+                    int(row["z_last"]),
+                    (float(row["y_px"]), float(row["x_px"])),
+                    (float(row["radius_y_px"]), float(row["radius_x_px"])),
+                )
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from error
+            found[row["scan_id"]] = (*found.get(row["scan_id"], ()), ellipse)
+    return found
+
+
+def correct(task: Task) -> Task:
+    """Writes the scan file with corrected lung labels; leaves one that is there."""
+    target = scan_path(task.out, task.scan_id)
+    if not target.exists():
+        scan = read_scan(task.path)
+        corrected = replace(scan, lung=corrected_lung(scan, task.ellipses))
+        write_scan(corrected, target, provenance.record())
+    return task
+
+
+def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
+    """(z, y, x) uint8 lung labels with the readers' nodules and the ellipses.
+
+    Raises:
+        ScanError: If the scan has no lung mask, or an ellipse lies outside of it.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    if scan.lung is None:
+        raise ScanError(f"scan {scan.scan_id} has no lung mask; run preprocess.py")
+    lung = np.array(scan.lung)
+    added = np.zeros(lung.shape, bool)
+    if scan.reader_bits is not None:
+        added |= np.asarray(scan.reader_bits) > 0
+    y, x = np.ogrid[: lung.shape[1], : lung.shape[2]]
+    for ellipse in ellipses:
+        if not 0 <= ellipse.z_first <= ellipse.z_last < len(lung):
+            raise ScanError(
+                f"scan {scan.scan_id}: a correction is for slices {ellipse.z_first} to "
+                f"{ellipse.z_last}; the scan has 0 to {len(lung) - 1}"
+            )
+        inside = ((y - ellipse.centre_yx[0]) / ellipse.radius_yx[0]) ** 2
+        inside = inside + ((x - ellipse.centre_yx[1]) / ellipse.radius_yx[1]) ** 2 <= 1
+        part = slice(ellipse.z_first, ellipse.z_last + 1)
+        added[part] |= inside & (np.asarray(scan.hu[part]) < BONE_HU)
+    added &= lung == 0
+    if added.any() and lung.any():
+        nearest = distance_transform_edt(
+            lung == 0,
+            sampling=scan.spacing_mm,
+            return_distances=False,
+            return_indices=True,
+        )
+        lung[added] = lung[tuple(axis[added] for axis in nearest)]
+    return lung
+
+
+def correct_all(arguments: Arguments) -> steps.Report:
+    """Corrects every scan file of a folder.
+
+    Raises:
+        ValueError: If the CSV names a scan that is not there.
+    """
+    corrections = (
+        read_corrections(arguments.corrections) if arguments.corrections else {}
+    )
+    paths = {path.stem: path for path in scan_files(arguments.scans)}
+    unknown = sorted(set(corrections) - set(paths))
+    if unknown:
+        raise ValueError(
+            f"{arguments.corrections} corrects {', '.join(unknown)}, not in "
+            f"{arguments.scans}; run preprocess.py on them first"
+        )
+    tasks = [
+        Task(scan_id, path, corrections.get(scan_id, ()), arguments.out)
+        for scan_id, path in paths.items()
+    ]
+    done, failures = steps.map_scans(correct, tasks, workers=1, label="labels")
+    size = sum(scan_path(arguments.out, t.scan_id).stat().st_size for t in done)
+    line = f"wrote {arguments.out}: {len(done)} scans, {files.size_text(size)}"
+    return steps.Report(line, failures)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(correct_all, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

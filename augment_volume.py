@@ -150,7 +150,7 @@ def warp_matrix(
         crop: Its pin stays in place but for `shift_zyx`.
         flip_y: Mirror front-back, before the turns.
         flip_x: Mirror left-right, before the turns.
-        turn_deg: Turns of what is seen about z, then y, then x.
+        turn_deg: Turns of what is seen about z, y and x, each as `np.rot90` turns.
         zoom_zyx: Above 1 makes things larger along the axes of the output.
         shift_zyx: How far what is seen moves, in output voxels.
 
@@ -168,10 +168,10 @@ def warp_matrix(
 
 
 def plane_turn(first: int, second: int, angle: float) -> np.ndarray:
-    """(3, 3) turn by `angle` in the plane of two axes."""
+    """(3, 3) map to where things were before a turn by `angle`, as `np.rot90` turns."""
     turn = np.eye(3)
     turn[first, first] = turn[second, second] = np.cos(angle)
-    turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+    turn[first, second], turn[second, first] = np.sin(angle), -np.sin(angle)
     return turn
 
 

@@ -35,7 +35,7 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     if settings.freeze_encoder:
         freeze_encoder(model)
     if isinstance(model.output, list):
-        model = DeeplySupervised(model.inputs, model.output, name=model.name)
+        model = DeeplySupervised(model.input, model.output, name=model.name)
     mask_loss, dice = build_loss(experiment.loss), PooledDice()
     heads = isinstance(model.output, dict)
     model.compile(

@@ -208,6 +208,13 @@ class Augment:
         require(0 <= self.synthesis <= 1, "synthesis", self.synthesis, "0 to 1")
 
 
+VOLUME_CHANGES = (
+    *("tilt_deg", "stretch", "curve_hu", "contrast_hu", "blur_px"),
+    *("noise_width_px", "slice_px", "field_cut", "synthesis"),
+)
+"""Settings of `Augment` that only volumes have."""
+
+
 @dataclass(frozen=True)
 class Model:
     """The network."""
@@ -321,7 +328,7 @@ class Postprocess:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named experiment: one of each section."""
+    """A named experiment: one of each section, all on slices or all on volumes."""
 
     mask: LungMask = field(default_factory=LungMask)
     table: Table = field(default_factory=Table)
@@ -332,6 +339,16 @@ class Experiment:
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
     postprocess: Postprocess = field(default_factory=Postprocess)
+
+    def __post_init__(self) -> None:
+        size, network = self.batches.input_px, self.model.name
+        on_volumes = len(size) == 3
+        fitting = "unet3d with (z, y, x), and another network with (y, x)"
+        fits = (network == "unet3d") == on_volumes
+        require(fits, f"batches.input_px of {network}", size, fitting)
+        for name in () if on_volumes else VOLUME_CHANGES:
+            value = getattr(self.augment, name)
+            require(not value, f"augment.{name}", value, "0: input_px is of slices")
 
 
 def require(holds: bool, name: str, found: Any, expected: str) -> None:

@@ -346,3 +346,18 @@ def test_a_mask_of_a_volume_sets_all_else_to_air():
     image = augment.to_input(hu, lung, batches)
     assert image[1, 2, 3] == pytest.approx(0.5)
     assert image.sum() == pytest.approx(0.5)
+
+
+def test_changes_of_volumes_are_refused_for_slices():
+    with pytest.raises(ValueError, match=r"augment.blur_px is 1.0; expected 0"):
+        config.Experiment(augment=config.Augment(blur_px=1.0))
+
+
+def test_a_network_of_the_other_kind_is_refused():
+    with pytest.raises(ValueError, match="expected unet3d with"):
+        config.Experiment(batches=LUNGS)
+
+
+def test_every_change_of_volumes_is_off_by_default():
+    changes = config.Augment()
+    assert not any(getattr(changes, name) for name in config.VOLUME_CHANGES)

@@ -500,13 +500,13 @@ def to_input(
        population: back to HU, then (hu - mean) / sd of `POPULATION_HU`.
 
     Args:
-        image_hu: (y, x) HU of any real dtype.
-        lung: (y, x), above 0 in the lungs; not looked at without `lung_mask`.
+        image_hu: (y, x) or (z, y, x) HU of any real dtype.
+        lung: The same, above 0 in the lungs; not looked at without `lung_mask`.
         batches: Window, mask and normalisation.
         gamma: Exponent.
 
     Returns:
-        (y, x) float32.
+        float32 of the same shape.
 
     Raises:
         ValueError: If `lung_mask` is set and there is no lung mask.
@@ -522,7 +522,7 @@ def windowed(
     *,
     gamma: float = 1.0,
 ) -> np.ndarray:
-    """Steps 1 to 3 of `to_input`, which look at one pixel at a time."""
+    """Steps 1 to 3 of `to_input`, which look at one pixel or voxel at a time."""
     low, high = batches.window_hu
     image = np.subtract(image_hu, np.float32(low), dtype=np.float32)
     image /= np.float32(high - low)
@@ -540,7 +540,9 @@ def windowed(
             "batches.lung_mask is set but the scan has no lung mask; make one with "
             "preprocess.py or use --batches.no-lung-mask"
         )
-    return cv2.bitwise_and(image, image, mask=(lung > 0).view(np.uint8))
+    flat = image.reshape(-1, image.shape[-1])  # OpenCV masks nothing but images
+    inside = (lung > 0).view(np.uint8).reshape(flat.shape)
+    return cv2.bitwise_and(flat, flat, mask=inside).reshape(image.shape)
 
 
 def normalised(image: np.ndarray, batches: config.Batches) -> np.ndarray:
@@ -596,5 +598,6 @@ def box_of(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def one_hot(mask: np.ndarray) -> np.ndarray:
-    """(y, x, 2) uint8 of a (y, x) uint8 mask of 0 and 1: background, then target."""
-    return cv2.merge((1 - mask, mask))
+    """(..., 2) uint8 of a (...) uint8 mask of 0 and 1: background, then target."""
+    flat = mask.reshape(-1, mask.shape[-1])
+    return cv2.merge((1 - flat, flat)).reshape(*mask.shape, 2)

@@ -14,6 +14,7 @@ LossName = Literal[
     "weighted_cross_entropy",
     "generalized_dice_weighted_cross_entropy",
     "dice_cross_entropy",
+    "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]
 CohortName = Literal["lidc", "luna16", "nifti"]
@@ -47,8 +48,9 @@ class Table:
 
     size_px: tuple[int, int] = (512, 512)
     """(y, x) size of the stored slices; others are padded with air or cut, centred."""
-    slices: Literal["nodule", "lung", "all"] = "nodule"
-    """nodule: slices with a nodule, and negatives; lung: slices with lung; all."""
+    slices: Literal["nodule", "lung", "all", "none"] = "nodule"
+    """nodule: slices with a nodule, and negatives; lung: slices with lung; all; none:
+    volumes alone."""
     negatives_per_nodule_slice: float = 1.0
     """For `nodule`: lung slices without a nodule, drawn per nodule slice of the scan."""
     volume_spacing_mm: float = 0.0
@@ -62,6 +64,8 @@ class Table:
         require(negatives >= 0, "negatives_per_nodule_slice", negatives, "0 or more")
         spacing = self.volume_spacing_mm
         require(spacing >= 0, "volume_spacing_mm", spacing, "0 or more")
+        holds = spacing > 0 or self.slices != "none"
+        require(holds, "volume_spacing_mm", spacing, "above 0 with slices=none")
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ class Batches:
     """Size of the crop that enters the network: (y, x) of a slice, or (z, y, x) of the
     table's volumes."""
     crop: Literal["centre", "lung", "nodule"] = "centre"
-    """Centre of a training crop: of the slice, of its lungs, or near a nodule. Validation
-    and whole scans are covered by tiles of `input_px`."""
+    """Centre of a training crop: of the slice, of its lungs, or near a nodule; of a volume,
+    a random point of the box around the lungs for `lung`. Validation and whole scans are
+    covered by tiles of `input_px`."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU mapped to 0 and 1; beyond is clipped."""
     normalisation: Literal["window", "zscore", "minmax", "population"] = "window"
@@ -118,7 +123,8 @@ class Batches:
     """Nodules outlined by fewer readers do not count."""
     batch_size: int = 4
     nodule_fraction: float = 0.5
-    """Share of training rows drawn from slices with a nodule; 0 takes rows as they are."""
+    """Share of training rows drawn from slices with a nodule; 0 takes rows as they are. Of
+    volumes with crop=nodule, the share of crops near one; the others are `lung`."""
 
     def __post_init__(self) -> None:
         size = self.input_px
@@ -147,7 +153,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to image and masks; each range is symmetric around no change."""
+    """Random changes to image and masks; each range is symmetric around no change.
+
+    From `tilt_deg` on they are made to volumes only.
+    """
 
     flip: bool = True
     """Mirror left-right and front-back, each with probability one half."""
@@ -163,12 +172,47 @@ class Augment:
     """Exponent between 1 / (1 + gamma) and 1 + gamma, on the windowed image."""
     noise_hu: float = 0.0
     """Standard deviation of added noise, drawn between 0 and this."""
+    tilt_deg: float = 0.0
+    """Turns about the left-right and the front-back axis; `rotate_deg` is about the other."""
+    stretch: float = 0.0
+    """Scale of each axis by itself, on top of `zoom`."""
+    curve_hu: float = 0.0
+    """Standard deviation of what is added to the HU of air, lung, fat, water, soft tissue
+    and bone, each by itself; in between the change is linear."""
+    contrast_hu: float = 0.0
+    """Most that is added to soft tissue and bone, as contrast agent does."""
+    blur_px: float = 0.0
+    """Widest (sigma) reconstruction kernel; one volume in two is smoothed."""
+    noise_width_px: float = 0.0
+    """Widest (sigma) kernel that makes the noise of neighbours in a slice alike."""
+    slice_px: float = 0.0
+    """Thickest slices, in voxels; one volume in two is averaged over slices."""
+    field_cut: float = 0.0
+    """Largest share of the crop, at each of its sides, beyond the field of view; one volume
+    in two has such sides. Reference and HU end there."""
+    synthesis: float = 0.0
+    """Share of volumes whose HU are replaced by random HU per tissue; see synthesis.py."""
 
     def __post_init__(self) -> None:
-        for name in ("rotate_deg", "shift_px", "elastic_px", "gamma", "noise_hu"):
+        for name in (
+            *("rotate_deg", "shift_px", "elastic_px", "gamma", "noise_hu", "tilt_deg"),
+            *("curve_hu", "contrast_hu", "blur_px", "noise_width_px", "slice_px"),
+        ):
             value = getattr(self, name)
             require(value >= 0, name, value, "0 or more")
-        require(0 <= self.zoom < 1, "zoom", self.zoom, "at least 0, below 1")
+        for name in ("zoom", "stretch"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "at least 0, below 1")
+        cut = self.field_cut
+        require(0 <= cut < 0.5, "field_cut", cut, "at least 0, below 0.5")
+        require(0 <= self.synthesis <= 1, "synthesis", self.synthesis, "0 to 1")
+
+
+VOLUME_CHANGES = (
+    *("tilt_deg", "stretch", "curve_hu", "contrast_hu", "blur_px"),
+    *("noise_width_px", "slice_px", "field_cut", "synthesis"),
+)
+"""Settings of `Augment` that only volumes have."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +286,10 @@ class Train:
     """Most tiles that validate an epoch, spread evenly over all; 0 for all."""
     patience: int = 0
     """Epochs without a better validation Dice before stopping; 0 to never stop."""
+    patience_after: int = 0
+    """Epochs before `patience` begins to count."""
+    freeze_encoder: bool = False
+    """Leave the encoder as --init gives it: train only what follows the lowest level."""
     seed: int = 0
     """Seeds weights, dropout, row order and augmentation."""
 
@@ -280,7 +328,7 @@ class Postprocess:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named experiment: one of each section."""
+    """A named experiment: one of each section, all on slices or all on volumes."""
 
     mask: LungMask = field(default_factory=LungMask)
     table: Table = field(default_factory=Table)
@@ -291,6 +339,16 @@ class Experiment:
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
     postprocess: Postprocess = field(default_factory=Postprocess)
+
+    def __post_init__(self) -> None:
+        size, network = self.batches.input_px, self.model.name
+        on_volumes = len(size) == 3
+        fitting = "unet3d with (z, y, x), and another network with (y, x)"
+        fits = (network == "unet3d") == on_volumes
+        require(fits, f"batches.input_px of {network}", size, fitting)
+        for name in () if on_volumes else VOLUME_CHANGES:
+            value = getattr(self.augment, name)
+            require(not value, f"augment.{name}", value, "0: input_px is of slices")
 
 
 def require(holds: bool, name: str, found: Any, expected: str) -> None:

@@ -1,5 +1,6 @@
 r"""Step 4 of 9: rows of the table as augmented batches; run alone, a contact sheet.
 
+Volumes of the table become batches in volumes.py; here they are drawn, and handed to Keras.
 Draws a sheet of what a network would be trained on, with the outlines of its reference,
 and prints how fast batches are made with one and with two threads.
 
@@ -27,6 +28,7 @@ import files
 import slice_idx
 import steps
 from slice_table import SliceTable
+from volumes import VolumeGenerator
 
 log = logging.getLogger(__name__)
 
@@ -435,9 +437,65 @@ def contact_sheet(
             tiles.append(tile(image, reference, caption(shown.table, int(row))))
         if len(tiles) >= slices:
             break
-    tiles = tiles[:slices]
-    blank = np.zeros_like(tiles[0])
-    tiles += [blank] * (-len(tiles) % columns)
+    return in_lines(tiles[:slices], columns)
+
+
+def volume_sheet(
+    generator: VolumeGenerator, *, crops: int = 8, columns: int = 2
+) -> np.ndarray:
+    """As `contact_sheet`: of each crop the middle axial, coronal and sagittal slice.
+
+    Args:
+        generator: Whose batches are shown.
+        crops: Number of crops; fewer if the epoch has fewer.
+        columns: Crops in a line.
+    """
+    shown = copy.copy(generator)
+    shown.batches = replace(generator.batches, normalisation="window")
+    tiles = []
+    for index in range(len(shown)):
+        x, y = shown[index]
+        scans = shown.scans_of_batch(index)
+        for scan, image, reference in zip(scans, x[..., 0], y[..., 1], strict=True):
+            text = f"scan {scan}  {shown.table.scans['patient_id'][scan]}"
+            planes = zip(middle_planes(image), middle_planes(reference), strict=True)
+            tiles.append(
+                np.hstack(
+                    [
+                        tile(*plane, text if not i else "")
+                        for i, plane in enumerate(planes)
+                    ]
+                )
+            )
+        if len(tiles) >= crops:
+            break
+    return in_lines(tiles[:crops], columns)
+
+
+def middle_planes(volume: np.ndarray) -> list[np.ndarray]:
+    """The middle axial, coronal and sagittal slice, head up, each in a square of zeros.
+
+    Args:
+        volume: (z, y, x).
+
+    Returns:
+        Three square images with the longest side of the volume.
+    """
+    side = max(volume.shape)
+    squares = []
+    for axis, length in enumerate(volume.shape):
+        plane = np.take(volume, length // 2, axis)
+        if axis:
+            plane = plane[::-1]
+        square = np.zeros((side, side), volume.dtype)
+        square[: plane.shape[0], : plane.shape[1]] = plane
+        squares.append(square)
+    return squares
+
+
+def in_lines(tiles: list[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of one size, `columns` in a line; black where the last line has fewer."""
+    tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     return np.vstack([np.hstack(line) for line in lines])
 
@@ -468,9 +526,9 @@ def caption(table: SliceTable, row: int) -> str:
 
 
 def slices_per_second(
-    generator: SliceGenerator, *, threads: int, seconds: float
+    generator: SliceGenerator | VolumeGenerator, *, threads: int, seconds: float
 ) -> float:
-    """How many slices per second `threads` threads make, measured for `seconds`."""
+    """How many slices, or crops of volumes, `threads` threads make in a second."""
     numbers = itertools.count()
     started = time.perf_counter()
 
@@ -486,7 +544,10 @@ def slices_per_second(
 
 
 def as_pydataset(
-    generator: SliceGenerator, *, workers: int = 1, max_queue_size: int = 10
+    generator: SliceGenerator | VolumeGenerator,
+    *,
+    workers: int = 1,
+    max_queue_size: int = 10,
 ) -> Any:
     """The generator as a `keras.utils.PyDataset`, for `fit` and `evaluate`.
 
@@ -541,7 +602,7 @@ class Arguments:
     out: Path = Path("work/contact_sheet.png")
     """Picture that is written."""
     slices: int = 24
-    """Slices on the sheet."""
+    """Slices on the sheet; of volumes, crops with three slices each."""
     seconds: float = 3.0
     """How long each speed is measured."""
     seed: int = 0
@@ -553,33 +614,62 @@ def show(arguments: Arguments) -> steps.Report:
 
     Only the training part is augmented; the others are shown as they are scored.
     """
-    training = arguments.part == "train"
-    split = slice_idx.read_split(arguments.split)
     with SliceTable(arguments.table) as table:
-        generator = SliceGenerator(
-            table,
-            slice_idx.rows_of_part(split, table, arguments.part),
-            arguments.batches,
-            arguments.augment if training else None,
-            seed=arguments.seed,
-            shuffle=training,
-            balanced=training,
-        )
-        picture = contact_sheet(generator, slices=arguments.slices)
+        if len(arguments.batches.input_px) == 3:
+            generator = generator_of_volumes(table, arguments)
+            picture = volume_sheet(generator, crops=arguments.slices)
+            shown = f"{len(generator.scans)} {arguments.part} scans"
+        else:
+            generator = generator_of_slices(table, arguments)
+            picture = contact_sheet(generator, slices=arguments.slices)
+            shown = f"{len(generator.rows)} {arguments.part} rows"
         with files.written_whole(arguments.out) as partial:
             if not cv2.imwrite(str(partial), picture):
                 raise OSError(f"{arguments.out} was not written; expected a .png")
         speeds = ", ".join(
             speed_text(generator, threads, arguments.seconds) for threads in (1, 2)
         )
-    return steps.Report(
-        f"wrote {arguments.out}: {len(generator.rows)} {arguments.part} rows; {speeds}"
+    return steps.Report(f"wrote {arguments.out}: {shown}; {speeds}")
+
+
+def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerator:
+    """What `show` draws of a table's slices."""
+    training = arguments.part == "train"
+    split = slice_idx.read_split(arguments.split)
+    return SliceGenerator(
+        table,
+        slice_idx.rows_of_part(split, table, arguments.part),
+        arguments.batches,
+        arguments.augment if training else None,
+        seed=arguments.seed,
+        shuffle=training,
+        balanced=training,
     )
 
 
-def speed_text(generator: SliceGenerator, threads: int, seconds: float) -> str:
-    """The measured speed, in slices and in the HU that are read for them."""
+def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGenerator:
+    """What `show` draws of a table's volumes; a training scan more than once if need be."""
+    training = arguments.part == "train"
+    split = slice_idx.read_split(arguments.split)
+    size = arguments.batches.batch_size
+    return VolumeGenerator(
+        table,
+        slice_idx.scans_of_part(split, table, arguments.part),
+        arguments.batches,
+        arguments.augment if training else None,
+        seed=arguments.seed,
+        steps_per_epoch=-(-arguments.slices // size) if training else 0,
+        shuffle=training,
+    )
+
+
+def speed_text(
+    generator: SliceGenerator | VolumeGenerator, threads: int, seconds: float
+) -> str:
+    """The measured speed, of slices also in the HU that are read for them."""
     speed = slices_per_second(generator, threads=threads, seconds=seconds)
+    if isinstance(generator, VolumeGenerator):
+        return f"{speed:.1f} crops/s with {threads} thread(s)"
     read = files.size_text(speed * 2 * np.prod(generator.table.settings.size_px))
     return f"{speed:.0f} slices/s ({read}/s of HU) with {threads} thread(s)"
 

@@ -328,6 +328,21 @@ def rows_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.n
     return np.flatnonzero(np.isin(entries, split["parts"][part]))
 
 
+def scans_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.ndarray:
+    """Sorted indices of the table's scans in a part of a split by patient.
+
+    Raises:
+        ValueError: If the split is by slice, or of other patients than the table's.
+    """
+    if split["settings"]["unit"] == "slice":
+        raise ValueError(
+            "the split is by slice, and volumes have no slices to share out; run "
+            "slice_idx.py with --split.unit patient"
+        )
+    rows_of_part(split, table, part)  # refuses a split of others
+    return np.flatnonzero(np.isin(table.scans["patient_id"], split["parts"][part]))
+
+
 def _some(entries: set[str]) -> str:
     if not entries:
         return "none"

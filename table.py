@@ -513,6 +513,8 @@ def choose_slices(
     """
     if settings.slices == "all":
         return np.arange(len(lung_px))
+    if settings.slices == "none":
+        return np.arange(0)
     if scan.lung is None:
         raise ScanError(
             f"scan {scan.scan_id} has no lung mask, which table.slices={settings.slices} "

@@ -37,7 +37,7 @@ TRAINED_BY = ("batches", "augment", "model", "loss", "train")
 """Sections that decide the weights; the others are kept for the steps after this one."""
 
 PICTURED_SLICES = 6
-"""Validation slices in the picture of each epoch."""
+"""Validation slices or volumes in the picture of each epoch."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Data:
-    """A `SliceGenerator` to train on and a `TileGenerator` to choose by, if there is one."""
+    """Batches to train on and, if there are some, to choose by: of slices or of volumes."""
 
     training: Any
     validation: Any | None = None
@@ -245,6 +245,8 @@ def open_data(
     import data_generator
 
     batches, settings = experiment.batches, experiment.train
+    if len(batches.input_px) == 3:
+        return open_volumes(table, split, experiment)
     rows = {
         part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS
     }
@@ -274,6 +276,43 @@ def open_data(
         batches,
         most=settings.validation_tiles,
         with_slice_label=experiment.model.slice_classifier,
+    )
+    return Data(training, validation)
+
+
+def open_volumes(
+    table: SliceTable, split: Mapping[str, Any], experiment: config.Experiment
+) -> Data:
+    """As `open_data`, of an experiment on volumes.
+
+    Raises:
+        ValueError: If nobody is left to train on.
+    """
+    import volumes
+
+    batches, settings = experiment.batches, experiment.train
+    scans = {
+        part: slice_idx.scans_of_part(split, table, part)
+        for part in ("train", "validation")
+    }
+    if not len(scans["train"]):
+        raise ValueError(
+            f"the training part has no scans in {table.path}; run slice_idx.py with other "
+            "fractions or table.py with more scans"
+        )
+    training = volumes.VolumeGenerator(
+        table,
+        scans["train"],
+        batches,
+        experiment.augment,
+        seed=settings.seed,
+        steps_per_epoch=settings.steps_per_epoch,
+    )
+    if not len(scans["validation"]):
+        log.warning("nobody validates: the last epoch counts as the best")
+        return Data(training)
+    validation = volumes.VolumeTileGenerator(
+        table, scans["validation"], batches, most=settings.validation_tiles
     )
     return Data(training, validation)
 
@@ -322,11 +361,12 @@ def fit(
     elif init is not None:
         load_start(model, init)
     log.info(
-        "%s: %d parameters, %d steps of %d slices an epoch",
+        "%s: %d parameters, %d steps of %d %s an epoch",
         model.name,
         model.count_params(),
         len(data.training),
         experiment.batches.batch_size,
+        "slices" if len(experiment.batches.input_px) == 2 else "volumes",
     )
     if progress.epoch < settings.epochs and not progress.stopped:
         training.run_epochs(
@@ -365,13 +405,14 @@ def load_start(model: Any, init: Path) -> None:
 
 
 def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A few slices for the pictures, with target where there are such.
+    """A few slices or volumes for the pictures, with target where there are such.
 
     Returns:
-        (slices, y, x, 1) input and (slices, y, x) uint8 reference.
+        (slices, y, x, 1) input and (slices, y, x) uint8 reference; of volumes, z before y.
     """
     images, masks = [], []
-    for index in np.unique(np.linspace(0, len(generator) - 1, 16).astype(int)):
+    looked_at = 16 if len(generator.batches.input_px) == 2 else PICTURED_SLICES
+    for index in np.unique(np.linspace(0, len(generator) - 1, looked_at).astype(int)):
         x, y = generator[int(index)]
         masks.extend((y["mask"] if isinstance(y, dict) else y)[..., 1])
         images.extend(x)

@@ -51,12 +51,14 @@ class Progress:
     stopped: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, row: dict[str, float], patience: int) -> bool:
+    def add(
+        self, row: dict[str, float], patience: int, patience_after: int = 0
+    ) -> bool:
         """Takes in an epoch's numbers; tells whether it is the best so far.
 
         The largest validation Dice is the best, then the smallest validation loss. A Dice
         of NaN counts as 1: nothing was to be found, and nothing was found. Without
-        validation the last epoch is the best.
+        validation the last epoch is the best. Epochs up to `patience_after` never stop it.
         """
         self.epoch += 1
         self.history.append(row)
@@ -68,7 +70,8 @@ class Progress:
         )
         if better:
             self.best_epoch, self.best_dice, self.best_loss = self.epoch, dice, loss
-        self.stopped = 0 < patience <= self.epoch - self.best_epoch
+        since = self.epoch - max(self.best_epoch, patience_after)
+        self.stopped = 0 < patience <= since
         return better
 
 
@@ -163,16 +166,24 @@ class Checkpoints(keras.callbacks.Callback):
         progress: Continued; empty for a new run.
         epochs: Epochs of the whole run.
         patience: Epochs without a better validation Dice before stopping; 0 for never.
+        patience_after: Epochs before that count begins.
     """
 
     def __init__(
-        self, run_dir: Path, progress: Progress, *, epochs: int, patience: int
+        self,
+        run_dir: Path,
+        progress: Progress,
+        *,
+        epochs: int,
+        patience: int,
+        patience_after: int = 0,
     ):
         super().__init__()
         self.run_dir = run_dir
         self.progress = progress
         self.epochs = epochs
         self.patience = patience
+        self.patience_after = patience_after
         self.started = 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -191,7 +202,7 @@ class Checkpoints(keras.callbacks.Callback):
             ops.convert_to_numpy(self.model.optimizer.learning_rate)
         )
         row["seconds"] = round(time.monotonic() - self.started, 3)
-        if self.progress.add(row, self.patience):
+        if self.progress.add(row, self.patience, self.patience_after):
             write_weights(self.run_dir / "best.weights.h5", self.model)
         write_history(self.run_dir / "history.csv", self.progress.history)
         write_state(self.run_dir / STATE, self.model, self.progress)
@@ -265,9 +276,11 @@ class EpochOfBatches(keras.callbacks.Callback):
 class Pictures(keras.callbacks.Callback):
     """After each epoch, a picture of predictions of the same few slices.
 
+    Of volumes, their middle slices are shown.
+
     Args:
-        images: (slices, y, x, 1) input.
-        masks: (slices, y, x) reference, 0 or 1.
+        images: (slices, y, x, 1) or (volumes, z, y, x, 1) input.
+        masks: The same without the last axis: reference, 0 or 1.
         pictures_dir: Where epoch-0001.png and so on are written.
     """
 
@@ -279,14 +292,27 @@ class Pictures(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         with averaged(self.model):
-            outputs = self.model(self.images, training=False)
-        mask = outputs["mask"] if isinstance(outputs, dict) else outputs
-        picture = prediction_picture(
-            self.images[..., 0], self.masks, ops.convert_to_numpy(mask)[..., 1:].sum(-1)
-        )
+            prob = np.stack([self.predicted(image) for image in self.images])
+        images = middle_slices(self.images[..., 0])
+        picture = prediction_picture(images, middle_slices(self.masks), prob)
         path = self.pictures_dir / f"epoch-{epoch + 1:04}.png"
         with files.written_whole(path) as partial:
             cv2.imwrite(str(partial), picture)
+
+    def predicted(self, image: np.ndarray) -> np.ndarray:
+        """(y, x) probability of what is not background; one by one, for want of memory."""
+        outputs = self.model(image[None], training=False)
+        if isinstance(outputs, dict):
+            outputs = outputs["mask"]
+        elif isinstance(outputs, list):
+            outputs = outputs[0]
+        prob = ops.convert_to_numpy(outputs)[..., 1:].sum(-1)
+        return middle_slices(prob)[0]
+
+
+def middle_slices(images: np.ndarray) -> np.ndarray:
+    """(n, y, x) images as they are, or the middle slice of each of (n, z, y, x) volumes."""
+    return images if images.ndim == 3 else images[:, images.shape[1] // 2]
 
 
 def prediction_picture(

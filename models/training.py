@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import layers, ops
 
 import config
 import data_generator
@@ -31,6 +32,10 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     if keras.backend.backend() == "tensorflow":
         prepare_tensorflow(on_gpu)
     model = build_model(experiment.model, (*experiment.batches.input_px, 1), CLASSES)
+    if settings.freeze_encoder:
+        freeze_encoder(model)
+    if isinstance(model.output, list):
+        model = DeeplySupervised(model.input, model.output, name=model.name)
     mask_loss, dice = build_loss(experiment.loss), PooledDice()
     heads = isinstance(model.output, dict)
     model.compile(
@@ -42,6 +47,46 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
         jit_compile="auto" if on_gpu else False,
     )
     return model
+
+
+class DeeplySupervised(keras.Model):
+    """A network that predicts at several levels, finest first, trained on all of them.
+
+    The reference of a level is the mean of that of the level above over two voxels along
+    each axis; so a border voxel is a share. Each level weighs half as much as the one
+    above, and weights sum to 1. Metrics look at the finest level alone.
+
+    Reference: Isensee et al. 2021 (nnU-Net), methods, network architecture; their coarser
+    references are the nearest voxels.
+    """
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=(), sample_weight=None, training=True
+    ):
+        y, total, weights = ops.cast(y, "float32"), 0.0, 0.0
+        for level, prob in enumerate(y_pred):
+            if level:
+                y = ops.average_pool(y, 2)
+            total = total + self.loss(y, prob) / 2**level
+            weights += 1 / 2**level
+        return total / weights
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, y, y_pred[0], sample_weight)
+
+
+def freeze_encoder(model: keras.Model) -> None:
+    """Fixes all layers down to the lowest level, their batch statistics included."""
+    up = next(
+        layer
+        for layer in model.layers
+        if isinstance(
+            layer,
+            layers.UpSampling2D | layers.Conv2DTranspose | layers.Conv3DTranspose,
+        )
+    )
+    for layer in keras.Model(model.inputs, up.input).layers:
+        layer.trainable = False
 
 
 def batch_statistics(model: keras.Model) -> list[keras.Variable]:
@@ -104,7 +149,11 @@ def run_epochs(
             keras.callbacks.TensorBoard(run_dir / "tensorboard", write_graph=False),
             callbacks.Pictures(*pictured, run_dir / "pictures"),
             callbacks.Checkpoints(
-                run_dir, progress, epochs=settings.epochs, patience=settings.patience
+                run_dir,
+                progress,
+                epochs=settings.epochs,
+                patience=settings.patience,
+                patience_after=settings.patience_after,
             ),
         ],
     )

@@ -146,3 +146,83 @@ def test_dice_of_nothing_is_undefined():
     metric = losses.PooledDice()
     metric.update_state(one_hot(EMPTY), certain(EMPTY))
     assert math.isnan(float(metric.result()))
+
+
+# Of volumes: the same eight places, as (1, 2, 2, 2).
+CUBE = MASK.reshape(1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "hausdorff" not in name])
+def test_a_volume_costs_what_a_slice_of_its_voxels_costs(name):
+    """Only the Hausdorff loss asks who is whose neighbour."""
+    loss = LOSSES[name]
+    prob = np.random.default_rng(0).uniform(0.1, 0.9, (*MASK.shape, 1))
+    prob = np.concatenate((1 - prob, prob), -1).astype(np.float32)
+    flat, volume = (
+        float(loss(y, p))
+        for y, p in (
+            (one_hot(MASK), prob),
+            (one_hot(CUBE), prob.reshape(1, 2, 2, 2, 2)),
+        )
+    )
+    assert volume == pytest.approx(flat, abs=1e-6)
+
+
+def test_generalized_dice_of_a_volume_of_even_odds():
+    overlap, volumes = 3 / 36 + 1 / 4, 10 / 36 + 6 / 4
+    found = losses.generalized_dice(one_hot(CUBE), even(0.5).reshape(1, 2, 2, 2, 2))
+    assert float(found) == pytest.approx(1 - 2 * overlap / volumes, abs=1e-6)
+
+
+def test_dice_of_volumes_is_pooled():
+    metric = losses.PooledDice()
+    metric.update_state(one_hot(CUBE), certain(CUBE))
+    metric.update_state(one_hot(1 - CUBE), certain(CUBE))  # 0 shared, 6 + 2
+    assert float(metric.result()) == pytest.approx(2 * 2 / (4 + 8))
+
+
+def blob(size):
+    """A mask of 9 x 9 pixels with a wrong square in the middle."""
+    mask = np.zeros((1, 9, 9), int)
+    mask[0, 4 - size // 2 : 5 + size // 2, 4 - size // 2 : 5 + size // 2] = 1
+    return mask
+
+
+def test_hausdorff_of_a_small_square_by_hand():
+    # An error of 3 x 3. Once eroded: middle 2 * 5/5 - 1 = 1, sides 2 * 4/5 - 1 = 0.6,
+    # corners 2 * 3/5 - 1 = 0.2. Twice: middle 2 * 3.4/5 - 1 = 0.36, sides and corners
+    # nothing (2 * 2/5 and 2 * 1.4/5 are below 1). Three times: nothing.
+    found = losses.hausdorff(one_hot(blob(1) * 0), certain(blob(3)), erosions=3)
+    once, twice = 1 + 4 * 0.6 + 4 * 0.2, 0.36
+    assert float(found) == pytest.approx((once + twice * 4) / 81 / (1 + 4 + 9))
+
+
+def test_hausdorff_of_a_single_pixel_is_nothing_and_of_all_wrong_one():
+    empty = one_hot(blob(1) * 0)
+    assert float(losses.hausdorff(empty, certain(blob(1)))) == 0
+    assert float(losses.hausdorff(empty, 1 - certain(empty[..., 1] * 0))) == 1
+
+
+def test_hausdorff_asks_more_for_deep_errors_than_for_many():
+    one_deep, four_shallow = np.zeros((2, 1, 20, 20), int)
+    one_deep[0, 4:12, 4:12] = 1
+    for y, x in ((2, 2), (2, 12), (12, 2), (12, 12)):
+        four_shallow[0, y : y + 4, x : x + 4] = 1
+    assert one_deep.sum() == four_shallow.sum()
+    deep, shallow = (
+        float(losses.hausdorff(one_hot(m * 0), certain(m)))
+        for m in (one_deep, four_shallow)
+    )
+    assert deep > 4 * shallow
+
+
+def test_erosion_in_three_dimensions_asks_six_neighbours():
+    error = np.zeros((1, 5, 5, 5, 1), np.float32)
+    error[0, 2, 2, 1:4] = 1
+    # The middle has two of six neighbours: 2 * 3/7 - 1 is below 0.
+    assert float(ops.max(losses.eroded(error))) == 0
+    error[0, 1:4, 1:4, 1:4] = 1
+    found = np.asarray(losses.eroded(error))[0, ..., 0]
+    assert found[2, 2, 2] == pytest.approx(1)
+    assert found[2, 2, 1] == pytest.approx(2 * 6 / 7 - 1)
+    assert found[1, 1, 1] == pytest.approx(2 * 4 / 7 - 1)

@@ -30,6 +30,11 @@ def test_every_named_experiment_has_a_network_that_can_be_built(name):
     if settings.name == "unet2d":
         model = build_model(replace(settings, filters=2), (32, 32, 1), 2)
         assert model.count_params() > 0
+    elif settings.name == "unet3d":
+        small = replace(settings, filters=2)
+        size = CONFIGS[name][1].batches.volume_px
+        model = build_model(small, (*size, 1), 2)
+        assert model.count_params() > 0
     else:
         assert len(settings.gcn_kernels) <= 4
 

@@ -1,0 +1,111 @@
+"""Whole lungs from volumes by a 3-D U-Net that is trained with random cubes hidden.
+
+`lung3d` is Zhuang et al. 2025 at its own size: 2 mm, the whole chest in 224^3 voxels, HU
+clipped to -1024..276 and less their population's mean over its standard deviation, 70 % of
+the cubes of 7 voxels replaced by 1. It needs a GPU of 24 GB or more. What differs: cubes
+at random offsets, augmentation, and dice + cross-entropy with AdamW.
+
+`lung3d-3mm` is for two cores: 3 mm, crops of 96^3 voxels (29 cm), cubes of 5 voxels
+(15 mm, theirs are 14 mm).
+
+    python table.py lung3d-3mm && python slice_idx.py lung3d-3mm
+    python train.py lung3d-3mm --name lung3d
+"""
+
+from dataclasses import replace
+
+from config import Augment, Batches, Experiment, Loss, Model, Split, Table, Train
+
+LUNG3D_3MM = Experiment(
+    table=Table(slices="none", volume_spacing_mm=3.0),
+    split=Split(fractions=(0.8, 0.1, 0.1)),
+    batches=Batches(
+        target="lung",
+        input_px=(96, 96, 96),
+        crop="lung",
+        window_hu=(-1024.0, 276.0),
+        normalisation="population",
+        lung_mask=False,
+        batch_size=2,
+    ),
+    augment=Augment(
+        rotate_deg=20.0,
+        tilt_deg=12.0,
+        zoom=0.2,
+        stretch=0.1,
+        shift_px=10.0,
+        elastic_px=1.5,
+        elastic_grid_px=24.0,
+        gamma=0.3,
+        curve_hu=20.0,
+        contrast_hu=150.0,
+        blur_px=1.2,
+        noise_hu=80.0,
+        noise_width_px=1.5,
+        slice_px=3.0,
+        field_cut=0.25,
+        synthesis=0.2,
+    ),
+    model=Model(
+        name="unet3d",
+        filters=8,
+        depth=4,
+        mask_fraction=0.7,
+        mask_cube_px=5,
+        mask_value=1.0,
+    ),
+    loss=Loss(name="dice_cross_entropy"),
+    train=Train(
+        optimizer="adamw",
+        learning_rate=2e-3,
+        weight_decay=1e-2,
+        warmup_epochs=1.0,
+        ema=0.99,
+        epochs=60,
+        steps_per_epoch=100,
+        validation_tiles=40,
+    ),
+)
+
+LUNG3D = replace(
+    LUNG3D_3MM,
+    table=replace(LUNG3D_3MM.table, volume_spacing_mm=2.0),
+    batches=replace(
+        LUNG3D_3MM.batches, input_px=(224, 224, 224), crop="centre", batch_size=1
+    ),
+    augment=replace(
+        LUNG3D_3MM.augment,
+        shift_px=15.0,
+        elastic_px=2.0,
+        elastic_grid_px=36.0,
+        blur_px=1.8,
+        slice_px=4.0,
+    ),
+    model=replace(
+        LUNG3D_3MM.model, filters=16, depth=5, mask_cube_px=7, deep_supervision=True
+    ),
+    train=replace(LUNG3D_3MM.train, epochs=200, steps_per_epoch=250),
+)
+
+
+def without_masking(base: Experiment, *, dropout: float = 0.0) -> Experiment:
+    return replace(base, model=replace(base.model, mask_fraction=0.0, dropout=dropout))
+
+
+CONFIGS = {
+    "lung3d": ("Masked 3-D U-Net on whole chests at 2 mm; for a GPU.", LUNG3D),
+    "lung3d-3mm": ("Masked 3-D U-Net at 3 mm; for two cores.", LUNG3D_3MM),
+    "lung3d-nomask": (
+        "lung3d-3mm with nothing hidden.",
+        without_masking(LUNG3D_3MM),
+    ),
+    "lung3d-mask30": (
+        "lung3d-3mm with 30 % hidden.",
+        replace(LUNG3D_3MM, model=replace(LUNG3D_3MM.model, mask_fraction=0.3)),
+    ),
+    "lung3d-dropout": (
+        "lung3d-3mm with dropout in place of masks.",
+        without_masking(LUNG3D_3MM, dropout=0.2),
+    ),
+}
+"""Name to (one line of help, experiment)."""

@@ -1,0 +1,363 @@
+"""Batches and tiles of volumes through the real table."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import augment
+import config
+import data_generator
+import slice_idx
+import steps
+import volumes
+from augment_volume import Crop
+from scan import consensus, readers_of_label, write_scan
+from slice_table import SliceTable
+from table import write_table
+from tests.conftest import tiny_scan
+from volumes import VolumeCache, VolumeGenerator, VolumeTileGenerator
+
+LUNGS = config.Batches(
+    target="lung",
+    input_px=(12, 20, 16),
+    crop="lung",
+    window_hu=(-1024.0, 276.0),
+    normalisation="population",
+    lung_mask=False,
+    batch_size=2,
+)
+NODULES = config.Batches(
+    target="nodule", input_px=(12, 16, 16), crop="nodule", batch_size=3
+)
+CHANGES = config.Augment(
+    rotate_deg=20, tilt_deg=10, shift_px=2, elastic_px=1, elastic_grid_px=8, gamma=0.2,
+    noise_hu=30, noise_width_px=1, curve_hu=20, blur_px=1, slice_px=3, field_cut=0.2,
+    synthesis=0.3,
+)  # fmt: skip
+SPACING_MM = 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Scans, a table of their volumes alone, and a split."""
+    folder = tmp_path_factory.mktemp("volumes")
+    for index in range(5):
+        scan = tiny_scan(index)
+        write_scan(scan, folder / "scans" / f"{scan.scan_id}.h5", {})
+    settings = config.Table(slices="none", volume_spacing_mm=SPACING_MM)
+    write_table(folder / "scans", folder / "table.h5", settings)
+    split = config.Split(fractions=(0.6, 0.2, 0.2))
+    slice_idx.write_split(folder / "table.h5", folder / "split.json", split)
+    return folder
+
+
+@pytest.fixture
+def table(folder):
+    with SliceTable(folder / "table.h5") as opened:
+        yield opened
+
+
+def training(table, batches=LUNGS, augmentation=CHANGES, **options):
+    scans = np.arange(len(table.scans))
+    return VolumeGenerator(
+        table, scans, batches, augmentation, **{"seed": 7, **options}
+    )
+
+
+def test_a_table_of_volumes_alone_has_no_slices(table):
+    assert len(table) == 0
+    # 24 slices of 2.5 mm and 64 pixels of 1.5 mm, at 2 mm.
+    assert table.volume(0, "hu").shape == (30, 48, 48)
+
+
+def test_the_same_batch_from_any_thread_in_any_order(table):
+    first, second = training(table), training(table)
+    with ThreadPoolExecutor(3) as pool:
+        backwards = list(pool.map(second.__getitem__, reversed(range(len(second)))))
+    for index, (x, y) in enumerate(reversed(backwards)):
+        wanted_x, wanted_y = first[index]
+        np.testing.assert_array_equal(x, wanted_x)
+        np.testing.assert_array_equal(y, wanted_y)
+
+
+def test_epochs_differ_and_come_back(table):
+    generator = training(table)
+    before = generator[0][0]
+    generator.on_epoch_end()
+    assert not np.array_equal(generator[0][0], before)
+    generator.epoch = 0
+    np.testing.assert_array_equal(generator[0][0], before)
+
+
+def test_an_epoch_holds_every_scan_once(table):
+    generator = training(table)
+    seen = np.concatenate([generator.scans_of_batch(i) for i in range(len(generator))])
+    assert sorted(seen) == list(range(5))
+
+
+def test_stated_steps_take_every_scan_as_often_or_once_more(table):
+    generator = training(table, steps_per_epoch=6)
+    seen = np.concatenate([generator.scans_of_batch(i) for i in range(6)])
+    assert sorted(np.bincount(seen).tolist()) == [2, 2, 2, 3, 3]
+    with pytest.raises(IndexError, match="batch 6; expected 0 to 5"):
+        generator[6]
+
+
+def test_a_batch_is_input_and_one_hot_reference(table):
+    x, y = training(table)[0]
+    assert (x.shape, x.dtype) == ((2, 12, 20, 16, 1), np.float32)
+    assert (y.shape, y.dtype) == ((2, 12, 20, 16, 2), np.uint8)
+    assert (y.sum(axis=-1) == 1).all()
+    low, high = ((hu + 370.00039) / 436.59987 for hu in (-1024, 276))
+    assert x.min() >= low - 1e-5
+    assert x.max() <= high + 1e-5
+
+
+def test_a_plain_centre_crop_is_the_middle_of_the_volume(table):
+    batches = replace(LUNGS, crop="centre", batch_size=1, normalisation="window")
+    x, y = training(table, batches, None, shuffle=False)[2]
+    part = np.s_[9:21, 14:34, 16:32]
+    hu, lung = table.volume(2, "hu")[part], table.volume(2, "lung")[part]
+    np.testing.assert_allclose(
+        x[0, ..., 0], np.clip((hu + 1024) / 1300, 0, 1), atol=1e-6
+    )
+    np.testing.assert_array_equal(y[0, ..., 1], lung > 0)
+
+
+def test_input_larger_than_the_volume_is_padded_with_air(table):
+    batches = replace(LUNGS, input_px=(40, 64, 64), batch_size=1)
+    x, y = training(table, batches, None)[0]
+    assert np.allclose(x[0, :5], (-1024 + 370.00039) / 436.59987)
+    assert y[0, 5:35, 8:56, 8:56, 1].sum() == y[..., 1].sum() > 0
+
+
+def test_the_middle_of_a_lung_crop_lies_in_the_box_around_the_lungs(table):
+    batches = replace(LUNGS, input_px=(2, 2, 2))
+    generator = training(table, batches, None)
+    volume = generator.cache.read(0)
+    rng = np.random.default_rng(0)
+    middles = np.array(
+        [np.array(generator.crop(volume, rng).start_zyx) + 0.5 for _ in range(300)]
+    )
+    box = np.array(volume.lung_box)
+    assert (middles >= box[:, 0] - 0.5).all()
+    assert (middles <= box[:, 1] - 0.5).all()
+    spread = np.ptp(middles, axis=0) / np.ptp(box, axis=1)
+    assert (spread > 0.9).all()
+
+
+def test_nodule_crops_hold_a_whole_nodule(table):
+    generator = training(table, replace(NODULES, nodule_fraction=1.0), None)
+    volume = generator.cache.read(1)
+    assert len(volume.nodule_boxes) == 2
+    rng, found = np.random.default_rng(0), set()
+    for _ in range(50):
+        crop = generator.crop(volume, rng)
+        held = [
+            all(
+                first <= low and high <= first + size
+                for (low, high), first, size in zip(
+                    box, crop.start_zyx, NODULES.volume_px, strict=True
+                )
+            )
+            for box in volume.nodule_boxes
+        ]
+        assert any(held)
+        found.add(tuple(held))
+    assert {(True, False), (False, True)} <= found
+
+
+def test_the_nodule_reference_is_the_consensus_of_the_volume(table):
+    batches = replace(
+        NODULES, input_px=(30, 48, 48), crop="centre", batch_size=1, lung_mask=True
+    )
+    x, y = training(table, batches, None, shuffle=False)[1]
+    expected = consensus(
+        table.volume(1, "reader_bits"),
+        table.volume(1, "nodule_labels"),
+        readers_of_label(tiny_scan(1).nodules),
+        level=0.5,
+    )
+    np.testing.assert_array_equal(y[0, ..., 1], expected)
+    assert (x[0, table.volume(1, "lung") == 0] == 0).all()
+
+
+def test_the_reference_follows_the_input(table):
+    """After any warp, what is lung in the reference is air in the input."""
+    warps = config.Augment(
+        rotate_deg=30, tilt_deg=20, shift_px=3, elastic_px=1.5, elastic_grid_px=8
+    )
+    batches = replace(LUNGS, normalisation="window", input_px=(30, 48, 48))
+    for x, y in (training(table, batches, warps)[i] for i in range(3)):
+        inner = [ndimage.binary_erosion(part, iterations=2) for part in y[..., 1]]
+        in_lungs = np.stack(inner)[..., None]
+        # -850 HU in a window of 1300 from -1024 is 0.13; nodules are above 0.8.
+        assert np.median(x[in_lungs]) == pytest.approx(0.13, abs=0.03)
+        assert np.mean(x[in_lungs] > 0.5) < 0.1
+
+
+def test_beyond_the_field_of_view_there_is_no_reference(table):
+    cut = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0, field_cut=0.4)
+    batches = replace(LUNGS, crop="centre", normalisation="window", batch_size=1)
+    whole = training(table, batches, None)
+    less = 0
+    for index in range(5):
+        (x, y), (_, plain_y) = training(table, batches, cut)[index], whole[index]
+        gone = plain_y[..., 1] > y[..., 1]
+        assert (x[gone] == 0).all()
+        assert not (y[..., 1] > plain_y[..., 1]).any()
+        less += gone.any()
+    assert less > 0
+
+
+def test_the_cache_keeps_what_was_used_last_and_no_more(table):
+    one = volumes.read_volume(table, 0, LUNGS).nbytes
+    cache = VolumeCache(table, LUNGS, most_bytes=2 * one)
+    first = cache.read(0)
+    cache.read(1)
+    assert cache.read(0) is first
+    cache.read(2)  # 1 was used longest ago
+    assert list(cache.kept) == [0, 2]
+    assert cache.kept_bytes == 2 * one
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(cache.read, [3, 3, 4, 3, 4, 0] * 4))
+    assert cache.kept_bytes == sum(v.nbytes for v in cache.kept.values()) <= 2 * one
+
+
+def test_tiles_cover_the_lungs_and_their_margin(table):
+    generator = VolumeTileGenerator(table, np.arange(2), LUNGS)
+    for scan in range(2):
+        covered = np.zeros(table.volume(scan, "lung").shape, bool)
+        for index, crop in generator.tiles:
+            if index == scan:
+                stops = np.add(crop.start_zyx, LUNGS.volume_px)
+                covered[
+                    tuple(
+                        slice(max(a, 0), b)
+                        for a, b in zip(crop.start_zyx, stops, strict=True)
+                    )
+                ] = True
+        inner = table.volume(scan, "lung") > 0
+        assert covered[ndimage.binary_dilation(inner, iterations=3)].all()
+
+
+def test_tiles_are_cuts_and_the_most_are_spread_evenly(table):
+    everything = VolumeTileGenerator(table, np.arange(2), LUNGS)
+    few = VolumeTileGenerator(table, np.arange(2), LUNGS, most=4)
+    assert len(few.tiles) == 4
+    assert {scan for scan, _ in few.tiles} == {0, 1}
+    assert len(everything) == -(-len(everything.tiles) // 2)
+    (scan, crop), (x, y) = few.tiles[3], few[1]
+    wanted_x, wanted_y = volumes.plain(few.cache.read(scan), crop, LUNGS)
+    np.testing.assert_array_equal(x[1, ..., 0], wanted_x)
+    np.testing.assert_array_equal(y[1, ..., 1], wanted_y)
+    with pytest.raises(IndexError, match="batch 2; expected 0 to 1"):
+        few[2]
+
+
+def test_a_crop_stays_within_the_volume_where_it_fits():
+    crop = volumes.crop_around((1.0, 10.0, 19.0), (20, 20, 8), (10, 10, 10))
+    assert crop == Crop((0, 6, -1), (4.5, 4.5, 4.5))
+
+
+def test_a_table_without_volumes_is_refused(folder, tmp_path):
+    write_table(folder / "scans", tmp_path / "table.h5", config.Table(size_px=(64, 64)))
+    with (
+        SliceTable(tmp_path / "table.h5") as table,
+        pytest.raises(ValueError, match="run table.py again with --table.volume"),
+    ):
+        training(table)
+
+
+def test_the_answer_is_not_given_away(table):
+    with pytest.raises(ValueError, match="shows the network the answer"):
+        training(table, replace(LUNGS, lung_mask=True))
+
+
+def test_scans_without_lungs_cannot_be_used(folder, tmp_path):
+    for index, changes in ((0, {}), (1, {"lung": None})):
+        scan = replace(tiny_scan(index), **changes)
+        write_scan(scan, tmp_path / "scans" / f"{scan.scan_id}.h5", {})
+    settings = config.Table(slices="none", volume_spacing_mm=4.0)
+    write_table(tmp_path / "scans", tmp_path / "table.h5", settings)
+    with SliceTable(tmp_path / "table.h5") as table:
+        assert volumes.usable_scans(table, np.arange(2), LUNGS).tolist() == [0]
+        with pytest.raises(ValueError, match="none of the 1 scans can be used"):
+            VolumeGenerator(table, np.array([1]), LUNGS, None, seed=0)
+
+
+def test_scans_of_a_part_are_those_of_its_patients(table, folder):
+    split = slice_idx.read_split(folder / "split.json")
+    parts = {
+        part: slice_idx.scans_of_part(split, table, part) for part in slice_idx.PARTS
+    }
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(5))
+    for part, scans in parts.items():
+        patients = set(table.scans["patient_id"][scans].tolist())
+        assert patients == set(split["parts"][part])
+
+
+def test_a_split_by_slice_is_refused(table):
+    split = {"settings": {"unit": "slice"}}
+    with pytest.raises(ValueError, match="--split.unit patient"):
+        slice_idx.scans_of_part(split, table, "train")
+
+
+def test_the_sheet_shows_three_planes_of_every_crop(table):
+    batches = replace(LUNGS, input_px=(12, 20, 16))
+    sheet = data_generator.volume_sheet(training(table, batches), crops=3, columns=2)
+    side = 20 * data_generator.SCALE
+    height = side + data_generator.CAPTION_PX
+    assert sheet.shape == (2 * height, 2 * 3 * side, 3)
+    assert (sheet == data_generator.OUTLINE_BGR).all(-1).any()
+    assert not sheet[height:, 3 * side :].any()  # three crops, the fourth is black
+
+
+def test_planes_stand_head_up():
+    volume = np.zeros((4, 6, 6), np.uint8)
+    volume[3] = 1  # the head
+    axial, coronal, sagittal = data_generator.middle_planes(volume)
+    assert not axial.any()
+    assert coronal[0].all() and not coronal[1:].any()
+    assert sagittal[0].all() and not sagittal[1:].any()
+
+
+def test_run_alone_it_draws_volumes(folder, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    arguments = ["lung3d-3mm", "--table", str(folder / "table.h5")]
+    arguments += ["--split", str(folder / "split.json"), "--out", str(out)]
+    arguments += ["--batches.input-px", "12", "20", "16"]
+    with pytest.raises(SystemExit) as ended:
+        data_generator.main([*arguments, "--slices", "2", "--seconds", "0.05"])
+    assert ended.value.code == steps.DONE
+    assert "3 train scans" in capsys.readouterr().out
+    assert cv2.imread(str(out)) is not None
+
+
+def test_a_mask_of_a_volume_sets_all_else_to_air():
+    hu = np.full((3, 4, 5), 100)
+    lung = np.zeros(hu.shape, np.uint8)
+    lung[1, 2, 3] = 2
+    batches = config.Batches(window_hu=(0.0, 200.0), lung_mask=True)
+    image = augment.to_input(hu, lung, batches)
+    assert image[1, 2, 3] == pytest.approx(0.5)
+    assert image.sum() == pytest.approx(0.5)
+
+
+def test_changes_of_volumes_are_refused_for_slices():
+    with pytest.raises(ValueError, match=r"augment.blur_px is 1.0; expected 0"):
+        config.Experiment(augment=config.Augment(blur_px=1.0))
+
+
+def test_a_network_of_the_other_kind_is_refused():
+    with pytest.raises(ValueError, match="expected unet3d with"):
+        config.Experiment(batches=LUNGS)
+
+
+def test_every_change_of_volumes_is_off_by_default():
+    changes = config.Augment()
+    assert not any(getattr(changes, name) for name in config.VOLUME_CHANGES)

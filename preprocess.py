@@ -60,7 +60,7 @@ class Task:
     def made_by(self) -> dict[str, Any]:
         """What decides the scan file: settings and source, for its provenance."""
         return {
-            "settings": asdict(self.mask),
+            "mask": asdict(self.mask),
             "cohort": self.cohort,
             "repair": list(self.repair),
             "source_sha256": source_sha256(self.source),
@@ -133,8 +133,8 @@ def complete(task: Task) -> bool:
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance record with its settings beside its other facts."""
-    return {**record, **(record.get("settings") or {}), "settings": None}
+    """A provenance record with the settings of the mask beside its other facts."""
+    return {**record, **(record.get("mask") or {}), "mask": None}
 
 
 def source_sha256(source: ScanSource) -> str:

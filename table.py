@@ -9,6 +9,7 @@ own in OUT.parts, so a build that was stopped goes on where it stood; parts are 
 joined, chunk by chunk, and removed. Disk needed while it builds: twice the table.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -121,6 +122,7 @@ def write_table(
     skipped_csv = out.with_suffix(".skipped.csv")
     if out.exists() and not overwrite:
         return _report_of_complete(out, settings, items)
+    mask = mask_settings([item.path for item in items])
     parts_dir = out.with_name(f"{out.name}.parts")
     make = functools.partial(write_part, parts_dir=parts_dir, settings=settings)
     parts, failures = steps.map_scans(
@@ -132,11 +134,7 @@ def write_table(
             f"none of the {len(items)} scan files in {scans_dir} can be used; "
             f"the first: {failures[0].reason}"
         )
-    failed = {failure.scan_id for failure in failures}
-    used = [item.path for item in items if item.scan_id not in failed]
-    join_parts(
-        parts, out, settings, _skipped(failures, items), mask=mask_settings(used)
-    )
+    join_parts(parts, out, settings, _skipped(failures, items), mask=mask)
     files.remove(parts_dir)
     return _report(out, failures)
 
@@ -210,13 +208,16 @@ def join_parts(
 def mask_settings(scan_files: Sequence[Path]) -> dict[str, Any] | None:
     """How the lung masks of scan files were made; None if they do not say.
 
+    Files that cannot be read are left to be skipped.
+
     Raises:
         ValueError: If they were made with different settings.
     """
     found: dict[str, Path] = {}
     for path in scan_files:
-        settings = scans.read_provenance(path).get("settings")
-        found.setdefault(json.dumps(settings), path)
+        with contextlib.suppress(ScanError):
+            settings = scans.read_provenance(path).get("mask")
+            found.setdefault(json.dumps(settings), path)
     if len(found) > 1:
         (a, first), (b, second), *_ = found.items()
         raise ValueError(

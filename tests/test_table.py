@@ -567,7 +567,7 @@ def test_real_slices_are_what_simpleitk_reads(tmp_path):
 
 def test_the_table_says_how_its_lung_masks_were_made(scans, tmp_path):
     for scan, closing_mm in zip(scans[:3], (5.0, 5.0, 7.0), strict=True):
-        made_by = {"settings": config.to_json(config.LungMask(closing_mm=closing_mm))}
+        made_by = {"mask": config.to_json(config.LungMask(closing_mm=closing_mm))}
         folder = tmp_path / ("alike" if closing_mm == 5 else "mixed")
         scans_module.write_scan(scan, folder / f"{scan.scan_id}.h5", made_by)
     table.write_table(tmp_path / "alike", tmp_path / "table.h5", SETTINGS)

@@ -70,6 +70,7 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
     }
     for number in range(lesions.SHAPES):  # read once per process
         lesions.nodule_shape(number)
+    lesions.stored_cells()
     measured = {kind: [] for kind in generators}
     for _ in range(ROUNDS):
         for kind, generator in generators.items():

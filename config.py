@@ -18,6 +18,15 @@ LossName = Literal[
     "focal_tversky",
 ]
 CohortName = Literal["lidc", "luna16", "nifti"]
+Finding = Literal[
+    "ground-glass",
+    "consolidation",
+    "fibrosis",
+    "mass",
+    "nodule",
+    "atelectasis",
+    "effusion",
+]
 
 LUNA16_SUBSETS = 10
 
@@ -216,6 +225,29 @@ VOLUME_CHANGES = (
 
 
 @dataclass(frozen=True)
+class Lesions:
+    """Pathology simulated in training samples whose target is the lungs."""
+
+    probability: float = 0.0
+    """Share of the samples that get lesions; 0 for none."""
+    kind: Literal["circles", "realistic"] = "realistic"
+    """circles: 7 to 9 pale discs about the lungs; realistic: `findings`."""
+    findings: tuple[Finding, ...] = get_args(Finding)
+    """What realistic lesions are drawn from."""
+    most: int = 2
+    """Most findings in a sample; used by realistic."""
+
+    def __post_init__(self) -> None:
+        share = self.probability
+        require(0 <= share <= 1, "probability", share, "0 to 1")
+        known = f"some of {', '.join(get_args(Finding))}, none twice"
+        found = set(self.findings)
+        fits = 0 < len(self.findings) == len(found) and found <= {*get_args(Finding)}
+        require(fits, "findings", self.findings, known)
+        require(self.most >= 1, "most", self.most, "1 or more")
+
+
+@dataclass(frozen=True)
 class Model:
     """The network."""
 
@@ -226,6 +258,8 @@ class Model:
     """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d, unet3d)."""
     depth: int = 4
     """How often a U-Net halves its input."""
+    residual: bool = False
+    """Add the input of each level of unet2d's encoder to its output."""
     norm: Literal["instance", "batch"] = "instance"
     """Normalisation of unet3d."""
     deep_supervision: bool = False
@@ -335,6 +369,7 @@ class Experiment:
     split: Split = field(default_factory=Split)
     batches: Batches = field(default_factory=Batches)
     augment: Augment = field(default_factory=Augment)
+    lesions: Lesions = field(default_factory=Lesions)
     model: Model = field(default_factory=Model)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)

@@ -25,6 +25,7 @@ import numpy as np
 import augment
 import config
 import files
+import lesions
 import slice_idx
 import steps
 from slice_table import SliceTable
@@ -55,6 +56,8 @@ class SliceGenerator:
         rows: Rows of the table to use, e.g. those of one part of the split.
         batches: Crop, window, target, batch size and share of nodule slices.
         augmentation: Random changes; None gives plain crops.
+        pathology: Lesions simulated in augmented samples; None for none. They have draws
+            of their own, so the other changes are the same with and without.
         seed: Of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
         shuffle: True draws a new order and new changes each epoch. False is for
@@ -80,6 +83,7 @@ class SliceGenerator:
         augmentation: config.Augment | None,
         *,
         seed: int,
+        pathology: config.Lesions | None = None,
         steps_per_epoch: int = 0,
         shuffle: bool = True,
         balanced: bool = True,
@@ -91,6 +95,7 @@ class SliceGenerator:
         self.rows = usable_rows(table, rows, batches)
         self.batches = batches
         self.augmentation = augmentation
+        self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
         self.shuffle = shuffle
         self.with_slice_label = with_slice_label
@@ -158,8 +163,17 @@ class SliceGenerator:
         crop = self.crop(mask, lung, rng)
         marks = marks_of(mask, lung)
         if self.augmentation is not None:
+            if self.pathology is not None and lung is not None:
+                own = rng.spawn(1)[0]
+                hu = lesions.simulate(
+                    hu, lung, self.spacing_mm(row), self.pathology, own
+                )
             return self.changed(hu, marks, crop, self.augmentation, rng)
         return plain(hu, marks, crop, batches)
+
+    def spacing_mm(self, row: int) -> list[float]:
+        """(y, x) spacing of the pixels of a row."""
+        return self.table.scans["spacing_mm"][self.table.rows["scan"][row]][1:].tolist()
 
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
         """`sample` after its random changes.
@@ -267,8 +281,12 @@ def read_row(
     table: SliceTable, row: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """HU, target and, if the settings look at it, the lung mask of a row; each (y, x)."""
+    hu = table.read("hu", row)
+    if batches.target == "lung":
+        lung = table.read("lung", row)
+        return hu, (lung > 0).view(np.uint8), lung
     lung = table.read("lung", row) if reads_lung(batches) else None
-    return table.read("hu", row), row_target(table, row, batches), lung
+    return hu, row_target(table, row, batches), lung
 
 
 def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
@@ -595,6 +613,7 @@ class Arguments:
 
     batches: config.Batches
     augment: config.Augment
+    lesions: config.Lesions
     table: Path = Path("work/table.h5")
     split: Path = Path("work/split.json")
     part: Literal["train", "validation", "test"] = "train"
@@ -641,6 +660,7 @@ def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerat
         slice_idx.rows_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
+        pathology=arguments.lesions,
         seed=arguments.seed,
         shuffle=training,
         balanced=training,
@@ -657,6 +677,7 @@ def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGener
         slice_idx.scans_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
+        pathology=arguments.lesions,
         seed=arguments.seed,
         steps_per_epoch=-(-arguments.slices // size) if training else 0,
         shuffle=training,

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Of training.json."""
 
-TRAINED_BY = ("batches", "augment", "model", "loss", "train")
+TRAINED_BY = ("batches", "augment", "lesions", "model", "loss", "train")
 """Sections that decide the weights; the others are kept for the steps after this one."""
 
 PICTURED_SLICES = 6
@@ -60,6 +60,7 @@ class Arguments:
     """Replace a run of this name that has other settings or data."""
     batches: config.Batches = field(default_factory=config.Batches)
     augment: config.Augment = field(default_factory=config.Augment)
+    lesions: config.Lesions = field(default_factory=config.Lesions)
     model: config.Model = field(default_factory=config.Model)
     loss: config.Loss = field(default_factory=config.Loss)
     train: config.Train = field(default_factory=config.Train)
@@ -264,6 +265,7 @@ def open_data(
         rows["train"],
         batches,
         experiment.augment,
+        pathology=experiment.lesions,
         steps_per_epoch=settings.steps_per_epoch,
         **options,
     )
@@ -305,6 +307,7 @@ def open_volumes(
         scans["train"],
         batches,
         experiment.augment,
+        pathology=experiment.lesions,
         seed=settings.seed,
         steps_per_epoch=settings.steps_per_epoch,
     )
@@ -455,6 +458,7 @@ def run_step(arguments: Arguments) -> steps.Report:
         config.Experiment(
             batches=arguments.batches,
             augment=arguments.augment,
+            lesions=arguments.lesions,
             model=arguments.model,
             loss=arguments.loss,
             train=arguments.train,

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 import augment
 import augment_volume
 import config
+import lesions
 import synthesis
 from augment_volume import Crop
 from scan import AIR_HU, consensus
@@ -105,6 +106,8 @@ class VolumeGenerator:
         scans: Indices of scans of the table, e.g. of `slice_idx.scans_of_part`.
         batches: Crop, window, target and batch size.
         augmentation: Random changes; None gives plain crops.
+        pathology: Lesions simulated in augmented samples; None for none. They have draws
+            of their own, so the other changes are the same with and without.
         seed: Of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
         shuffle: True draws a new order and new changes each epoch; False gives the scans
@@ -125,6 +128,7 @@ class VolumeGenerator:
         augmentation: config.Augment | None,
         *,
         seed: int,
+        pathology: config.Lesions | None = None,
         steps_per_epoch: int = 0,
         shuffle: bool = True,
     ) -> None:
@@ -133,6 +137,7 @@ class VolumeGenerator:
         self.scans = usable_scans(table, scans, batches)
         self.batches = batches
         self.augmentation = augmentation
+        self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
@@ -188,6 +193,12 @@ class VolumeGenerator:
         crop = self.crop(volume, rng)
         if self.augmentation is None:
             return plain(volume, crop, self.batches)
+        if self.pathology is not None:
+            lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
+            spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
+            own = rng.spawn(1)[0]
+            hu = lesions.simulate(volume.hu, lung, spacing_mm, self.pathology, own)
+            volume = replace(volume, hu=hu)
         return self.changed(volume, crop, self.augmentation, rng)
 
     def changed(
@@ -204,7 +215,6 @@ class VolumeGenerator:
         marks = augment_volume.warp_labels(volume.marks, warp, size)
         lung = marks & augment.LUNG_BIT
         hu = augment_volume.warp_volume(volume.hu, warp, size)
-        # Changes of what is in the chest come here, before those of how it was scanned.
         if rng.random() < changes.synthesis:
             hu = synthesis.synthetic(hu, lung, rng)
         hu = augment_volume.scanned(hu, scanner, rng)

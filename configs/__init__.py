@@ -1,12 +1,13 @@
 """Named experiments, by the name that is typed on the command line."""
 
 from config import Experiment
-from configs import ablations, lungs3d, smoke, thesis
+from configs import ablations, lungs2d, lungs3d, smoke, thesis
 
 CONFIGS: dict[str, tuple[str, Experiment]] = {
     **thesis.CONFIGS,
     **smoke.CONFIGS,
     **ablations.CONFIGS,
+    **lungs2d.CONFIGS,
     **lungs3d.CONFIGS,
 }
 """Name to (one line of help, experiment)."""

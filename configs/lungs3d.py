@@ -14,7 +14,17 @@ at random offsets, augmentation, and dice + cross-entropy with AdamW.
 
 from dataclasses import replace
 
-from config import Augment, Batches, Experiment, Loss, Model, Split, Table, Train
+from config import (
+    Augment,
+    Batches,
+    Experiment,
+    Lesions,
+    Loss,
+    Model,
+    Split,
+    Table,
+    Train,
+)
 
 LUNG3D_3MM = Experiment(
     table=Table(slices="none", volume_spacing_mm=3.0),
@@ -46,6 +56,7 @@ LUNG3D_3MM = Experiment(
         field_cut=0.25,
         synthesis=0.2,
     ),
+    lesions=Lesions(probability=0.7),
     model=Model(
         name="unet3d",
         filters=8,

@@ -84,6 +84,7 @@ def build_model(
             options |= {
                 "slice_classifier": settings.slice_classifier,
                 "depth": settings.depth,
+                "residual": settings.residual,
             }
         case "unet3d":
             options |= {

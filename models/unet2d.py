@@ -15,6 +15,7 @@ def build(
     filters: int = 32,
     depth: int = 4,
     norm: Literal["instance", "batch"] = "instance",
+    residual: bool = False,
     dropout: float = 0.0,
     slice_classifier: bool = False,
 ) -> keras.Model:
@@ -30,6 +31,8 @@ def build(
         depth: How often y and x are halved.
         norm: instance normalises each image by itself, in training as in use, so small
             batches do not matter; batch is the classical choice.
+        residual: Add what enters each level of the encoder to what leaves it, through a
+            1x1 convolution, as He et al. 2016 do where widths differ.
         dropout: Rate at the deepest level and before the slice classifier's last layer.
         slice_classifier: Add a classifier of the whole slice.
 
@@ -47,10 +50,10 @@ def build(
     inputs = keras.Input(input_shape)
     x, skips = inputs, []
     for level in range(depth):
-        x = double_convolution(x, filters * 2**level, norm)
+        x = double_convolution(x, filters * 2**level, norm, residual=residual)
         skips.append(x)
         x = layers.MaxPooling2D(2, padding="same")(x)
-    x = double_convolution(x, filters * 2**depth, norm)
+    x = double_convolution(x, filters * 2**depth, norm, residual=residual)
     deepest = x = layers.Dropout(dropout)(x)
     for level in reversed(range(depth)):
         x = layers.Concatenate()([upsample_to(x, skips[level]), skips[level]])
@@ -62,12 +65,23 @@ def build(
     return keras.Model(inputs, outputs, name="unet2d")
 
 
-def double_convolution(x: KerasTensor, filters: int, norm: str) -> KerasTensor:
-    for _ in range(2):
-        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        if norm == "instance":
-            x = layers.GroupNormalization(groups=-1, epsilon=1e-5)(x)
-        else:
-            x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
+def double_convolution(
+    x: KerasTensor, filters: int, norm: str, *, residual: bool = False
+) -> KerasTensor:
+    """Twice convolution, normalisation and leaky ReLU; the last after the shortcut."""
+    shortcut = x
+    for last in (False, True):
+        x = normalised_convolution(x, filters, 3, norm)
+        if residual and last:
+            x = layers.Add()([x, normalised_convolution(shortcut, filters, 1, norm)])
         x = layers.LeakyReLU(0.01)(x)
     return x
+
+
+def normalised_convolution(
+    x: KerasTensor, filters: int, size_px: int, norm: str
+) -> KerasTensor:
+    x = layers.Conv2D(filters, size_px, padding="same", use_bias=False)(x)
+    if norm == "instance":
+        return layers.GroupNormalization(groups=-1, epsilon=1e-5)(x)
+    return layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)

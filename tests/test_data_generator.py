@@ -402,3 +402,41 @@ def test_fewer_tiles_are_spread_over_all_rows(table):
     some = data_generator.TileGenerator(table, rows, batches, most=7).tiles
     assert len(some) == 7
     assert some == [every[i * len(every) // 7] for i in range(7)]
+
+
+LUNGS = replace(BATCHES, target="lung", lung_mask=False, nodule_fraction=0.0)
+
+
+def test_lesions_change_images_and_neither_masks_nor_other_draws(table):
+    sick = config.Lesions(probability=0.5)
+    plain, lesioned = (
+        training(table, LUNGS, pathology=pathology) for pathology in (None, sick)
+    )
+    changed = []
+    for index in range(len(plain)):
+        (x, y), (x_sick, y_sick) = plain[index], lesioned[index]
+        np.testing.assert_array_equal(y, y_sick)
+        changed += [not np.array_equal(a, b) for a, b in zip(x, x_sick, strict=True)]
+    # 90 samples: 45 expected, and room for four standard deviations.
+    assert 26 <= sum(changed) <= 64
+
+
+def test_lesions_depend_on_seed_epoch_and_index_alone(table):
+    sick = config.Lesions(probability=1.0)
+    one, other = (training(table, LUNGS, pathology=sick) for _ in range(2))
+    other[0]
+    np.testing.assert_array_equal(one[3][0], other[3][0])
+    before = one[3][0]
+    one.on_epoch_end()
+    assert not np.array_equal(before, one[3][0])
+
+
+def test_samples_that_are_not_augmented_have_no_lesions(table):
+    sick = config.Lesions(probability=1.0)
+    healthy, same = (plain(table, LUNGS, pathology=p) for p in (None, sick))
+    np.testing.assert_array_equal(healthy[0][0], same[0][0])
+
+
+def test_lesions_are_refused_where_nodules_are_the_target(table):
+    with pytest.raises(ValueError, match="--lesions.probability 0"):
+        training(table, BATCHES, pathology=config.Lesions(probability=0.8))

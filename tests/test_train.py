@@ -317,6 +317,29 @@ def test_the_slice_classifier_and_half_precision_train(data):
     assert total == pytest.approx(parts, rel=1e-3)
 
 
+def test_lungs_are_trained_with_pathology(data):
+    from configs import CONFIGS
+
+    base = CONFIGS["lung2d-small-pathology"][1]
+    experiment = replace(
+        base,
+        batches=replace(base.batches, input_px=(64, 64), batch_size=2),
+        model=replace(base.model, filters=2, depth=1),
+        train=replace(base.train, epochs=1, steps_per_epoch=2),
+    )
+    run_dir = trained(data, "lungs", experiment)
+    (row,) = history(run_dir)
+    assert 0 <= float(row["val_dice"]) <= 1
+    settings = json.loads((run_dir / "config.json").read_text())["lesions"]
+    assert settings["probability"] == 0.8
+
+
+def test_other_lesions_are_another_run(run, data):
+    sick = replace(TINY, lesions=config.Lesions(probability=0.5))
+    with pytest.raises(FileExistsError, match=r"lesions.probability was 0.0, is 0.5"):
+        trained(data, "whole", sick)
+
+
 def test_the_flags_of_the_killed_run_are_those_of_the_unbroken_one():
     parsed = steps.parse(train.Arguments, ["smoke", "--name", "x", *FLAGS])
     for section in train.TRAINED_BY:

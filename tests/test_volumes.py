@@ -361,3 +361,22 @@ def test_a_network_of_the_other_kind_is_refused():
 def test_every_change_of_volumes_is_off_by_default():
     changes = config.Augment()
     assert not any(getattr(changes, name) for name in config.VOLUME_CHANGES)
+
+
+def test_lesions_change_hu_and_nothing_else(table):
+    still = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
+    whole = replace(LUNGS, input_px=(30, 48, 48), crop="centre", batch_size=5)
+    plain, ill = (
+        training(
+            table, whole, still, pathology=config.Lesions(probability=p, kind="circles")
+        )[0]
+        for p in (0.0, 1.0)
+    )
+    assert np.array_equal(plain[1], ill[1])
+    changed = (plain[0] != ill[0])[..., 0].any(axis=(1, 2, 3))
+    assert changed.all()
+
+
+def test_lesions_are_refused_where_nodules_are_the_target(table):
+    with pytest.raises(ValueError, match=r"batches\.target=\s*nodule"):
+        training(table, NODULES, pathology=config.Lesions(probability=1.0))

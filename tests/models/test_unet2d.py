@@ -26,6 +26,36 @@ def test_the_unet_passes_the_harness(check_model):
     check_model(partial(unet2d.build, filters=4), parameters=parameters_by_hand(4, 4))
 
 
+def test_the_residual_unet_passes_the_harness(check_model):
+    widths = [
+        4,
+        8,
+        16,
+        32,
+        64,
+    ]  # of the encoder; each has a shortcut from the one above
+    shortcuts = sum(
+        into * width + 2 * width
+        for into, width in zip([1, *widths], widths, strict=False)
+    )
+    check_model(
+        partial(unet2d.build, filters=4, residual=True),
+        parameters=parameters_by_hand(4, 4) + shortcuts,
+    )
+
+
+def test_a_residual_level_without_convolutions_passes_its_input_on(batch):
+    model = unet2d.build((32, 32, 1), 2, filters=4, depth=1, residual=True)
+    images, _ = batch((32, 32))
+    kernels = [w for w in model.weights if w.shape[:2] == (3, 3) and "kernel" in w.name]
+    first, second = kernels[:2]
+    second.assign(np.zeros(second.shape))
+    before = np.asarray(model(images, training=False))
+    first.assign(np.ones(first.shape))
+    np.testing.assert_array_equal(model(images, training=False), before)
+    assert before.std() > 0
+
+
 def test_instance_norm_sees_one_slice_at_a_time(batch):
     model = unet2d.build((64, 64, 1), 2, filters=4, depth=2)
     images, _ = batch((64, 64), slices=3)

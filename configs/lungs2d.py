@@ -1,0 +1,93 @@
+"""Lungs in 2-D slices, with and without simulated pathology; an ablation of how often.
+
+The recipe of the study on lungs irrespective of pathology: a U-Net trained on Dice and
+cross-entropy by AdamW with gradients clipped at norm 1, four batches of eight to a step,
+patients split 70/10/20, lesions in 8 of 10 samples. Ours are the 400x400 pixels about
+the centre, as in the thesis, the augmentation, weight decay and learning rate.
+
+    CONFIG=lung2d-pathology DATA=/data/LIDC-IDRI bash scripts/all.sh
+"""
+
+from dataclasses import replace
+
+from config import (
+    Augment,
+    Batches,
+    Experiment,
+    Lesions,
+    Loss,
+    Model,
+    Split,
+    Table,
+    Train,
+)
+
+LUNG2D = Experiment(
+    table=Table(slices="lung"),
+    split=Split(fractions=(0.7, 0.1, 0.2)),
+    batches=Batches(
+        target="lung",
+        input_px=(400, 400),
+        crop="centre",
+        lung_mask=False,
+        batch_size=8,
+        nodule_fraction=0.0,
+    ),
+    augment=Augment(
+        flip=False,
+        rotate_deg=15.0,
+        zoom=0.2,
+        shift_px=20.0,
+        elastic_px=3.0,
+        gamma=0.2,
+        noise_hu=30.0,
+    ),
+    model=Model(name="unet2d", filters=32),
+    loss=Loss(name="dice_cross_entropy"),
+    train=Train(
+        optimizer="adamw",
+        weight_decay=1e-2,
+        learning_rate=1e-3,
+        clip_norm=1.0,
+        accumulate=4,
+        epochs=50,
+    ),
+)
+
+SMALL = replace(
+    LUNG2D,
+    model=replace(LUNG2D.model, filters=8),
+    train=replace(LUNG2D.train, epochs=10, steps_per_epoch=200, validation_tiles=400),
+)
+
+
+def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment]]:
+    """The base with lesions in some share of the samples, and with a residual encoder."""
+
+    def lesioned(share: float, **options) -> Experiment:
+        return replace(base, lesions=Lesions(probability=share, **options))
+
+    ablation = {
+        f"{name}-p{digits}": (f"Circles in {share:.0%} of the samples.", entry)
+        for digits, share in (("0", 0.0), ("06", 0.6), ("08", 0.8), ("09", 0.9))
+        for entry in [lesioned(share, kind="circles")]
+    }
+    return ablation | {
+        f"{name}-pathology": (
+            "Lungs with realistic lesions in 8 of 10 samples.",
+            lesioned(0.8),
+        ),
+        f"{name}-residual": (
+            "The same with a residual encoder.",
+            replace(lesioned(0.8), model=replace(base.model, residual=True)),
+        ),
+    }
+
+
+CONFIGS = {
+    "lung2d": ("Lungs in slices, by a U-Net.", LUNG2D),
+    "lung2d-small": ("The same for two cores.", SMALL),
+    **pathology_of("lung2d", LUNG2D),
+    **pathology_of("lung2d-small", SMALL),
+}
+"""Name to (one line of help, experiment)."""

@@ -1,0 +1,852 @@
+"""Pathology simulated in HU, so that a network learns lungs whatever is in them.
+
+The lung labels stay as they are: what is drawn belongs to the lung. Circles are those of
+the study that `circles` cites; the realistic findings have sizes in mm, the densities that
+textbooks give, and the grain of the scan they are drawn into. Arrays are (z, y, x), z to
+the head and y to the back of a patient who lies on it; a slice is a volume of one.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+import config
+from cohorts import phantom_nodules
+from scan import LEFT, RIGHT
+
+Box = tuple[slice, slice, slice]
+
+CIRCLES = (7, 9)
+"""Fewest and most circles in a sample, as published."""
+CIRCLE_RADIUS_MM = (4.0, 25.0)
+CIRCLE_OPACITY = (0.2, 1.0)
+CIRCLE_HU = 40.0
+"""Ours, as the published text says "random" of radius and transparency, and names no
+colour: from a nodule to a mass, from haze to solid, soft tissue."""
+
+RIM_MM = 2.0
+RIM_HU = (-750.0, -50.0)
+"""How far beyond the lung labels findings go, and over what: pixels that lung and chest
+wall share would stay dark between wall and lesion. Darker ones are airways."""
+
+GRAIN_SD_HU = 25.0
+GRAIN_SIGMA_PX = 0.7
+"""Noise where the scan has too little soft tissue to measure its own."""
+MIN_SD_HU = 2.0
+BLOCK_PX, BLOCK_ROWS = 8, 7
+TISSUE_HU = (-20, 140)
+"""Noise is measured in blocks whose middle is in this range, in some seven rows of them."""
+GRAIN_SIDE_PX = 512
+
+CELLS_PX = 8.0
+"""Distance between the cells of the stored honeycomb."""
+CELLS_SHAPE = (48, 144, 144)
+CELLS_UNIT = 400
+"""Value in the stored honeycomb at one cell's width from a wall."""
+
+SHAPES = 64
+"""Outlined nodules of LIDC-IDRI that the nodules are shaped after."""
+SHAPE_MM = (6.0, 30.0)
+SHAPES_SEED = 20110
+
+TRIES = 40
+"""Points drawn for a place in the lung before all its voxels are listed."""
+
+COARSE_MM = 2.0
+"""Largest distance between the points at which smooth things are computed."""
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A disc in a slice, a ball in a volume.
+
+    Attributes:
+        centre_zyx: Voxel of its middle.
+        radius_mm: Its radius.
+        opacity: 1 hides what was there.
+    """
+
+    centre_zyx: tuple[float, float, float]
+    radius_mm: float
+    opacity: float
+
+
+@dataclass(frozen=True)
+class Grain:
+    """Noise of a scan: standard deviation, and width of its reconstruction's kernel."""
+
+    sd_hu: float
+    sigma_px: float
+
+
+@dataclass(frozen=True, eq=False)
+class Lung:
+    """One lung, and what its painters need; arrays are (z, y, x) of its box.
+
+    Attributes:
+        hu: View of the volume, which the painters change.
+        mask: uint8, 1 in the lung.
+        open: uint8, 1 where painters may change it: in the lung, and in its rim.
+        grain: The scan's noise.
+        spacing_mm: (z, y, x).
+    """
+
+    hu: np.ndarray
+    mask: np.ndarray
+    open: np.ndarray
+    grain: Grain
+    spacing_mm: tuple[float, float, float]
+
+    @property
+    def bounds(self) -> Box:
+        z, y, x = (slice(0, length) for length in self.mask.shape)
+        return z, y, x
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """Where a painter works: a box of a lung, and coarser points in it.
+
+    What is smooth is computed at points about `COARSE_MM` apart in a slice, and
+    interpolated before it is cut off, which keeps borders sharp.
+
+    Attributes:
+        box: Voxels of the lung's box.
+        shape: Points along z, y and x.
+        offsets_mm: float32 distances of the points from a centre, to be broadcast.
+        pitch_mm: Distance between points.
+    """
+
+    box: Box
+    shape: tuple[int, int, int]
+    offsets_mm: tuple[np.ndarray, np.ndarray, np.ndarray]
+    pitch_mm: tuple[float, float, float]
+
+    def enlarged(self, values: np.ndarray) -> np.ndarray:
+        """Values at the points as values at the voxels of the box."""
+        size_xy = span(self.box[2]), span(self.box[1])
+        if size_xy == (self.shape[2], self.shape[1]):
+            return values
+        return by_slice(lambda plane: cv2.resize(plane, size_xy), values)
+
+
+def simulate(
+    hu: np.ndarray,
+    lung: np.ndarray,
+    spacing_mm: Sequence[float],
+    settings: config.Lesions,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """HU with lesions, in a share of `settings.probability` of the calls.
+
+    Nothing changes but in the lungs and `RIM_MM` around them; circles reach as far as
+    their radius beyond the boxes of the lungs.
+
+    Args:
+        hu: (y, x) or (z, y, x) HU of any real dtype.
+        lung: Labels of the same shape, 1 in the right lung and 2 in the left; or one label,
+            which is taken apart as `lung_sides` says.
+        spacing_mm: Of each axis.
+        settings: How often, and what.
+        rng: Decides everything.
+
+    Returns:
+        A new array with the shape and dtype of `hu`.
+
+    Raises:
+        ValueError: If shapes do not match.
+    """
+    if hu.ndim not in (2, 3) or hu.shape != lung.shape or len(spacing_mm) != hu.ndim:
+        raise ValueError(
+            f"HU {hu.shape}, lung {lung.shape} and {len(spacing_mm)} spacings; expected "
+            "(y, x) or (z, y, x) of one shape, and a spacing per axis"
+        )
+    result = hu.copy()
+    if rng.random() >= settings.probability:
+        return result
+    volume = result.reshape((-1, *hu.shape[-2:]))
+    labels = lung_sides(lung.reshape(volume.shape))
+    z_mm, y_mm, x_mm = (float(step) for step in (spacing_mm[-1], *spacing_mm)[-3:])
+    boxes = lung_boxes(labels)
+    if settings.kind == "circles":
+        paint_circles(volume, draw_circles(boxes, rng), (z_mm, y_mm, x_mm))
+    elif boxes:
+        paint_findings(volume, labels, boxes, (z_mm, y_mm, x_mm), settings, rng)
+    return result
+
+
+def checked(
+    settings: config.Lesions | None, batches: config.Batches
+) -> config.Lesions | None:
+    """The settings, or None where they ask for no lesions.
+
+    Raises:
+        ValueError: If nodules are the target: those simulated would count as background.
+    """
+    if settings is None or settings.probability == 0:
+        return None
+    if batches.target != "lung":
+        raise ValueError(
+            f"lesions.probability is {settings.probability} with batches.target="
+            f"{batches.target}, whose reference lacks them; use --lesions.probability 0"
+        )
+    return settings
+
+
+def lung_sides(lung: np.ndarray) -> np.ndarray:
+    """(z, y, x) uint8 labels, 1 right and 2 left, of labels or of a plain mask.
+
+    A mask is cut at the middle between the columns where it begins and ends if it has
+    voxels in both outer thirds of the image; else it is one lung, named by its half.
+    """
+    labels = lung.astype(np.uint8, copy=False)
+    if labels.max(initial=0) != 1:
+        return labels
+    columns = np.flatnonzero(labels.any((0, 1)))
+    width = labels.shape[2]
+    first, last = int(columns[0]), int(columns[-1])
+    middle = (first + last + 1) // 2
+    if first >= width / 3 or last < 2 * width / 3:
+        middle = width if first + last < width else 0
+    labels = labels.copy()
+    labels[..., middle:] *= LEFT
+    return labels
+
+
+def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
+    """The bounding box of each lung that there is."""
+    whole = box_of(labels)
+    boxes: dict[int, Box] = {}
+    if not span(whole[0]):
+        return boxes
+    for side in (RIGHT, LEFT):
+        box = box_of((labels[whole] == side).view(np.uint8))
+        if span(box[0]):
+            z, y, x = (
+                slice(outer.start + inner.start, outer.start + inner.stop)
+                for outer, inner in zip(whole, box, strict=True)
+            )
+            boxes[side] = (z, y, x)
+    return boxes
+
+
+def box_of(mask: np.ndarray) -> Box:
+    """The bounding box of what is above 0 in (z, y, x) uint8; empty if nothing is."""
+    left, top, width, height = cv2.boundingRect(
+        mask[0] if len(mask) == 1 else mask.max(0)
+    )
+    if not width:
+        return slice(0, 0), slice(0, 0), slice(0, 0)
+    rows = [0] if len(mask) == 1 else np.flatnonzero(mask.any((1, 2)))
+    z = slice(int(rows[0]), int(rows[-1]) + 1)
+    return z, slice(top, top + height), slice(left, left + width)
+
+
+def by_slice(
+    function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray
+) -> np.ndarray:
+    """A function of (y, x) on every slice of a volume."""
+    if len(volume) == 1:
+        return function(volume[0])[None]
+    return np.stack([function(plane) for plane in volume])
+
+
+def span(part: slice) -> int:
+    return part.stop - part.start
+
+
+def draw_circles(boxes: dict[int, Box], rng: np.random.Generator) -> list[Circle]:
+    """7 to 9 circles whose centres lie in the boxes of the lungs; none if one is missing.
+
+    Each is in either lung with the same probability; place, radius and opacity are
+    uniform.
+
+    Args:
+        boxes: Of the lungs.
+        rng: Draws them.
+    """
+    if len(boxes) < 2:
+        return []
+    circles = []
+    for _ in range(rng.integers(CIRCLES[0], CIRCLES[1] + 1)):
+        which, z, y, x, radius, opacity = rng.random(6).tolist()
+        box = boxes[RIGHT if which < 0.5 else LEFT]
+        centre = (
+            box[0].start + z * (span(box[0]) - 1),
+            box[1].start + y * (span(box[1]) - 1),
+            box[2].start + x * (span(box[2]) - 1),
+        )
+        circles.append(
+            Circle(
+                centre,
+                between(CIRCLE_RADIUS_MM, radius),
+                between(CIRCLE_OPACITY, opacity),
+            )
+        )
+    return circles
+
+
+def between(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * share
+
+
+def paint_circles(hu: np.ndarray, circles: Sequence[Circle], spacing_mm) -> None:
+    """Blends circles with (z, y, x) HU one after the other, in place."""
+    radii = np.array([circle.radius_mm for circle in circles])
+    centres = np.array([circle.centre_zyx for circle in circles]).reshape(-1, 3)
+    squares, ends = [], []
+    for centre, length, step in zip(centres.T, hu.shape, spacing_mm, strict=True):
+        squares.append(((np.arange(length) - centre[:, None]) * step) ** 2)
+        low = np.ceil(centre - radii / step).clip(0, length)
+        high = np.floor(centre + radii / step).clip(-1, length - 1) + 1
+        ends.append(np.stack((low, high), 1).astype(int).tolist())
+    for i, circle in enumerate(circles):
+        box = z, y, x = tuple(slice(*end[i]) for end in ends)
+        across = squares[1][i, y, None] + squares[2][i, x]
+        inside = across <= radii[i] ** 2 - squares[0][i, z, None, None]
+        blended = hu[box] * np.float32(1 - circle.opacity)
+        blended += np.float32(circle.opacity * CIRCLE_HU)
+        put(hu[box], blended, inside)
+
+
+def put(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
+    """Writes values into a part of the HU, rounded where these are whole numbers."""
+    if np.issubdtype(part.dtype, np.integer):
+        np.rint(values, out=values)
+    np.copyto(part, values, where=where, casting="unsafe")
+
+
+def paint_findings(
+    hu, labels, boxes, spacing_mm, settings: config.Lesions, rng: np.random.Generator
+) -> None:
+    """Draws one to `settings.most` findings into (z, y, x) HU, in place.
+
+    Fluid comes last, as it covers the others.
+    """
+    count = int(rng.integers(1, min(settings.most, len(settings.findings)) + 1))
+    chosen = {
+        settings.findings[i] for i in rng.permutation(len(settings.findings))[:count]
+    }
+    sides = list(boxes)
+    grain = measured_grain(hu)
+    lungs: dict[int, Lung] = {}
+    for finding, painter in PAINTERS.items():
+        if finding not in chosen:
+            continue
+        both = rng.random() < BOTH_LUNGS[finding]
+        first = sides[rng.integers(len(sides))]
+        for side in sides if both else [first]:
+            if side not in lungs:
+                lungs[side] = lung_in(hu, labels, side, boxes[side], spacing_mm, grain)
+            painter(lungs[side], rng)
+
+
+def lung_in(hu, labels, side: int, box: Box, spacing_mm, grain: Grain) -> Lung:
+    """A lung with `RIM_MM` of room around it, as far as the volume has it."""
+    rim_y, rim_x = (math.ceil(RIM_MM / step) for step in spacing_mm[1:])
+    z, y, x = (
+        slice(max(part.start - margin, 0), min(part.stop + margin, length))
+        for part, margin, length in zip(
+            box, (0, rim_y, rim_x), labels.shape, strict=True
+        )
+    )
+    part = hu[z, y, x]
+    mask = (labels[z, y, x] == side).view(np.uint8)
+    square = np.ones((2 * rim_y + 1, 2 * rim_x + 1), np.uint8)
+    near = by_slice(lambda plane: cv2.dilate(plane, square), mask)
+    near &= ((part > RIM_HU[0]) & (part < RIM_HU[1])).view(np.uint8)
+    near |= mask
+    return Lung(part, mask, near, grain, spacing_mm)
+
+
+def paint(
+    lung: Lung,
+    box: Box,
+    opacity: np.ndarray,
+    hu: np.ndarray | float,
+    rng: np.random.Generator,
+    *,
+    hides: bool = True,
+    rim: bool = True,
+) -> None:
+    """Lays something over a lung.
+
+    Args:
+        lung: What is painted on.
+        box: Where in it.
+        opacity: (z, y, x) float32, 0 to 1.
+        hu: Density where it is opaque, to which noise like the scan's is added.
+        rng: Draws the noise.
+        hides: False leaves what is denser, as haze leaves vessels.
+        rim: False leaves the rim as it is.
+    """
+    part = lung.hu[box]
+    if not part.size:
+        return
+    before = part.astype(np.float32)
+    after = grain_of(part.shape, lung.grain, rng)
+    after += np.float32(hu) if isinstance(hu, float) else hu
+    after -= before
+    after *= opacity
+    after += before
+    if not hides:
+        np.maximum(after, before, out=after)
+    put(part, after, (lung.open if rim else lung.mask)[box].view(bool))
+
+
+def box_around(centre_zyx, half_mm, bounds: Box, spacing_mm) -> Box:
+    """The box of some mm to each side of a voxel, cut to `bounds`."""
+    parts = []
+    for centre, half, bound, step in zip(
+        centre_zyx, half_mm, bounds, spacing_mm, strict=True
+    ):
+        low = max(math.floor(centre - half / step), bound.start)
+        high = min(math.ceil(centre + half / step) + 1, bound.stop)
+        parts.append(slice(low, max(high, low)))
+    return parts[0], parts[1], parts[2]
+
+
+def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0), *, fine=False) -> Field:
+    """A field of points in a box of a lung, and their distances from a centre."""
+    counts, pitches, offsets = [], [], []
+    for axis, (part, centre, step) in enumerate(
+        zip(box, centre_zyx, lung.spacing_mm, strict=True)
+    ):
+        coarse = 1 if fine or axis == 0 else max(int(COARSE_MM / step), 1)
+        count = -(-span(part) // coarse)
+        pitch = span(part) / max(count, 1)
+        at = part.start - centre + (np.arange(count) + 0.5) * pitch - 0.5
+        counts.append(count)
+        pitches.append(pitch * step)
+        offsets.append((at * step).astype(np.float32))
+    z, y, x = offsets
+    return Field(
+        box,
+        (counts[0], counts[1], counts[2]),
+        (z[:, None, None], y[:, None], x),
+        (pitches[0], pitches[1], pitches[2]),
+    )
+
+
+def field_around(lung: Lung, centre_zyx, half_mm) -> Field:
+    """A field of points some mm to each side of a voxel."""
+    box = box_around(centre_zyx, half_mm, lung.bounds, lung.spacing_mm)
+    return field_in(lung, box, centre_zyx)
+
+
+def point_in(lung: Lung, rng: np.random.Generator) -> tuple[int, int, int]:
+    """A random voxel of the lung."""
+    depth, height, width = lung.mask.shape
+    for z, y, x in rng.random((TRIES, 3)).tolist():
+        point = int(z * depth), int(y * height), int(x * width)
+        if lung.mask[point]:
+            return point
+    found = np.flatnonzero(lung.mask)
+    at = found[rng.integers(len(found))]
+    z, y, x = (int(i) for i in np.unravel_index(at, lung.mask.shape))
+    return z, y, x
+
+
+def place_at_pleura(
+    lung: Lung, rng: np.random.Generator, inwards_mm: float
+) -> tuple[float, float, float]:
+    """A point some mm within the lung's border, seen from a random voxel of its slice."""
+    z, y, x = point_in(lung, rng)
+    angle = rng.uniform(0, 2 * math.pi)
+    across = math.sin(angle), math.cos(angle)
+    _, height, width = lung.mask.shape
+    steps = np.arange(height + width)
+    rows = np.rint(y + across[0] * steps).astype(int)
+    columns = np.rint(x + across[1] * steps).astype(int)
+    within = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    count = int(within.argmin())
+    inside = lung.mask[z, rows[:count], columns[:count]]
+    border = count if inside.all() else int(inside.argmin())
+    _, y_mm, x_mm = lung.spacing_mm
+    back = border - inwards_mm / math.hypot(across[0] * y_mm, across[1] * x_mm)
+    return float(z), y + across[0] * back, x + across[1] * back
+
+
+def measured_grain(hu: np.ndarray) -> Grain:
+    """The noise of (z, y, x) HU, from small blocks of soft tissue without structure.
+
+    A tenth of the blocks varies less than the one that counts: tissue has structure, and
+    the estimate is rather too low than too high. The noise of neighbours is alike by
+    exp(-1 / 4 sigma^2) where a Gaussian of width sigma smoothed it.
+    """
+    depth, height, width = hu.shape
+    columns = width // BLOCK_PX
+    starts = range(0, height - BLOCK_PX + 1, max(height // BLOCK_ROWS, BLOCK_PX))
+    some = hu[:: max(depth // 4, 1), :, : columns * BLOCK_PX]
+    lines = [some[:, y : y + BLOCK_PX] for y in starts]
+    if not columns or not lines:
+        return Grain(GRAIN_SD_HU, GRAIN_SIGMA_PX)
+    rows = np.concatenate(lines).reshape(-1, BLOCK_PX, columns, BLOCK_PX)
+    blocks = rows.swapaxes(1, 2).reshape(-1, BLOCK_PX, BLOCK_PX)
+    middle = blocks[:, BLOCK_PX // 2, BLOCK_PX // 2]
+    blocks = blocks[(middle > TISSUE_HU[0]) & (middle < TISSUE_HU[1])]
+    if len(blocks) < 10:
+        return Grain(GRAIN_SD_HU, GRAIN_SIGMA_PX)
+    values = blocks.astype(np.float32).reshape(len(blocks), -1)
+    sds = values.std(1)
+    order = np.argsort(sds)[: -(-len(sds) // 10)]
+    sd = max(float(sds[order[-1]]), MIN_SD_HU)
+    steps = np.diff(blocks[order].astype(np.float32), axis=2)
+    alike = min(max(1 - float(np.mean(steps**2)) / (2 * sd**2), 0.02), 0.97)
+    return Grain(sd, min(max(0.5 / math.sqrt(-math.log(alike)), 0.3), 3.0))
+
+
+def grain_of(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
+    """(z, y, x) float32 noise in HU, alike within a slice but not from slice to slice."""
+    count, height, width = shape
+    field = grain_field(round(4 * grain.sigma_px))
+    turns = [-(-length // GRAIN_SIDE_PX) for length in (height, width)]
+    if max(turns) > 1:
+        field = np.tile(field, turns)
+    room = field.shape[0] - height + 1, field.shape[1] - width + 1
+    noise = np.empty(shape, np.float32)
+    for plane, (y, x) in zip(noise, rng.integers(room, size=(count, 2)), strict=True):
+        part = field[y : y + height, x : x + width]
+        np.multiply(part, np.float32(grain.sd_hu), out=plane)
+    return noise
+
+
+@functools.lru_cache(maxsize=16)
+def grain_field(quarters: int) -> np.ndarray:
+    """Noise of standard deviation 1, smoothed by a Gaussian of `quarters` / 4 pixels."""
+    side = GRAIN_SIDE_PX
+    white = np.random.default_rng(quarters).standard_normal((side, side), np.float32)
+    field = cv2.GaussianBlur(white, (0, 0), max(quarters, 1) / 4)
+    return field / field.std()
+
+
+def smooth_noise(field: Field, blob_mm: float, rng: np.random.Generator) -> np.ndarray:
+    """(z, y, x) float32 noise of mean 0 at a field's points, in blobs of some mm.
+
+    Normal numbers on a coarse grid, by cubic interpolation within slices and linear
+    between them; the standard deviation is about 0.8.
+    """
+    _, height, width = field.shape
+    knots = [
+        int(count * step / blob_mm) + 2
+        for count, step in zip(field.shape, field.pitch_mm, strict=True)
+    ]
+    if field.shape[0] == 1:
+        knots[0] = 1
+    values = rng.standard_normal(knots, np.float32)
+    size_xy = (width, height)
+    planes = by_slice(
+        lambda plane: cv2.resize(plane, size_xy, interpolation=cv2.INTER_CUBIC), values
+    )
+    if len(planes) == 1:
+        return planes
+    lower, share = np.divmod(np.arange(field.shape[0]) * field.pitch_mm[0] / blob_mm, 1)
+    lower = lower.astype(int)
+    share = share.astype(np.float32)[:, None, None]
+    return planes[lower] * (1 - share) + planes[lower + 1] * share
+
+
+def level_of(field: Field, radii_mm) -> np.ndarray:
+    """(z, y, x) float32 of an ellipsoid: 0 in its middle, 1 on its surface."""
+    z, y, x = (
+        (offset * np.float32(1 / radius)) ** 2
+        for offset, radius in zip(field.offsets_mm, radii_mm, strict=True)
+    )
+    return np.sqrt(z + (y + x))
+
+
+def cut_off(field: Field, level: np.ndarray, soft: float) -> np.ndarray:
+    """Opacity at the voxels: one half where the level is 1, over a width of `soft`."""
+    opacity = field.enlarged((1 - level) * np.float32(1 / soft) + np.float32(0.5))
+    return np.clip(opacity, 0, 1, out=opacity)
+
+
+def drawn_radii(low: float, high: float, rng: np.random.Generator) -> list[float]:
+    """Three radii about one drawn between two, in mm."""
+    radius = rng.uniform(low, high)
+    return (radius * rng.uniform(0.6, 1.4, 3)).tolist()
+
+
+def ground_glass(lung: Lung, rng: np.random.Generator) -> None:
+    """Haze with soft borders through which vessels are seen, -650 to -300 HU."""
+    for _ in range(rng.integers(1, 3)):
+        radii = drawn_radii(10, 50, rng)
+        field = field_around(lung, point_in(lung, rng), [1.8 * r for r in radii])
+        level = level_of(field, radii)
+        level += np.float32(0.35) * smooth_noise(field, 12, rng)
+        opacity = cut_off(field, level, rng.uniform(0.6, 1.2))
+        opacity *= np.float32(rng.uniform(0.6, 1))
+        paint(lung, field.box, opacity, rng.uniform(-650, -300), rng, hides=False)
+
+
+def consolidation(lung: Lung, rng: np.random.Generator) -> None:
+    """Airspace filled to 10 to 70 HU, with rough borders; half with open bronchi."""
+    radii = drawn_radii(15, 50, rng)
+    field = field_around(lung, point_in(lung, rng), [1.6 * r for r in radii])
+    level = level_of(field, radii)
+    level += np.float32(0.3) * smooth_noise(field, 14, rng)
+    level += np.float32(0.1) * smooth_noise(field, 4, rng)
+    opacity = cut_off(field, level, rng.uniform(0.08, 0.3))
+    hu = rng.uniform(10, 70)
+    if rng.random() < 0.5:
+        hu = np.float32(hu) - np.float32(900) * open_bronchi(field, rng)
+    paint(lung, field.box, opacity, hu, rng)
+
+
+def open_bronchi(field: Field, rng: np.random.Generator) -> np.ndarray:
+    """(z, y, x) share of air: thin lines, where smooth noise changes its sign."""
+    course = np.abs(field.enlarged(smooth_noise(field, 16, rng)))
+    where = 2 * smooth_noise(field, 14, rng) - 1
+    lumen = np.clip(np.float32(1.3) - course * np.float32(20), 0, 1)
+    lumen *= np.clip(field.enlarged(where), 0, 1)
+    return lumen
+
+
+def fibrosis(lung: Lung, rng: np.random.Generator) -> None:
+    """A network under the pleura, -250 to 0 HU, in haze; half with honeycombs of air."""
+    field = field_in(lung, lung.bounds)
+    inwards = pleural_distance_mm(lung, field)
+    zone = np.float32(0.5) * smooth_noise(field, 20, rng)
+    zone += np.linspace(0.5, 1.3, field.shape[1], dtype=np.float32)[:, None]
+    zone -= inwards * np.float32(1 / rng.uniform(6, 25))
+    zone = np.clip(field.enlarged(zone), 0, 1)
+    honeycomb = rng.random() < 0.5
+    haze_hu, air_hu, wall_hu = (
+        rng.uniform(low, high) for low, high in ((-750, -550), (-960, -880), (-250, 0))
+    )
+    paint(lung, field.box, zone * np.float32(0.7), haze_hu, rng, hides=False)
+    if honeycomb:
+        paint(lung, field.box, np.clip(4 * zone - 2, 0, 1), air_hu, rng, rim=False)
+    wall = cell_walls(lung, rng.uniform(4, 8), rng.uniform(0.6, 1.4), rng)
+    wall *= np.minimum(2 * zone, 1)
+    paint(lung, field.box, wall, wall_hu, rng, hides=False)
+
+
+def pleural_distance_mm(lung: Lung, field: Field) -> np.ndarray:
+    """(z, y, x) float32 distance to the lung's border within its slice, at the points."""
+    size_xy = (field.shape[2], field.shape[1])
+    distances = []
+    for plane in lung.mask:
+        small = cv2.resize(plane, size_xy, interpolation=cv2.INTER_NEAREST)
+        room = cv2.copyMakeBorder(small, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+        distances.append(cv2.distanceTransform(room, cv2.DIST_L2, 3)[1:-1, 1:-1])
+    return np.stack(distances) * np.float32(field.pitch_mm[2])
+
+
+def cell_walls(lung: Lung, cell_mm: float, wall_mm: float, rng) -> np.ndarray:
+    """(z, y, x) float32 opacity, 1 on the walls between cells of some mm or more."""
+    stored = stored_cells()
+    depth, *size = lung.mask.shape
+    steps = [step * CELLS_PX / cell_mm for step in lung.spacing_mm]
+    lengths = [
+        min(math.ceil(count * step), full)
+        for count, step, full in zip(size, steps[1:], stored.shape[1:], strict=True)
+    ]
+    y, x = (
+        slice(start := int(rng.random() * (full - length + 1)), start + length)
+        for length, full in zip(lengths, stored.shape[1:], strict=True)
+    )
+    first = rng.uniform(0, len(stored))
+    planes = [
+        cv2.resize(
+            stored[reflected(int(first + z * steps[0]), len(stored)), y, x], size[::-1]
+        )
+        for z in range(depth)
+    ]
+    blur_mm = max(lung.spacing_mm[2], 0.7)
+    to_wall_mm = np.arange(256) * (cell_mm / CELLS_UNIT)
+    opacity = np.clip((wall_mm / 2 - to_wall_mm) / blur_mm + 0.5, 0, 1)
+    return cv2.LUT(np.stack(planes), opacity.astype(np.float32))
+
+
+def reflected(index: int, length: int) -> int:
+    """An index into a row of `length` that is mirrored at its ends."""
+    index %= 2 * length
+    return min(index, 2 * length - 1 - index)
+
+
+@functools.cache
+def stored_cells() -> np.ndarray:
+    """(z, y, x) uint8 distance to the walls between random cells; see `CELLS_UNIT`.
+
+    Cells are the regions nearest to the points of a jittered grid (Worley 1996); half the
+    difference between the distances to the nearest two is 0 on their walls. Within slices
+    they are mirrored to three times the size.
+    """
+    from scipy.spatial import cKDTree
+
+    rng = np.random.default_rng(0)
+    counts = [int(length / CELLS_PX) + 4 for length in CELLS_SHAPE]
+    grid = np.stack(np.meshgrid(*map(np.arange, counts), indexing="ij"), -1) - 1.5
+    points = (grid + rng.uniform(-0.45, 0.45, grid.shape)).reshape(-1, 3) * CELLS_PX
+    voxels = np.stack(
+        np.meshgrid(*map(np.arange, CELLS_SHAPE), indexing="ij"), -1
+    ).reshape(-1, 3)
+    nearest, _ = cKDTree(points).query(voxels, k=2)
+    walls = (nearest[:, 1] - nearest[:, 0]) * (CELLS_UNIT / 2 / CELLS_PX)
+    cells = np.minimum(walls, 255).reshape(CELLS_SHAPE).astype(np.uint8)
+    room = [(0, 0), *((length, length) for length in CELLS_SHAPE[1:])]
+    return np.pad(cells, room, "symmetric")
+
+
+def mass(lung: Lung, rng: np.random.Generator) -> None:
+    """A spiculated tumour of 30 to 80 mm and 10 to 60 HU; half lie at the pleura."""
+    radius = rng.uniform(15, 40)
+    if rng.random() < 0.5:
+        centre = place_at_pleura(lung, rng, radius * rng.uniform(0.4, 1))
+    else:
+        centre = point_in(lung, rng)
+    longest = rng.uniform(0.15, 0.6)
+    field = field_around(lung, centre, [radius * (1.2 + longest)] * 3)
+    distance = level_of(field, [radius] * 3) + np.float32(1e-3)
+    lobes = smooth_noise(field, radius * 0.7, rng)
+    reach = 1 + np.float32(0.12) * lobes
+    reach += spicules(field, distance * np.float32(radius), longest, rng)
+    level = distance / reach
+    hu = rng.uniform(10, 60)
+    if rng.random() < 0.3:  # dead inside
+        core = cut_off(field, level + np.float32(0.1) * lobes + np.float32(0.5), 0.3)
+        hu = np.float32(hu) - np.float32(rng.uniform(15, 35)) * core
+    paint(lung, field.box, cut_off(field, level, border_mm(lung) / radius), hu, rng)
+
+
+def spicules(field: Field, distance_mm, longest: float, rng) -> np.ndarray:
+    """(z, y, x) float32 share of the radius by which tapering spikes reach farther."""
+    count = int(rng.integers(8, 21))
+    directions = rng.standard_normal((count, 3))
+    if field.shape[0] == 1:
+        directions[:, 0] = 0  # else most would leave the slice
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = longest * rng.uniform(0.2, 1, count)
+    widths = rng.uniform(0.05, 0.18, count)
+    units = np.stack([offset / distance_mm for offset in field.offsets_mm])
+    result = np.zeros(field.shape, np.float32)
+    for direction, length, width in zip(directions, lengths, widths, strict=True):
+        along = units[0] * np.float32(direction[0])
+        along += units[1] * np.float32(direction[1])
+        along += units[2] * np.float32(direction[2])
+        # The angle to the spike is the root of 2 (1 - cosine), when it is small.
+        angle = np.sqrt(np.maximum(2 - 2 * along, 0, out=along), out=along)
+        angle *= np.float32(-length / width)
+        angle += np.float32(length)
+        np.maximum(result, angle, out=result)
+    return result
+
+
+def border_mm(lung: Lung) -> float:
+    """The width over which the scan shows a sharp border."""
+    return max(1.5 * lung.spacing_mm[2], 1.2)
+
+
+def nodule(lung: Lung, rng: np.random.Generator) -> None:
+    """One to four nodules of 6 to 30 mm at the pleura, shaped as LIDC's readers drew."""
+    for _ in range(rng.integers(1, 5)):
+        shape = nodule_shape(int(rng.integers(SHAPES)))
+        diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
+        centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
+        half_mm = [0.8 * diameter] * 3
+        box = box_around(centre, half_mm, lung.bounds, lung.spacing_mm)
+        hu = rng.uniform(-20, 80)
+        if all(map(span, box)):
+            distance_mm = distances_to(shape, lung, box, centre, diameter)
+            distance_mm *= np.float32(-1 / border_mm(lung))
+            distance_mm += np.float32(0.5)
+            paint(lung, box, np.clip(distance_mm, 0, 1), hu, rng)
+
+
+def distances_to(
+    shape: phantom_nodules.Shape, lung: Lung, box: Box, centre_zyx, diameter_mm: float
+) -> np.ndarray:
+    """(z, y, x) float32 distance in mm to a nodule's surface, negative inside."""
+    scale = diameter_mm / shape.diameter_mm
+    pitch_mm = scale * shape.pitch_mm
+    depth, height, width = shape.field.shape
+    step_z, step_y, step_x = (step / pitch_mm for step in lung.spacing_mm)
+    matrix = np.array(
+        [
+            [step_x, 0, (box[2].start - centre_zyx[2]) * step_x + (width - 1) / 2],
+            [0, step_y, (box[1].start - centre_zyx[1]) * step_y + (height - 1) / 2],
+        ]
+    )
+    planes = []
+    for z in range(box[0].start, box[0].stop):
+        at = round((z - centre_zyx[0]) * step_z + (depth - 1) / 2)
+        planes.append(
+            cv2.warpAffine(
+                shape.field[min(max(at, 0), depth - 1)],
+                matrix,
+                (span(box[2]), span(box[1])),
+                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+        )
+    return np.stack(planes) * np.float32(scale)
+
+
+@functools.cache
+def nodule_shape(number: int) -> phantom_nodules.Shape:
+    """One of `SHAPES` shapes, which are the same in every process."""
+    rng = np.random.default_rng((SHAPES_SEED, number))
+    diameter = np.exp(rng.uniform(*np.log(SHAPE_MM)))
+    return phantom_nodules.draw_shape(rng, float(diameter))
+
+
+def atelectasis(lung: Lung, rng: np.random.Generator) -> None:
+    """A collapsed band along the back of the lung, 30 to 90 HU, under a wavy border."""
+    collapse(lung, rng.uniform(0.05, 0.25), rng)
+
+
+def collapse(lung: Lung, share: float, rng: np.random.Generator) -> None:
+    """Collapses about a `share` of the lung, from the back."""
+    z, y, x = lung.bounds
+    level = fluid_level(lung.mask, share)
+    top = max(level - math.ceil(25 / lung.spacing_mm[1]), 0)
+    field = field_in(lung, (z, slice(top, y.stop), x), (0, level, 0))
+    depth_mm = field.offsets_mm[1] + 8 * smooth_noise(field, 30, rng)
+    depth_mm += np.float32(1.5) * smooth_noise(field, 5, rng)
+    opacity = cut_off(field, 1 - depth_mm, rng.uniform(2, 8))
+    paint(lung, field.box, opacity, rng.uniform(30, 90), rng)
+
+
+def effusion(lung: Lung, rng: np.random.Generator) -> None:
+    """Fluid of 0 to 20 HU up to a level, at the back; most with collapsed lung above."""
+    share = rng.uniform(0.04, 0.5)
+    z, y, x = lung.bounds
+    box = (z, slice(fluid_level(lung.mask, share), y.stop), x)
+    if rng.random() < 0.7:
+        collapse(lung, min(share + rng.uniform(0.03, 0.2), 0.8), rng)
+    paint(lung, box, np.ones(1, np.float32), rng.uniform(0, 20), rng)
+
+
+def fluid_level(mask: np.ndarray, share: float) -> int:
+    """The row from which on the back of a lung holds `share` of its voxels, or more."""
+    from_back = np.cumsum(mask.sum((0, 2), np.int64)[::-1])
+    rows = int(np.searchsorted(from_back, share * from_back[-1])) + 1
+    return mask.shape[1] - rows
+
+
+PAINTERS: dict[config.Finding, Callable[[Lung, np.random.Generator], None]] = {
+    "ground-glass": ground_glass,
+    "fibrosis": fibrosis,
+    "consolidation": consolidation,
+    "mass": mass,
+    "nodule": nodule,
+    "atelectasis": atelectasis,
+    "effusion": effusion,
+}
+"""In the order in which they are drawn over each other."""
+
+BOTH_LUNGS: dict[config.Finding, float] = {
+    "ground-glass": 0.5,
+    "fibrosis": 0.8,
+    "consolidation": 0.2,
+    "mass": 0.0,
+    "nodule": 0.3,
+    "atelectasis": 0.4,
+    "effusion": 0.4,
+}
+"""How often a finding is in both lungs."""

@@ -1,8 +1,8 @@
 """Whole lungs from many passes of a network, with other masks or dropout in each.
 
-A pass sees the whole body at once where memory allows, so nothing depends on how passes
-are grouped: each is one call of the network, and its masks and dropout follow from (seed,
-number of the pass). More than one at a time gained nothing: on two cores, four passes in
+A pass sees the whole body at once where memory allows. Each is one call of the network, and
+its masks and dropout follow from (seed, number of the pass). Several in one call would
+differ in the last bits with their number, and gain nothing: on two cores, four passes in
 one call took 0.96 s each, one by one 0.77 s.
 """
 
@@ -228,6 +228,8 @@ class VolumePredictor:
         def one_pass(k: int) -> np.ndarray:
             prob = np.zeros(hu.shape, np.float32)
             if self.dropout:
+                from models.dropout import seed_dropout
+
                 seed_dropout(network, self.passes.seed, k)
             for tile, values in placed:
                 tile.add(prob, self.probability(network, values, k))
@@ -305,7 +307,7 @@ def load_network(
         settings: The run's.
         input_px: (y, x) or (z, y, x) of its inputs.
         masks: Take the noise of random masks as a second input.
-        dropout: Drop in use as in training; `seed_dropout` says what. Batch
+        dropout: Drop in use as in training; `models.dropout.seed_dropout` says what. Batch
             normalisation still uses what it learnt.
         precision: Keras' policy; None for the one in force.
     """
@@ -326,34 +328,12 @@ def load_network(
         keras.config.set_dtype_policy(before)
     network.load_weights(run_dir / "best.weights.h5")
     if dropout:
+        from models.dropout import with_dropout
+
         network = with_dropout(network)
     # XLA compiles for every shape anew, and is slower than oneDNN on a CPU.
     network.jit_compile = False
     return network
-
-
-def with_dropout(network: Any) -> Any:
-    """The same network, layers shared, whose dropout also drops in use."""
-    import keras
-
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(layer, keras.layers.Dropout):
-            kwargs["training"] = True
-        return layer(*args, **kwargs)
-
-    return keras.models.clone_model(
-        network, clone_function=lambda layer: layer, call_function=call
-    )
-
-
-def seed_dropout(network: Any, seed: int, k: int) -> None:
-    """Makes what is dropped next follow from (seed, k) alone."""
-    import keras
-
-    dropouts = [x for x in network.layers if isinstance(x, keras.layers.Dropout)]
-    for place, layer in enumerate(dropouts):
-        state = np.random.SeedSequence((seed, k, place)).generate_state(2)
-        layer.seed_generator.state.assign(state)
 
 
 @dataclass(frozen=True, eq=False)

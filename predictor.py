@@ -58,7 +58,9 @@ class Predictor:
 
         def one_pass(k: int) -> np.ndarray:
             if self.dropout:
-                monte_carlo.seed_dropout(self.network, self.passes.seed, k)
+                from models.dropout import seed_dropout
+
+                seed_dropout(self.network, self.passes.seed, k)
             return self.probability(scan)
 
         shape = scan.hu.shape

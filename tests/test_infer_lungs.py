@@ -8,8 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from scipy import ndimage
 
 import infer
+from lung_map import LungMap
 from monte_carlo import Passes
 from predictor import read_settings
 
@@ -21,11 +23,11 @@ def run(make_lung_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def volume(make_chest):
-    """`chest` as (x, y, z) voxels of 1.5 x 1.5 x 5 mm, x to the left, y to the back."""
-    return np.ascontiguousarray(make_chest()[0].transpose(2, 1, 0))
+    """`chest` as (x, y, z) voxels of 3 x 3 x 5 mm, x to the left, y to the back."""
+    return np.ascontiguousarray(make_chest()[0].transpose(2, 1, 0)[::2, ::2])
 
 
-AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])
+AFFINE = np.diag([-3.0, -3.0, 5.0, 1.0])
 
 
 def save(path, volume, affine=AFFINE):
@@ -86,14 +88,14 @@ def test_what_w1_promises_is_written_on_the_sources_grid(written, volume):
         image = nibabel.load(written / "good" / f"{name}.nii.gz")
         assert image.shape == volume.shape
         assert np.allclose(image.affine, AFFINE)
-    lung = volume == -850
+    inner = ndimage.binary_erosion(volume == -850, iterations=3)
     mean, std = (read(written / "good" / f"{name}.nii.gz") for name in ("mean", "std"))
-    # 30 % of the cubes are hidden: 0.7 and sqrt(0.3 * 0.7); less at borders.
-    assert mean[lung].mean() == pytest.approx(0.68, abs=0.04)
-    assert std[lung].mean() == pytest.approx(0.44, abs=0.04)
+    # 30 % of the cubes are hidden: 0.7 and sqrt(0.3 * 0.7), a little less between voxels.
+    assert mean[inner].mean() == pytest.approx(0.7, abs=0.04)
+    assert std[inner].mean() == pytest.approx(0.44, abs=0.04)
     # Not thresholded, as W1's was.
     assert len(np.unique(mean)) > 100
-    assert not mean[:10].any()
+    assert not mean[:2].any()
 
 
 def test_bad_rows_are_listed_and_the_others_go_on(written):
@@ -111,9 +113,13 @@ def test_bad_rows_are_listed_and_the_others_go_on(written):
 def test_the_table_says_what_is_to_be_thought_of_each_scan(written, volume):
     row = rows_of(written)["good"]
     mask = read(written / "good/mask.nii.gz")
-    voxel_ml = 1.5 * 1.5 * 5 / 1000
-    assert float(row["right_ml"]) == pytest.approx((mask == 1).sum() * voxel_ml)
-    assert float(row["left_ml"]) == pytest.approx((mask == 2).sum() * voxel_ml)
+    voxel_ml = 3 * 3 * 5 / 1000
+    assert float(row["right_ml"]) == pytest.approx(
+        (mask == 1).sum() * voxel_ml, abs=1e-3
+    )
+    assert float(row["left_ml"]) == pytest.approx(
+        (mask == 2).sum() * voxel_ml, abs=1e-3
+    )
     assert row["n"] == "20"
     # Passes that hide 30 % and see no context are no ground for trust.
     assert row["flag"] == "1"
@@ -145,12 +151,12 @@ def test_a_single_look_finds_both_lungs_and_they_are_trusted(run, volume, tmp_pa
     assert (row["n"], row["flag"], row["reason"]) == ("1", "0", "")
     # An ellipse of 45 x 27 pixels of 1.5 mm over 26 slices of 5 mm.
     lung_ml = np.pi * 67.5 * 40.5 * 130 / 1000
-    assert float(row["right_ml"]) == pytest.approx(lung_ml, rel=0.07)
-    assert float(row["left_ml"]) == pytest.approx(lung_ml, rel=0.07)
+    for side in ("right_ml", "left_ml"):  # the network set by hand loses their borders
+        assert 0.75 * lung_ml < float(row[side]) < lung_ml
     assert not read(out / "chest/std.nii.gz").any()
     mask = read(out / "chest/mask.nii.gz")
     # x rises to the left in the file, so the right lung comes first.
-    assert np.nonzero(mask == 1)[0].mean() < 100 < np.nonzero(mask == 2)[0].mean()
+    assert np.nonzero(mask == 1)[0].mean() < 50 < np.nonzero(mask == 2)[0].mean()
 
 
 def test_numpy_holds_the_same_in_ras_order(run, volume, tmp_path):
@@ -182,7 +188,7 @@ def test_labels_alone_are_written_when_asked(run, volume, tmp_path):
 
 
 def oblique(angle_deg):
-    """Axes turned about x and mirrored, spacing 1.5, 1.5, 5 mm, away from the origin."""
+    """`AFFINE` turned about x, away from the origin."""
     turn = np.deg2rad(angle_deg)
     c, s = np.cos(turn), np.sin(turn)
     affine = np.eye(4)
@@ -205,7 +211,8 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
         np.ascontiguousarray(flipped.transpose(2, 0, 1)),
         affine[:, [2, 0, 1, 3]],
     )
-    lungs = infer.Lungs(passes=Passes(n=1))
+    # Parts of the skin, which the network set by hand takes for lung, are smaller.
+    lungs = infer.Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
     infer.infer(run, tmp_path / "out", input=tmp_path / "ct.nii.gz", lungs=lungs)
     source = SimpleITK.ReadImage(str(tmp_path / "ct.nii.gz"))
     mask = SimpleITK.ReadImage(str(tmp_path / "out/ct/mask.nii.gz"))
@@ -215,7 +222,9 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
     assert np.allclose(mask.GetDirection(), source.GetDirection(), atol=1e-5)
     lung = SimpleITK.GetArrayFromImage(source) == -850
     labels = SimpleITK.GetArrayFromImage(mask)
-    assert 2 * (lung & (labels > 0)).sum() / (lung.sum() + (labels > 0).sum()) > 0.95
+    # The network set by hand loses borders, but must not leave the lungs.
+    assert not labels[~lung].any()
+    assert (labels[lung] > 0).mean() > 0.75
     x_lps = {
         side: np.mean(
             [

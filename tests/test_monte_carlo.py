@@ -204,9 +204,9 @@ def test_the_body_is_boxed_without_what_lies_on_the_table():
 
 def test_the_whole_field_is_restored(run, chest_scan):
     maps = predictor_of(run, n=1).maps(chest_scan, 0.5)
-    assert maps.seen_px == (67, 100, 100)
-    # The body spans columns 10 to 190 of 200, rows 20 to 180 with the table.
-    assert maps.box[2].start == pytest.approx(10 / 2 - 2, abs=1)
+    assert maps.seen_px == (50, 75, 75)
+    # The body begins 15 mm from the field's side, voxels are 4 mm, the margin is 2.
+    assert maps.box[2].start == pytest.approx(15 / 4 - 2, abs=1)
     mean = maps.mean
     assert mean.shape == chest_scan.hu.shape
     lung = chest_scan.hu == -850
@@ -216,7 +216,7 @@ def test_the_whole_field_is_restored(run, chest_scan):
     assert inner.sum() == 22 * 50 * 30
     assert mean[inner].min() > 0.99
     assert mean[:, :10].max() == 0
-    assert (mean > 0.5).sum() == pytest.approx(lung.sum(), rel=0.06)
+    assert (mean[lung] > 0.5).mean() > 0.8
 
 
 def test_a_map_goes_back_to_the_scans_grid_by_linear_interpolation(chest_scan):
@@ -224,13 +224,13 @@ def test_a_map_goes_back_to_the_scans_grid_by_linear_interpolation(chest_scan):
 
     import resample
 
-    weights, affine = resample.isotropic(chest_scan.grid, 3.0)
+    weights, affine = resample.isotropic(chest_scan.grid, 4.0)
     shape = tuple(len(w) for w in weights)
     values = np.random.default_rng(0).random(shape, np.float32)
     moments = RunningMoments(shape)
     moments.add(values)
     box = tuple(slice(0, n) for n in shape)
-    to_scan = resample.from_isotropic(chest_scan.grid, 3.0)
+    to_scan = resample.from_isotropic(chest_scan.grid, 4.0)
     found = Maps(moments, box, shape, to_scan).mean
     index = np.stack(np.meshgrid(*map(np.arange, (40, 200, 200)), indexing="ij"), -1)
     ras_mm = chest_scan.grid.index_to_ras_mm(index[::7, ::9, ::11])

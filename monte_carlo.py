@@ -311,14 +311,14 @@ def load_network(
             normalisation still uses what it learnt.
         precision: Keras' policy; None for the one in force.
     """
-    import keras
-
-    from models import build_model
+    from models import build_model  # before keras: it keeps TensorFlow quiet
 
     model = replace(settings.model, weights="none")
     inputs = {"noise_input": True} if masks else {}
     if not masks:
         model = replace(model, mask_fraction=0.0)  # the layer would have nothing to do
+    import keras
+
     before = keras.config.dtype_policy()
     if precision is not None:
         keras.config.set_dtype_policy(precision)

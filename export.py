@@ -22,7 +22,8 @@ import numpy as np
 import augment
 import config
 import files
-import infer
+import monte_carlo
+import predictor
 import provenance
 import steps
 
@@ -32,7 +33,7 @@ TOLERANCE = 1e-4
 CLIENT = """
 import sys
 
-HIDDEN = {"keras", "tf_keras", "models", "augment", "infer", "config"}
+HIDDEN = {"keras", "tf_keras", "models", "augment", "monte_carlo", "config"}
 
 class WithoutProject:
     # Finds what another finder finds, but neither Keras nor this project.
@@ -87,7 +88,7 @@ def export(
         ValueError: If the SavedModel differs from Python by more than `TOLERANCE`.
     """
     target = out / str(version)
-    settings = infer.read_settings(run)
+    settings = predictor.read_settings(run)
     size_px = size_px or settings.batches.slice_px
     made_of = {
         "weights_sha256": files.sha256(run / "best.weights.h5"),
@@ -100,7 +101,7 @@ def export(
             f"{target} exists and is of other weights or size; choose another --version "
             "or use --overwrite"
         )
-    network = infer.load_network(run, settings, size_px)
+    network = monte_carlo.load_network(run, settings, size_px)
     with files.written_whole(target) as partial:
         write_saved_model(partial, network, settings.batches, size_px)
         record = provenance.record(settings, **made_of)

@@ -1,163 +1,92 @@
-"""Step 6 of 9: scans + a run's weights -> one probability map per scan.
+"""Step 6 of 9: scans + a run's weights -> probability maps, or lungs with uncertainty.
 
 Example:
     python infer.py --exp_dir work/runs/smoke --result_dir work/predictions/smoke
+    python infer.py --csv_file scans.csv --result_dir OUT --n 100 --thresh 0.55
 
-Reads scan files of the validation and test patients, or with --input any CT: a DICOM
-folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
+Segments scan files of the validation and test patients, or with --input or --csv_file any
+CT: a DICOM folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
+A run for nodules gives their probability; a run for lungs gives mean and standard deviation
+over many passes, lung labels and, in lungs.csv, whether to trust them.
 Research code, not a medical device.
 """
 
-import json
+import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
+import tyro
 
-import augment
 import config
 import files
+import lung_map
+import lung_results
 import postprocess
 import provenance
 import slice_idx
 import steps
 import train
+from lung_map import LungMap
+from lung_results import Results, SaveAs
+from monte_carlo import MEMORY_GB, Passes, Precision, VolumePredictor
 from postprocess import Predictions
+from predictor import Predictor, read_settings
 from preprocess import with_lungs, without_folders
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
+from volume_io import write_volume
 
 log = logging.getLogger(__name__)
+
+SHIPPED = Path("weights/lung3d")
+"""The run that is used if none is named."""
+
+
+@dataclass(frozen=True)
+class Lungs:
+    """How a run for lungs is used; of no matter for nodules."""
+
+    passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
+    labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
+    save_as: SaveAs = "nifti"
+    """nifti: maps and mask on the source's grid; numpy: the same in one .npz per scan, in
+    RAS order; nifti-labels: only the mask."""
+    precision: Precision = "float32"
+    """mixed_bfloat16 is faster on CPUs that have it (AVX512_BF16, AMX)."""
+    memory_gb: float = MEMORY_GB
+    """A scan whose passes would take more is covered by tiles."""
+
+
+USUAL = Lungs()
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What is segmented, with which run, and where the result goes."""
 
-    exp_dir: Path
-    """Run directory made by train.py."""
     result_dir: Path
     """One folder per scan is written here."""
+    exp_dir: Path = SHIPPED
+    """Run directory made by train.py; by default the weights that ship, for lungs."""
+    csv_file: Path | None = None
+    """Segment the scans of this CSV list (columns pid,image_path). A row that cannot be
+    used is listed in skipped.csv, and the others go on."""
+    input: Path | None = None
+    """Segment this CT: DICOM folder, volume, folder or CSV list.
+    postprocess.py needs its scan file too: run preprocess.py --cohort nifti on it."""
     scans: Path = Path("work/scans")
-    """Folder of scan files made by preprocess.py."""
+    """Without a list or an input: folder of scan files made by preprocess.py."""
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split to segment."""
-    input: Path | None = None
-    """Segment this CT instead of scan files: DICOM folder, volume, folder or CSV list.
-    postprocess.py needs its scan file too: run preprocess.py --cohort nifti on it."""
+    lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
     batch_size: int = 8
-    """Tiles per pass."""
+    """Tiles of a 2-D network per call."""
     overwrite: bool = False
-    """Replace predictions made with other weights."""
-
-
-class Predictor:
-    """A run's network, built and loaded once for any number of scans.
-
-    Args:
-        run_dir: Made by train.py.
-        settings: The run's.
-        batch_size: Tiles per pass.
-    """
-
-    def __init__(
-        self, run_dir: Path, settings: config.Experiment, *, batch_size: int
-    ) -> None:
-        self.settings = settings
-        self.batch_size = batch_size
-        self.network = load_network(run_dir, settings, settings.batches.slice_px)
-
-    def probability(self, scan: Scan) -> np.ndarray:
-        """Probability of the target at every voxel of a scan.
-
-        The lungs of each slice, or the slice where the run does without lung masks, are
-        covered by overlapping tiles of the size trained on; elsewhere it is 0.
-
-        Args:
-            scan: With lung labels if the run was trained with `batches.lung_mask`.
-
-        Returns:
-            (z, y, x) float32 on the scan's grid.
-
-        Raises:
-            ScanError: If it lacks lung labels.
-        """
-        batches = self.settings.batches
-        size = batches.slice_px
-        lung = lung_for(scan, batches)
-        prob = np.zeros(scan.hu.shape, np.float32)
-        tiles = [
-            (z, tile)
-            for z in range(len(scan.hu))
-            for tile in augment.tiles(
-                None if lung is None else lung[z], scan.hu.shape[1:], size
-            )
-        ]
-        for start in range(0, len(tiles), self.batch_size):
-            some = tiles[start : start + self.batch_size]
-            images = np.stack([tile_input(scan, z, t.crop, batches) for z, t in some])
-            # Full batches only: TensorFlow would trace the network again for the last.
-            images = np.resize(images, (self.batch_size, *size))
-            output = self.network.predict_on_batch(images[..., None])
-            output = output["mask"] if isinstance(output, dict) else output
-            for (z, tile), image in zip(some, np.asarray(output)[..., 1], strict=False):
-                augment.paste(prob[z], tile.weight * image, tile.crop)
-        # Weights of tiles sum to 1 but for rounding, which can lift a sum above it.
-        return np.minimum(prob, 1, out=prob)
-
-
-def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
-    """The lung labels a run needs to look at a scan; None if it needs none.
-
-    Raises:
-        ScanError: If they are missing.
-    """
-    if not batches.lung_mask and batches.crop == "centre":
-        return None
-    if scan.lung is None:
-        raise ScanError(
-            f"scan {scan.scan_id} has no lung mask, which the run was trained with; run "
-            "preprocess.py again with --overwrite"
-        )
-    return scan.lung
-
-
-def tile_input(
-    scan: Scan, z: int, crop: augment.Crop, batches: config.Batches
-) -> np.ndarray:
-    """(y, x) float32 network input of a tile; beyond the slice is air."""
-    hu = augment.cut(scan.hu[z], crop, batches.slice_px, fill=augment.AIR_HU)
-    lung = None
-    if scan.lung is not None:
-        lung = augment.cut(scan.lung[z], crop, batches.slice_px, fill=0)
-    return augment.to_input(hu, lung, batches)
-
-
-def read_settings(run_dir: Path) -> config.Experiment:
-    """The experiment a run was trained with.
-
-    Raises:
-        FileNotFoundError: If the run is absent or not complete.
-    """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no finished run in {run_dir} (config.json is missing); run train.py first"
-        )
-    return config.from_json(config.Experiment, json.loads(path.read_text()))
-
-
-def load_network(
-    run_dir: Path, settings: config.Experiment, size_px: tuple[int, int]
-) -> Any:
-    """The run's network for (y, x) inputs of `size_px`, with its best weights."""
-    from models import build_model
-
-    network = build_model(replace(settings.model, weights="none"), (*size_px, 1), 2)
-    network.load_weights(run_dir / "best.weights.h5")
-    return network
+    """Replace results that were made otherwise."""
 
 
 @dataclass(frozen=True)
@@ -176,47 +105,178 @@ def infer(
     exp_dir: Path,
     result_dir: Path,
     *,
+    csv_file: Path | None = None,
+    input: Path | None = None,
     scans: Path = Path("work/scans"),
     parts: Sequence[str] = ("validation", "test"),
-    input: Path | None = None,
+    lungs: Lungs = USUAL,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Writes the probability map of every scan; see `Arguments`.
+    """Segments every scan; see `Arguments`.
 
     Raises:
         FileNotFoundError: If the run or the scans are missing.
-        ValueError: If `result_dir` holds predictions of other weights.
+        ValueError: If `result_dir` holds results that were made otherwise, or the run
+            cannot do what is asked.
     """
+    if exp_dir == SHIPPED and not exp_dir.exists():
+        raise FileNotFoundError(
+            f"no weights in {exp_dir.absolute()}; run infer.py in the checkout that has "
+            "them, or name a run directory with --exp_dir"
+        )
+    if input and csv_file:
+        raise ValueError(f"--input {input} and --csv_file {csv_file}; expected one")
     settings = read_settings(exp_dir)
     split = slice_idx.read_split(exp_dir / "split.json")
     predictions = new_predictions(exp_dir, split)
-    tasks, unreadable = (
-        (tasks_of_input(input), []) if input else tasks_of_parts(scans, split, parts)
-    )
+    if csv_file:
+        tasks, unusable = tasks_of_list(csv_file)
+    elif input:
+        tasks, unusable = tasks_of_input(input), []
+    else:
+        tasks, unusable = tasks_of_parts(scans, split, parts)
     if overwrite:
         remove_predictions(result_dir)
     start_predictions(result_dir, predictions)
     warn_of_leaks(tasks, predictions.training_patients)
-    predictor = Predictor(exp_dir, settings, batch_size=batch_size)
-    stood = sum(1 for task in tasks if map_path(result_dir, task).exists())
-
-    def segment(task: Task) -> Task:
-        path = map_path(result_dir, task)
-        if overwrite or not path.exists():
-            scan = read_source(task.source, settings)
-            write_probability(path, predictor.probability(scan), scan)
-        return task
-
-    done, failures = steps.map_scans(segment, tasks, workers=1, label="infer")
+    if settings.batches.target == "lung":
+        done, failures, line = segment_lungs(
+            tasks, exp_dir, settings, result_dir, lungs, batch_size=batch_size
+        )
+    else:
+        done, failures, line = segment_nodules(
+            tasks, exp_dir, settings, result_dir, batch_size=batch_size
+        )
     add_scans(result_dir, predictions, done)
-    failures = [*unreadable, *failures]
+    failures = [*unusable, *failures]
     steps.write_failures(failures, result_dir / "skipped.csv")
+    return steps.Report(f"wrote {result_dir}: {line}", failures)
+
+
+Outcome = tuple[list[Task], list[steps.Failure], str]
+"""Scans that were segmented, those that were not, and the closing line."""
+
+
+def segment_nodules(
+    tasks: Sequence[Task],
+    exp_dir: Path,
+    settings: config.Experiment,
+    result_dir: Path,
+    *,
+    batch_size: int,
+) -> Outcome:
+    """Writes the probability map of every scan that has none yet."""
+    predictor = Predictor(exp_dir, settings, batch_size=batch_size)
+    stood = {task.scan_id for task in tasks if map_path(result_dir, task).exists()}
+    missing = [task for task in tasks if task.scan_id not in stood]
+
+    def segment(task: Task, scan: Scan) -> None:
+        prob = predictor.probability(scan)
+        write_volume(map_path(result_dir, task), prob, scan.grid, scan.source_grid)
+
+    failures = read_and_map(
+        segment, missing, lambda task: read_with_lungs(task, settings.mask)
+    )
+    done = without_failures(tasks, failures)
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
-    line = f"wrote {result_dir}: {len(done)} scans, {files.size_text(volume_bytes)}"
-    if stood:
-        line += f" ({stood} were there)"
-    return steps.Report(line, failures)
+    line = f"{len(done)} scans, {files.size_text(volume_bytes)}"
+    return done, failures, line + (f" ({len(stood)} were there)" if stood else "")
+
+
+def segment_lungs(
+    tasks: Sequence[Task],
+    exp_dir: Path,
+    settings: config.Experiment,
+    result_dir: Path,
+    lungs: Lungs,
+    *,
+    batch_size: int,
+) -> Outcome:
+    """Writes lungs and their uncertainty of every scan that has none yet."""
+    made_by = {
+        "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
+        **asdict(lungs.passes),
+        **asdict(lungs.labels),
+        "precision": lungs.precision,
+        "memory_gb": lungs.memory_gb,
+    }
+    results = Results(result_dir, lungs.save_as, made_by)
+    predictor = lung_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+    missing = [task for task in tasks if not results.complete(task.scan_id)]
+
+    def segment(task: Task, scan: Scan) -> None:
+        started = time.monotonic()
+        maps = predictor.maps(scan, lungs.labels.thresh)
+        mean = maps.mean
+        labels = lung_map.lung_labels(
+            mean,
+            scan.spacing_mm,
+            lungs.labels,
+            middle_x=lung_map.body_middle_x(scan.hu),
+        )
+        verdict = lung_map.judge(labels, mean, maps.std, scan)
+        seconds = time.monotonic() - started
+        row = lung_results.row_of(task.scan_id, maps.n, verdict, seconds)
+        results.write(scan, row, maps, labels)
+        for reason in verdict.reasons:
+            log.warning("%s: not to be trusted: %s", task.scan_id, reason)
+
+    failures = read_and_map(segment, missing, read_ct)
+    done = without_failures(tasks, failures)
+    flagged = sum(results.rows[task.scan_id].flag for task in done)
+    line = f"lungs of {len(done)} scans, {flagged} of them not to be trusted"
+    stood = len(tasks) - len(missing)
+    return done, failures, line + (f" ({stood} were there)" if stood else "")
+
+
+def lung_predictor(
+    exp_dir: Path, settings: config.Experiment, lungs: Lungs, *, batch_size: int
+) -> VolumePredictor | Predictor:
+    """The network of a run for lungs, 3-D or 2-D."""
+    if settings.model.name == "unet3d":
+        return VolumePredictor(
+            exp_dir,
+            settings,
+            lungs.passes,
+            precision=lungs.precision,
+            memory_gb=lungs.memory_gb,
+        )
+    return Predictor(
+        exp_dir,
+        settings,
+        batch_size=batch_size,
+        passes=lungs.passes,
+        precision=lungs.precision,
+    )
+
+
+def read_and_map(
+    segment: Callable[[Task, Scan], None],
+    tasks: Sequence[Task],
+    read: Callable[[Task], Scan],
+) -> list[steps.Failure]:
+    """Segments every scan, and reads the next one meanwhile; the scans that failed."""
+    waiting = iter(tasks)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(read, task) for task in itertools.islice(waiting, 1)]
+
+        def work(task: Task) -> None:
+            scan = ahead.pop()
+            ahead.extend(
+                reader.submit(read, task) for task in itertools.islice(waiting, 1)
+            )
+            segment(task, scan.result())
+
+        _, failures = steps.map_scans(work, tasks, workers=1, label="infer")
+    return failures
+
+
+def without_failures(
+    tasks: Sequence[Task], failures: Sequence[steps.Failure]
+) -> list[Task]:
+    failed = {failure.scan_id for failure in failures}
+    return [task for task in tasks if task.scan_id not in failed]
 
 
 def map_path(result_dir: Path, task: Task) -> Path:
@@ -260,28 +320,40 @@ def tasks_of_input(path: Path) -> list[Task]:
     """The CT scans a person names: DICOM folder, volume, folder of volumes, CSV list."""
     from cohorts import nifti
 
-    return [
-        Task(source.scan_id, source.patient_id, "", source)
-        for source in nifti.find_scans(path)
-    ]
+    return tasks_of_sources(nifti.find_scans(path))
 
 
-def read_source(source: Path | ScanSource, settings: config.Experiment) -> Scan:
-    """The scan, with lung labels made by the run's own settings if it has none."""
-    if isinstance(source, Path):
-        return read_scan(source)
+def tasks_of_list(path: Path) -> tuple[list[Task], list[steps.Failure]]:
+    """The scans of a CSV list, and its rows that cannot be used."""
+    from cohorts import nifti
+
+    sources, refused = nifti.read_usable(path)
+    failures = [steps.Failure(line, reason) for line, reason in refused.items()]
+    return tasks_of_sources(sources), failures
+
+
+def tasks_of_sources(sources: Sequence[ScanSource]) -> list[Task]:
+    return [Task(source.scan_id, source.patient_id, "", source) for source in sources]
+
+
+def read_ct(task: Task) -> Scan:
+    """The scan of a task as it comes, with lung labels or without."""
+    if isinstance(task.source, Path):
+        return read_scan(task.source)
     from cohorts import nifti
 
     try:
-        return with_lungs(nifti.load_scan(source), settings.mask)
+        return nifti.load_scan(task.source)
     except ScanError as error:
-        raise ScanError(without_folders(str(error), source)) from error
+        raise ScanError(without_folders(str(error), task.source)) from error
 
 
-def write_probability(path: Path, prob: np.ndarray, scan: Scan) -> None:
-    from volume_io import write_volume
-
-    write_volume(path, prob, scan.grid, scan.source_grid)
+def read_with_lungs(task: Task, mask: config.LungMask) -> Scan:
+    """The scan, with lung labels made by the run's own settings if it has none."""
+    scan = read_ct(task)
+    if isinstance(task.source, Path):
+        return scan
+    return with_lungs(scan, mask)
 
 
 def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
@@ -298,7 +370,8 @@ def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
 
 
 def remove_predictions(result_dir: Path) -> None:
-    """Removes maps and what was made of them, so that none of other weights stays."""
+    """Removes results and what was made of them, so that none of other weights stays."""
+    lung_results.remove(result_dir)
     for folder in [path.parent for path in result_dir.glob("*/prob.nii.gz")]:
         files.remove(folder)
     for name in (postprocess.PREDICTIONS, postprocess.RECORD):

@@ -30,9 +30,8 @@ def isotropic(
     """
     weights, start = [], []
     for length, old_mm in zip(grid.shape, grid.spacing_mm, strict=True):
-        new_length = max(int(np.ceil(length * old_mm / spacing_mm - 1e-6)), 1)
         step = spacing_mm / old_mm
-        first = (length - 1) / 2 - (new_length - 1) / 2 * step
+        new_length, first = _placed(length, step)
         weights.append(
             linear_weights(length, first + step * np.arange(new_length), step)
         )
@@ -41,6 +40,28 @@ def isotropic(
     affine[:3, :3] *= spacing_mm / np.array(grid.spacing_mm)
     affine[:3, 3] = grid.index_to_ras_mm(np.array(start))
     return tuple(weights), affine
+
+
+def from_isotropic(grid: Grid, spacing_mm: float) -> tuple[np.ndarray, ...]:
+    """The way back: weights for `volume` from the cubic voxels of `isotropic` to `grid`.
+
+    Every voxel gets the linear interpolant at its centre, also where voxels grow: what a
+    network says of a thick slice is not mixed with what lies between the slices.
+    """
+    weights = []
+    for length, old_mm in zip(grid.shape, grid.spacing_mm, strict=True):
+        step = spacing_mm / old_mm
+        new_length, first = _placed(length, step)
+        weights.append(
+            linear_weights(new_length, (np.arange(length) - first) / step, 0)
+        )
+    return tuple(weights)
+
+
+def _placed(length: int, step: float) -> tuple[int, float]:
+    """New voxels along an axis, and the old index at which the first of them lies."""
+    new_length = max(int(np.ceil(length / step - 1e-6)), 1)
+    return new_length, (length - 1) / 2 - (new_length - 1) / 2 * step
 
 
 def linear_weights(length: int, positions: np.ndarray, step: float) -> np.ndarray:

@@ -171,25 +171,77 @@ def read_list(path: Path) -> list[ScanSource]:
         ValueError: Naming the line, if a column or value is missing, an id is doubled or
             cannot be a file name, or none of the images exists.
     """
+    sources = [_row_source(row, path.parent, where) for where, row in _rows(path)]
+    _check_unique([(s.scan_id, f"image {s.paths[0]}") for s in sources], path)
+    _check_exists(sources, path)
+    return sources
+
+
+def read_usable(path: Path) -> tuple[list[ScanSource], dict[str, str]]:
+    """The scans of a CSV list whose rows can be used, and what is wrong with the others.
+
+    Of rows with the same id none is used: nobody can say whose result it would be.
+
+    Returns:
+        The scans, and "line N" -> reason for the other rows.
+
+    Raises:
+        ValueError: If a column is missing, or no row can be used or none of their images
+            exists.
+    """
+    found, refused = {}, {}
+    for where, row in _rows(path):
+        try:
+            found[where] = _row_source(row, path.parent, where)
+        except ValueError as error:
+            refused[where] = str(error)
+    lines: dict[str, list[str]] = {}
+    for where, source in found.items():
+        lines.setdefault(source.scan_id.casefold(), []).append(_line(where))
+    for where, source in list(found.items()):
+        same = lines[source.scan_id.casefold()]
+        if len(same) > 1:
+            refused[where] = (
+                f"{where}: the id {source.scan_id} is that of {' and '.join(same)}; "
+                "expected every id once"
+            )
+            del found[where]
+    if not found:
+        raise ValueError(
+            f"{path}: no row can be used; the first: {next(iter(refused.values()))}"
+        )
+    sources = list(found.values())
+    _check_exists(sources, path)
+    return sources, {_line(where): reason for where, reason in refused.items()}
+
+
+def _line(where: str) -> str:
+    """The last part of a place that `_rows` gives, e.g. "line 3"."""
+    return where.rpartition(", ")[2]
+
+
+def _rows(path: Path) -> list[tuple[str, dict[Any, Any]]]:
+    """The rows of a list, each with its place; their columns are checked."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a CSV list")
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, strict=True)
         try:
             _check_columns(rows.fieldnames or (), path)
-            sources = [
-                _row_source(row, path.parent, f"{path}, line {rows.line_num}")
-                for row in rows
-            ]
+            found = [(f"{path}, line {rows.line_num}", row) for row in rows]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a readable CSV list ({error})") from error
-    if not sources:
+    if not found:
         raise ValueError(f"{path}: no rows; expected one scan per line")
-    _check_unique([(s.scan_id, f"image {s.paths[0]}") for s in sources], path)
+    return found
+
+
+def _check_exists(sources: Sequence[ScanSource], path: Path) -> None:
     if not any(s.paths[0].exists() for s in sources):
         raise ValueError(
             f"{path}: none of its {len(sources)} images exists, the first is "
             f"{sources[0].paths[0]}; relative paths start at the list's folder"
         )
-    return sources
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:

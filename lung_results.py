@@ -1,0 +1,201 @@
+"""What infer.py writes of a scan's lungs: maps, labels, and a row of lungs.csv."""
+
+import csv
+import json
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import files
+import provenance
+from geometry import Grid
+from scan import Scan
+from volume_io import write_volume
+
+SaveAs = Literal["nifti", "numpy", "nifti-labels"]
+
+TABLE, RECORD = "lungs.csv", "lungs.json"
+FORMAT_VERSION = 1
+"""Of lungs.json."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of lungs.csv; docs/layout.md says what each value is."""
+
+    pid: str
+    n: int
+    right_ml: float
+    left_ml: float
+    score: float
+    flag: int
+    reason: str
+    seconds: float
+
+
+class Results:
+    """A folder of lungs, all made alike.
+
+    Args:
+        folder: The result directory.
+        save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: only
+            the mask.
+        made_by: What decides the results, JSON-ready.
+
+    Raises:
+        ValueError: If the folder holds results that were made otherwise.
+    """
+
+    def __init__(self, folder: Path, save_as: SaveAs, made_by: dict[str, Any]) -> None:
+        self.folder = folder
+        self.save_as: SaveAs = save_as
+        made_by = {"format_version": FORMAT_VERSION, "save_as": save_as, **made_by}
+        path = folder / RECORD
+        if path.exists():
+            refuse_other(path, json.loads(path.read_text()), made_by)
+        else:
+            files.write_json(path, made_by | {"provenance": provenance.record()})
+        self.rows = {row.pid: row for row in read_table(folder / TABLE)}
+
+    def path(self, pid: str) -> Path:
+        """What is written of a scan: a folder, or a file with numpy."""
+        return self.folder / (f"{pid}.npz" if self.save_as == "numpy" else pid)
+
+    def complete(self, pid: str) -> bool:
+        """Whether a scan's results are there, and their row in lungs.csv."""
+        return pid in self.rows and self.path(pid).exists()
+
+    def write(self, scan: Scan, row: Row, maps: Any, labels: np.ndarray) -> None:
+        """Writes a scan's results whole or not at all, and lists it.
+
+        Args:
+            scan: Whose grid they lie on.
+            row: Its line of lungs.csv.
+            maps: With `mean`, `std` and `mutual_information`, (z, y, x) float32.
+            labels: (z, y, x) uint8 lung labels.
+        """
+        with files.written_whole(self.path(scan.scan_id)) as partial:
+            if self.save_as == "numpy":
+                write_arrays(partial, maps, labels, scan.grid)
+            else:
+                write_niftis(partial, maps, labels, scan, self.save_as)
+        self.rows[row.pid] = row
+        write_table(self.folder / TABLE, list(self.rows.values()))
+
+
+def refuse_other(path: Path, found: dict[str, Any], made_by: dict[str, Any]) -> None:
+    """Raises ValueError if results were made otherwise than they would be now."""
+    changed = {
+        name: (found.get(name), value)
+        for name, value in made_by.items()
+        if found.get(name) != value
+    }
+    if changed:
+        raise ValueError(
+            f"{path}: its results were made otherwise (found, expected): {changed}; use "
+            "--overwrite or another --result_dir"
+        )
+
+
+def remove(folder: Path) -> None:
+    """Removes the lungs in a result directory, and their record."""
+    for row in read_table(folder / TABLE):
+        files.remove(folder / row.pid)
+        files.remove(folder / f"{row.pid}.npz")
+    for name in (TABLE, RECORD):
+        files.remove(folder / name)
+
+
+def write_niftis(
+    folder: Path, maps: Any, labels: np.ndarray, scan: Scan, save_as: SaveAs
+) -> None:
+    """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
+
+    def write(name: str, values: np.ndarray) -> None:
+        write_volume(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
+
+    write("mask", labels)
+    if save_as == "nifti":
+        write("mean", maps.mean)
+        write("std", maps.std)
+        write("uncertainty", maps.mutual_information)
+
+
+def write_arrays(path: Path, maps: Any, labels: np.ndarray, grid: Grid) -> None:
+    """Writes one .npz with the maps, the mask and their affine, (x, y, z) in RAS order."""
+    np.savez_compressed(
+        path,
+        allow_pickle=False,
+        mean=to_ras(maps.mean),
+        std=to_ras(maps.std),
+        uncertainty=to_ras(maps.mutual_information),
+        mask=to_ras(labels),
+        affine=ras_affine(grid),
+    )
+
+
+def to_ras(array: np.ndarray) -> np.ndarray:
+    """(x, y, z) rising to the right, front and head, of a canonical (z, y, x) array."""
+    return np.ascontiguousarray(array.transpose(2, 1, 0)[::-1, ::-1])
+
+
+def ras_affine(grid: Grid) -> np.ndarray:
+    """(4, 4) affine from an index of `to_ras` to RAS mm."""
+    _, y, x = grid.shape
+    to_canonical = np.array(
+        [[0, 0, 1, 0], [0, -1, 0, y - 1], [-1, 0, 0, x - 1], [0, 0, 0, 1]]
+    )
+    return grid.affine @ to_canonical
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of lungs.csv; none if there is no such file.
+
+    Raises:
+        ValueError: If it is of another version, or an id cannot be a file name.
+    """
+    if not path.exists():
+        return []
+    types = {name: field.type for name, field in Row.__dataclass_fields__.items()}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != tuple(types):
+            raise ValueError(
+                f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
+                "again with --overwrite"
+            )
+        found = [
+            Row(**{name: kind(row[name]) for name, kind in types.items()})
+            for row in rows
+        ]
+    for row in found:
+        files.checked_id(row.pid, where=str(path))
+    return found
+
+
+def write_table(path: Path, rows: list[Row]) -> None:
+    """Writes lungs.csv, sorted by pid."""
+    with (
+        files.written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(Row.__dataclass_fields__)
+        table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
+
+
+def row_of(pid: str, n: int, verdict: Any, seconds: float) -> Row:
+    """A line of lungs.csv from a `lung_map.Verdict`."""
+    facts = asdict(verdict)
+    reasons = facts.pop("reasons")
+    rounded = {name: round(value, 4) for name, value in facts.items()}
+    return Row(
+        pid=pid,
+        n=n,
+        **rounded,
+        flag=int(bool(reasons)),
+        reason="; ".join(reasons),
+        seconds=round(seconds, 2),
+    )

@@ -1,0 +1,412 @@
+"""Whole lungs from many passes of a network, with other masks or dropout in each.
+
+A pass sees the whole body at once where memory allows. Each is one call of the network, and
+its masks and dropout follow from (seed, number of the pass). Several in one call would
+differ in the last bits with their number, and gain nothing: on two cores, four passes in
+one call took 0.96 s each, one by one 0.77 s.
+"""
+
+import functools
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import augment
+import config
+import resample
+from scan import AIR_HU, Scan
+from uncertainty import RunningMoments, expected_dice_error
+
+Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
+
+MIN_PASSES, MAX_PASSES, CHECK_EVERY = 8, 100, 4
+"""With n="auto": fewest and most passes, and how often it is asked if they are enough."""
+
+CONVERGED_DICE = 0.001
+"""The mask has converged when its expected Dice with that of endlessly many passes lacks no
+more than this; the aim is 0.002 against 100 passes."""
+
+MEMORY_GB = 4.0
+"""What the passes may take; half of a small laptop's memory."""
+BYTES_PER_VOXEL = 32
+"""Memory of a pass per voxel and filter of the first level: 26 were measured with float32,
+18 with bfloat16, at 128^3 voxels and 16 filters."""
+
+PADDED_PX = 32
+"""Volumes are padded to multiples of this, so that scans share few shapes: a network is
+built and traced for each, which costs about as much as half a pass."""
+NETWORKS = 3
+"""Networks kept for shapes seen before; each has its own copy of the weights."""
+
+TISSUE_HU = -300.0
+BODY_SHARE = 0.1
+"""Tissue counts as body in parts of at least this share of the largest: both halves of a
+cut body and arms, but not what lies on the table."""
+BODY_MARGIN_PX = 2
+"""Air kept around the body."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a network looks at a scan, and what differs each time."""
+
+    n: int | Literal["auto"] = "auto"
+    """Passes; auto goes on until the mask has converged, at most 100. 0 and 1 are one
+    look at the whole scan, nothing hidden, of which the standard deviation is 0."""
+    draw: Literal["auto", "masks", "dropout", "both"] = "auto"
+    """What is drawn in each pass; auto is masks if the run was trained with them, else
+    dropout if it has any."""
+    seed: int = 0
+    """Seed of masks and dropout: same seed, same result."""
+
+    def __post_init__(self) -> None:
+        n = self.n
+        config.require(n == "auto" or n >= 0, "n", n, "auto, or 0 or more")
+        config.require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    def drawn(self, model: config.Model) -> tuple[bool, bool]:
+        """Whether masks, and whether dropout, are drawn with this network.
+
+        Raises:
+            ValueError: If the run was trained without what `draw` asks for.
+        """
+        if self.n != "auto" and self.n <= 1:
+            return False, False
+        has_masks = model.name == "unet3d" and model.mask_fraction > 0
+        has_dropout = model.dropout > 0
+        if self.draw == "auto":
+            return has_masks, has_dropout and not has_masks
+        masks, dropout = (
+            self.draw in ("masks", "both"),
+            self.draw
+            in (
+                "dropout",
+                "both",
+            ),
+        )
+        if (masks and not has_masks) or (dropout and not has_dropout):
+            raise ValueError(
+                f"draw is {self.draw!r}, but the run's {model.name} has mask_fraction "
+                f"{model.mask_fraction} and dropout {model.dropout}; use --draw auto"
+            )
+        return masks, dropout
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """What passes said of a scan; a map is made when it is first asked for.
+
+    Attributes:
+        moments: Of the passes, within `box`.
+        box: Part of the volume the network saw that was computed; elsewhere it is 0.
+        seen_px: (z, y, x) size of that volume.
+        to_scan: Weights from it to the scan's grid; None where it is the scan's own.
+    """
+
+    moments: RunningMoments
+    box: tuple[slice, ...]
+    seen_px: tuple[int, ...]
+    to_scan: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def n(self) -> int:
+        """Passes made."""
+        return self.moments.n
+
+    @functools.cached_property
+    def mean(self) -> np.ndarray:
+        """(z, y, x) float32 mean probability on the scan's grid."""
+        return self._on_scan(self.moments.mean)
+
+    @functools.cached_property
+    def std(self) -> np.ndarray:
+        """(z, y, x) float32 standard deviation on the scan's grid."""
+        return self._on_scan(self.moments.std)
+
+    @property
+    def mutual_information(self) -> np.ndarray:
+        """(z, y, x) float32, in nats, on the scan's grid."""
+        return self._on_scan(self.moments.mutual_information)
+
+    def _on_scan(self, values: np.ndarray) -> np.ndarray:
+        if self.to_scan is not None:
+            inner = [w[:, part] for w, part in zip(self.to_scan, self.box, strict=True)]
+            return np.clip(resample.volume(values, inner), 0, 1)
+        whole = np.zeros(self.seen_px, np.float32)
+        whole[self.box] = values
+        return whole
+
+
+def converge(
+    one_pass: Callable[[int], np.ndarray],
+    shape: tuple[int, ...],
+    n: int | Literal["auto"],
+    threshold: float,
+) -> RunningMoments:
+    """Makes passes and keeps their moments alone.
+
+    Args:
+        one_pass: Gives pass k, float32 probabilities.
+        shape: Of a pass.
+        n: Passes; "auto" stops when `expected_dice_error` is below `CONVERGED_DICE`.
+        threshold: Of the mask that shall converge.
+    """
+    moments = RunningMoments(shape)
+    for k in range(MAX_PASSES if n == "auto" else max(n, 1)):
+        moments.add(one_pass(k))
+        asked = n == "auto" and moments.n >= MIN_PASSES and moments.n % CHECK_EVERY == 0
+        if asked and expected_dice_error(moments, threshold) < CONVERGED_DICE:
+            break
+    return moments
+
+
+class VolumePredictor:
+    """A run's 3-D network for any number of scans, whatever their size.
+
+    Args:
+        run_dir: Made by train.py.
+        settings: The run's.
+        passes: How many, and what is drawn in them.
+        precision: Keras' policy while the network is built.
+        memory_gb: A scan that would take more is covered by tiles of the size trained on.
+
+    Raises:
+        ValueError: If the run has no spacing of volumes, sees lung masks only, or lacks
+            what `passes` draws.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: config.Experiment,
+        passes: Passes,
+        *,
+        precision: Precision = "float32",
+        memory_gb: float = MEMORY_GB,
+    ) -> None:
+        if not settings.table.volume_spacing_mm:
+            raise ValueError(
+                f"{run_dir}: table.volume_spacing_mm is 0, so the spacing of the network's "
+                "volumes is unknown; train it on a table with volumes"
+            )
+        refuse_lung_masks(run_dir, settings.batches)
+        self.run_dir = run_dir
+        self.settings = settings
+        self.passes = passes
+        self.masks, self.dropout = passes.drawn(settings.model)
+        self.precision: Precision = precision
+        self.memory_gb = memory_gb
+        self.networks: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def maps(self, scan: Scan, threshold: float) -> Maps:
+        """Mean, standard deviation and mutual information of the passes over a scan.
+
+        The scan is resampled to the run's spacing and cut to the body; air outside is not
+        computed and has probability 0.
+        """
+        spacing_mm = self.settings.table.volume_spacing_mm
+        weights, _ = resample.isotropic(scan.grid, spacing_mm)
+        hu = resample.volume(scan.hu, weights)
+        box = body_box(hu)
+        moments = self.moments(hu[box], threshold)
+        to_scan = resample.from_isotropic(scan.grid, spacing_mm)
+        return Maps(moments, box, hu.shape, to_scan)
+
+    def moments(self, hu: np.ndarray, threshold: float) -> RunningMoments:
+        """Passes over a (z, y, x) volume of the run's spacing, in HU."""
+        tile_px = self.tile_px(hu.shape)
+        network = self.network(tile_px)
+        placed = [
+            (tile, augment.to_input(tile.cut(hu), None, self.settings.batches))
+            for tile in tiles(hu.shape, tile_px)
+        ]
+
+        def one_pass(k: int) -> np.ndarray:
+            prob = np.zeros(hu.shape, np.float32)
+            if self.dropout:
+                from models.dropout import seed_dropout
+
+                seed_dropout(network, self.passes.seed, k)
+            for tile, values in placed:
+                tile.add(prob, self.probability(network, values, k))
+            # Weights of tiles sum to 1 but for rounding.
+            return np.minimum(prob, 1, out=prob)
+
+        n = self.passes.n if self.masks or self.dropout else 1
+        return converge(one_pass, hu.shape, n, threshold)
+
+    def probability(self, network: Any, values: np.ndarray, k: int) -> np.ndarray:
+        """(z, y, x) float32 of the network's input in pass `k`."""
+        inputs: Any = values[None, ..., None]
+        if self.masks:
+            from models.masking import mask_noise
+
+            noise = mask_noise(
+                range(k, k + 1),
+                values.shape,
+                self.settings.model.mask_cube_px,
+                seed=self.passes.seed,
+            )
+            inputs = {"volume": inputs, "noise": noise}
+        output = network.predict_on_batch(inputs)
+        output = output[0] if isinstance(output, list) else output  # deep supervision
+        return np.asarray(output)[0, ..., 1]
+
+    def tile_px(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """What the network sees at once of a volume: all of it, if memory allows."""
+        model = self.settings.model
+        step = max(PADDED_PX, 2**model.depth)
+        z, y, x = (-(-size // step) * step for size in shape)
+        if z * y * x * model.filters * BYTES_PER_VOXEL <= self.memory_gb * 1e9:
+            return z, y, x
+        return self.settings.batches.volume_px
+
+    def network(self, tile_px: tuple[int, int, int]) -> Any:
+        """The network for volumes of this size, built now or kept from before."""
+        if tile_px not in self.networks:
+            while len(self.networks) >= NETWORKS:
+                self.networks.popitem(last=False)
+            self.networks[tile_px] = load_network(
+                self.run_dir,
+                self.settings,
+                tile_px,
+                masks=self.masks,
+                dropout=self.dropout,
+                precision=self.precision,
+            )
+        self.networks.move_to_end(tile_px)
+        return self.networks[tile_px]
+
+
+def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:
+    """Raises ValueError if a run for lungs needs to be told where they are."""
+    if batches.lung_mask:
+        raise ValueError(
+            f"{run_dir}: batches.lung_mask is set, so this run for lungs sees nothing "
+            "outside of lung masks; train it with --batches.no-lung-mask"
+        )
+
+
+def load_network(
+    run_dir: Path,
+    settings: config.Experiment,
+    input_px: Sequence[int],
+    *,
+    masks: bool = False,
+    dropout: bool = False,
+    precision: Precision | None = None,
+) -> Any:
+    """The run's network with its best weights.
+
+    Args:
+        run_dir: Made by train.py.
+        settings: The run's.
+        input_px: (y, x) or (z, y, x) of its inputs.
+        masks: Take the noise of random masks as a second input.
+        dropout: Drop in use as in training; `models.dropout.seed_dropout` says what. Batch
+            normalisation still uses what it learnt.
+        precision: Keras' policy; None for the one in force.
+    """
+    from models import build_model  # before keras: it keeps TensorFlow quiet
+
+    model = replace(settings.model, weights="none")
+    inputs = {"noise_input": True} if masks else {}
+    if not masks:
+        model = replace(model, mask_fraction=0.0)  # the layer would have nothing to do
+    import keras
+
+    before = keras.config.dtype_policy()
+    if precision is not None:
+        keras.config.set_dtype_policy(precision)
+    try:
+        network = build_model(model, (*input_px, 1), 2, **inputs)
+    finally:
+        keras.config.set_dtype_policy(before)
+    network.load_weights(run_dir / "best.weights.h5")
+    if dropout:
+        from models.dropout import with_dropout
+
+        network = with_dropout(network)
+    # XLA compiles for every shape anew, and is slower than oneDNN on a CPU.
+    network.jit_compile = False
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A box of a volume, which may reach beyond it, and the weight of each of its voxels.
+
+    Attributes:
+        start: (z, y, x) of its first voxel in the volume; may be negative.
+        weights: Along z, y and x; a voxel's weight is their product.
+    """
+
+    start: tuple[int, ...]
+    weights: tuple[np.ndarray, ...]
+
+    def cut(self, hu: np.ndarray) -> np.ndarray:
+        """What of a volume lies in the tile; air beyond the volume's ends."""
+        inside, covered = self.overlap(hu.shape)
+        values = np.full([len(w) for w in self.weights], AIR_HU, hu.dtype)
+        values[covered] = hu[inside]
+        return values
+
+    def add(self, prob: np.ndarray, values: np.ndarray) -> None:
+        """Adds weighted values of the tile to the volume they lie in, in place."""
+        inside, covered = self.overlap(prob.shape)
+        z, y, x = (w[part] for w, part in zip(self.weights, covered, strict=True))
+        weight = z[:, None, None] * y[:, None] * x
+        prob[inside] += values[covered] * weight
+
+    def overlap(
+        self, shape: tuple[int, ...]
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where tile and volume overlap: in the volume, and in the tile."""
+        inside, covered = [], []
+        for first, weight, length in zip(self.start, self.weights, shape, strict=True):
+            low, high = max(first, 0), min(first + len(weight), length)
+            inside.append(slice(low, high))
+            covered.append(slice(low - first, high - first))
+        return tuple(inside), tuple(covered)
+
+
+def tiles(shape: Sequence[int], tile_px: Sequence[int]) -> Iterator[Tile]:
+    """Overlapping tiles that cover a volume; their weights sum to 1 at every voxel."""
+    along = [
+        augment.tiles_along(0, length, size)
+        for length, size in zip(shape, tile_px, strict=True)
+    ]
+    for parts in itertools.product(*along):
+        starts, weights = zip(*parts, strict=True)
+        yield Tile(starts, weights)
+
+
+def body_box(hu: np.ndarray) -> tuple[slice, ...]:
+    """The box around the body in a (z, y, x) volume of HU, and a little air.
+
+    The whole volume if there is no tissue.
+    """
+    import cc3d
+
+    parts = cc3d.connected_components(hu > TISSUE_HU, connectivity=6)
+    counts = np.bincount(parts.ravel())
+    counts[0] = 0
+    if not counts.any():
+        return tuple(slice(0, length) for length in hu.shape)
+    boxes = cc3d.statistics(parts)["bounding_boxes"]
+    large = np.flatnonzero(counts >= BODY_SHARE * counts.max())
+    return tuple(
+        slice(
+            max(min(boxes[k][axis].start for k in large) - BODY_MARGIN_PX, 0),
+            min(
+                max(boxes[k][axis].stop for k in large) + BODY_MARGIN_PX,
+                hu.shape[axis],
+            ),
+        )
+        for axis in range(3)
+    )

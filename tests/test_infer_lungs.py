@@ -1,0 +1,341 @@
+"""infer.py with a run for lungs: W1's command line, in this process, on small scans."""
+
+import csv
+import json
+from dataclasses import replace
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from scipy import ndimage
+
+import infer
+from lung_map import LungMap
+from monte_carlo import Passes
+from predictor import read_settings
+
+
+@pytest.fixture(scope="module")
+def run(make_lung_run, tmp_path_factory):
+    return make_lung_run(tmp_path_factory.mktemp("runs") / "hand")
+
+
+@pytest.fixture(scope="module")
+def volume(make_chest):
+    """`chest` as (x, y, z) voxels of 3 x 3 x 5 mm, x to the left, y to the back."""
+    return np.ascontiguousarray(make_chest()[0].transpose(2, 1, 0)[::2, ::2])
+
+
+AFFINE = np.diag([-3.0, -3.0, 5.0, 1.0])
+
+
+def save(path, volume, affine=AFFINE):
+    nibabel.save(nibabel.Nifti1Image(volume, affine), path)
+    return path
+
+
+def write_list(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("pid", "image_path"), *rows])
+    return path
+
+
+def run_main(*argv):
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        infer.main([str(word) for word in argv])
+    return ended.value.code
+
+
+def rows_of(folder):
+    with (folder / "lungs.csv").open(newline="") as file:
+        return {row["pid"]: row for row in csv.DictReader(file)}
+
+
+def read(path):
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+@pytest.fixture(scope="module")
+def written(run, volume, tmp_path_factory):
+    """What W1's command line wrote of two good rows of a list of seven."""
+    folder = tmp_path_factory.mktemp("lists")
+    save(folder / "chest.nii.gz", volume)
+    broken = volume.astype(np.float32)
+    broken[0, 0, 0] = np.nan
+    save(folder / "nan.nii.gz", broken)
+    rows = [
+        ("good", "chest.nii.gz"),
+        ("../escape", "chest.nii.gz"),
+        ("same", "chest.nii.gz"),
+        ("Same", "chest.nii.gz"),
+        ("absent", "nothing.nii.gz"),
+        ("nan", "nan.nii.gz"),
+        ("last", "chest.nii.gz"),
+    ]
+    out = folder / "OUT"
+    code = run_main(
+        *("--csv_file", write_list(folder / "scans.csv", rows), "--result_dir", out),
+        *("--exp_dir", run, "--n", 20, "--thresh", 0.55, "--save_as", "nifti"),
+    )
+    assert code == 3
+    return out
+
+
+def test_what_w1_promises_is_written_on_the_sources_grid(written, volume):
+    for name in ("mean", "std", "uncertainty", "mask"):
+        image = nibabel.load(written / "good" / f"{name}.nii.gz")
+        assert image.shape == volume.shape
+        assert np.allclose(image.affine, AFFINE)
+    inner = ndimage.binary_erosion(volume == -850, iterations=3)
+    mean, std = (read(written / "good" / f"{name}.nii.gz") for name in ("mean", "std"))
+    # 30 % of the cubes are hidden: 0.7 and sqrt(0.3 * 0.7), a little less between voxels.
+    assert mean[inner].mean() == pytest.approx(0.7, abs=0.04)
+    assert std[inner].mean() == pytest.approx(0.44, abs=0.04)
+    # Not thresholded, as W1's was.
+    assert len(np.unique(mean)) > 100
+    assert not mean[:2].any()
+
+
+def test_bad_rows_are_listed_and_the_others_go_on(written):
+    with (written / "skipped.csv").open(newline="") as file:
+        skipped = {row["scan_id"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(skipped) == {"line 3", "line 4", "line 5", "absent", "nan"}
+    assert "'../escape' cannot name a file" in skipped["line 3"]
+    assert "line 4 and line 5" in skipped["line 4"]
+    assert "no such file" in skipped["absent"]
+    assert "1 voxels are NaN" in skipped["nan"]
+    assert set(rows_of(written)) == {"good", "last"}
+    assert not (written.parent / "escape").exists()
+
+
+def test_the_table_says_what_is_to_be_thought_of_each_scan(written, volume):
+    row = rows_of(written)["good"]
+    mask = read(written / "good/mask.nii.gz")
+    voxel_ml = 3 * 3 * 5 / 1000
+    assert float(row["right_ml"]) == pytest.approx(
+        (mask == 1).sum() * voxel_ml, abs=1e-3
+    )
+    assert float(row["left_ml"]) == pytest.approx(
+        (mask == 2).sum() * voxel_ml, abs=1e-3
+    )
+    assert row["n"] == "20"
+    # Passes that hide 30 % and see no context are no ground for trust.
+    assert row["flag"] == "1"
+    assert "the passes disagree on the border" in row["reason"]
+    assert float(row["seconds"]) > 0
+
+
+def test_same_seed_same_bytes_another_seed_others(run, volume, tmp_path):
+    path = save(tmp_path / "chest.nii.gz", volume)
+    bytes_of = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / name
+        lungs = infer.Lungs(passes=Passes(n=2, seed=seed))
+        infer.infer(run, out, input=path, lungs=lungs)
+        bytes_of[name] = [
+            (out / "chest" / f"{m}.nii.gz").read_bytes() for m in ("mean", "std")
+        ]
+    assert bytes_of["a"] == bytes_of["b"]
+    assert bytes_of["a"] != bytes_of["c"]
+
+
+def test_a_single_look_finds_both_lungs_and_they_are_trusted(run, volume, tmp_path):
+    path = save(tmp_path / "chest.nii.gz", volume)
+    out = tmp_path / "out"
+    assert (
+        run_main("--input", path, "--exp-dir", run, "--result-dir", out, "--n=1") == 0
+    )
+    row = rows_of(out)["chest"]
+    assert (row["n"], row["flag"], row["reason"]) == ("1", "0", "")
+    # An ellipse of 45 x 27 pixels of 1.5 mm over 26 slices of 5 mm.
+    lung_ml = np.pi * 67.5 * 40.5 * 130 / 1000
+    for side in ("right_ml", "left_ml"):  # the network set by hand loses their borders
+        assert 0.75 * lung_ml < float(row[side]) < lung_ml
+    assert not read(out / "chest/std.nii.gz").any()
+    mask = read(out / "chest/mask.nii.gz")
+    # x rises to the left in the file, so the right lung comes first.
+    assert np.nonzero(mask == 1)[0].mean() < 50 < np.nonzero(mask == 2)[0].mean()
+
+
+def test_numpy_holds_the_same_in_ras_order(run, volume, tmp_path):
+    path = save(tmp_path / "chest.nii.gz", volume)
+    for save_as in ("numpy", "nifti"):
+        lungs = infer.Lungs(passes=Passes(n=2), save_as=save_as)
+        infer.infer(run, tmp_path / save_as, input=path, lungs=lungs)
+    assert not (tmp_path / "numpy/chest").exists()
+    folder = tmp_path / "nifti/chest"
+    with np.load(tmp_path / "numpy/chest.npz", allow_pickle=False) as arrays:
+        for name in ("mean", "std", "uncertainty", "mask"):
+            image = nibabel.as_closest_canonical(
+                nibabel.load(folder / f"{name}.nii.gz")
+            )
+            stored = arrays[name]
+            assert stored.dtype == (np.uint8 if name == "mask" else np.float32)
+            assert np.allclose(stored, np.asarray(image.dataobj), atol=6e-5)
+            assert np.allclose(arrays["affine"], image.affine)
+
+
+def test_labels_alone_are_written_when_asked(run, volume, tmp_path):
+    path = save(tmp_path / "chest.nii.gz", volume)
+    code = run_main(
+        *("--input", path, "--exp_dir", run, "--result_dir", tmp_path / "out"),
+        *("--save_as", "nifti-labels", "--n", 0),
+    )
+    assert code == 0
+    assert [p.name for p in (tmp_path / "out/chest").iterdir()] == ["mask.nii.gz"]
+
+
+def oblique(angle_deg):
+    """`AFFINE` turned about x, away from the origin."""
+    turn = np.deg2rad(angle_deg)
+    c, s = np.cos(turn), np.sin(turn)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ AFFINE[:3, :3]
+    affine[:3, 3] = (120, -40, 300)
+    return affine
+
+
+@pytest.mark.parametrize("flip", [(), (0,), (1, 2), (0, 1, 2)])
+def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
+    run, volume, tmp_path, flip
+):
+    affine = oblique(20)
+    for axis in flip:
+        affine[:3, 3] += affine[:3, axis] * (volume.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    flipped = np.flip(volume, flip)
+    save(
+        tmp_path / "ct.nii.gz",
+        np.ascontiguousarray(flipped.transpose(2, 0, 1)),
+        affine[:, [2, 0, 1, 3]],
+    )
+    # Parts of the skin, which the network set by hand takes for lung, are smaller.
+    lungs = infer.Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
+    infer.infer(run, tmp_path / "out", input=tmp_path / "ct.nii.gz", lungs=lungs)
+    source = SimpleITK.ReadImage(str(tmp_path / "ct.nii.gz"))
+    mask = SimpleITK.ReadImage(str(tmp_path / "out/ct/mask.nii.gz"))
+    assert mask.GetSize() == source.GetSize()
+    assert np.allclose(mask.GetOrigin(), source.GetOrigin(), atol=1e-3)
+    assert np.allclose(mask.GetSpacing(), source.GetSpacing(), atol=1e-4)
+    assert np.allclose(mask.GetDirection(), source.GetDirection(), atol=1e-5)
+    lung = SimpleITK.GetArrayFromImage(source) == -850
+    labels = SimpleITK.GetArrayFromImage(mask)
+    # The network set by hand loses borders, but must not leave the lungs.
+    assert not labels[~lung].any()
+    assert (labels[lung] > 0).mean() > 0.75
+    x_lps = {
+        side: np.mean(
+            [
+                mask.TransformIndexToPhysicalPoint(i[::-1].tolist())[0]
+                for i in np.argwhere(labels == side)[::997]
+            ]
+        )
+        for side in (1, 2)
+    }
+    assert x_lps[1] < x_lps[2]  # in LPS, x rises to the left
+
+
+def test_what_is_there_is_kept_and_other_settings_are_refused(run, volume, tmp_path):
+    path = save(tmp_path / "chest.nii.gz", volume)
+    out = tmp_path / "out"
+    one = infer.Lungs(passes=Passes(n=1))
+    infer.infer(run, out, input=path, lungs=one)
+    mask = out / "chest/mask.nii.gz"
+    before = mask.stat().st_mtime_ns
+    report = infer.infer(run, out, input=path, lungs=one)
+    assert "(1 were there)" in report.line
+    assert mask.stat().st_mtime_ns == before
+    other = infer.Lungs(passes=Passes(n=2))
+    with pytest.raises(ValueError, match=r"'n': \(1, 2\).*use --overwrite"):
+        infer.infer(run, out, input=path, lungs=other)
+    infer.infer(run, out, input=path, lungs=other, overwrite=True)
+    assert rows_of(out)["chest"]["n"] == "2"
+
+
+def test_a_slab_without_lungs_is_flagged(run, volume, tmp_path):
+    slab = np.where(volume == -850, np.int16(40), volume)[..., :12]
+    path = save(tmp_path / "slab.nii.gz", np.ascontiguousarray(slab))
+    infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
+    row = rows_of(tmp_path / "out")["slab"]
+    assert row["flag"] == "1"
+    assert row["reason"].startswith("no lung was found; the field is 60 x 300 x 300 mm")
+    assert not read(tmp_path / "out/slab/mask.nii.gz").any()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda volume: volume[..., :1],
+            "expected one 3-D volume of two or more slices",
+        ),
+        (lambda volume: (volume + 1024).astype(np.int16), "no Hounsfield units"),
+    ],
+)
+def test_what_is_no_ct_is_refused(run, volume, tmp_path, spoil, message):
+    path = save(tmp_path / "bad.nii.gz", np.ascontiguousarray(spoil(volume)))
+    report = infer.infer(run, tmp_path / "out", input=path)
+    assert message in report.failures[0].reason
+    assert str(tmp_path) not in report.failures[0].reason
+
+
+def test_a_patient_that_was_trained_on_is_named(run, volume, tmp_path, caplog):
+    path = save(tmp_path / "trained-on.nii.gz", volume)
+    infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
+    assert "patient trained-on was trained on" in caplog.text
+
+
+def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
+    settings = read_settings(run)
+    flat = make_lung_run(
+        tmp_path / "flat",
+        experiment=replace(
+            settings,
+            batches=replace(settings.batches, input_px=(128, 128)),
+            model=replace(settings.model, name="unet2d", filters=2, depth=2),
+        ),
+        by_hand=False,
+    )
+    thin = np.ascontiguousarray(volume[..., 10:14])
+    path = save(tmp_path / "thin.nii.gz", thin)
+    out = tmp_path / "out"
+    lungs = infer.Lungs(passes=Passes(n=3))  # drawn by dropout, for it has no masks
+    infer.infer(flat, out, input=path, lungs=lungs)
+    assert rows_of(out)["thin"]["n"] == "3"
+    mean, std = (read(out / "thin" / f"{name}.nii.gz") for name in ("mean", "std"))
+    assert mean.shape == thin.shape
+    assert std.max() > 0
+    infer.infer(flat, tmp_path / "again", input=path, lungs=lungs)
+    for name in ("mean", "std"):
+        one, other = (
+            (folder / "thin" / f"{name}.nii.gz").read_bytes()
+            for folder in (out, tmp_path / "again")
+        )
+        assert one == other
+
+
+def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="weights/lung3d.*--exp_dir"):
+        infer.infer(infer.SHIPPED, tmp_path / "out", input=tmp_path)
+
+
+def test_a_list_and_an_input_are_one_too_many(run, tmp_path):
+    with pytest.raises(ValueError, match="expected one"):
+        infer.infer(run, tmp_path, input=tmp_path / "a", csv_file=tmp_path / "b")
+
+
+def test_a_list_without_a_usable_row_fails(run, tmp_path):
+    path = write_list(tmp_path / "scans.csv", [("..", "ct.nii.gz")])
+    assert run_main("--csv_file", path, "--result_dir", tmp_path, "--exp_dir", run) == 1
+    with pytest.raises(ValueError, match="no row can be used"):
+        infer.infer(run, tmp_path / "out", csv_file=path)
+
+
+def test_the_record_says_how_the_lungs_were_made(written):
+    record = json.loads((written / "lungs.json").read_text())
+    assert (record["n"], record["seed"], record["thresh"]) == (20, 0, 0.55)
+    assert len(record["weights_sha256"]) == 64
+    assert record["provenance"]["packages"]["tensorflow"]

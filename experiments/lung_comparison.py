@@ -22,11 +22,12 @@ import numpy as np
 
 import files
 import metrics
+import slice_idx
 import steps
 from evaluate import DISCLAIMER, refuse_other_folder
 from experiments import paired
 from postprocess import reference_mask, write_rows
-from scan import Scan, ScanError, read_scan, scan_files, scan_path
+from scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
 from volume_io import check_same_grid, read_volume
 
 AT_PLEURA_MM = 3.0
@@ -65,6 +66,10 @@ class Arguments:
     truth: Path | None = None
     """Scan files with reference lung labels, by the same ids; scans without one are
     scored by their nodules alone."""
+    split: Path | None = None
+    """Score only the patients in `part` of this split; by default every scan."""
+    part: str = "test"
+    """train, validation or test."""
     tolerance_mm: float = 2.0
     """Surfaces nearer than this agree."""
     draws: int = 2000
@@ -99,7 +104,7 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
     """
     folders = method_folders(arguments.methods)
     refuse_other_folder(arguments.out, "lungs.csv")
-    jobs = [Job(path.stem, path, arguments) for path in scan_files(arguments.scans)]
+    jobs = jobs_of(arguments)
     scored, failures = steps.map_scans(
         score, jobs, workers=arguments.workers, label="compare"
     )
@@ -136,6 +141,25 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
     sys.stdout.write(text + "\n")
     line = f"wrote {arguments.out}: {len(folders)} methods, {len(scored)} scans"
     return steps.Report(line, failures)
+
+
+def jobs_of(arguments: Arguments) -> list[Job]:
+    """The scan files to score.
+
+    Raises:
+        ValueError: If none is of the part.
+    """
+    paths = scan_files(arguments.scans)
+    if arguments.split is not None:
+        split = slice_idx.read_split(arguments.split)
+        wanted = set(slice_idx.patients_of_part(split, arguments.part))
+        paths = [path for path in paths if scan_identity(path)[0] in wanted]
+        if not paths:
+            raise ValueError(
+                f"{arguments.scans} holds no scan of the {arguments.part} patients of "
+                f"{arguments.split}; choose another --part or --scans"
+            )
+    return [Job(path.stem, path, arguments) for path in paths]
 
 
 def method_folders(methods: Sequence[str]) -> dict[str, Path]:

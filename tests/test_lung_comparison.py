@@ -1,6 +1,7 @@
 """experiments/lung_comparison.py on scans whose masks are made by hand."""
 
 import csv
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,22 @@ def test_scan_files_are_a_method_and_a_missing_mask_is_listed(work):
     write_scan(other, scan_path(work / "scans", scan.scan_id), {})
     report, _ = compared(work, "scans")
     assert "no lung mask" in report.failures[0].reason
+
+
+def test_a_part_of_a_split_is_scored_alone(work):
+    parts = {"train": ["patient-000"], "validation": [], "test": ["patient-001"]}
+    split = {"format_version": 1, "settings": {"unit": "patient"}, "parts": parts}
+    (work / "split.json").write_text(json.dumps(split))
+    arguments = Arguments(
+        methods=(f"whole={work / 'whole'}",),
+        out=work / "out",
+        scans=work / "scans",
+        split=work / "split.json",
+    )
+    lung_comparison.compare_lungs(arguments)
+    assert [row["scan_id"] for row in rows_of(work / "out/lungs.csv")] == ["scan-001"]
+    with pytest.raises(ValueError, match="no scan of the validation patients"):
+        lung_comparison.compare_lungs(replace(arguments, part="validation"))
 
 
 @pytest.mark.parametrize("methods", [("whole",), ("a=x", "a=y"), ("=x",)])

@@ -345,7 +345,7 @@ def draw_scanner(
     Kernel, thick slices and a field of view that ends within the output each come to one
     volume in two; of such a field each of its six sides is cut one time in three.
     """
-    share = rng.random(9)
+    share = rng.random(10)
     offsets = rng.normal(0, 1, len(CURVE_HU))
     ends = rng.random((3, 2, 2))
     curve_hu = None
@@ -368,7 +368,7 @@ def draw_scanner(
         noise_hu=settings.noise_hu * share[6],
         noise_width_px=settings.noise_width_px * share[7],
         slice_px=slice_px,
-        first_slice_px=slice_px * (ends[0, 0, 0] - 0.5),
+        first_slice_px=slice_px * (share[9] - 0.5),
         field=(field[0], field[1], field[2]),
         gamma=(1 + settings.gamma) ** (2 * share[8] - 1),
     )

@@ -42,8 +42,17 @@ from volume_io import write_volume
 
 log = logging.getLogger(__name__)
 
-SHIPPED = Path("weights/lung3d")
+SHIPPED = Path(__file__).parent / "weights/lung3d"
 """The run that is used if none is named."""
+
+OWN_NAMES = {
+    lung_results.TABLE,
+    lung_results.RECORD,
+    postprocess.PREDICTIONS,
+    postprocess.RECORD,
+    "skipped.csv",
+}
+"""Files beside the scans' results; no id may be one of them."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,9 @@ def infer(
         ValueError: If `result_dir` holds results that were made otherwise, or the run
             cannot do what is asked.
     """
-    if exp_dir == SHIPPED and not exp_dir.exists():
+    if exp_dir == SHIPPED and not (exp_dir / "config.json").exists():
         raise FileNotFoundError(
-            f"no weights in {exp_dir.absolute()}; run infer.py in the checkout that has "
-            "them, or name a run directory with --exp_dir"
+            f"no weights in {exp_dir}; name a run directory with --exp_dir"
         )
     if input and csv_file:
         raise ValueError(f"--input {input} and --csv_file {csv_file}; expected one")
@@ -136,20 +144,22 @@ def infer(
         tasks, unusable = tasks_of_input(input), []
     else:
         tasks, unusable = tasks_of_parts(scans, split, parts)
-    if overwrite:
-        remove_predictions(result_dir)
-    start_predictions(result_dir, predictions)
+    tasks, misnamed = without_own_names(tasks)
+    if not overwrite:
+        refuse_other_predictions(result_dir, predictions)
     warn_of_leaks(tasks, predictions.training_patients)
-    if settings.batches.target == "lung":
-        done, failures, line = segment_lungs(
-            tasks, exp_dir, settings, result_dir, lungs, batch_size=batch_size
-        )
-    else:
-        done, failures, line = segment_nodules(
-            tasks, exp_dir, settings, result_dir, batch_size=batch_size
-        )
-    add_scans(result_dir, predictions, done)
-    failures = [*unusable, *failures]
+    segment = segment_lungs if settings.batches.target == "lung" else segment_nodules
+    done, failures, line = segment(
+        tasks,
+        exp_dir,
+        settings,
+        result_dir,
+        lungs,
+        batch_size=batch_size,
+        overwrite=overwrite,
+    )
+    write_predictions(result_dir, predictions, done)
+    failures = [*unusable, *misnamed, *failures]
     steps.write_failures(failures, result_dir / "skipped.csv")
     return steps.Report(f"wrote {result_dir}: {line}", failures)
 
@@ -163,11 +173,15 @@ def segment_nodules(
     exp_dir: Path,
     settings: config.Experiment,
     result_dir: Path,
+    lungs: Lungs,
     *,
     batch_size: int,
+    overwrite: bool,
 ) -> Outcome:
-    """Writes the probability map of every scan that has none yet."""
+    """Writes the probability map of every scan that has none yet; `lungs` is not used."""
     predictor = Predictor(exp_dir, settings, batch_size=batch_size)
+    if overwrite:
+        remove_nodules(result_dir)
     stood = {task.scan_id for task in tasks if map_path(result_dir, task).exists()}
     missing = [task for task in tasks if task.scan_id not in stood]
 
@@ -192,6 +206,7 @@ def segment_lungs(
     lungs: Lungs,
     *,
     batch_size: int,
+    overwrite: bool,
 ) -> Outcome:
     """Writes lungs and their uncertainty of every scan that has none yet."""
     made_by = {
@@ -201,8 +216,19 @@ def segment_lungs(
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
     }
-    results = Results(result_dir, lungs.save_as, made_by)
     predictor = lung_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+    results = Results(
+        result_dir,
+        lungs.save_as,
+        made_by,
+        replaced={task.scan_id for task in tasks} if overwrite else set(),
+    )
+    foreign = [
+        steps.Failure(task.scan_id, results.foreign(task.scan_id))
+        for task in tasks
+        if results.foreign(task.scan_id)
+    ]
+    tasks = without_failures(tasks, foreign)
     missing = [task for task in tasks if not results.complete(task.scan_id)]
 
     def segment(task: Task, scan: Scan) -> None:
@@ -222,7 +248,7 @@ def segment_lungs(
         for reason in verdict.reasons:
             log.warning("%s: not to be trusted: %s", task.scan_id, reason)
 
-    failures = read_and_map(segment, missing, read_ct)
+    failures = [*foreign, *read_and_map(segment, missing, read_ct)]
     done = without_failures(tasks, failures)
     flagged = sum(results.rows[task.scan_id].flag for task in done)
     line = f"lungs of {len(done)} scans, {flagged} of them not to be trusted"
@@ -369,24 +395,41 @@ def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
     )
 
 
-def remove_predictions(result_dir: Path) -> None:
-    """Removes results and what was made of them, so that none of other weights stays."""
-    lung_results.remove(result_dir)
-    for folder in [path.parent for path in result_dir.glob("*/prob.nii.gz")]:
-        files.remove(folder)
+def without_own_names(
+    tasks: Sequence[Task],
+) -> tuple[list[Task], list[steps.Failure]]:
+    """The tasks whose id is not that of a file infer.py itself writes; the others."""
+    misnamed = [
+        steps.Failure(
+            task.scan_id,
+            f"{task.scan_id} is a file of the result directory's own; give the scan "
+            "another id",
+        )
+        for task in tasks
+        if task.scan_id.casefold() in OWN_NAMES
+    ]
+    return without_failures(tasks, misnamed), misnamed
+
+
+def remove_nodules(result_dir: Path) -> None:
+    """Removes maps and what was made of them, so that none of other weights stays."""
+    for path in list(result_dir.glob("*/prob.nii.gz")):
+        for name in ("prob.nii.gz", "mask.nii.gz", "nodules.csv"):
+            files.remove(path.with_name(name))
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
     for name in (postprocess.PREDICTIONS, postprocess.RECORD):
         files.remove(result_dir / name)
 
 
-def start_predictions(result_dir: Path, predictions: Predictions) -> None:
-    """Says whose predictions the folder holds before the first is written.
+def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None:
+    """Refuses a result directory with the predictions of another network.
 
     Raises:
-        ValueError: If it holds those of another network.
+        ValueError: If it holds such.
     """
     path = result_dir / postprocess.PREDICTIONS
     if not path.exists():
-        predictions.write(result_dir)
         return
     found = postprocess.read_predictions(result_dir).weights_sha256
     if found != predictions.weights_sha256:
@@ -396,11 +439,15 @@ def start_predictions(result_dir: Path, predictions: Predictions) -> None:
         )
 
 
-def add_scans(
+def write_predictions(
     result_dir: Path, predictions: Predictions, tasks: Sequence[Task]
 ) -> None:
     """Lists scans in predictions.json, beside those that an earlier call listed."""
-    scans = dict(postprocess.read_predictions(result_dir).scans)
+    scans: dict[str, dict[str, Any]] = {}
+    if (result_dir / postprocess.PREDICTIONS).exists():
+        earlier = postprocess.read_predictions(result_dir)
+        if earlier.weights_sha256 == predictions.weights_sha256:
+            scans = dict(earlier.scans)
     for task in tasks:
         facts: dict[str, Any] = {"part": task.part, "patient_id": task.patient_id}
         if task.slices:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Collection
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from volume_io import write_volume
 SaveAs = Literal["nifti", "numpy", "nifti-labels"]
 
 TABLE, RECORD = "lungs.csv", "lungs.json"
+MAPS = {"mask.nii.gz", "mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
+"""What is written into the folder of a scan."""
 FORMAT_VERSION = 1
 """Of lungs.json."""
 
@@ -43,19 +46,36 @@ class Results:
         save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: only
             the mask.
         made_by: What decides the results, JSON-ready.
+        replaced: Scans whose results are removed. If there are any, so are all results
+            that were made otherwise.
 
     Raises:
-        ValueError: If the folder holds results that were made otherwise.
+        ValueError: If the folder holds results that were made otherwise, and none is
+            replaced.
     """
 
-    def __init__(self, folder: Path, save_as: SaveAs, made_by: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save_as: SaveAs,
+        made_by: dict[str, Any],
+        *,
+        replaced: Collection[str] = (),
+    ) -> None:
         self.folder = folder
         self.save_as: SaveAs = save_as
         made_by = {"format_version": FORMAT_VERSION, "save_as": save_as, **made_by}
         path = folder / RECORD
         if path.exists():
-            refuse_other(path, json.loads(path.read_text()), made_by)
-        else:
+            found = json.loads(path.read_text())
+            changed = differing(found, made_by)
+            if changed and not replaced:
+                raise ValueError(
+                    f"{path}: its results were made otherwise (found, expected): "
+                    f"{changed}; use --overwrite or another --result_dir"
+                )
+            remove(folder, found["save_as"], None if changed else replaced)
+        if not path.exists():
             files.write_json(path, made_by | {"provenance": provenance.record()})
         self.rows = {row.pid: row for row in read_table(folder / TABLE)}
 
@@ -66,6 +86,21 @@ class Results:
     def complete(self, pid: str) -> bool:
         """Whether a scan's results are there, and their row in lungs.csv."""
         return pid in self.rows and self.path(pid).exists()
+
+    def foreign(self, pid: str) -> str:
+        """Why nothing may be written of a scan: something else has its name. "" if it may.
+
+        What a call wrote that was killed before it listed it is not foreign.
+        """
+        path = self.path(pid)
+        if pid in self.rows or not path.exists():
+            return ""
+        if path.is_dir() and {file.name for file in path.iterdir()} <= MAPS:
+            return ""
+        return (
+            f"{path.name} exists in {self.folder.name} and is not infer.py's; choose "
+            "another --result_dir"
+        )
 
     def write(self, scan: Scan, row: Row, maps: Any, labels: np.ndarray) -> None:
         """Writes a scan's results whole or not at all, and lists it.
@@ -85,27 +120,40 @@ class Results:
         write_table(self.folder / TABLE, list(self.rows.values()))
 
 
-def refuse_other(path: Path, found: dict[str, Any], made_by: dict[str, Any]) -> None:
-    """Raises ValueError if results were made otherwise than they would be now."""
-    changed = {
+def differing(found: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+    """What differs between two records: name -> (found, expected)."""
+    return {
         name: (found.get(name), value)
         for name, value in made_by.items()
         if found.get(name) != value
     }
-    if changed:
-        raise ValueError(
-            f"{path}: its results were made otherwise (found, expected): {changed}; use "
-            "--overwrite or another --result_dir"
-        )
 
 
-def remove(folder: Path) -> None:
-    """Removes the lungs in a result directory, and their record."""
+def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
+    """Removes what infer.py wrote of scans, and nothing beside it.
+
+    Args:
+        folder: The result directory.
+        save_as: How its results were written.
+        pids: The scans; None for all, and the record.
+    """
+    kept = []
     for row in read_table(folder / TABLE):
-        files.remove(folder / row.pid)
-        files.remove(folder / f"{row.pid}.npz")
-    for name in (TABLE, RECORD):
-        files.remove(folder / name)
+        if pids is not None and row.pid not in pids:
+            kept.append(row)
+            continue
+        if save_as == "numpy":
+            files.remove(folder / f"{row.pid}.npz")
+            continue
+        for name in MAPS:
+            files.remove(folder / row.pid / name)
+        if (folder / row.pid).is_dir() and not any((folder / row.pid).iterdir()):
+            (folder / row.pid).rmdir()
+    if pids is None:
+        files.remove(folder / TABLE)
+        files.remove(folder / RECORD)
+    else:
+        write_table(folder / TABLE, kept)
 
 
 def write_niftis(

@@ -405,17 +405,21 @@ def reliability_counts(
 ) -> np.ndarray:
     """(bins, 3) voxels, summed probability and foreground voxels; sums over cases add.
 
+    Voxels of probability 0 outside of the reference are left out: there is more of them the
+    larger the field of view is, and all would look well calibrated.
+
     Args:
-        prob: Probabilities 0..1, any shape. Those of exactly 0 and 1 count too.
+        prob: Probabilities 0..1, any shape.
         mask_ref: bool, the same shape.
         bins: Bins of equal width.
     """
-    place = np.minimum((prob.ravel() * bins).astype(np.int64), bins - 1)
-    inside = mask_ref.ravel().astype(np.float64)
+    counted = mask_ref | (prob > 0)
+    values, inside = prob[counted], mask_ref[counted].astype(np.float64)
+    place = np.minimum((values * bins).astype(np.int64), bins - 1)
     return np.stack(
         [
             np.bincount(place, minlength=bins).astype(np.float64),
-            np.bincount(place, weights=prob.ravel(), minlength=bins),
+            np.bincount(place, weights=values, minlength=bins),
             np.bincount(place, weights=inside, minlength=bins),
         ],
         axis=1,

@@ -73,22 +73,22 @@ class Passes:
         """Whether masks, and whether dropout, are drawn with this network.
 
         Raises:
-            ValueError: If the run was trained without what `draw` asks for.
+            ValueError: If the run was trained without what `draw` asks for, or has nothing
+                to draw in the passes that `n` asks for.
         """
         if self.n != "auto" and self.n <= 1:
             return False, False
         has_masks = model.name == "unet3d" and model.mask_fraction > 0
         has_dropout = model.dropout > 0
         if self.draw == "auto":
+            if self.n != "auto" and not (has_masks or has_dropout):
+                raise ValueError(
+                    f"n is {self.n}, but the run was trained with neither masks nor dropout, "
+                    "so all passes would be the same; use --n 1"
+                )
             return has_masks, has_dropout and not has_masks
-        masks, dropout = (
-            self.draw in ("masks", "both"),
-            self.draw
-            in (
-                "dropout",
-                "both",
-            ),
-        )
+        masks = self.draw in ("masks", "both")
+        dropout = self.draw in ("dropout", "both")
         if (masks and not has_masks) or (dropout and not has_dropout):
             raise ValueError(
                 f"draw is {self.draw!r}, but the run's {model.name} has mask_fraction "
@@ -258,13 +258,18 @@ class VolumePredictor:
         return np.asarray(output)[0, ..., 1]
 
     def tile_px(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """What the network sees at once of a volume: all of it, if memory allows."""
+        """What the network sees at once of a volume: all of it, if memory allows.
+
+        Else what it was trained on, whatever memory that takes: smaller tiles would show it
+        less than it knows.
+        """
         model = self.settings.model
         step = max(PADDED_PX, 2**model.depth)
         z, y, x = (-(-size // step) * step for size in shape)
+        trained = self.settings.batches.volume_px
         if z * y * x * model.filters * BYTES_PER_VOXEL <= self.memory_gb * 1e9:
             return z, y, x
-        return self.settings.batches.volume_px
+        return min(z, trained[0]), min(y, trained[1]), min(x, trained[2])
 
     def network(self, tile_px: tuple[int, int, int]) -> Any:
         """The network for volumes of this size, built now or kept from before."""

@@ -212,7 +212,11 @@ def read_usable(path: Path) -> tuple[list[ScanSource], dict[str, str]]:
         )
     sources = list(found.values())
     _check_exists(sources, path)
-    return sources, {_line(where): reason for where, reason in refused.items()}
+    # Without the folder of the list, which hospitals name after patients.
+    return sources, {
+        _line(where): reason.replace(where, _line(where))
+        for where, reason in refused.items()
+    }
 
 
 def _line(where: str) -> str:

@@ -104,10 +104,11 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
     """
     folders = method_folders(arguments.methods)
     refuse_other_folder(arguments.out, "lungs.csv")
-    jobs = jobs_of(arguments)
+    jobs, unreadable = jobs_of(arguments)
     scored, failures = steps.map_scans(
         score, jobs, workers=arguments.workers, label="compare"
     )
+    failures = [*unreadable, *failures]
     if not scored:
         reason = failures[0].reason if failures else f"{arguments.scans} holds no scans"
         raise ValueError(f"no scan could be scored: {reason}")
@@ -143,23 +144,31 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
     return steps.Report(line, failures)
 
 
-def jobs_of(arguments: Arguments) -> list[Job]:
-    """The scan files to score.
+def jobs_of(arguments: Arguments) -> tuple[list[Job], list[steps.Failure]]:
+    """The scan files to score, and those that cannot be read.
 
     Raises:
         ValueError: If none is of the part.
     """
-    paths = scan_files(arguments.scans)
+    wanted = None
     if arguments.split is not None:
         split = slice_idx.read_split(arguments.split)
         wanted = set(slice_idx.patients_of_part(split, arguments.part))
-        paths = [path for path in paths if scan_identity(path)[0] in wanted]
-        if not paths:
-            raise ValueError(
-                f"{arguments.scans} holds no scan of the {arguments.part} patients of "
-                f"{arguments.split}; choose another --part or --scans"
-            )
-    return [Job(path.stem, path, arguments) for path in paths]
+    jobs, unreadable = [], []
+    for path in scan_files(arguments.scans):
+        try:
+            patient_id, scan_id = scan_identity(path)
+        except ScanError as error:
+            unreadable.append(steps.Failure(path.stem, str(error)))
+            continue
+        if wanted is None or patient_id in wanted:
+            jobs.append(Job(scan_id, path, arguments))
+    if not jobs and not unreadable:
+        raise ValueError(
+            f"{arguments.scans} holds no scan of the {arguments.part} patients of "
+            f"{arguments.split}; choose another --part or --scans"
+        )
+    return jobs, unreadable
 
 
 def method_folders(methods: Sequence[str]) -> dict[str, Path]:
@@ -301,13 +310,18 @@ def nodule_rows(
 def overlap_scores(
     reference: np.ndarray | None, mask: np.ndarray, scan: Scan, tolerance_mm: float
 ) -> dict[str, float]:
-    """Dice and surfaces; NaN without a reference."""
+    """Dice and surfaces; NaN without a reference.
+
+    A mask without lungs is as far from the reference as the field is wide: to leave it out
+    would make its method better.
+    """
     if reference is None:
         return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), np.nan)
     surfaces = metrics.surface_distances(reference, mask, scan.spacing_mm)
+    diagonal_mm = np.linalg.norm(np.array(mask.shape) * scan.spacing_mm)
     return {
         "dice": metrics.dice(reference, mask),
-        "hd95_mm": surfaces.hausdorff_mm(),
+        "hd95_mm": surfaces.hausdorff_mm() if mask.any() else float(diagonal_mm),
         "surface_dice": surfaces.dice(tolerance_mm),
     }
 

@@ -39,11 +39,16 @@ class Measure(NamedTuple):
         name: What the table calls it.
         columns: From rows of scans to (scans, k) numbers that are summed.
         statistic: From (..., k) sums to (...) scores.
+        defined: From rows of scans to (scans,) bool; only scans where both runs have the
+            score count in a difference.
     """
 
     name: str
     columns: Callable[[Sequence[Row]], np.ndarray]
     statistic: Callable[[np.ndarray], np.ndarray]
+    defined: Callable[[Sequence[Row]], np.ndarray] = lambda rows: np.full(
+        len(rows), True
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def mean_of(name: str, text: str) -> Measure:
         text,
         lambda rows: metrics.mean_columns(numbers(name)(rows)[:, 0]),
         metrics.mean_of_sums,
+        lambda rows: np.isfinite(numbers(name)(rows)[:, 0]),
     )
 
 
@@ -113,7 +119,8 @@ def compare(
         interval = metrics.bootstrap(values, patients, measure.statistic, n=draws)
         difference = None
         if base is not None:
-            both = np.hstack([values, measure.columns(base)])
+            in_both = measure.defined(rows) & measure.defined(base)
+            both = np.hstack([values, measure.columns(base)]) * in_both[:, None]
             difference = metrics.bootstrap(
                 both, patients, difference_of(measure.statistic), n=draws
             )

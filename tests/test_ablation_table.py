@@ -116,3 +116,17 @@ def test_two_runs_of_one_name_are_refused(tmp_path, base):
     twin = write_scores(tmp_path / "b/base", [("a", "A", 1, 0, 0, 1, 1, 1, 1, 0)])
     with pytest.raises(ValueError, match="one name: base, base"):
         table_of(tmp_path, base, twin)
+
+
+def test_a_difference_is_of_scans_where_both_runs_have_the_score():
+    from experiments import paired
+
+    distances = {"a": 3.0, "b": 3.0, "c": 3.0, "d": 40.0}
+    base = [{"patient_id": p, "hd95_mm": mm} for p, mm in distances.items()]
+    rows = [dict(row) for row in base]
+    rows[3]["hd95_mm"] = float("nan")
+    measure = paired.mean_of("hd95_mm", "HD95")
+    (cell,) = paired.compare("other", rows, base, [measure], draws=100)
+    assert cell.interval.value == 3
+    assert cell.difference is not None
+    assert cell.difference.value == 0

@@ -108,6 +108,7 @@ def test_bad_rows_are_listed_and_the_others_go_on(written):
     assert "1 voxels are NaN" in skipped["nan"]
     assert set(rows_of(written)) == {"good", "last"}
     assert not (written.parent / "escape").exists()
+    assert str(written.parent) not in (written / "skipped.csv").read_text()
 
 
 def test_the_table_says_what_is_to_be_thought_of_each_scan(written, volume):
@@ -339,3 +340,62 @@ def test_the_record_says_how_the_lungs_were_made(written):
     assert (record["n"], record["seed"], record["thresh"]) == (20, 0, 0.55)
     assert len(record["weights_sha256"]) == 64
     assert record["provenance"]["packages"]["tensorflow"]
+
+
+@pytest.fixture
+def beside(volume, tmp_path):
+    """Two scans, each in a folder of its id, and a list of them."""
+    for pid in ("P1", "P2"):
+        (tmp_path / pid).mkdir()
+        save(tmp_path / pid / "ct.nii.gz", volume)
+    rows = [(pid, f"{pid}/ct.nii.gz") for pid in ("P1", "P2")]
+    return write_list(tmp_path / "scans.csv", rows)
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_results_never_replace_what_is_not_infers(run, beside, options):
+    """The sources lie where the results would: RESULT_DIR/PID."""
+    command = ("--csv_file", beside, "--result_dir", beside.parent, "--exp_dir", run)
+    assert run_main(*command, "--n", 1, *options) == 3
+    for pid in ("P1", "P2"):
+        assert [p.name for p in (beside.parent / pid).iterdir()] == ["ct.nii.gz"]
+    assert "is not infer.py's" in (beside.parent / "skipped.csv").read_text()
+
+
+def test_overwriting_removes_what_infer_wrote_and_no_more(run, beside):
+    out = beside.parent / "OUT"
+    command = ("--csv_file", beside, "--result_dir", out, "--exp_dir", run, "--n", 1)
+    assert run_main(*command) == 0
+    (out / "P2" / "notes.txt").write_text("mine")
+    before = (out / "P1/mask.nii.gz").stat().st_mtime_ns
+    one = write_list(beside.with_name("one.csv"), [("P1", "P1/ct.nii.gz")])
+    alone = ("--csv_file", one, *command[2:], "--overwrite")
+    assert run_main(*alone) == 0  # same settings: P2 is not in the list and stays
+    assert (out / "P1/mask.nii.gz").stat().st_mtime_ns > before
+    assert set(rows_of(out)) == {"P1", "P2"}
+    assert (out / "P2/mask.nii.gz").exists()
+    assert run_main(*alone, "--thresh", 0.7) == 0  # others: none of the old may stay
+    assert set(rows_of(out)) == {"P1"}
+    assert [path.name for path in (out / "P2").iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_call_leaves_nothing_that_refuses_the_next(
+    make_lung_run, run, beside, tmp_path
+):
+    model = replace(read_settings(run).model, dropout=0.0)
+    settings = replace(read_settings(run), model=model)
+    run = make_lung_run(tmp_path / "no-dropout", experiment=settings)
+    command = ("--csv_file", beside, "--result_dir", tmp_path / "OUT", "--exp_dir", run)
+    assert run_main(*command, "--draw", "dropout", "--n", 5) == 1
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("pid", ["lungs.csv", "Lungs.json", "predictions.json"])
+def test_an_id_that_is_a_file_of_the_directory_is_refused(run, volume, tmp_path, pid):
+    save(tmp_path / "chest.nii.gz", volume)
+    rows = [(pid, "chest.nii.gz"), ("good", "chest.nii.gz")]
+    listed = write_list(tmp_path / "scans.csv", rows)
+    command = ("--csv_file", listed, "--result_dir", tmp_path / "OUT", "--n", 1)
+    assert run_main(*command, "--exp_dir", run) == 3
+    assert set(rows_of(tmp_path / "OUT")) == {"good"}
+    assert "give the scan another id" in (tmp_path / "OUT/skipped.csv").read_text()

@@ -259,7 +259,9 @@ def test_what_a_run_cannot_draw_is_refused(run):
     plain = replace(settings, model=replace(settings.model, mask_fraction=0, dropout=0))
     with pytest.raises(ValueError, match="draw is 'masks'.*use --draw auto"):
         VolumePredictor(run, plain, Passes(n=5, draw="masks"))
-    assert Passes(n=5).drawn(plain.model) == (False, False)
+    assert Passes().drawn(plain.model) == (False, False)
+    with pytest.raises(ValueError, match="neither masks nor dropout.*--n 1"):
+        Passes(n=5).drawn(plain.model)
     assert Passes(n=5).drawn(settings.model) == (True, False)
     assert Passes(n=5, draw="both").drawn(settings.model) == (True, True)
     with pytest.raises(ValueError, match="n is -1; expected auto, or 0 or more"):

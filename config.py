@@ -351,6 +351,8 @@ class Postprocess:
     min_volume_mm3: float = 14.0
     """Smaller components are removed; 14 is a ball of 3 mm, the least that LIDC's readers
     outlined."""
+    min_score: float = 0.0
+    """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
     within_lung: bool = True
     """Keep only what lies in the lung mask."""
@@ -358,6 +360,7 @@ class Postprocess:
     def __post_init__(self) -> None:
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.erosion_px >= 0, "erosion_px", self.erosion_px, "0 or more")
+        require(0 <= self.min_score < 1, "min_score", self.min_score, "0 to below 1")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ Connectivity = Literal[6, 18, 26]
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EROSIONS_PX = (0, 3, 5)
 MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
+MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
 """The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
 
 FALSE_PRICE = 0.02
@@ -294,6 +295,7 @@ def _kept_components(
     peaks = np.zeros(len(sizes), np.float32)
     np.maximum.at(peaks, owners, chances)
     stays = sizes * grid.voxel_mm3 >= settings.min_volume_mm3
+    stays &= scores >= settings.min_score
     stays &= (peaks >= np.float32(settings.threshold)) & (sizes > 0)
     return np.flatnonzero(stays), scores, peaks
 
@@ -508,7 +510,7 @@ def count_for_tuning(job: Job) -> np.ndarray:
     """What each setting of the grid gives on one scan.
 
     Returns:
-        (thresholds, erosions, volumes, 4) int64: voxels true positive, false positive
+        (thresholds, erosions, volumes, scores, 4) int64: voxels true positive, false positive
         and false negative, and components that touch no reference voxel.
     """
     scan, prob = read_prediction(job, "prob.nii.gz")
@@ -539,13 +541,13 @@ def tuning_counts(
     *,
     slices: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """See `count_for_tuning`; each component is found once for all smallest volumes.
+    """See `count_for_tuning`; each component is found once for all volumes and scores.
 
     Components and their volumes are those of the whole scan, but only voxels and
     components in `slices` are counted.
     """
-    shape = (len(THRESHOLDS), len(EROSIONS_PX), len(MIN_VOLUMES_MM3), 4)
-    counts = np.zeros(shape, np.int64)
+    grid_axes = (THRESHOLDS, EROSIONS_PX, MIN_VOLUMES_MM3, MIN_SCORES)
+    counts = np.zeros((*map(len, grid_axes), 4), np.int64)
     reference = only_slices(reference, slices)
     total_ref = int(np.count_nonzero(reference))
     counts[..., 2] = total_ref
@@ -560,15 +562,19 @@ def tuning_counts(
         for e, erosion_px in enumerate(EROSIONS_PX):
             mask = erode(prob >= np.float32(threshold), erosion_px)
             parts = components(mask, connectivity)
-            volumes_mm3 = np.bincount(parts[mask], minlength=1) * grid.voxel_mm3
+            owners = parts[mask]
+            voxels = np.bincount(owners, minlength=1)
+            scores = np.bincount(owners, weights=prob[mask], minlength=1)
+            scores = scores / np.maximum(voxels, 1)
             mask[~counted] = False
-            sizes = np.bincount(parts[mask], minlength=len(volumes_mm3))
+            sizes = np.bincount(parts[mask], minlength=len(voxels))
             shared = np.bincount(parts[mask & reference], minlength=len(sizes))
-            for v, min_volume_mm3 in enumerate(MIN_VOLUMES_MM3):
-                kept = (sizes > 0) & (volumes_mm3 >= min_volume_mm3)
+            for v, s in np.ndindex(len(MIN_VOLUMES_MM3), len(MIN_SCORES)):
+                kept = (sizes > 0) & (voxels * grid.voxel_mm3 >= MIN_VOLUMES_MM3[v])
+                kept &= scores >= MIN_SCORES[s]
                 tp, size = shared[kept].sum(), sizes[kept].sum()
                 false = np.count_nonzero(shared[kept] == 0)
-                counts[t, e, v] = tp, size - tp, total_ref - tp, false
+                counts[t, e, v, s] = tp, size - tp, total_ref - tp, false
     return counts
 
 
@@ -580,11 +586,11 @@ def best_of_grid(
     A scan scores its Dice, 0 if it has no nodule, less `FALSE_PRICE` for every false
     component. A setting is as good as the best if its mean score lacks no more than one
     standard error of the scans' differences. Of those, the one fewest steps of the grid
-    away from threshold 0.5, no erosion and a smallest volume of 14 mm3 is taken: few scans
-    cannot tell more apart.
+    away from threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is taken:
+    few scans cannot tell more apart.
 
     Args:
-        counts: (scans, thresholds, erosions, volumes, 4) of `count_for_tuning`.
+        counts: (scans, thresholds, erosions, volumes, scores, 4) of `count_for_tuning`.
         base: Gives what is not tuned.
 
     Returns:
@@ -594,18 +600,19 @@ def best_of_grid(
     Reference: Breiman et al. 1984 (the rule of one standard error).
     """
     dice = Counts(counts[..., 0], counts[..., 1], counts[..., 2]).dice
-    with_nodule = (counts[..., 0] + counts[..., 2]).max(axis=(1, 2, 3)) > 0
-    scores = np.where(with_nodule[:, None, None, None], np.nan_to_num(dice), 0.0)
+    with_nodule = (counts[..., 0] + counts[..., 2]).max(axis=(1, 2, 3, 4)) > 0
+    scores = np.nan_to_num(dice)
+    scores[~with_nodule] = 0.0
     scores -= FALSE_PRICE * counts[..., 3]
     best = np.unravel_index(scores.mean(axis=0).argmax(), scores.shape[1:])
-    lack = scores[:, *best][:, None, None, None] - scores
+    lack = scores[:, *best].reshape(-1, 1, 1, 1, 1) - scores
     error = lack.std(axis=0, ddof=1) if len(scores) > 1 else np.zeros(lack.shape[1:])
     good = lack.mean(axis=0) <= error / np.sqrt(len(scores)) + 1e-9
 
     def steps_away(place: tuple[int, ...]) -> tuple[int, ...]:
-        t, e, v = place
-        usual = THRESHOLDS.index(0.5), 0, MIN_VOLUMES_MM3.index(14.0)
-        return (abs(t - usual[0]) + e + abs(v - usual[2]), *place)
+        t, e, v, s = place
+        usual = THRESHOLDS.index(0.5), MIN_VOLUMES_MM3.index(14.0)
+        return (abs(t - usual[0]) + e + abs(v - usual[1]) + s, *place)
 
     taken = min(
         (place for place in np.ndindex(good.shape) if good[place]), key=steps_away
@@ -616,6 +623,7 @@ def best_of_grid(
         threshold=THRESHOLDS[taken[0]],
         erosion_px=EROSIONS_PX[taken[1]],
         min_volume_mm3=MIN_VOLUMES_MM3[taken[2]],
+        min_score=MIN_SCORES[taken[3]],
     )
     reached = {
         "mean_dice": float(dice[with_nodule, *taken].mean())
@@ -835,7 +843,8 @@ def settings_text(settings: config.Postprocess) -> str:
     )
     return (
         f"{threshold}, erosion {settings.erosion_px} px, "
-        f"at least {settings.min_volume_mm3:g} mm3"
+        f"at least {settings.min_volume_mm3:g} mm3 and mean probability "
+        f"{settings.min_score:g}"
     )
 
 

@@ -34,7 +34,7 @@ from geometry import Grid
 from outlines import READERS, Box, diameter_mm, volume_mm3
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, write_scan
 
-FORMAT = 2
+FORMAT = 3
 """Part of every UID: raised when the same seed makes another phantom than before."""
 
 COARSE_MM = 2.8
@@ -367,7 +367,7 @@ def _place_nodules(
         diameter = float(
             np.clip(9.5 * np.exp(0.55 * rng.standard_normal()), small, large)
         )
-        kind = nodules.KINDS[rng.choice(3, p=(0.7, 0.13, 0.17))]
+        kind = nodules.KINDS[rng.choice(3, p=nodules.KIND_SHARES)]
         site = nodules.SITES[rng.choice(3, p=(0.4, 0.3, 0.3))]
         nodule = PlacedNodule(
             label=len(placed) + 1,

@@ -185,17 +185,18 @@ def test_tuning_counts_are_those_of_the_settings_themselves():
     prob = (prob - prob.min()) / np.ptp(prob)
     reference = ball((10, 30, 30), 10.0)
     counts = tuning_counts(prob, reference, canonical_grid(), 26)
-    for t, e, v in ((6, 0, 0), (5, 1, 2), (7, 0, 4), (4, 2, 3)):
+    for t, e, v, s in ((6, 0, 0, 0), (5, 1, 2, 0), (7, 0, 1, 1), (4, 2, 3, 0)):
         settings = replace(
             FIXED,
             threshold=postprocess.THRESHOLDS[t],
             erosion_px=postprocess.EROSIONS_PX[e],
             min_volume_mm3=postprocess.MIN_VOLUMES_MM3[v],
+            min_score=postprocess.MIN_SCORES[s],
         )
         labels, nodules = find_nodules(prob, canonical_grid(), settings)
         mask = labels > 0
         touching = len(np.unique(labels[mask & reference]))
-        assert counts[t, e, v].tolist() == [
+        assert counts[t, e, v, s].tolist() == [
             (mask & reference).sum(),
             (mask & ~reference).sum(),
             (reference & ~mask).sum(),
@@ -220,6 +221,7 @@ def grid_counts(scans, counts):
         len(postprocess.THRESHOLDS),
         len(postprocess.EROSIONS_PX),
         len(postprocess.MIN_VOLUMES_MM3),
+        len(postprocess.MIN_SCORES),
     )
     return np.tile(np.array(counts), (scans, *shape, 1))
 
@@ -227,7 +229,7 @@ def grid_counts(scans, counts):
 def test_of_equal_settings_the_plainest_is_taken_unless_others_find_less_falsely():
     counts = grid_counts(1, (1, 1, 1, 1))
     assert best_of_grid(counts, Postprocess())[0] == Postprocess(method="tuned")
-    counts[0, 8, 2, 4, 3] = 0
+    counts[0, 8, 2, 4, :, 3] = 0
     assert best_of_grid(counts, Postprocess())[0].threshold == postprocess.THRESHOLDS[8]
 
 
@@ -270,7 +272,7 @@ def test_of_some_slices_components_keep_their_whole_volume():
     prob = prob_of((ball_mask, 0.9))
     counts = tuning_counts(prob, ball_mask, canonical_grid(), 26, slices=[8])
     largest = len(postprocess.MIN_VOLUMES_MM3) - 1
-    assert counts[5, 0, largest].tolist() == [ball_mask[8].sum(), 0, 0, 0]
+    assert counts[5, 0, largest, 0].tolist() == [ball_mask[8].sum(), 0, 0, 0]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from outlines import READERS, diameter_mm, fill_outline
 from scan import AIR_HU, LEFT, RIGHT, Scan, read_scan
 
 ROOT = Path(__file__).parents[2]
-SEED = 39
+SEED = 62
 SETTINGS = phantom.Settings(
     size_px=192, slice_spacing_mm=5.0, nodules=(6, 6), diameter_mm=(10.0, 24.0)
 )

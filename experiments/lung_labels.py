@@ -10,8 +10,9 @@ nearest lung.
 """
 
 import csv
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,15 @@ import numpy as np
 import files
 import provenance
 import steps
-from scan import Scan, ScanError, read_scan, scan_files, scan_path, write_scan
+from scan import (
+    Scan,
+    ScanError,
+    read_provenance,
+    read_scan,
+    scan_files,
+    scan_path,
+    write_scan,
+)
 
 COLUMNS = (
     "scan_id",
@@ -98,12 +107,25 @@ def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
 
 
 def correct(task: Task) -> Task:
-    """Writes the scan file with corrected lung labels; leaves one that is there."""
+    """Writes the scan file with corrected lung labels; leaves one that is there.
+
+    Raises:
+        ScanError: If the one that is there was made of another mask or other ellipses.
+    """
     target = scan_path(task.out, task.scan_id)
+    made_of = {
+        "source_sha256": files.sha256(task.path),
+        "ellipses": [list(astuple(ellipse)) for ellipse in task.ellipses],
+    }
+    made_of = json.loads(json.dumps(made_of))
     if not target.exists():
         scan = read_scan(task.path)
         corrected = replace(scan, lung=corrected_lung(scan, task.ellipses))
-        write_scan(corrected, target, provenance.record())
+        write_scan(corrected, target, provenance.record() | made_of)
+    elif not made_of.items() <= read_provenance(target).items():
+        raise ScanError(
+            f"{target} was made of another mask or other corrections; remove it"
+        )
     return task
 
 

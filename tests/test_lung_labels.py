@@ -72,6 +72,15 @@ def test_the_command_writes_corrected_scan_files(work):
     assert np.array_equal(written.hu, tiny_scan().hu)
 
 
+def test_labels_of_other_corrections_are_not_taken_for_these(work):
+    row = ["scan-000", 10, 10, 11, 18, 2, 1, "tumour"]
+    lung_labels.correct_all(corrections(work, row))
+    assert not lung_labels.correct_all(corrections(work, row)).failures
+    row[3] = 12
+    report = lung_labels.correct_all(corrections(work, row))
+    assert "other corrections; remove it" in report.failures[0].reason
+
+
 def test_a_wrong_list_is_refused(work):
     with pytest.raises(ValueError, match="corrects somebody, not in"):
         lung_labels.correct_all(corrections(work, ("somebody", 1, 1, 1, 1, 1, 1, "")))

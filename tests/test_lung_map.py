@@ -20,7 +20,7 @@ def phantom():
     """(scan, labels): a phantom with ribs and spine, thinned to seconds."""
     from cohorts import phantom as source
 
-    full = source.to_scan(source.make_phantom(1))
+    full = source.to_scan(source.make_phantom(4))
     thin = (slice(None), slice(None, None, 4), slice(None, None, 4))
     affine = full.grid.affine @ np.diag([1, 4, 4, 1])
     hu = np.ascontiguousarray(full.hu[thin])

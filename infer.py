@@ -155,6 +155,7 @@ def infer(
         settings,
         result_dir,
         lungs,
+        start=lambda: write_predictions(result_dir, predictions, []),
         batch_size=batch_size,
         overwrite=overwrite,
     )
@@ -175,6 +176,7 @@ def segment_nodules(
     result_dir: Path,
     lungs: Lungs,
     *,
+    start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
 ) -> Outcome:
@@ -182,6 +184,7 @@ def segment_nodules(
     predictor = Predictor(exp_dir, settings, batch_size=batch_size)
     if overwrite:
         remove_nodules(result_dir)
+    start()  # before the first map, so that a run that is killed says whose it is
     stood = {task.scan_id for task in tasks if map_path(result_dir, task).exists()}
     missing = [task for task in tasks if task.scan_id not in stood]
 
@@ -205,6 +208,7 @@ def segment_lungs(
     result_dir: Path,
     lungs: Lungs,
     *,
+    start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
 ) -> Outcome:
@@ -223,6 +227,7 @@ def segment_lungs(
         made_by,
         replaced={task.scan_id for task in tasks} if overwrite else set(),
     )
+    start()
     foreign = [
         steps.Failure(task.scan_id, results.foreign(task.scan_id))
         for task in tasks

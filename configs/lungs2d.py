@@ -2,8 +2,9 @@
 
 The recipe of the study on lungs irrespective of pathology: a U-Net trained on Dice and
 cross-entropy by AdamW with gradients clipped at norm 1, four batches of eight to a step,
-patients split 70/10/20, lesions in 8 of 10 samples. Ours are the 400x400 pixels about
-the centre, as in the thesis, the augmentation, weight decay and learning rate.
+lesions in 8 of 10 samples. Ours are the split of 70/10/20 (train, validation, test; theirs
+is 70/20/10), the 400x400 pixels about the centre, as in the thesis, the augmentation, weight
+decay and learning rate.
 
     CONFIG=lung2d-pathology DATA=/data/LIDC-IDRI bash scripts/all.sh
 """

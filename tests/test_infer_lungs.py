@@ -399,3 +399,17 @@ def test_an_id_that_is_a_file_of_the_directory_is_refused(run, volume, tmp_path,
     assert run_main(*command, "--exp_dir", run) == 3
     assert set(rows_of(tmp_path / "OUT")) == {"good"}
     assert "give the scan another id" in (tmp_path / "OUT/skipped.csv").read_text()
+
+
+def test_a_call_that_is_killed_has_said_whose_results_these_are(
+    run, beside, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "read_and_map", killed)
+    with pytest.raises(KeyboardInterrupt):
+        infer.infer(run, tmp_path / "OUT", csv_file=beside)
+    record = json.loads((tmp_path / "OUT/predictions.json").read_text())
+    assert len(record["weights_sha256"]) == 64
+    assert record["scans"] == {}

@@ -1,4 +1,4 @@
-"""Random changes of a slice and its masks, crops, and the values that enter a network.
+"""Random changes of a slice and its masks, its crops, and what enters a network.
 
 Everything that moves pixels (flips, rotation, zoom, shift, elastic displacement and the
 crop) is one map from output pixels to slice pixels, so an image is interpolated once and
@@ -9,13 +9,14 @@ everything else is (y, x).
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+import boxes
 import config
 import scan
+from boxes import Box, Crop, Tile
 from scan import AIR_HU
 
 EPSILON = 1e-6
@@ -28,32 +29,9 @@ Zhuang et al. 2025, so that their values mean the same here."""
 TARGET_BIT, LUNG_BIT = 1, 2
 """A slice's masks travel as bits of one uint8 image, so that one warp moves both."""
 
-TILE_OVERLAP = 0.25
-"""Least share of a tile that its neighbour covers too."""
-
 NOISE_CORRELATION_PX = 0.8
 """Width (sigma) of the kernel that makes neighbouring pixels' noise alike, as
 reconstruction does."""
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Which part of a slice becomes the output.
-
-    Attributes:
-        top_left_yx: Slice pixel of the output's pixel (0, 0); may lie outside.
-        pin_yx: Output point that random turns and zooms leave in place.
-    """
-
-    top_left_yx: tuple[int, int]
-    pin_yx: tuple[float, float]
-
-
-class Tile(NamedTuple):
-    """A crop of a slice, and the (y, x) float32 weight of each of its pixels."""
-
-    crop: Crop
-    weight: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +47,12 @@ class Warp:
     matrix: np.ndarray
     points: np.ndarray | None = None
 
-    def within(self, box: tuple[slice, slice]) -> "Warp":
+    def within(self, box: Box) -> "Warp":
         """The same warp, for a (y, x) box of the output alone."""
         matrix = self.matrix.copy()
         matrix[:, 2] += self.matrix[:, :2] @ (box[1].start, box[0].start)
         points = None if self.points is None else self.points[:, box[0], box[1]]
         return Warp(matrix, points)
-
-
-def crop_at_centre(slice_px: tuple[int, ...], output_px: tuple[int, int]) -> Crop:
-    """The central part of a slice; an odd pixel is left at the end."""
-    top, left = (
-        (full - size) // 2 for full, size in zip(slice_px, output_px, strict=True)
-    )
-    return Crop((top, left), _middle(output_px))
 
 
 def crop_at_lungs(lung: np.ndarray, output_px: tuple[int, int]) -> Crop:
@@ -92,12 +62,10 @@ def crop_at_lungs(lung: np.ndarray, output_px: tuple[int, int]) -> Crop:
         lung: (y, x) uint8 lung labels.
         output_px: (y, x) size of the crop.
     """
-    x, y, width, height = cv2.boundingRect(lung)
-    if not width:
-        return crop_at_centre(lung.shape, output_px)
-    focus_yx = (y + (height - 1) / 2, x + (width - 1) / 2)
-    top_left = _top_left(focus_yx, _middle(output_px), lung.shape, output_px)
-    return Crop(top_left, _middle(output_px))
+    box = boxes.around(lung)
+    if box is None:
+        return boxes.crop_at_centre(lung.shape, output_px)
+    return boxes.crop_around(boxes.centre(box), lung.shape, output_px)
 
 
 def crop_near_nodule(
@@ -123,137 +91,44 @@ def crop_near_nodule(
     """
     which, *place = rng.random(5)
     box = _nodule_box(target, which)
-    if box is None:
-        x, y, width, height = cv2.boundingRect(lung)
-        if not width:
-            return crop_at_centre(target.shape, output_px)
-        focus_yx = (y + place[0] * (height - 1), x + place[1] * (width - 1))
-        half_yx = (margin_px, margin_px)
+    lungs = None if box else boxes.around(lung)
+    if box:
+        focus = boxes.centre(box)
+        half = [(part.stop - part.start) / 2 + margin_px for part in box]
+    elif lungs:
+        focus = boxes.point_in(lungs, place[:2])
+        half = [margin_px, margin_px]
     else:
-        x, y, width, height = box
-        focus_yx = (y + (height - 1) / 2, x + (width - 1) / 2)
-        half_yx = (height / 2 + margin_px, width / 2 + margin_px)
-    lies_yx = [
-        _between(min(half, (size - 1) / 2), max(size - 1 - half, (size - 1) / 2), share)
-        for half, size, share in zip(half_yx, output_px, place[2:], strict=True)
-    ]
-    top, left = _top_left(focus_yx, lies_yx, target.shape, output_px)
-    return Crop((top, left), (focus_yx[0] - top, focus_yx[1] - left))
+        return boxes.crop_at_centre(target.shape, output_px)
+    return boxes.crop_near(focus, half, target.shape, output_px, place[2:])
 
 
-def _nodule_box(target: np.ndarray, which: float) -> tuple[int, ...] | None:
-    """(x, y, width, height) of one connected nodule; `which` in [0, 1) chooses."""
-    x, y, width, height = cv2.boundingRect(target)
-    if not width:
+def _nodule_box(target: np.ndarray, which: float) -> Box | None:
+    """The box around one connected nodule; `which` in [0, 1) chooses. None without any."""
+    whole = boxes.around(target)
+    if whole is None:
         return None
-    part = np.ascontiguousarray(target[y : y + height, x : x + width])
-    count, _, boxes, _ = cv2.connectedComponentsWithStats(part)
-    box = boxes[1 + int(which * (count - 1))]
-    return x + int(box[0]), y + int(box[1]), int(box[2]), int(box[3])
-
-
-def _top_left(focus_yx, lies_yx, slice_px, output_px) -> tuple[int, int]:
-    """Where the crop begins for `focus` to lie at `lies`, kept within the slice."""
-    top, left = (
-        min(max(round(focus - lies), 0), full - size)
-        if full >= size
-        else (full - size) // 2
-        for focus, lies, full, size in zip(
-            focus_yx, lies_yx, slice_px, output_px, strict=True
-        )
-    )
-    return top, left
-
-
-def _middle(size_px: tuple[int, int]) -> tuple[float, float]:
-    return (size_px[0] - 1) / 2, (size_px[1] - 1) / 2
-
-
-def _between(low: float, high: float, share: float) -> float:
-    return low + (high - low) * share
-
-
-def cut(image: np.ndarray, crop: Crop, output_px: tuple[int, int], *, fill: int):
-    """The crop of a (y, x) image, `fill` where it reaches beyond; not interpolated."""
-    result = np.full(output_px, fill, image.dtype)
-    inside, covered = overlap(crop, output_px, image.shape)
-    result[covered] = image[inside]
-    return result
-
-
-def paste(image: np.ndarray, values: np.ndarray, crop: Crop) -> None:
-    """Adds the (y, x) values of a crop to the image they lie on, in place."""
-    inside, covered = overlap(crop, values.shape, image.shape)
-    image[inside] += values[covered]
-
-
-def overlap(
-    crop: Crop, output_px: tuple[int, ...], image_px: tuple[int, ...]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a crop and an image overlap: in the image, and in the crop."""
-    inside, covered = [], []
-    for start, size, full in zip(crop.top_left_yx, output_px, image_px, strict=True):
-        low, high = max(start, 0), max(min(start + size, full), 0)
-        inside.append(slice(low, high))
-        covered.append(slice(low - start, high - start))
-    return tuple(inside), tuple(covered)
+    part = np.ascontiguousarray(target[whole])
+    count, _, found, _ = cv2.connectedComponentsWithStats(part)
+    x, y, width, height, _ = found[1 + int(which * (count - 1))].tolist()
+    y, x = y + whole[0].start, x + whole[1].start
+    return slice(y, y + height), slice(x, x + width)
 
 
 def tiles(
-    lung: np.ndarray | None, slice_px: tuple[int, int], output_px: tuple[int, int]
+    lung: np.ndarray | None, slice_px: tuple[int, ...], output_px: tuple[int, int]
 ) -> list[Tile]:
-    """Overlapping crops that cover the lungs of a slice, or the slice without lungs.
-
-    A network sees tiles of the size it was trained on: of another size, the means of
-    squeeze-excite and the reach of its widest kernels would be others.
+    """The tiles in which a slice is seen whole, at validation and by infer.py.
 
     Args:
-        lung: (y, x) lung labels; None covers the whole slice.
+        lung: (y, x) lung labels, which are covered: tiles that hold none are left out.
+            None covers the slice.
         slice_px: (y, x) size of the slice.
         output_px: (y, x) size of a tile.
-
-    Returns:
-        The tiles that hold any lung, from the top down; none where there is no lung. At
-        every pixel of the lungs their weights sum to 1.
     """
-    bounds = [(0, length) for length in slice_px]
-    if lung is not None:
-        x, y, width, height = cv2.boundingRect((lung > 0).view(np.uint8))
-        bounds = [(y, y + height), (x, x + width)]
-        if not width:
-            return []
-    rows, columns = (
-        tiles_along(low, high, size)
-        for (low, high), size in zip(bounds, output_px, strict=True)
-    )
-    found = []
-    for top, weight_y in rows:
-        for left, weight_x in columns:
-            crop = Crop((top, left), _middle(output_px))
-            if lung is None or cut(lung, crop, output_px, fill=0).any():
-                found.append(Tile(crop, np.outer(weight_y, weight_x)))
-    return found
-
-
-def tiles_along(low: int, high: int, size: int) -> list[tuple[int, np.ndarray]]:
-    """Starts of evenly spread tiles from `low` to `high`, each with its (size,) weights.
-
-    A single tile lies in the middle. Weights fall linearly to the borders, where a
-    network sees least, and are scaled so that they sum to 1 everywhere.
-    """
-    length = high - low
-    if length <= size:
-        return [((low + high - size) // 2, np.ones(size, np.float32))]
-    count = int(np.ceil((length - size) / (size * (1 - TILE_OVERLAP)))) + 1
-    starts = low + np.rint(np.linspace(0, length - size, count)).astype(int)
-    ramp = np.minimum(np.arange(size), np.arange(size)[::-1]) + 1.0
-    total = np.zeros(length)
-    for start in starts - low:
-        total[start : start + size] += ramp
-    return [
-        (int(start), (ramp / total[start - low :][:size]).astype(np.float32))
-        for start in starts
-    ]
+    if lung is None:
+        return boxes.tiles(boxes.whole(slice_px), output_px)
+    return boxes.tiles_on(lung, output_px)
 
 
 def draw_warp(
@@ -311,8 +186,8 @@ def warp_matrix(
     mirror = np.array([[-1.0 if flip_x else 1.0], [-1.0 if flip_y else 1.0]])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     linear = mirror * turn / zoom
-    pin_xy = np.array(crop.pin_yx)[::-1]
-    start_xy = np.array(crop.top_left_yx)[::-1]
+    pin_xy = np.array(crop.pin)[::-1]
+    start_xy = np.array(crop.start)[::-1]
     offset = start_xy + pin_xy - linear @ (pin_xy + np.asarray(shift_yx)[::-1])
     return np.column_stack((linear, offset))
 
@@ -580,21 +455,16 @@ def nodule_target(
         (y, x) uint8, 0 or 1.
     """
     mask = np.zeros(nodule_labels.shape, np.uint8)
-    box = box_of(nodule_labels)
-    mask[box] = scan.consensus(
-        reader_bits[box],
-        nodule_labels[box],
-        readers_of_label,
-        level=batches.consensus_level,
-        min_readers=batches.min_readers,
-    )
+    box = boxes.around(nodule_labels)
+    if box:
+        mask[box] = scan.consensus(
+            reader_bits[box],
+            nodule_labels[box],
+            readers_of_label,
+            level=batches.consensus_level,
+            min_readers=batches.min_readers,
+        )
     return mask
-
-
-def box_of(mask: np.ndarray) -> tuple[slice, slice]:
-    """The (y, x) box around what is above 0 in a (y, x) uint8 mask; empty if nothing is."""
-    x, y, width, height = cv2.boundingRect(mask)
-    return slice(y, y + height), slice(x, x + width)
 
 
 def one_hot(mask: np.ndarray) -> np.ndarray:

@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 
 import augment
+import boxes
 import config
 import resample
+from boxes import Box, Crop
 from scan import AIR_HU
 
 CHUNK_VOXELS = 150_000
@@ -30,19 +32,6 @@ SOFT_TISSUE = 4
 
 LEAST_SLICES = 4
 """A volume is never averaged to fewer slices than this."""
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Which part of a volume becomes the output.
-
-    Attributes:
-        start_zyx: Voxel of the volume at the output's voxel (0, 0, 0); may lie outside.
-        pin_zyx: Output point that turns and zooms leave in place.
-    """
-
-    start_zyx: tuple[int, int, int]
-    pin_zyx: tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,20 +67,8 @@ class Scanner(NamedTuple):
     noise_width_px: float
     slice_px: float
     first_slice_px: float
-    field: tuple[slice, slice, slice]
+    field: Box
     gamma: float
-
-
-def cut(volume: np.ndarray, crop: Crop, output_px: tuple[int, int, int], *, fill: int):
-    """The crop of a (z, y, x) volume, `fill` where it reaches beyond; not interpolated."""
-    result = np.full(output_px, fill, volume.dtype)
-    inside, covered = [], []
-    for start, size, full in zip(crop.start_zyx, output_px, volume.shape, strict=True):
-        low, high = max(start, 0), max(min(start + size, full), 0)
-        inside.append(slice(low, high))
-        covered.append(slice(low - start, max(high, low) - start))
-    result[tuple(covered)] = volume[tuple(inside)]
-    return result
 
 
 def draw_warp(
@@ -162,8 +139,8 @@ def warp_matrix(
     turn = plane_turn(1, 2, about_z) @ plane_turn(0, 2, about_y)
     turn = turn @ plane_turn(0, 1, about_x)
     linear = mirror @ turn / np.asarray(zoom_zyx)
-    pin = np.array(crop.pin_zyx)
-    offset = crop.start_zyx + pin - linear @ (pin + np.asarray(shift_zyx))
+    pin = np.array(crop.pin)
+    offset = crop.start + pin - linear @ (pin + np.asarray(shift_zyx))
     return np.column_stack((linear, offset))
 
 
@@ -265,7 +242,7 @@ def warp_labels(
 
 def reach(
     warp: Warp, output_px: tuple[int, ...], volume_px: tuple[int, ...]
-) -> tuple[slice, ...] | None:
+) -> Box | None:
     """The (z, y, x) part of the volume that the warp looks at; None if it looks beyond."""
     corners = np.stack(
         np.meshgrid(*[(0, size - 1) for size in output_px], indexing="ij"), axis=-1
@@ -281,7 +258,7 @@ def reach(
     return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
-def padded_part(volume: np.ndarray, box: tuple[slice, ...], fill: float) -> np.ndarray:
+def padded_part(volume: np.ndarray, box: Box, fill: float) -> np.ndarray:
     """A part of a volume with a border of one voxel of `fill`."""
     part = volume[box]
     padded = np.full([size + 2 for size in part.shape], fill, volume.dtype)
@@ -308,7 +285,7 @@ def place_in_mosaic(plane, y, x, padded_px: tuple[int, ...], columns: int) -> No
 
 
 def chunks_of_points(
-    warp: Warp, output_px: tuple[int, int, int], box: tuple[slice, ...]
+    warp: Warp, output_px: tuple[int, int, int], box: Box
 ) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Slabs of the output, and which points of the padded part of the volume they show.
 
@@ -355,13 +332,13 @@ def draw_scanner(
         curve_hu = np.maximum.accumulate(curve_hu)
     thick = settings.slice_px > 1 and share[1] < 0.5
     slice_px = 1 + (settings.slice_px - 1) * share[2] if thick else 1.0
-    field = [slice(0, size) for size in output_px]
+    field = boxes.whole(output_px)
     if settings.field_cut and share[3] < 0.5:
         lost = np.where(ends[..., 0] < 1 / 3, settings.field_cut * ends[..., 1], 0)
-        field = [
+        field = tuple(
             slice(int(low * size), size - int(high * size))
             for (low, high), size in zip(lost, output_px, strict=True)
-        ]
+        )
     return Scanner(
         curve_hu,
         blur_px=settings.blur_px * share[4] if share[5] < 0.5 else 0.0,
@@ -369,7 +346,7 @@ def draw_scanner(
         noise_width_px=settings.noise_width_px * share[7],
         slice_px=slice_px,
         first_slice_px=slice_px * (share[9] - 0.5),
-        field=(field[0], field[1], field[2]),
+        field=field,
         gamma=(1 + settings.gamma) ** (2 * share[8] - 1),
     )
 
@@ -453,9 +430,7 @@ def weighted_slices(weights: np.ndarray, volume: np.ndarray) -> np.ndarray:
     return result
 
 
-def within_field(
-    volume: np.ndarray, field: tuple[slice, slice, slice], fill: float
-) -> np.ndarray:
+def within_field(volume: np.ndarray, field: Box, fill: float) -> np.ndarray:
     """The volume where the field of view is, `fill` beyond; itself if that is all of it."""
     if volume[field].shape == volume.shape:
         return volume

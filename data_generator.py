@@ -13,7 +13,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,19 +23,27 @@ import cv2
 import numpy as np
 
 import augment
+import boxes
 import config
 import files
 import lesions
 import slice_idx
 import steps
+from batching import (
+    SLICE_BATCH,
+    SLICE_NOISE,
+    SLICE_ORDER,
+    Generator,
+    Tiles,
+    batches_of,
+    plain,
+    reads_lung,
+    usable,
+)
 from slice_table import SliceTable
 from volumes import VolumeGenerator
 
 log = logging.getLogger(__name__)
-
-ORDER, BATCH, NOISE = 1, 2, 3
-"""First words of the seeds of the row order, of a batch and of the noise. They stand first
-because NumPy takes the seeds (1, 2) and (1, 2, 0) for the same."""
 
 SCALE = 2
 """Magnification of the contact sheet; an outline is one magnified pixel wide."""
@@ -44,12 +52,8 @@ OUTLINE_BGR = (60, 230, 60)
 CAPTION_PX = 22
 
 
-class SliceGenerator:
-    """Batches of slices by number: `len(generator)`, `generator[index]`.
-
-    A batch depends on (seed, epoch, index) alone: not on the thread that makes it, nor on
-    what was made before. Any number of threads may ask for batches at once; for speed, ask
-    from as many as there are cores, as `as_pydataset` does.
+class SliceGenerator(Generator):
+    """Batches of slices; see `Generator`.
 
     Args:
         table: The open table.
@@ -65,11 +69,7 @@ class SliceGenerator:
         balanced: Draw `batches.nodule_fraction` of each batch, and at least one row, from
             the rows with target and the others from those without; the scarcer kind is
             repeated. False, or a fraction of 0, takes rows as they are.
-        with_slice_label: Give y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
-            "slice" is 1 if the crop holds any target.
-
-    Attributes:
-        epoch: The epoch that batches are made for; set it to resume.
+        with_slice_label: As for `Generator`.
 
     Raises:
         ValueError: If no row can be used, or the settings give the answer away.
@@ -89,65 +89,32 @@ class SliceGenerator:
         balanced: bool = True,
         with_slice_label: bool = False,
     ) -> None:
-        # Threads are those of the caller; OpenCV's own would only compete with them.
-        cv2.setNumThreads(1)
         self.table = table
         self.rows = usable_rows(table, rows, batches)
-        self.batches = batches
+        super().__init__(
+            batches,
+            steps_per_epoch or batches_of(len(self.rows), batches),
+            seeds=(SLICE_BATCH, seed),
+            shuffle=shuffle,
+            with_slice_label=with_slice_label,
+        )
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        self.shuffle = shuffle
-        self.with_slice_label = with_slice_label
-        self.epoch = 0
         self.groups = [(self.rows, batches.batch_size)]
         if balanced and batches.nodule_fraction > 0:
             self.groups = balanced_groups(table, self.rows, batches)
-        self.steps = steps_per_epoch or -(-len(self.rows) // batches.batch_size)
         self.rows_once = len(self.groups) == 1 and steps_per_epoch == 0
         self.noise_field = None
         if augmentation is not None and augmentation.noise_hu > 0:
-            self.noise_field = augment.noise_field(batches.slice_px, seed=(NOISE, seed))
-        self.order: tuple[int, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        """One batch: x (b, y, x, 1) float32, y (b, y, x, 2) uint8 background and target.
-
-        Raises:
-            IndexError: If `index` is not from 0 to the number of batches.
-        """
-        # Read once: another thread may end the epoch meanwhile.
-        epoch = self.epoch if self.shuffle else 0
-        rows = self.rows_of_batch(index, epoch)
-        rng = np.random.default_rng((BATCH, self.seed, epoch, index))
-        samples = (self.sample(int(row), rng) for row in rows)
-        return batch_of(samples, len(rows), self.batches, self.with_slice_label)
-
-    def on_epoch_end(self) -> None:
-        """Goes on to the next epoch."""
-        self.epoch += 1
-
-    def rows_of_batch(self, index: int, epoch: int | None = None) -> np.ndarray:
-        """(b,) table rows of batch `index` of an epoch, by default the present one."""
-        if epoch is None:
-            epoch = self.epoch if self.shuffle else 0
-        if not 0 <= index < self.steps:
-            raise IndexError(f"batch {index}; expected 0 to {self.steps - 1}")
-        known = self.order
-        if known is None or known[0] != epoch:
-            known = (epoch, self.order_of_epoch(epoch))
-            self.order = known
-        size = self.batches.batch_size
-        return known[1][index * size : (index + 1) * size]
+            seeds = (SLICE_NOISE, seed)
+            self.noise_field = augment.noise_field(batches.slice_px, seed=seeds)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Table rows of all batches of an epoch, one batch after the other."""
         rng = None
         if self.shuffle:
-            rng = np.random.default_rng((ORDER, self.seed, epoch))
+            rng = np.random.default_rng((SLICE_ORDER, self.seed, epoch))
         if self.rows_once:
             return drawn(self.rows, len(self.rows), rng)
         columns = [
@@ -169,7 +136,7 @@ class SliceGenerator:
                     hu, lung, self.spacing_mm(row), self.pathology, own
                 )
             return self.changed(hu, marks, crop, self.augmentation, rng)
-        return plain(hu, marks, crop, batches)
+        return plain(hu, marks, crop.start, batches)
 
     def spacing_mm(self, row: int) -> list[float]:
         """(y, x) spacing of the pixels of a row."""
@@ -186,24 +153,21 @@ class SliceGenerator:
         marks = augment.warp_labels(marks, warp, size)
         lung = marks & augment.LUNG_BIT
         image = np.zeros(size, np.float32)
-        box = slice(0, size[0]), slice(0, size[1])
-        if batches.lung_mask:
-            box = augment.box_of(lung)
-        part = image[box]
-        if part.size:
-            hu = augment.warp_image(hu, warp.within(box), part.shape)
+        box = boxes.around(lung) if batches.lung_mask else boxes.whole(size)
+        if box:
+            hu = augment.warp_image(hu, warp.within(box), image[box].shape)
             if self.noise_field is not None:
                 hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
-            part[...] = augment.windowed(hu, lung[box], batches, gamma=gamma)
+            image[box] = augment.windowed(hu, lung[box], batches, gamma=gamma)
         image = augment.normalised(image, batches)
         return image, marks & augment.TARGET_BIT
 
-    def crop(self, mask, lung, rng: np.random.Generator) -> augment.Crop:
+    def crop(self, mask, lung, rng: np.random.Generator) -> boxes.Crop:
         """The part of the slice that becomes the sample, by `batches.crop`."""
         size = self.batches.slice_px
         match self.batches.crop:
             case "centre":
-                return augment.crop_at_centre(mask.shape, size)
+                return boxes.crop_at_centre(mask.shape, size)
             case "lung":
                 return augment.crop_at_lungs(lung, size)
             case "nodule":
@@ -213,18 +177,17 @@ class SliceGenerator:
                 )
 
 
-class TileGenerator:
-    """Every tile of some slices, in order: what inference will look at, for validation.
+class TileGenerator(Tiles):
+    """Every tile of some slices; see `Tiles`.
 
-    Tiles cover the lungs without asking where nodules are, so the score says how a network
+    They cover the lungs without asking where nodules are, so the score says how a network
     does where it has to search too. Without a lung mask they cover the whole slice.
 
     Args:
         table: The open table.
         rows: Rows of the table.
         batches: Window, target, size of the tiles and of a batch.
-        most: Most tiles, spread evenly over all; 0 for all.
-        with_slice_label: As for `SliceGenerator`.
+        options: As for `Tiles`.
     """
 
     def __init__(
@@ -232,49 +195,25 @@ class TileGenerator:
         table: SliceTable,
         rows: np.ndarray,
         batches: config.Batches,
-        *,
-        most: int = 0,
-        with_slice_label: bool = False,
+        **options: Any,
     ) -> None:
         self.table = table
-        self.batches = batches
-        self.with_slice_label = with_slice_label
-        size = batches.slice_px
         tiles = [
-            (int(row), tile.crop)
+            (int(row), tile.start)
             for row in usable_rows(table, rows, batches)
             for tile in augment.tiles(
                 table.read("lung", int(row)) if reads_lung(batches) else None,
                 table.settings.size_px,
-                size,
+                batches.slice_px,
             )
         ]
-        count = min(most or len(tiles), len(tiles))
-        self.tiles = [tiles[i * len(tiles) // count] for i in range(count)]
+        super().__init__(tiles, batches, **options)
 
-    def __len__(self) -> int:
-        return -(-len(self.tiles) // self.batches.batch_size)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        """One batch, shaped as `SliceGenerator`'s; the last may be smaller.
-
-        Raises:
-            IndexError: If `index` is not from 0 to the number of batches.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index}; expected 0 to {len(self) - 1}")
-        size = self.batches.batch_size
-        tiles = self.tiles[index * size : (index + 1) * size]
-        samples = (self.sample(row, crop) for row, crop in tiles)
-        return batch_of(samples, len(tiles), self.batches, self.with_slice_label)
-
-    def sample(self, row: int, crop: augment.Crop) -> tuple[np.ndarray, np.ndarray]:
-        """One tile as (y, x) float32 input and (y, x) uint8 mask of 0 and 1."""
-        hu, mask, lung = read_row(self.table, row, self.batches)
-        return plain(hu, marks_of(mask, lung), crop, self.batches)
-
-    def on_epoch_end(self) -> None:
-        """Nothing: all epochs are the same."""
+    def sample(self, row, rng):
+        """A tile; see `Generator`."""
+        place, start = row
+        hu, mask, lung = read_row(self.table, place, self.batches)
+        return plain(hu, marks_of(mask, lung), start, self.batches)
 
 
 def read_row(
@@ -294,75 +233,12 @@ def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
     return mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
 
 
-def plain(
-    hu: np.ndarray, marks: np.ndarray, crop: augment.Crop, batches: config.Batches
-) -> tuple[np.ndarray, np.ndarray]:
-    """A crop as (y, x) float32 input and (y, x) uint8 mask of 0 and 1, unchanged."""
-    size = batches.slice_px
-    hu = augment.cut(hu, crop, size, fill=augment.AIR_HU)
-    marks = augment.cut(marks, crop, size, fill=0)
-    image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
-    return image, marks & augment.TARGET_BIT
-
-
-def batch_of(
-    samples: Iterable[tuple[np.ndarray, np.ndarray]],
-    count: int,
-    batches: config.Batches,
-    with_slice_label: bool,
-) -> tuple[np.ndarray, Any]:
-    """`count` pairs of input and mask as x and y of a batch; see `SliceGenerator`."""
-    x = np.empty((count, *batches.slice_px, 1), np.float32)
-    y = np.empty((count, *batches.slice_px, 2), np.uint8)
-    for position, (image, mask) in enumerate(samples):
-        x[position, ..., 0] = image
-        y[position] = augment.one_hot(mask)
-    if with_slice_label:
-        present = np.any(y[..., 1], axis=(1, 2))
-        return x, {"mask": y, "slice": present[:, None].astype(np.float32)}
-    return x, y
-
-
 def usable_rows(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """The rows that have what the settings ask for; says how many it leaves out.
-
-    A nodule target needs scans that readers saw; a lung target, a masked input and a
-    crop that looks for lungs need scans with a lung mask.
-
-    Raises:
-        ValueError: If none is left, or the input would be masked by the target.
-    """
-    if batches.target == "lung" and batches.lung_mask:
-        raise ValueError(
-            "batches.target=lung with batches.lung_mask shows the network the answer; "
-            "add --batches.no-lung-mask"
-        )
+    """The rows that have what the settings ask for; see `batching.usable`."""
     rows = np.asarray(rows)
-    scans = table.scans[table.rows["scan"][rows]]
-    usable = np.ones(len(rows), bool)
-    if batches.target == "nodule":
-        usable &= scans["read"] > 0
-    if reads_lung(batches) or batches.target == "lung":
-        usable &= scans["has_lung"] > 0
-    if not usable.any():
-        raise ValueError(
-            f"{table.path}: none of the {len(rows)} rows can be used; expected scans "
-            f"with {needed(batches)}; run preprocess.py and table.py with them"
-        )
-    if not usable.all():
-        left_out = len(rows) - np.count_nonzero(usable)
-        log.warning("%d rows left out: no %s", left_out, needed(batches))
-    return rows[usable]
-
-
-def needed(batches: config.Batches) -> str:
-    """What a scan must have for its rows to be used, in words."""
-    parts = ["readers' outlines"] if batches.target == "nodule" else []
-    if reads_lung(batches) or batches.target == "lung":
-        parts.append("a lung mask")
-    return " and ".join(parts) or "slices"
+    return rows[usable(table, table.rows["scan"][rows], batches, of="rows")]
 
 
 def balanced_groups(
@@ -408,11 +284,6 @@ def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarr
         table.readers_of_label(int(table.rows["scan"][row])),
         batches,
     )
-
-
-def reads_lung(batches: config.Batches) -> bool:
-    """Whether samples need the lung mask."""
-    return batches.lung_mask or batches.crop != "centre"
 
 
 def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -473,7 +344,7 @@ def volume_sheet(
     tiles = []
     for index in range(len(shown)):
         x, y = shown[index]
-        scans = shown.scans_of_batch(index)
+        scans = shown.rows_of_batch(index)
         for scan, image, reference in zip(scans, x[..., 0], y[..., 1], strict=True):
             text = f"scan {scan}  {shown.table.scans['patient_id'][scan]}"
             planes = zip(middle_planes(image), middle_planes(reference), strict=True)
@@ -543,9 +414,7 @@ def caption(table: SliceTable, row: int) -> str:
     return f"row {row}  {table.patient_ids[row]}  z {entry['z']}"
 
 
-def slices_per_second(
-    generator: SliceGenerator | VolumeGenerator, *, threads: int, seconds: float
-) -> float:
+def slices_per_second(generator: Generator, *, threads: int, seconds: float) -> float:
     """How many slices, or crops of volumes, `threads` threads make in a second."""
     numbers = itertools.count()
     started = time.perf_counter()
@@ -562,7 +431,7 @@ def slices_per_second(
 
 
 def as_pydataset(
-    generator: SliceGenerator | VolumeGenerator,
+    generator: Generator,
     *,
     workers: int = 1,
     max_queue_size: int = 10,

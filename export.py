@@ -22,9 +22,8 @@ import numpy as np
 import augment
 import config
 import files
-import monte_carlo
-import predictor
 import provenance
+import runs
 import steps
 
 TOLERANCE = 1e-4
@@ -33,7 +32,7 @@ TOLERANCE = 1e-4
 CLIENT = """
 import sys
 
-HIDDEN = {"keras", "tf_keras", "models", "augment", "monte_carlo", "config"}
+HIDDEN = {"keras", "tf_keras", "models", "augment", "runs", "config"}
 
 class WithoutProject:
     # Finds what another finder finds, but neither Keras nor this project.
@@ -89,7 +88,7 @@ def export(
             network is one on volumes.
     """
     target = out / str(version)
-    settings = predictor.read_settings(run)
+    settings = runs.read_settings(run)
     if len(settings.batches.input_px) == 3:
         raise ValueError(
             f"{run} is a network on volumes; export.py writes networks on slices. Use "
@@ -107,13 +106,11 @@ def export(
             f"{target} exists and is of other weights or size; choose another --version "
             "or use --overwrite"
         )
-    network = monte_carlo.load_network(run, settings, size_px)
+    network = runs.load_network(run, settings, size_px)
     with files.written_whole(target) as partial:
         write_saved_model(partial, network, settings.batches, size_px)
         record = provenance.record(settings, **made_of)
-        extra = partial / "assets.extra"
-        extra.mkdir()
-        (extra / "provenance.json").write_text(json.dumps(record, indent=1))
+        files.write_json(partial / "assets.extra/provenance.json", record)
         difference = largest_difference(partial, network, settings.batches, size_px)
         if difference > TOLERANCE:
             raise ValueError(

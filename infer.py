@@ -28,15 +28,16 @@ import lung_map
 import lung_results
 import postprocess
 import provenance
+import runs
 import slice_idx
 import steps
-import train
 from lung_map import LungMap
 from lung_results import Results, SaveAs
-from monte_carlo import MEMORY_GB, Passes, Precision, VolumePredictor
+from monte_carlo import MEMORY_GB, Passes, VolumePredictor
 from postprocess import Predictions
-from predictor import Predictor, read_settings
+from predictor import Predictor
 from preprocess import with_lungs, without_folders
+from runs import Precision
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
 from volume_io import write_volume
 
@@ -135,7 +136,7 @@ def infer(
         )
     if input and csv_file:
         raise ValueError(f"--input {input} and --csv_file {csv_file}; expected one")
-    settings = read_settings(exp_dir)
+    settings = runs.read_settings(exp_dir)
     split = slice_idx.read_split(exp_dir / "split.json")
     predictions = new_predictions(exp_dir, split)
     if csv_file:
@@ -394,7 +395,7 @@ def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
         run=run_dir.name,
         weights_sha256=files.sha256(weights),
         split_sha256=split["sha256"],
-        training_patients=tuple(train.training_patients_of(weights)),
+        training_patients=tuple(runs.training_patients_of(weights)),
         scans={},
         provenance=provenance.record(),
     )

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+import boxes
 import config
+from boxes import Box
 from cohorts import phantom_nodules
 from scan import LEFT, RIGHT
-
-Box = tuple[slice, slice, slice]
 
 CIRCLES = (7, 9)
 """Fewest and most circles in a sample, as published."""
@@ -70,7 +70,7 @@ class Circle:
         opacity: 1 hides what was there.
     """
 
-    centre_zyx: tuple[float, float, float]
+    centre_zyx: tuple[float, ...]
     radius_mm: float
     opacity: float
 
@@ -103,8 +103,7 @@ class Lung:
 
     @property
     def bounds(self) -> Box:
-        z, y, x = (slice(0, length) for length in self.mask.shape)
-        return z, y, x
+        return boxes.whole(self.mask.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +170,11 @@ def simulate(
     volume = result.reshape((-1, *hu.shape[-2:]))
     labels = lung_sides(lung.reshape(volume.shape))
     z_mm, y_mm, x_mm = (float(step) for step in (spacing_mm[-1], *spacing_mm)[-3:])
-    boxes = lung_boxes(labels)
+    box_of = lung_boxes(labels)
     if settings.kind == "circles":
-        paint_circles(volume, draw_circles(boxes, rng), (z_mm, y_mm, x_mm))
-    elif boxes:
-        paint_findings(volume, labels, boxes, (z_mm, y_mm, x_mm), settings, rng)
+        paint_circles(volume, draw_circles(box_of, rng), (z_mm, y_mm, x_mm))
+    elif box_of:
+        paint_findings(volume, labels, box_of, (z_mm, y_mm, x_mm), settings, rng)
     return result
 
 
@@ -218,32 +217,9 @@ def lung_sides(lung: np.ndarray) -> np.ndarray:
 
 
 def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
-    """The bounding box of each lung that there is."""
-    whole = box_of(labels)
-    boxes: dict[int, Box] = {}
-    if not span(whole[0]):
-        return boxes
-    for side in (RIGHT, LEFT):
-        box = box_of((labels[whole] == side).view(np.uint8))
-        if span(box[0]):
-            z, y, x = (
-                slice(outer.start + inner.start, outer.start + inner.stop)
-                for outer, inner in zip(whole, box, strict=True)
-            )
-            boxes[side] = (z, y, x)
-    return boxes
-
-
-def box_of(mask: np.ndarray) -> Box:
-    """The bounding box of what is above 0 in (z, y, x) uint8; empty if nothing is."""
-    left, top, width, height = cv2.boundingRect(
-        mask[0] if len(mask) == 1 else mask.max(0)
-    )
-    if not width:
-        return slice(0, 0), slice(0, 0), slice(0, 0)
-    rows = [0] if len(mask) == 1 else np.flatnonzero(mask.any((1, 2)))
-    z = slice(int(rows[0]), int(rows[-1]) + 1)
-    return z, slice(top, top + height), slice(left, left + width)
+    """The box of each lung that there is."""
+    found = {side: boxes.around(labels == side) for side in (RIGHT, LEFT)}
+    return {side: box for side, box in found.items() if box}
 
 
 def by_slice(
@@ -259,30 +235,25 @@ def span(part: slice) -> int:
     return part.stop - part.start
 
 
-def draw_circles(boxes: dict[int, Box], rng: np.random.Generator) -> list[Circle]:
+def draw_circles(box_of: dict[int, Box], rng: np.random.Generator) -> list[Circle]:
     """7 to 9 circles whose centres lie in the boxes of the lungs; none if one is missing.
 
     Each is in either lung with the same probability; place, radius and opacity are
     uniform.
 
     Args:
-        boxes: Of the lungs.
+        box_of: The box of each lung.
         rng: Draws them.
     """
-    if len(boxes) < 2:
+    if len(box_of) < 2:
         return []
     circles = []
     for _ in range(rng.integers(CIRCLES[0], CIRCLES[1] + 1)):
         which, z, y, x, radius, opacity = rng.random(6).tolist()
-        box = boxes[RIGHT if which < 0.5 else LEFT]
-        centre = (
-            box[0].start + z * (span(box[0]) - 1),
-            box[1].start + y * (span(box[1]) - 1),
-            box[2].start + x * (span(box[2]) - 1),
-        )
+        box = box_of[RIGHT if which < 0.5 else LEFT]
         circles.append(
             Circle(
-                centre,
+                boxes.point_in(box, (z, y, x)),
                 between(CIRCLE_RADIUS_MM, radius),
                 between(CIRCLE_OPACITY, opacity),
             )
@@ -321,7 +292,7 @@ def put(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
 
 
 def paint_findings(
-    hu, labels, boxes, spacing_mm, settings: config.Lesions, rng: np.random.Generator
+    hu, labels, box_of, spacing_mm, settings: config.Lesions, rng: np.random.Generator
 ) -> None:
     """Draws one to `settings.most` findings into (z, y, x) HU, in place.
 
@@ -331,7 +302,7 @@ def paint_findings(
     chosen = {
         settings.findings[i] for i in rng.permutation(len(settings.findings))[:count]
     }
-    sides = list(boxes)
+    sides = list(box_of)
     grain = measured_grain(hu)
     lungs: dict[int, Lung] = {}
     for finding, painter in PAINTERS.items():
@@ -341,21 +312,16 @@ def paint_findings(
         first = sides[rng.integers(len(sides))]
         for side in sides if both else [first]:
             if side not in lungs:
-                lungs[side] = lung_in(hu, labels, side, boxes[side], spacing_mm, grain)
+                lungs[side] = lung_in(hu, labels, side, box_of[side], spacing_mm, grain)
             painter(lungs[side], rng)
 
 
 def lung_in(hu, labels, side: int, box: Box, spacing_mm, grain: Grain) -> Lung:
     """A lung with `RIM_MM` of room around it, as far as the volume has it."""
     rim_y, rim_x = (math.ceil(RIM_MM / step) for step in spacing_mm[1:])
-    z, y, x = (
-        slice(max(part.start - margin, 0), min(part.stop + margin, length))
-        for part, margin, length in zip(
-            box, (0, rim_y, rim_x), labels.shape, strict=True
-        )
-    )
-    part = hu[z, y, x]
-    mask = (labels[z, y, x] == side).view(np.uint8)
+    box = boxes.widened(box, (0, rim_y, rim_x), labels.shape)
+    part = hu[box]
+    mask = (labels[box] == side).view(np.uint8)
     square = np.ones((2 * rim_y + 1, 2 * rim_x + 1), np.uint8)
     near = by_slice(lambda plane: cv2.dilate(plane, square), mask)
     near &= ((part > RIM_HU[0]) & (part < RIM_HU[1])).view(np.uint8)
@@ -398,18 +364,6 @@ def paint(
     put(part, after, (lung.open if rim else lung.mask)[box].view(bool))
 
 
-def box_around(centre_zyx, half_mm, bounds: Box, spacing_mm) -> Box:
-    """The box of some mm to each side of a voxel, cut to `bounds`."""
-    parts = []
-    for centre, half, bound, step in zip(
-        centre_zyx, half_mm, bounds, spacing_mm, strict=True
-    ):
-        low = max(math.floor(centre - half / step), bound.start)
-        high = min(math.ceil(centre + half / step) + 1, bound.stop)
-        parts.append(slice(low, max(high, low)))
-    return parts[0], parts[1], parts[2]
-
-
 def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0), *, fine=False) -> Field:
     """A field of points in a box of a lung, and their distances from a centre."""
     counts, pitches, offsets = [], [], []
@@ -434,7 +388,7 @@ def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0), *, fine=False) ->
 
 def field_around(lung: Lung, centre_zyx, half_mm) -> Field:
     """A field of points some mm to each side of a voxel."""
-    box = box_around(centre_zyx, half_mm, lung.bounds, lung.spacing_mm)
+    box = boxes.near(centre_zyx, half_mm, lung.spacing_mm, lung.bounds)
     return field_in(lung, box, centre_zyx)
 
 
@@ -749,7 +703,7 @@ def nodule(lung: Lung, rng: np.random.Generator) -> None:
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
         centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
         half_mm = [0.8 * diameter] * 3
-        box = box_around(centre, half_mm, lung.bounds, lung.spacing_mm)
+        box = boxes.near(centre, half_mm, lung.spacing_mm, lung.bounds)
         hu = rng.uniform(-20, 80)
         if all(map(span, box)):
             distance_mm = distances_to(shape, lung, box, centre, diameter)

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+import boxes
 import config
 import lung_mask
 from scan import LEFT, RIGHT, Scan
@@ -109,9 +110,9 @@ def lung_labels(
     """
     labels = np.zeros(prob.shape, np.uint8)
     mask = prob > np.float32(settings.thresh)
-    if not mask.any():
+    box = boxes.around(mask, 2)
+    if box is None:
         return labels
-    box = lung_mask.padded_box(mask, 0, spacing_mm)
     least = settings.min_volume_mm3 / float(np.prod(spacing_mm))
     kept = largest_pieces(mask[box], least, settings.max_pieces)
     if not kept.any():

@@ -15,7 +15,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+import boxes
 import config
+from boxes import Box
 from scan import LEFT, RIGHT
 
 SLICE_RULE_PX = 512
@@ -172,7 +174,7 @@ def lung_labels(
     if not lungs.any():
         return np.zeros(hu.shape, np.uint8)
     filled = np.zeros(lungs.shape, np.uint8)
-    box = padded_box(lungs, 2 * settings.closing_mm, coarse_mm)
+    box = box_with_air(lungs, 2 * settings.closing_mm, coarse_mm)
     filled[box] = fill(
         sides(lungs[box], coarse_mm)
         if settings.split_sides
@@ -392,7 +394,7 @@ def fill(
     """
     filled = labels.copy()
     for side in np.unique(labels[labels > 0]):
-        box = padded_box(labels == side, settings.closing_mm, spacing_mm)
+        box = box_with_air(labels == side, settings.closing_mm, spacing_mm)
         grown = labels[box] == side
         if settings.closing_mm:
             grown = closed(grown, settings.closing_mm, spacing_mm)
@@ -403,17 +405,11 @@ def fill(
     return filled
 
 
-def padded_box(
+def box_with_air(
     mask: np.ndarray, margin_mm: float, spacing_mm: tuple[float, ...]
-) -> tuple[slice, ...]:
+) -> Box | None:
     """The box around a mask and `margin_mm` more, within the volume."""
-    box = []
-    for axis, spacing in enumerate(spacing_mm):
-        others = tuple(other for other in range(3) if other != axis)
-        marked = np.flatnonzero(mask.any(axis=others))
-        margin = int(margin_mm / spacing) + 2
-        box.append(slice(max(int(marked[0]) - margin, 0), int(marked[-1]) + margin + 1))
-    return tuple(box)
+    return boxes.around(mask, [int(margin_mm / spacing) + 2 for spacing in spacing_mm])
 
 
 def closed(

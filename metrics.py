@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import boxes
+
 MIN_IOU = 0.1
 """A reference nodule is hit by a component of at least this IoU, the criterion of
 nnDetection (Baumgartner et al. 2021) and of PI-CAI for small objects in 3-D."""
@@ -165,7 +167,7 @@ def surface(
         (elements, 3) float64 place in mm of each corner along z, y, x from the corner
         before voxel (0, 0, 0), and (elements,) area in mm2.
     """
-    box = bounding_box(mask)
+    box = boxes.around(mask)
     if box is None:
         return np.zeros((0, 3)), np.zeros(0)
     voxels = np.pad(mask[box], 1).astype(np.uint8)
@@ -198,20 +200,6 @@ def element_areas_mm2(spacing_mm: tuple[float, float, float]) -> np.ndarray:
         )
         areas_mm2[code] = mesh_surface_area(vertices_mm, faces)
     return areas_mm2
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box that holds every True voxel; None if there is none."""
-    box = []
-    for axis in range(mask.ndim):
-        # Each axis is searched in the box of those before it, so that a small object
-        # in a large volume costs little more than one pass.
-        rest = tuple(a for a in range(mask.ndim) if a != axis)
-        found = np.flatnonzero(mask[tuple(box)].any(axis=rest))
-        if not len(found):
-            return None
-        box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return tuple(box)
 
 
 @dataclass(frozen=True)

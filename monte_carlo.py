@@ -7,22 +7,23 @@ one call took 0.96 s each, one by one 0.77 s.
 """
 
 import functools
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 import augment
+import boxes
 import config
 import resample
+import runs
+from boxes import Box
+from runs import Precision
 from scan import AIR_HU, Scan
 from uncertainty import RunningMoments, expected_dice_error
-
-Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 MIN_PASSES, MAX_PASSES, CHECK_EVERY = 8, 100, 4
 """With n="auto": fewest and most passes, and how often it is asked if they are enough."""
@@ -109,7 +110,7 @@ class Maps:
     """
 
     moments: RunningMoments
-    box: tuple[slice, ...]
+    box: Box
     seen_px: tuple[int, ...]
     to_scan: tuple[np.ndarray, ...] | None = None
 
@@ -221,10 +222,9 @@ class VolumePredictor:
         """Passes over a (z, y, x) volume of the run's spacing, in HU."""
         tile_px = self.tile_px(hu.shape)
         network = self.network(tile_px)
-        placed = [
-            (tile, augment.to_input(tile.cut(hu), None, self.settings.batches))
-            for tile in tiles(hu.shape, tile_px)
-        ]
+        tiles = boxes.tiles(boxes.whole(hu.shape), tile_px)
+        cuts = [boxes.cut(hu, tile.start, tile_px, fill=AIR_HU) for tile in tiles]
+        inputs = [augment.to_input(cut, None, self.settings.batches) for cut in cuts]
 
         def one_pass(k: int) -> np.ndarray:
             prob = np.zeros(hu.shape, np.float32)
@@ -232,8 +232,9 @@ class VolumePredictor:
                 from models.dropout import seed_dropout
 
                 seed_dropout(network, self.passes.seed, k)
-            for tile, values in placed:
-                tile.add(prob, self.probability(network, values, k))
+            for tile, values in zip(tiles, inputs, strict=True):
+                found = self.probability(network, values, k)
+                boxes.add(prob, tile.weights * found, tile.start)
             # Weights of tiles sum to 1 but for rounding.
             return np.minimum(prob, 1, out=prob)
 
@@ -276,7 +277,7 @@ class VolumePredictor:
         if tile_px not in self.networks:
             while len(self.networks) >= NETWORKS:
                 self.networks.popitem(last=False)
-            self.networks[tile_px] = load_network(
+            self.networks[tile_px] = runs.load_network(
                 self.run_dir,
                 self.settings,
                 tile_px,
@@ -297,101 +298,7 @@ def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:
         )
 
 
-def load_network(
-    run_dir: Path,
-    settings: config.Experiment,
-    input_px: Sequence[int],
-    *,
-    masks: bool = False,
-    dropout: bool = False,
-    precision: Precision | None = None,
-) -> Any:
-    """The run's network with its best weights.
-
-    Args:
-        run_dir: Made by train.py.
-        settings: The run's.
-        input_px: (y, x) or (z, y, x) of its inputs.
-        masks: Take the noise of random masks as a second input.
-        dropout: Drop in use as in training; `models.dropout.seed_dropout` says what. Batch
-            normalisation still uses what it learnt.
-        precision: Keras' policy; None for the one in force.
-    """
-    from models import build_model  # before keras: it keeps TensorFlow quiet
-
-    model = replace(settings.model, weights="none")
-    inputs = {"noise_input": True} if masks else {}
-    if not masks:
-        model = replace(model, mask_fraction=0.0)  # the layer would have nothing to do
-    import keras
-
-    before = keras.config.dtype_policy()
-    if precision is not None:
-        keras.config.set_dtype_policy(precision)
-    try:
-        network = build_model(model, (*input_px, 1), 2, **inputs)
-    finally:
-        keras.config.set_dtype_policy(before)
-    network.load_weights(run_dir / "best.weights.h5")
-    if dropout:
-        from models.dropout import with_dropout
-
-        network = with_dropout(network)
-    # XLA compiles for every shape anew, and is slower than oneDNN on a CPU.
-    network.jit_compile = False
-    return network
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """A box of a volume, which may reach beyond it, and the weight of each of its voxels.
-
-    Attributes:
-        start: (z, y, x) of its first voxel in the volume; may be negative.
-        weights: Along z, y and x; a voxel's weight is their product.
-    """
-
-    start: tuple[int, ...]
-    weights: tuple[np.ndarray, ...]
-
-    def cut(self, hu: np.ndarray) -> np.ndarray:
-        """What of a volume lies in the tile; air beyond the volume's ends."""
-        inside, covered = self.overlap(hu.shape)
-        values = np.full([len(w) for w in self.weights], AIR_HU, hu.dtype)
-        values[covered] = hu[inside]
-        return values
-
-    def add(self, prob: np.ndarray, values: np.ndarray) -> None:
-        """Adds weighted values of the tile to the volume they lie in, in place."""
-        inside, covered = self.overlap(prob.shape)
-        z, y, x = (w[part] for w, part in zip(self.weights, covered, strict=True))
-        weight = z[:, None, None] * y[:, None] * x
-        prob[inside] += values[covered] * weight
-
-    def overlap(
-        self, shape: tuple[int, ...]
-    ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where tile and volume overlap: in the volume, and in the tile."""
-        inside, covered = [], []
-        for first, weight, length in zip(self.start, self.weights, shape, strict=True):
-            low, high = max(first, 0), min(first + len(weight), length)
-            inside.append(slice(low, high))
-            covered.append(slice(low - first, high - first))
-        return tuple(inside), tuple(covered)
-
-
-def tiles(shape: Sequence[int], tile_px: Sequence[int]) -> Iterator[Tile]:
-    """Overlapping tiles that cover a volume; their weights sum to 1 at every voxel."""
-    along = [
-        augment.tiles_along(0, length, size)
-        for length, size in zip(shape, tile_px, strict=True)
-    ]
-    for parts in itertools.product(*along):
-        starts, weights = zip(*parts, strict=True)
-        yield Tile(starts, weights)
-
-
-def body_box(hu: np.ndarray) -> tuple[slice, ...]:
+def body_box(hu: np.ndarray) -> Box:
     """The box around the body in a (z, y, x) volume of HU, and a little air.
 
     The whole volume if there is no tissue.
@@ -401,17 +308,5 @@ def body_box(hu: np.ndarray) -> tuple[slice, ...]:
     parts = cc3d.connected_components(hu > TISSUE_HU, connectivity=6)
     counts = np.bincount(parts.ravel())
     counts[0] = 0
-    if not counts.any():
-        return tuple(slice(0, length) for length in hu.shape)
-    boxes = cc3d.statistics(parts)["bounding_boxes"]
-    large = np.flatnonzero(counts >= BODY_SHARE * counts.max())
-    return tuple(
-        slice(
-            max(min(boxes[k][axis].start for k in large) - BODY_MARGIN_PX, 0),
-            min(
-                max(boxes[k][axis].stop for k in large) + BODY_MARGIN_PX,
-                hu.shape[axis],
-            ),
-        )
-        for axis in range(3)
-    )
+    large = (counts > 0) & (counts >= BODY_SHARE * counts.max())
+    return boxes.around(large[parts], BODY_MARGIN_PX) or boxes.whole(hu.shape)

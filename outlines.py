@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Box = tuple[slice, slice, slice]
-"""Where a small mask lies in a volume: its z, y and x range."""
+from boxes import Box
 
 PYLIDC_SHRINK = 0.9
 """Factor on the tolerance while a cluster has too many annotations (pylidc's default)."""

@@ -18,12 +18,14 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+import boxes
 import config
 import files
 import provenance
+import runs
 import steps
 from geometry import Grid, flip_xy
-from metrics import Counts, bounding_box
+from metrics import Counts
 from scan import (
     LEFT,
     RIGHT,
@@ -201,7 +203,7 @@ def find_nodules(
     mask = prob >= threshold_of(prob if within is None else prob[within], settings)
     if within is not None:
         mask &= within
-    box = bounding_box(mask)
+    box = boxes.around(mask)
     if box is None:
         return np.zeros(prob.shape, np.uint8), []
     parts = components(erode(mask[box], settings.erosion_px), settings.connectivity)
@@ -551,7 +553,7 @@ def tuning_counts(
     reference = only_slices(reference, slices)
     total_ref = int(np.count_nonzero(reference))
     counts[..., 2] = total_ref
-    box = bounding_box(prob >= np.float32(THRESHOLDS[0]))
+    box = boxes.around(prob >= np.float32(THRESHOLDS[0]))
     if box is None:
         return counts
     prob, reference = prob[box], reference[box]
@@ -709,16 +711,13 @@ def read_experiment(run: Path) -> config.Experiment:
     """The configuration of a run that segments nodules.
 
     Raises:
-        FileNotFoundError: If there is no run.
+        FileNotFoundError: If the run is absent or not complete.
         ValueError: If the run segments something else.
     """
-    path = Path(run) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}; expected a run directory made by train.py")
-    experiment = config.from_json(config.Experiment, json.loads(path.read_text()))
+    experiment = runs.read_settings(run)
     if experiment.batches.target != "nodule":
         raise ValueError(
-            f"{path}: the run segments {experiment.batches.target}; nodules are found "
+            f"{run}: the run segments {experiment.batches.target}; nodules are found "
             "only in probabilities of nodule"
         )
     return experiment

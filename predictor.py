@@ -1,16 +1,18 @@
 """A run's 2-D network on whole scans, slice by slice in overlapping tiles."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import augment
+import boxes
 import config
 import monte_carlo
-from monte_carlo import Maps, Passes, Precision
-from scan import Scan, ScanError
+import runs
+from monte_carlo import Maps, Passes
+from runs import Precision
+from scan import AIR_HU, Scan, ScanError
 
 ONE_PASS = Passes(n=1)
 
@@ -45,7 +47,7 @@ class Predictor:
         self.passes = passes
         _, self.dropout = passes.drawn(settings.model)
         self.batch_size = 1 if self.dropout else batch_size
-        self.network: Any = monte_carlo.load_network(
+        self.network: Any = runs.load_network(
             run_dir,
             settings,
             settings.batches.slice_px,
@@ -66,7 +68,7 @@ class Predictor:
         shape = scan.hu.shape
         n = self.passes.n if self.dropout else 1
         moments = monte_carlo.converge(one_pass, shape, n, threshold)
-        return Maps(moments, tuple(slice(0, length) for length in shape), shape)
+        return Maps(moments, boxes.whole(shape), shape)
 
     def probability(self, scan: Scan) -> np.ndarray:
         """Probability of the target at every voxel of a scan.
@@ -96,13 +98,13 @@ class Predictor:
         ]
         for start in range(0, len(tiles), self.batch_size):
             some = tiles[start : start + self.batch_size]
-            images = np.stack([tile_input(scan, z, t.crop, batches) for z, t in some])
+            images = np.stack([tile_input(scan, z, t.start, batches) for z, t in some])
             # Full batches only: TensorFlow would trace the network again for the last.
             images = np.resize(images, (self.batch_size, *size))
             output = self.network.predict_on_batch(images[..., None])
             output = output["mask"] if isinstance(output, dict) else output
             for (z, tile), image in zip(some, np.asarray(output)[..., 1], strict=False):
-                augment.paste(prob[z], tile.weight * image, tile.crop)
+                boxes.add(prob[z], tile.weights * image, tile.start)
         # Weights of tiles sum to 1 but for rounding, which can lift a sum above it.
         return np.minimum(prob, 1, out=prob)
 
@@ -126,25 +128,12 @@ def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
 
 
 def tile_input(
-    scan: Scan, z: int, crop: augment.Crop, batches: config.Batches
+    scan: Scan, z: int, start: tuple[int, ...], batches: config.Batches
 ) -> np.ndarray:
     """(y, x) float32 network input of a tile; beyond the slice is air."""
-    hu = augment.cut(scan.hu[z], crop, batches.slice_px, fill=augment.AIR_HU)
+    size = batches.slice_px
+    hu = boxes.cut(scan.hu[z], start, size, fill=AIR_HU)
     lung = None
     if scan.lung is not None:
-        lung = augment.cut(scan.lung[z], crop, batches.slice_px, fill=0)
+        lung = boxes.cut(scan.lung[z], start, size, fill=0)
     return augment.to_input(hu, lung, batches)
-
-
-def read_settings(run_dir: Path) -> config.Experiment:
-    """The experiment a run was trained with.
-
-    Raises:
-        FileNotFoundError: If the run is absent or not complete.
-    """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no finished run in {run_dir} (config.json is missing); run train.py first"
-        )
-    return config.from_json(config.Experiment, json.loads(path.read_text()))

@@ -5,10 +5,10 @@ outline move together, and the new affine says exactly where the new voxels lie.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+import boxes
 from geometry import Grid
 
 HALF = 0.5 - 1e-6
@@ -120,16 +120,16 @@ def mask(inside: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
         weights: As for `volume`.
     """
     resampled = np.zeros([len(w) for w in weights], bool)
-    box = _box(inside)
+    box = boxes.around(inside)
     if box is None:
         return resampled
     reached, inner = [], []
     for old, axis_weights in zip(box, weights, strict=True):
-        new = _bounds(axis_weights[:, old].any(axis=1))
-        if new is None:
+        weighted = boxes.around(axis_weights[:, old])
+        if weighted is None:
             return resampled
-        reached.append(new)
-        inner.append(axis_weights[new, old])
+        reached.append(weighted[0])
+        inner.append(axis_weights[weighted[0], old])
     resampled[tuple(reached)] = volume(inside[box], inner) >= HALF
     return resampled
 
@@ -158,8 +158,8 @@ def nodules(
     new_bits = np.zeros([len(w) for w in weights], np.uint8)
     new_labels = np.zeros_like(new_bits)
     for label in _values(nodule_labels):
-        box = _box(nodule_labels == label)
-        inner = [w[:, old] for w, old in zip(weights, box or (), strict=True)]
+        box = boxes.around(nodule_labels == label) or ()  # never: the label is there
+        inner = [w[:, old] for w, old in zip(weights, box, strict=True)]
         own_bits = np.where((nodule_labels == label)[box], reader_bits[box], 0)
         for reader in range(8):
             marked = mask((own_bits >> reader & 1).astype(bool), inner)
@@ -171,16 +171,3 @@ def nodules(
 def _values(array: np.ndarray) -> np.ndarray:
     """The values other than 0 in a uint8 array."""
     return np.flatnonzero(np.bincount(array.ravel())[1:]) + 1
-
-
-def _box(inside: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box that holds a mask; None if the mask is empty."""
-    bounds = [_bounds(inside.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    found = tuple(b for b in bounds if b is not None)
-    return found if len(found) == len(bounds) else None
-
-
-def _bounds(hits: Any) -> slice | None:
-    """From the first True to the last; None if there is none."""
-    where = np.flatnonzero(hits)
-    return slice(int(where[0]), int(where[-1]) + 1) if len(where) else None

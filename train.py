@@ -24,6 +24,7 @@ import tyro
 import config
 import files
 import provenance
+import runs
 import slice_idx
 import steps
 from slice_table import SliceTable
@@ -113,7 +114,7 @@ def train(
             table_sha256=table.sha256,
             split_sha256=split["sha256"],
             init_sha256=None if init is None else files.sha256(init),
-            init_training_patients=training_patients_of(init),
+            init_training_patients=runs.training_patients_of(init),
         )
         partial = run_dir.with_name(run_dir.name + ".partial")
         for directory in (run_dir, partial):
@@ -160,22 +161,6 @@ def split_settings(split: Mapping[str, Any]) -> config.Split:
     """The settings of a split; those that one written by hand leaves out are defaults."""
     record = config.to_json(config.Split()) | split["settings"]
     return config.from_json(config.Split, record)
-
-
-def training_patients_of(weights: Path | None) -> list[str]:
-    """Patients that the weights of another run have seen; none if that is unknown.
-
-    Those that the weights that run started from had seen are among them.
-    """
-    if weights is None:
-        return []
-    split_path = weights.parent / "split.json"
-    if not split_path.is_file():
-        log.warning("no %s: who %s was trained on is unknown", split_path, weights)
-        return []
-    seen = slice_idx.patients_of_part(slice_idx.read_split(split_path), "train")
-    made_by = json.loads((weights.parent / "provenance.json").read_text())
-    return sorted({*seen, *made_by.get("init_training_patients", ())})
 
 
 def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None:
@@ -238,86 +223,44 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 def open_data(
     table: SliceTable, split: Mapping[str, Any], experiment: config.Experiment
 ) -> Data:
-    """The generators of the training and the validation part.
+    """The generators of the training and the validation part, of slices or of volumes.
 
     Raises:
         ValueError: If nobody is left to train on.
     """
     import data_generator
+    import volumes
 
     batches, settings = experiment.batches, experiment.train
+    options: dict[str, Any] = {}
     if len(batches.input_px) == 3:
-        return open_volumes(table, split, experiment)
-    rows = {
-        part: slice_idx.rows_of_part(split, table, part) for part in slice_idx.PARTS
-    }
+        rows_of, kind = slice_idx.scans_of_part, "scans"
+        training, tiles = volumes.VolumeGenerator, volumes.VolumeTileGenerator
+    else:
+        rows_of, kind = slice_idx.rows_of_part, "slices"
+        training, tiles = data_generator.SliceGenerator, data_generator.TileGenerator
+        options["with_slice_label"] = experiment.model.slice_classifier
+    rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
     if not len(rows["train"]):
         raise ValueError(
-            f"the training part has no slices in {table.path}; expected some patients "
-            "with slices, run slice_idx.py with other fractions or table.py with more scans"
+            f"the training part has no {kind} in {table.path}; run slice_idx.py with other "
+            "fractions or table.py with more scans"
         )
-    options = {
-        "seed": settings.seed,
-        "with_slice_label": experiment.model.slice_classifier,
-    }
-    training = data_generator.SliceGenerator(
+    made = training(
         table,
         rows["train"],
         batches,
         experiment.augment,
         pathology=experiment.lesions,
+        seed=settings.seed,
         steps_per_epoch=settings.steps_per_epoch,
         **options,
     )
     if not len(rows["validation"]):
         log.warning("nobody validates: the last epoch counts as the best")
-        return Data(training)
-    validation = data_generator.TileGenerator(
-        table,
-        rows["validation"],
-        batches,
-        most=settings.validation_tiles,
-        with_slice_label=experiment.model.slice_classifier,
-    )
-    return Data(training, validation)
-
-
-def open_volumes(
-    table: SliceTable, split: Mapping[str, Any], experiment: config.Experiment
-) -> Data:
-    """As `open_data`, of an experiment on volumes.
-
-    Raises:
-        ValueError: If nobody is left to train on.
-    """
-    import volumes
-
-    batches, settings = experiment.batches, experiment.train
-    scans = {
-        part: slice_idx.scans_of_part(split, table, part)
-        for part in ("train", "validation")
-    }
-    if not len(scans["train"]):
-        raise ValueError(
-            f"the training part has no scans in {table.path}; run slice_idx.py with other "
-            "fractions or table.py with more scans"
-        )
-    training = volumes.VolumeGenerator(
-        table,
-        scans["train"],
-        batches,
-        experiment.augment,
-        pathology=experiment.lesions,
-        seed=settings.seed,
-        steps_per_epoch=settings.steps_per_epoch,
-    )
-    if not len(scans["validation"]):
-        log.warning("nobody validates: the last epoch counts as the best")
-        return Data(training)
-    validation = volumes.VolumeTileGenerator(
-        table, scans["validation"], batches, most=settings.validation_tiles
-    )
-    return Data(training, validation)
+        return Data(made)
+    most = settings.validation_tiles
+    return Data(made, tiles(table, rows["validation"], batches, most=most, **options))
 
 
 def start_run(
@@ -362,7 +305,7 @@ def fit(
         progress = callbacks.read_state(directory / callbacks.STATE, model)
         log.info("going on after epoch %d", progress.epoch)
     elif init is not None:
-        load_start(model, init)
+        runs.load_weights(callbacks.without_optimizer(model), init)
     log.info(
         "%s: %d parameters, %d steps of %d %s an epoch",
         model.name,
@@ -387,24 +330,6 @@ def fit(
         directory / "training.json", summary(progress, model.count_params())
     )
     files.remove(directory / callbacks.STATE)
-
-
-def load_start(model: Any, init: Path) -> None:
-    """Gives the network the weights in `init`.
-
-    Raises:
-        ValueError: If they are of another network.
-    """
-    from models import callbacks
-
-    try:
-        callbacks.without_optimizer(model).load_weights(init)
-    except ValueError as error:
-        raise ValueError(
-            f"--init {init}: the weights are not of this network, {model.name} with "
-            f"{model.count_params()} parameters; train with the model settings in "
-            f"{init.with_name('config.json')}"
-        ) from error
 
 
 def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:

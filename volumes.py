@@ -4,38 +4,37 @@ The volumes are those that table.py stores with `table.volume_spacing_mm`; `inpu
 `config.Batches` is then (z, y, x). `data_generator.py` draws them and hands them to Keras.
 """
 
-import itertools
-import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-import cv2
 import numpy as np
 
 import augment
 import augment_volume
+import boxes
 import config
 import lesions
 import synthesis
-from augment_volume import Crop
-from scan import AIR_HU, consensus
+from batching import (
+    VOLUME_BATCH,
+    VOLUME_ORDER,
+    Generator,
+    Tiles,
+    batches_of,
+    plain,
+    usable,
+)
+from boxes import Box, Crop, Tile
+from scan import consensus
 from slice_table import SliceTable
-
-log = logging.getLogger(__name__)
-
-ORDER, BATCH = 4, 5
-"""First words of the seeds of the order of scans and of a batch; see data_generator.py."""
 
 CACHE_BYTES = 2**30
 """Most memory for volumes that are kept after use: two hundred chests at 3 mm."""
 
 TILE_MARGIN_PX = 4
 """How far the tiles of validation reach beyond the box around the lungs."""
-
-Box = tuple[tuple[int, int], ...]
-"""First voxel along z, y and x, and the one after the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +94,8 @@ class VolumeCache:
         return volume
 
 
-class VolumeGenerator:
-    """Batches of crops of volumes by number: `len(generator)`, `generator[index]`.
-
-    As of `data_generator.SliceGenerator`, a batch depends on (seed, epoch, index) alone,
-    and any number of threads may ask for batches at once.
+class VolumeGenerator(Generator):
+    """Batches of crops of volumes; see `Generator`.
 
     Args:
         table: The open table, made with volumes.
@@ -112,9 +108,6 @@ class VolumeGenerator:
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
         shuffle: True draws a new order and new changes each epoch; False gives the scans
             in the order given and the same crops every epoch.
-
-    Attributes:
-        epoch: The epoch that batches are made for; set it to resume.
 
     Raises:
         ValueError: If no scan can be used, or the settings give the answer away.
@@ -132,67 +125,36 @@ class VolumeGenerator:
         steps_per_epoch: int = 0,
         shuffle: bool = True,
     ) -> None:
-        cv2.setNumThreads(1)  # threads are those of the caller
         self.table = table
         self.scans = usable_scans(table, scans, batches)
-        self.batches = batches
+        steps = steps_per_epoch or batches_of(len(self.scans), batches)
+        super().__init__(batches, steps, seeds=(VOLUME_BATCH, seed), shuffle=shuffle)
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.steps = steps_per_epoch or -(-len(self.scans) // batches.batch_size)
-        self.samples = len(self.scans)
-        if steps_per_epoch:
-            self.samples = steps_per_epoch * batches.batch_size
+        self.samples = steps_per_epoch * batches.batch_size or len(self.scans)
         self.cache = VolumeCache(table, batches)
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """One batch: x (b, z, y, x, 1) float32, y (b, z, y, x, 2) uint8, background first.
-
-        Raises:
-            IndexError: If `index` is not from 0 to the number of batches.
-        """
-        epoch = self.epoch if self.shuffle else 0  # once: it may end meanwhile
-        scans = self.scans_of_batch(index, epoch)
-        rng = np.random.default_rng((BATCH, self.seed, epoch, index))
-        samples = (self.sample(int(scan), rng) for scan in scans)
-        return batch_of(samples, len(scans), self.batches)
-
-    def on_epoch_end(self) -> None:
-        """Goes on to the next epoch."""
-        self.epoch += 1
-
-    def scans_of_batch(self, index: int, epoch: int | None = None) -> np.ndarray:
-        """(b,) scans of batch `index` of an epoch, by default the present one."""
-        if epoch is None:
-            epoch = self.epoch if self.shuffle else 0
-        if not 0 <= index < self.steps:
-            raise IndexError(f"batch {index}; expected 0 to {self.steps - 1}")
-        size = self.batches.batch_size
-        wanted = np.arange(index * size, min((index + 1) * size, self.samples))
-        rounds, places = np.divmod(wanted, len(self.scans))
+    def order_of_epoch(self, epoch: int) -> np.ndarray:
+        """Scans of all batches of an epoch, each as often as any other or once more."""
+        rounds = range(-(-self.samples // len(self.scans)))
         if not self.shuffle:
-            return self.scans[places]
-        orders = {
-            turn: np.random.default_rng(
-                (ORDER, self.seed, epoch, int(turn))
-            ).permutation(self.scans)
-            for turn in np.unique(rounds)
-        }
-        return np.array([orders[r][p] for r, p in zip(rounds, places, strict=True)])
+            return np.resize(self.scans, self.samples)
+        draws = (
+            np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
+            for turn in rounds
+        )
+        orders = [rng.permutation(self.scans) for rng in draws]
+        return np.concatenate(orders)[: self.samples]
 
     def sample(
-        self, scan_index: int, rng: np.random.Generator
+        self, row: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """A crop as (z, y, x) float32 input and (z, y, x) uint8 mask of 0 and 1."""
-        volume = self.cache.read(scan_index)
+        volume = self.cache.read(int(row))
         crop = self.crop(volume, rng)
         if self.augmentation is None:
-            return plain(volume, crop, self.batches)
+            return plain(volume.hu, volume.marks, crop.start, self.batches)
         if self.pathology is not None:
             lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
             spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
@@ -227,32 +189,29 @@ class VolumeGenerator:
         """The part of the volume that becomes the sample, by `batches.crop`."""
         size, full = self.batches.volume_px, volume.hu.shape
         near, which, *place = rng.random(8)
-        boxes = volume.nodule_boxes
+        found = volume.nodule_boxes
         if self.batches.crop == "centre":
-            return crop_around([(length - 1) / 2 for length in full], full, size)
+            return boxes.crop_around(boxes.centre(boxes.whole(full)), full, size)
         wanted = self.batches.crop == "nodule" and near < self.batches.nodule_fraction
-        if wanted and boxes:
-            box = boxes[int(which * len(boxes))]
-            return crop_near(box, full, size, place[:3])
-        box = volume.lung_box or tuple((0, length) for length in full)
-        focus = [
-            low + share * (high - 1 - low)
-            for (low, high), share in zip(box, place[3:], strict=True)
-        ]
-        return crop_around(focus, full, size)
+        if wanted and found:
+            box = found[int(which * len(found))]
+            half = [(part.stop - part.start) / 2 for part in box]
+            return boxes.crop_near(boxes.centre(box), half, full, size, place[:3])
+        box = volume.lung_box or boxes.whole(full)
+        return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
 
 
-class VolumeTileGenerator:
-    """Every tile of some volumes, in order: what inference will look at, for validation.
+class VolumeTileGenerator(Tiles):
+    """Every tile of some volumes; see `Tiles`.
 
-    Tiles cover the box around the lungs and a margin, or the volume where no lungs are
-    known. Nothing is augmented.
+    They cover the box around the lungs and a margin, or the volume where no lungs are
+    known.
 
     Args:
         table: The open table, made with volumes.
         scans: Indices of scans of the table.
         batches: Window, target, size of the tiles and of a batch.
-        most: Most tiles, spread evenly over all; 0 for all.
+        options: As for `Tiles`.
     """
 
     def __init__(
@@ -260,40 +219,21 @@ class VolumeTileGenerator:
         table: SliceTable,
         scans: np.ndarray,
         batches: config.Batches,
-        *,
-        most: int = 0,
+        **options: Any,
     ) -> None:
-        cv2.setNumThreads(1)
-        self.batches = batches
         self.cache = VolumeCache(table, batches)
         tiles = [
-            (int(scan), crop)
+            (int(scan), tile.start)
             for scan in usable_scans(table, scans, batches)
-            for crop in tiles_of(self.cache.read(int(scan)), batches.volume_px)
+            for tile in tiles_of(self.cache.read(int(scan)), batches.volume_px)
         ]
-        count = min(most or len(tiles), len(tiles))
-        self.tiles = [tiles[i * len(tiles) // count] for i in range(count)]
+        super().__init__(tiles, batches, **options)
 
-    def __len__(self) -> int:
-        return -(-len(self.tiles) // self.batches.batch_size)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """One batch, shaped as `VolumeGenerator`'s; the last may be smaller.
-
-        Raises:
-            IndexError: If `index` is not from 0 to the number of batches.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index}; expected 0 to {len(self) - 1}")
-        size = self.batches.batch_size
-        tiles = self.tiles[index * size : (index + 1) * size]
-        samples = (
-            plain(self.cache.read(scan), crop, self.batches) for scan, crop in tiles
-        )
-        return batch_of(samples, len(tiles), self.batches)
-
-    def on_epoch_end(self) -> None:
-        """Nothing: all epochs are the same."""
+    def sample(self, row, rng):
+        """A tile; see `Generator`."""
+        scan, start = row
+        volume = self.cache.read(scan)
+        return plain(volume.hu, volume.marks, start, self.batches)
 
 
 def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> Volume:
@@ -301,7 +241,7 @@ def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> 
     hu, lung = (table.volume(scan_index, name) for name in ("hu", "lung"))
     lung_bits = (lung > 0) * np.uint8(augment.LUNG_BIT)
     if batches.target == "lung":
-        return Volume(hu, lung_bits | (lung > 0), box_of(lung), ())
+        return Volume(hu, lung_bits | (lung > 0), boxes.around(lung), ())
     mask = consensus(
         table.volume(scan_index, "reader_bits"),
         table.volume(scan_index, "nodule_labels"),
@@ -309,18 +249,7 @@ def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> 
         level=batches.consensus_level,
         min_readers=batches.min_readers,
     )
-    return Volume(hu, lung_bits | mask, box_of(lung), nodule_boxes(mask))
-
-
-def box_of(mask: np.ndarray) -> Box | None:
-    """The box around what is above 0 in a (z, y, x) mask; None if nothing is."""
-    box = []
-    for axes in ((1, 2), (0, 2), (0, 1)):
-        places = np.flatnonzero(mask.any(axis=axes))
-        if not len(places):
-            return None
-        box.append((int(places[0]), int(places[-1]) + 1))
-    return tuple(box)
+    return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask))
 
 
 def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
@@ -328,111 +257,24 @@ def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    return tuple(
-        tuple((axis.start, axis.stop) for axis in box)
-        for box in ndimage.find_objects(labels)
-    )
+    return tuple(ndimage.find_objects(labels))
 
 
-def crop_around(focus_zyx, volume_px, output_px: tuple[int, int, int]) -> Crop:
-    """The crop with a point in its middle, kept within the volume where it fits there."""
-    middle = _middle(output_px)
-    return Crop(_start(focus_zyx, middle, volume_px, output_px), middle)
-
-
-def crop_near(box: Box, volume_px, output_px, share_zyx) -> Crop:
-    """A crop that holds a box, or its middle if it is larger; turns are pinned to it.
-
-    Args:
-        box: Of a nodule.
-        volume_px: (z, y, x) size of the volume.
-        output_px: (z, y, x) size of the crop.
-        share_zyx: Where the middle of the box lies in the crop, 0 to 1 of what is free.
-    """
-    focus = [(low + high - 1) / 2 for low, high in box]
-    lies = []
-    for (low, high), size, share in zip(box, output_px, share_zyx, strict=True):
-        half = min((high - low) / 2, (size - 1) / 2)
-        lies.append(half + share * (size - 1 - 2 * half))
-    start = _start(focus, lies, volume_px, output_px)
-    z, y, x = (point - first for point, first in zip(focus, start, strict=True))
-    return Crop(start, (z, y, x))
-
-
-def _middle(size_px: tuple[int, int, int]) -> tuple[float, float, float]:
-    z, y, x = size_px
-    return (z - 1) / 2, (y - 1) / 2, (x - 1) / 2
-
-
-def _start(focus_zyx, lies_zyx, volume_px, output_px) -> tuple[int, int, int]:
-    """Where the crop begins for `focus` to lie at `lies`, kept within the volume."""
-    z, y, x = (
-        min(max(round(focus - lies), 0), full - size)
-        if full >= size
-        else (full - size) // 2
-        for focus, lies, full, size in zip(
-            focus_zyx, lies_zyx, volume_px, output_px, strict=True
-        )
-    )
-    return z, y, x
-
-
-def tiles_of(volume: Volume, output_px: tuple[int, int, int]) -> list[Crop]:
-    """Overlapping crops that cover the box around the lungs and a margin, from the feet up."""
+def tiles_of(volume: Volume, output_px: tuple[int, int, int]) -> list[Tile]:
+    """Tiles that cover the box around the lungs and a margin, from the feet up."""
     full = volume.hu.shape
-    bounds = [(0, length) for length in full]
-    if volume.lung_box is not None:
-        bounds = [
-            (max(low - TILE_MARGIN_PX, 0), min(high + TILE_MARGIN_PX, length))
-            for (low, high), length in zip(volume.lung_box, full, strict=True)
-        ]
-    middle = _middle(output_px)
-    starts = [
-        [start for start, _ in augment.tiles_along(low, high, size)]
-        for (low, high), size in zip(bounds, output_px, strict=True)
-    ]
-    return [Crop((z, y, x), middle) for z, y, x in itertools.product(*starts)]
-
-
-def plain(
-    volume: Volume, crop: Crop, batches: config.Batches
-) -> tuple[np.ndarray, np.ndarray]:
-    """A crop as (z, y, x) float32 input and (z, y, x) uint8 mask, unchanged."""
-    size = batches.volume_px
-    hu = augment_volume.cut(volume.hu, crop, size, fill=AIR_HU)
-    marks = augment_volume.cut(volume.marks, crop, size, fill=0)
-    image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
-    return image, marks & augment.TARGET_BIT
-
-
-def batch_of(
-    samples: Iterable[tuple[np.ndarray, np.ndarray]],
-    count: int,
-    batches: config.Batches,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`count` pairs of input and mask as x and y of a batch; see `VolumeGenerator`."""
-    x = np.empty((count, *batches.volume_px, 1), np.float32)
-    y = np.empty((count, *batches.volume_px, 2), np.uint8)
-    for position, (image, mask) in enumerate(samples):
-        x[position, ..., 0] = image
-        y[position] = augment.one_hot(mask)
-    return x, y
+    box = volume.lung_box or boxes.whole(full)
+    return boxes.tiles(boxes.widened(box, TILE_MARGIN_PX, full), output_px)
 
 
 def usable_scans(
     table: SliceTable, scans: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """The scans that have what the settings ask for; says how many it leaves out.
+    """The scans that have what the settings ask for; see `batching.usable`.
 
     Raises:
-        ValueError: If none is left, the table has no volumes, or the input would be masked
-            by the target.
+        ValueError: If none has, or the table has no volumes.
     """
-    if batches.target == "lung" and batches.lung_mask:
-        raise ValueError(
-            "batches.target=lung with batches.lung_mask shows the network the answer; "
-            "add --batches.no-lung-mask"
-        )
     if not table.settings.volume_spacing_mm:
         raise ValueError(
             f"{table.path} was made with table.volume_spacing_mm=0 and holds no volumes, "
@@ -440,20 +282,4 @@ def usable_scans(
             "--table.volume_spacing_mm"
         )
     scans = np.asarray(scans)
-    needed, usable = [], np.ones(len(scans), bool)
-    if batches.target == "nodule":
-        needed.append("readers' outlines")
-        usable &= table.scans["read"][scans] > 0
-    if batches.target == "lung" or batches.lung_mask or batches.crop != "centre":
-        needed.append("a lung mask")
-        usable &= table.scans["has_lung"][scans] > 0
-    if not usable.any():
-        raise ValueError(
-            f"{table.path}: none of the {len(scans)} scans can be used; expected scans "
-            f"with {' and '.join(needed) or 'volumes'}; run preprocess.py and table.py "
-            "with them"
-        )
-    if not usable.all():
-        left_out = len(scans) - np.count_nonzero(usable)
-        log.warning("%d scans left out: no %s", left_out, " and ".join(needed))
-    return scans[usable]
+    return scans[usable(table, scans, batches, of="scans")]

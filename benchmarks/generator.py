@@ -26,6 +26,7 @@ import numpy as np
 from scipy import ndimage
 
 import augment
+import boxes
 import config
 import data_generator
 from data_generator import SliceGenerator
@@ -178,7 +179,7 @@ def where_time_goes(table: SliceTable) -> None:
     row = int(np.flatnonzero(table.rows["nodule_px"])[0])
     size, changes = BATCHES.input_px, config.Augment(noise_hu=20, elastic_px=3)
     rng = np.random.default_rng(0)
-    crop = augment.crop_at_centre(table.settings.size_px, size)
+    crop = boxes.crop_at_centre(table.settings.size_px, size)
     bent = augment.draw_warp(changes, crop, size, rng)
     flat = augment.Warp(bent.matrix)
     hu, lung = table.read("hu", row), table.read("lung", row)

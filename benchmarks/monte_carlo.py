@@ -24,7 +24,8 @@ import numpy as np
 import tyro
 
 import config
-from monte_carlo import Passes, Precision, VolumePredictor
+from monte_carlo import Passes, VolumePredictor
+from runs import Precision
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import numpy as np
 
 import geometry
 import outlines
+from boxes import Box
 from cohorts import dicom
 from cohorts.lidc_database import CHARACTERISTICS, query
 from geometry import Grid
@@ -343,7 +344,7 @@ def points_of(found: Iterable[Outline]) -> np.ndarray:
 
 def nodule_of(
     label: int,
-    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, outlines.Box]]],
+    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Nodule:
     """One nodule from the findings of its readers, each with its outlines and mask."""
@@ -363,7 +364,7 @@ def nodule_of(
 
 def annotation_of(
     reader: int,
-    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, outlines.Box]]],
+    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Annotation:
     """One reader's part in a nodule.

@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+import boxes
 import geometry
 import outlines
+from boxes import Box
 from cohorts import dicom, lidc, nifti
 from geometry import Grid
 from scan import LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
@@ -307,7 +309,7 @@ def wand(
     centre_zyx: np.ndarray,
     diameter_mm: float,
     spacing_mm: tuple[float, float, float],
-) -> tuple[np.ndarray, outlines.Box]:
+) -> tuple[np.ndarray, Box]:
     """A nodule's mask from its centre and diameter, by a search for edges along rays.
 
     On every slice that the sphere of that diameter meets, rays leave the centre. Along each
@@ -329,7 +331,8 @@ def wand(
         A small (z, y, x) bool mask with at least the voxel at the centre, and its box.
     """
     radius_mm = diameter_mm / 2
-    box = box_around(centre_zyx, REACH * radius_mm * MAX_SCALE, spacing_mm, hu.shape)
+    reach_mm = REACH * radius_mm * MAX_SCALE
+    box = boxes.near(centre_zyx, [reach_mm] * 3, spacing_mm, boxes.whole(hu.shape))
     local_zyx = centre_zyx - [axis.start for axis in box]
     region = hu[box].astype(np.float32)
     radii_mm = radii_by_slice_mm(region, local_zyx, radius_mm, spacing_mm)
@@ -375,23 +378,6 @@ def radii_by_slice_mm(
 def nearest_voxel(at_zyx: np.ndarray, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The voxel of a volume nearest to a fractional index."""
     return tuple(np.clip(np.rint(at_zyx), 0, np.array(shape) - 1).astype(int).tolist())
-
-
-def box_around(
-    centre_zyx: np.ndarray,
-    reach_mm: float,
-    spacing_mm: tuple[float, float, float],
-    shape: tuple[int, ...],
-) -> outlines.Box:
-    """The box of all voxels within `reach_mm` of the centre along each axis."""
-    z, y, x = (
-        slice(
-            max(int(np.floor(c - reach_mm / s)), 0),
-            min(int(np.ceil(c + reach_mm / s)) + 1, n),
-        )
-        for c, s, n in zip(centre_zyx, spacing_mm, shape, strict=True)
-    )
-    return z, y, x
 
 
 def core_and_lung_hu(polar: np.ndarray, radius_mm: float) -> tuple[float, float]:

@@ -23,15 +23,17 @@ from typing import Literal
 import cv2
 import numpy as np
 
+import boxes
 import files
 import steps
+from boxes import Box
 from cohorts import phantom_anatomy as anatomy
 from cohorts import phantom_dicom as dicom
 from cohorts import phantom_nodules as nodules
 from cohorts.phantom_anatomy import Body, Chest, Mesh
 from cohorts.phantom_nodules import PlacedNodule, Reading
 from geometry import Grid
-from outlines import READERS, Box, diameter_mm, volume_mm3
+from outlines import READERS, diameter_mm, volume_mm3
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, write_scan
 
 FORMAT = 3
@@ -603,7 +605,7 @@ class _Layer:
     @classmethod
     def of(cls, organ: anatomy.Organ, scene: _Scene) -> "_Layer | None":
         borders = _borders(organ.field, scene)
-        box = _box_of(borders < 0.5, margin=2)
+        box = boxes.around(borders < 0.5, margin=2)
         if box is None:
             return None
         return cls(float(organ.hu), np.ascontiguousarray(borders[box]), box)
@@ -632,22 +634,6 @@ def _borders(field_mm: np.ndarray, scene: _Scene) -> np.ndarray:
         return field_mm / np.float32(dx)
     tilt = np.clip(np.gradient(field_mm, dz, axis=0), -1, 1)
     return field_mm / np.sqrt((tilt * dz) ** 2 + dx**2).astype(np.float32)
-
-
-def _box_of(inside: np.ndarray, margin: int) -> Box | None:
-    """The box around a (z, y, x) mask, `margin` voxels wider where there is room."""
-    spans = []
-    for axis in range(3):
-        hits = np.flatnonzero(inside.any(tuple(a for a in range(3) if a != axis)))
-        if not hits.size:
-            return None
-        spans.append(
-            slice(
-                max(int(hits[0]) - margin, 0),
-                min(int(hits[-1]) + margin + 1, inside.shape[axis]),
-            )
-        )
-    return spans[0], spans[1], spans[2]
 
 
 def _render(

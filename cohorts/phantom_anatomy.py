@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from boxes import Box
+
 FAR_MM = 1e3
 """Value of a field far from its organ."""
 
@@ -112,11 +114,11 @@ class Mesh:
         ]
         return steps[0], steps[1], steps[2]
 
-    def part(self, box: tuple[slice, slice, slice]) -> "Mesh":
+    def part(self, box: Box) -> "Mesh":
         """The mesh of a (z, y, x) box of voxels."""
         return Mesh(self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
 
-    def box_around(self, low_xyz, high_xyz) -> tuple[slice, slice, slice] | None:
+    def box_around(self, low_xyz, high_xyz) -> Box | None:
         """Voxels whose centres lie between two corners in mm; None if there are none."""
         spans = []
         for axis, low, high in zip(
@@ -126,7 +128,7 @@ class Mesh:
             if first >= last:
                 return None
             spans.append(slice(int(first), int(last)))
-        return spans[0], spans[1], spans[2]
+        return tuple(spans)
 
 
 def mesh_from_axes(z_mm: np.ndarray, y_mm: np.ndarray, x_mm: np.ndarray) -> Mesh:

@@ -12,9 +12,10 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
+from boxes import Box
 from cohorts.lidc_database import CHARACTERISTICS, query
 from cohorts.phantom_anatomy import Mesh, mesh_from_axes, spline_noise
-from outlines import READERS, Box, diameter_mm, fill_outline
+from outlines import READERS, diameter_mm, fill_outline
 
 Kind = Literal["solid", "part-solid", "ground-glass"]
 Site = Literal["isolated", "vascular", "juxtapleural"]

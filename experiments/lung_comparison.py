@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+import boxes
 import files
 import metrics
 import slice_idx
@@ -274,7 +275,7 @@ def nodule_marks(scan: Scan, reference: np.ndarray | None) -> list[Mark]:
     if lungs is None or not labels.any():
         return []
     inside = (lungs > 0) | consensus
-    box = metrics.bounding_box(inside)
+    box = boxes.around(inside)
     depth_mm = np.zeros(inside.shape, np.float32)
     padded = np.pad(inside[box], 1)
     depth_mm[box] = distance_transform_edt(padded, sampling=scan.spacing_mm)[

@@ -1,12 +1,12 @@
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
 
 import augment
-from augment import Crop, Warp, cut, warp_image, warp_labels, warp_matrix
+from augment import Warp, warp_image, warp_labels, warp_matrix
+from boxes import Crop, cut
 from config import Augment, Batches
 
 SIZE = (96, 80)
@@ -70,7 +70,7 @@ def test_a_shift_moves_what_is_seen_down_and_right():
 
 def test_a_shift_is_in_output_pixels_whatever_the_zoom():
     matrix = warp_matrix(WHOLE, zoom=2, rotate_deg=30, shift_yx=(8, 5))
-    pin_xy = np.array(WHOLE.pin_yx[::-1])
+    pin_xy = np.array(WHOLE.pin[::-1])
     assert np.allclose(matrix @ (*np.add(pin_xy, (5, 8)), 1), pin_xy)
 
 
@@ -169,7 +169,7 @@ def test_beyond_the_slice_is_air():
 
 def test_random_warps_stay_within_the_settings():
     settings = Augment(rotate_deg=20, zoom=0.1, shift_px=5)
-    pin_xy = np.array(WHOLE.pin_yx[::-1])
+    pin_xy = np.array(WHOLE.pin[::-1])
     angles, zooms, shifts, signs = [], [], [], []
     for seed in range(400):
         matrix = augment.draw_warp(settings, WHOLE, SIZE, rng(seed)).matrix
@@ -307,31 +307,17 @@ def test_one_hot_puts_the_background_first():
     assert augment.one_hot(np.array([[0, 1]], np.uint8)).tolist() == [[[1, 0], [0, 1]]]
 
 
-def test_a_cut_at_the_centre_by_hand():
-    image = np.arange(30, dtype=np.int16).reshape(5, 6)
-    crop = augment.crop_at_centre(image.shape, (3, 2))
-    assert np.array_equal(cut(image, crop, (3, 2), fill=0), image[1:4, 2:4])
-
-
-def test_a_cut_larger_than_the_slice_is_filled():
-    image = np.ones((2, 3), np.int16)
-    crop = augment.crop_at_centre(image.shape, (4, 5))
-    got = cut(image, crop, (4, 5), fill=-1024)
-    assert np.array_equal(got[1:3, 1:4], image)
-    assert (got == -1024).sum() == 20 - 6
-
-
 def test_a_crop_at_the_lungs_is_centred_on_them():
     lung = np.zeros((64, 64), np.uint8)
     lung[10:21, 30:41] = 1
     crop = augment.crop_at_lungs(lung, (21, 21))
-    assert crop.top_left_yx == (5, 25)
+    assert crop.start == (5, 25)
 
 
 def test_a_crop_at_lungs_by_the_border_stays_in_the_slice():
     lung = np.zeros((64, 64), np.uint8)
     lung[0:4, 60:64] = 1
-    assert augment.crop_at_lungs(lung, (20, 20)).top_left_yx == (0, 44)
+    assert augment.crop_at_lungs(lung, (20, 20)).start == (0, 44)
 
 
 def test_a_slice_without_lungs_is_cropped_at_its_centre():
@@ -340,7 +326,7 @@ def test_a_slice_without_lungs_is_cropped_at_its_centre():
         augment.crop_at_lungs(empty, (20, 20)),
         augment.crop_near_nodule(empty, empty, (20, 20), rng()),
     ):
-        assert crop.top_left_yx == (22, 22)
+        assert crop.start == (22, 22)
 
 
 def test_a_nodule_lies_anywhere_in_its_crop_and_whole():
@@ -348,7 +334,7 @@ def test_a_nodule_lies_anywhere_in_its_crop_and_whole():
     places = []
     for seed in range(300):
         crop = augment.crop_near_nodule(mask, mask, (32, 32), rng(seed))
-        got = cut(mask, crop, (32, 32), fill=0)
+        got = cut(mask, crop.start, (32, 32), fill=0)
         assert got.sum() == mask.sum()
         places.append(ndimage.center_of_mass(got))
     assert np.min(places, axis=0) == pytest.approx([4, 4], abs=1)
@@ -363,13 +349,13 @@ def test_random_turns_keep_the_nodule_in_the_crop():
         crop = augment.crop_near_nodule(mask, mask, (32, 32), draw)
         warp = augment.draw_warp(settings, crop, (32, 32), draw)
         seen = warp_labels(mask, warp, (32, 32))
-        assert ndimage.center_of_mass(seen) == pytest.approx(crop.pin_yx, abs=1)
+        assert ndimage.center_of_mass(seen) == pytest.approx(crop.pin, abs=1)
 
 
 def test_every_nodule_of_a_slice_is_chosen():
     mask = disc((20, 20), 9) | disc((70, 60), 2)
     pins = {
-        tuple(np.add(crop.top_left_yx, crop.pin_yx))
+        tuple(np.add(crop.start, crop.pin))
         for crop in (
             augment.crop_near_nodule(mask, mask, (24, 24), rng(seed))
             for seed in range(40)
@@ -384,7 +370,7 @@ def test_crops_without_a_nodule_come_from_the_lungs():
     empty = np.zeros_like(lung)
     for seed in range(50):
         crop = augment.crop_near_nodule(empty, lung, (16, 16), rng(seed))
-        assert cut(lung, crop, (16, 16), fill=0).any()
+        assert cut(lung, crop.start, (16, 16), fill=0).any()
 
 
 def test_opencv_keeps_a_half_pixel_shift_exact():
@@ -392,43 +378,3 @@ def test_opencv_keeps_a_half_pixel_shift_exact():
     image[:, 4:] = 100
     half = Warp(np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]))
     assert warp_image(image, half, (8, 7))[0].tolist() == [0, 0, 0, 50, 100, 100, 100]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "size"),
-    [(0, 100, 100), (10, 60, 100), (0, 101, 100), (7, 300, 64), (0, 512, 128)],
-)
-def test_tiles_cover_a_line_and_their_weights_sum_to_one(low, high, size):
-    total = np.zeros(1000)
-    starts = []
-    for start, weight in augment.tiles_along(low, high, size):
-        assert weight.shape == (size,)
-        total[start + 200 : start + 200 + size] += weight
-        starts.append(start)
-    assert np.allclose(total[low + 200 : high + 200], 1)
-    if len(starts) > 1:
-        assert (starts[0], starts[-1] + size) == (low, high)
-        assert max(np.diff(starts)) <= round(0.75 * size)
-
-
-def test_tiles_put_together_are_the_image_within_the_lungs():
-    rng = np.random.default_rng(0)
-    image = rng.random((150, 170)).astype(np.float32)
-    lung = np.zeros(image.shape, np.uint8)
-    cv2.ellipse(lung, (40, 70), (30, 60), 0, 0, 360, 1, -1)
-    cv2.circle(lung, (150, 20), 15, 2, -1)
-    tiles = augment.tiles(lung, image.shape, (48, 64))
-    assert all(augment.cut(lung, t.crop, (48, 64), fill=0).any() for t in tiles)
-    whole = np.zeros_like(image)
-    for crop, weight in tiles:
-        part = augment.cut(image, crop, (48, 64), fill=0)
-        augment.paste(whole, weight * part, crop)
-    assert np.allclose(whole[lung > 0], image[lung > 0], atol=1e-6)
-
-
-def test_a_slice_without_lung_has_no_tile_and_without_mask_is_covered():
-    assert augment.tiles(np.zeros((90, 90), np.uint8), (90, 90), (64, 64)) == []
-    weights = np.zeros((90, 70), np.float32)
-    for crop, weight in augment.tiles(None, weights.shape, (64, 96)):
-        augment.paste(weights, weight, crop)
-    assert np.allclose(weights, 1, atol=1e-6)

@@ -12,6 +12,7 @@ import evaluate
 import export
 import infer
 import postprocess
+import runs
 import slice_idx
 import table
 import train
@@ -77,7 +78,7 @@ def test_a_prediction_does_not_depend_on_the_batch_size(work, make_scan):
     scan = make_scan(3)
     one, many = (
         infer.Predictor(
-            work / "runs/tiny", infer.read_settings(work / "runs/tiny"), batch_size=n
+            work / "runs/tiny", runs.read_settings(work / "runs/tiny"), batch_size=n
         ).probability(scan)
         for n in (1, 7)
     )
@@ -86,7 +87,7 @@ def test_a_prediction_does_not_depend_on_the_batch_size(work, make_scan):
 
 def test_tiles_that_are_sure_do_not_add_up_to_more_than_one(work, make_scan):
     scan = make_scan(3)
-    settings = infer.read_settings(work / "runs/tiny")
+    settings = runs.read_settings(work / "runs/tiny")
     batches = replace(settings.batches, input_px=(16, 16))
     predictor = infer.Predictor(
         work / "runs/tiny", replace(settings, batches=batches), batch_size=4
@@ -238,7 +239,7 @@ def test_the_saved_model_gives_what_python_gives(work, tmp_path, normalisation):
         if path.is_file():
             (run / path.name).write_bytes(path.read_bytes())
     batches = replace(EXPERIMENT.batches, normalisation=normalisation)
-    settings = replace(infer.read_settings(run), batches=batches)
+    settings = replace(runs.read_settings(run), batches=batches)
     (run / "config.json").write_text(json.dumps(config.to_json(settings)))
     report = export.export(run, tmp_path / "model")
     assert "equal to Python" in report.line

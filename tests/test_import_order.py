@@ -55,7 +55,9 @@ def test_a_module_imports_only_what_stands_above_it(module):
         assert set(imported(path)) & set(ORDER) <= allowed, path
 
 
-@pytest.mark.parametrize("module", [*ORDER[: ORDER.index("models")], "evaluate"])
+@pytest.mark.parametrize(
+    "module", [*ORDER[: ORDER.index("models")], "postprocess", "evaluate"]
+)
 def test_only_models_and_the_steps_that_compute_import_keras(module):
     for path in sources(module):
         names = set(imported(path))

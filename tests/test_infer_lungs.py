@@ -13,7 +13,7 @@ from scipy import ndimage
 import infer
 from lung_map import LungMap
 from monte_carlo import Passes
-from predictor import read_settings
+from runs import read_settings
 
 
 @pytest.fixture(scope="module")

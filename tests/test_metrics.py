@@ -8,7 +8,6 @@ from metrics import (
     bootstrap,
     bootstrap_mean,
     bootstrap_pooled,
-    bounding_box,
     count_voxels,
     dice,
     element_areas_mm2,
@@ -72,15 +71,6 @@ def test_ratio_of_arrays_is_nan_only_where_undefined():
 def test_masks_of_two_shapes_are_refused():
     with pytest.raises(ValueError, match=r"reference has shape \(2, 3\)"):
         count_voxels(np.zeros((2, 3), bool), np.zeros((2, 1), bool))
-
-
-def test_bounding_box_is_tight():
-    assert bounding_box(box((3, 5), (0, 7), (9, 24))) == (
-        slice(3, 5),
-        slice(0, 7),
-        slice(9, 24),
-    )
-    assert bounding_box(EMPTY) is None
 
 
 @pytest.mark.parametrize(

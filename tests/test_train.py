@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import config
+import runs
 import scan as scan_files
 import slice_idx
 import steps
@@ -293,7 +294,6 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
     assert record["init_training_patients"] == split["parts"]["train"]
 
 
-@pytest.mark.filterwarnings("default:Skipping nested container")  # Keras, then raises
 def test_weights_of_another_network_are_refused_by_name(run, data):
     wider = replace(SHORT, model=replace(TINY.model, filters=3))
     with pytest.raises(ValueError, match="weights are not of this network, unet2d"):
@@ -420,8 +420,8 @@ def test_patients_of_every_earlier_run_count_as_seen(tmp_path):
         (run / "provenance.json").write_text(
             json.dumps({"init_training_patients": earlier})
         )
-    assert train.training_patients_of(tmp_path / "a/best.weights.h5") == ["p1"]
-    assert train.training_patients_of(tmp_path / "b/best.weights.h5") == ["p0", "p2"]
+    assert runs.training_patients_of(tmp_path / "a/best.weights.h5") == ["p1"]
+    assert runs.training_patients_of(tmp_path / "b/best.weights.h5") == ["p0", "p2"]
 
 
 def test_early_stopping_is_the_same_after_a_resume(tmp_path):

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -114,13 +114,14 @@ class Generator(ABC):
         return known[1][index * size : (index + 1) * size]
 
 
-class Tiles(Generator):
+class TileGenerator(Generator):
     """Every tile of some slices or volumes, in order, unchanged: for validation.
 
     It is what inference will look at.
 
     Args:
-        tiles: (row, start) of each.
+        tiles: Row and start of each.
+        read: Gives HU and marks of a row, as `plain` takes them.
         batches: Window, target, size of the tiles and of a batch.
         most: Most tiles, spread evenly over all; 0 for all.
         with_slice_label: As for `Generator`.
@@ -129,6 +130,7 @@ class Tiles(Generator):
     def __init__(
         self,
         tiles: Sequence[tuple[int, tuple[int, ...]]],
+        read: Callable[[int], tuple[np.ndarray, np.ndarray]],
         batches: config.Batches,
         *,
         most: int = 0,
@@ -138,9 +140,14 @@ class Tiles(Generator):
         self.tiles = [tiles[i * len(tiles) // count] for i in range(count)]
         steps = batches_of(count, batches)
         super().__init__(batches, steps, with_slice_label=with_slice_label)
+        self.read = read
 
     def order_of_epoch(self, epoch: int) -> Sequence[Any]:
         return self.tiles
+
+    def sample(self, row, rng):
+        which, start = row
+        return plain(*self.read(which), start, self.batches)
 
 
 def batches_of(samples: int, batches: config.Batches) -> int:

@@ -34,7 +34,7 @@ from batching import (
     SLICE_NOISE,
     SLICE_ORDER,
     Generator,
-    Tiles,
+    TileGenerator,
     batches_of,
     plain,
     reads_lung,
@@ -177,8 +177,10 @@ class SliceGenerator(Generator):
                 )
 
 
-class TileGenerator(Tiles):
-    """Every tile of some slices; see `Tiles`.
+def tiles_of_slices(
+    table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
+) -> TileGenerator:
+    """Every tile of some slices, for validation.
 
     They cover the lungs without asking where nodules are, so the score says how a network
     does where it has to search too. Without a lung mask they cover the whole slice.
@@ -187,33 +189,23 @@ class TileGenerator(Tiles):
         table: The open table.
         rows: Rows of the table.
         batches: Window, target, size of the tiles and of a batch.
-        options: As for `Tiles`.
+        options: Of `TileGenerator`.
     """
 
-    def __init__(
-        self,
-        table: SliceTable,
-        rows: np.ndarray,
-        batches: config.Batches,
-        **options: Any,
-    ) -> None:
-        self.table = table
-        tiles = [
-            (int(row), tile.start)
-            for row in usable_rows(table, rows, batches)
-            for tile in augment.tiles(
-                table.read("lung", int(row)) if reads_lung(batches) else None,
-                table.settings.size_px,
-                batches.slice_px,
-            )
-        ]
-        super().__init__(tiles, batches, **options)
+    def read(row: int) -> tuple[np.ndarray, np.ndarray]:
+        hu, mask, lung = read_row(table, row, batches)
+        return hu, marks_of(mask, lung)
 
-    def sample(self, row, rng):
-        """A tile; see `Generator`."""
-        place, start = row
-        hu, mask, lung = read_row(self.table, place, self.batches)
-        return plain(hu, marks_of(mask, lung), start, self.batches)
+    tiles = [
+        (int(row), tile.start)
+        for row in usable_rows(table, rows, batches)
+        for tile in augment.tiles(
+            table.read("lung", int(row)) if reads_lung(batches) else None,
+            table.settings.size_px,
+            batches.slice_px,
+        )
+    ]
+    return TileGenerator(tiles, read, batches, **options)
 
 
 def read_row(

@@ -59,7 +59,11 @@ def run(
     )
     logging.getLogger("distributed").setLevel(logging.ERROR)
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # PyTables' own
-    parsed = parse(arguments, argv)
+    try:
+        parsed = parse(arguments, argv)
+    except ValueError as error:  # tyro catches those of sections that have a prefix
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(USAGE)
     started = time.monotonic()
     try:
         report = step(parsed)

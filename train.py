@@ -235,10 +235,10 @@ def open_data(
     options: dict[str, Any] = {}
     if len(batches.input_px) == 3:
         rows_of, kind = slice_idx.scans_of_part, "scans"
-        training, tiles = volumes.VolumeGenerator, volumes.VolumeTileGenerator
+        training, tiles = volumes.VolumeGenerator, volumes.tiles_of_volumes
     else:
         rows_of, kind = slice_idx.rows_of_part, "slices"
-        training, tiles = data_generator.SliceGenerator, data_generator.TileGenerator
+        training, tiles = data_generator.SliceGenerator, data_generator.tiles_of_slices
         options["with_slice_label"] = experiment.model.slice_classifier
     rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
     if not len(rows["train"]):

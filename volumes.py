@@ -21,12 +21,12 @@ from batching import (
     VOLUME_BATCH,
     VOLUME_ORDER,
     Generator,
-    Tiles,
+    TileGenerator,
     batches_of,
     plain,
     usable,
 )
-from boxes import Box, Crop, Tile
+from boxes import Box, Crop
 from scan import consensus
 from slice_table import SliceTable
 
@@ -137,14 +137,12 @@ class VolumeGenerator(Generator):
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Scans of all batches of an epoch, each as often as any other or once more."""
-        rounds = range(-(-self.samples // len(self.scans)))
         if not self.shuffle:
             return np.resize(self.scans, self.samples)
-        draws = (
-            np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
-            for turn in rounds
-        )
-        orders = [rng.permutation(self.scans) for rng in draws]
+        orders = []
+        for turn in range(-(-self.samples // len(self.scans))):
+            rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
+            orders.append(rng.permutation(self.scans))
         return np.concatenate(orders)[: self.samples]
 
     def sample(
@@ -201,8 +199,10 @@ class VolumeGenerator(Generator):
         return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
 
 
-class VolumeTileGenerator(Tiles):
-    """Every tile of some volumes; see `Tiles`.
+def tiles_of_volumes(
+    table: SliceTable, scans: np.ndarray, batches: config.Batches, **options: Any
+) -> TileGenerator:
+    """Every tile of some volumes, for validation.
 
     They cover the box around the lungs and a margin, or the volume where no lungs are
     known.
@@ -211,29 +211,21 @@ class VolumeTileGenerator(Tiles):
         table: The open table, made with volumes.
         scans: Indices of scans of the table.
         batches: Window, target, size of the tiles and of a batch.
-        options: As for `Tiles`.
+        options: Of `TileGenerator`.
     """
+    cache = VolumeCache(table, batches)
 
-    def __init__(
-        self,
-        table: SliceTable,
-        scans: np.ndarray,
-        batches: config.Batches,
-        **options: Any,
-    ) -> None:
-        self.cache = VolumeCache(table, batches)
-        tiles = [
-            (int(scan), tile.start)
-            for scan in usable_scans(table, scans, batches)
-            for tile in tiles_of(self.cache.read(int(scan)), batches.volume_px)
-        ]
-        super().__init__(tiles, batches, **options)
+    def read(scan: int) -> tuple[np.ndarray, np.ndarray]:
+        volume = cache.read(scan)
+        return volume.hu, volume.marks
 
-    def sample(self, row, rng):
-        """A tile; see `Generator`."""
-        scan, start = row
-        volume = self.cache.read(scan)
-        return plain(volume.hu, volume.marks, start, self.batches)
+    tiles = []
+    for scan in usable_scans(table, scans, batches).tolist():
+        volume = cache.read(scan)
+        full = volume.hu.shape
+        box = boxes.widened(volume.lung_box or boxes.whole(full), TILE_MARGIN_PX, full)
+        tiles += [(scan, tile.start) for tile in boxes.tiles(box, batches.volume_px)]
+    return TileGenerator(tiles, read, batches, **options)
 
 
 def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> Volume:
@@ -258,13 +250,6 @@ def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
     return tuple(ndimage.find_objects(labels))
-
-
-def tiles_of(volume: Volume, output_px: tuple[int, int, int]) -> list[Tile]:
-    """Tiles that cover the box around the lungs and a margin, from the feet up."""
-    full = volume.hu.shape
-    box = volume.lung_box or boxes.whole(full)
-    return boxes.tiles(boxes.widened(box, TILE_MARGIN_PX, full), output_px)
 
 
 def usable_scans(

@@ -368,7 +368,7 @@ def test_intensity_changes_leave_the_outside_of_the_lungs_alone(table):
 def test_tiles_show_all_lungs_of_the_rows_without_asking_for_nodules(table):
     rows = np.arange(len(table))
     batches = replace(BATCHES, input_px=(32, 32), batch_size=5)
-    generator = data_generator.TileGenerator(table, rows, batches)
+    generator = data_generator.tiles_of_slices(table, rows, batches)
     seen = {
         int(row): np.zeros(table.settings.size_px, bool) for row, _ in generator.tiles
     }
@@ -391,8 +391,8 @@ def test_tiles_show_all_lungs_of_the_rows_without_asking_for_nodules(table):
 def test_fewer_tiles_are_spread_over_all_rows(table):
     rows = np.arange(len(table))
     batches = replace(BATCHES, input_px=(32, 32))
-    every = data_generator.TileGenerator(table, rows, batches).tiles
-    some = data_generator.TileGenerator(table, rows, batches, most=7).tiles
+    every = data_generator.tiles_of_slices(table, rows, batches).tiles
+    some = data_generator.tiles_of_slices(table, rows, batches, most=7).tiles
     assert len(some) == 7
     assert some == [every[i * len(every) // 7] for i in range(7)]
 

@@ -20,7 +20,7 @@ from scan import consensus, readers_of_label, write_scan
 from slice_table import SliceTable
 from table import write_table
 from tests.conftest import tiny_scan
-from volumes import VolumeCache, VolumeGenerator, VolumeTileGenerator
+from volumes import VolumeCache, VolumeGenerator, tiles_of_volumes
 
 LUNGS = config.Batches(
     target="lung",
@@ -230,7 +230,7 @@ def test_the_cache_keeps_what_was_used_last_and_no_more(table):
 
 
 def test_tiles_cover_the_lungs_and_their_margin(table):
-    generator = VolumeTileGenerator(table, np.arange(2), LUNGS)
+    generator = tiles_of_volumes(table, np.arange(2), LUNGS)
     for scan in range(2):
         covered = np.zeros(table.volume(scan, "lung").shape, bool)
         for index, start in generator.tiles:
@@ -242,14 +242,13 @@ def test_tiles_cover_the_lungs_and_their_margin(table):
 
 
 def test_tiles_are_cuts_and_the_most_are_spread_evenly(table):
-    everything = VolumeTileGenerator(table, np.arange(2), LUNGS)
-    few = VolumeTileGenerator(table, np.arange(2), LUNGS, most=4)
+    everything = tiles_of_volumes(table, np.arange(2), LUNGS)
+    few = tiles_of_volumes(table, np.arange(2), LUNGS, most=4)
     assert len(few.tiles) == 4
     assert {scan for scan, _ in few.tiles} == {0, 1}
     assert len(everything) == -(-len(everything.tiles) // 2)
     (scan, start), (x, y) = few.tiles[3], few[1]
-    volume = few.cache.read(scan)
-    wanted_x, wanted_y = batching.plain(volume.hu, volume.marks, start, LUNGS)
+    wanted_x, wanted_y = batching.plain(*few.read(scan), start, LUNGS)
     np.testing.assert_array_equal(x[1, ..., 0], wanted_x)
     np.testing.assert_array_equal(y[1, ..., 1], wanted_y)
     with pytest.raises(IndexError, match="batch 2; expected 0 to 1"):

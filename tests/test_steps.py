@@ -1,0 +1,28 @@
+"""What a step answers to a command line that cannot be meant."""
+
+import pytest
+
+import infer
+import steps
+import train
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        (train, ("smoke", "--name", "x", "--batches.batch-size", "0"), "expected 1 or"),
+        (train, ("smoke", "--name", "x", "--train.ema", "2"), "ema is 2.0; expected"),
+        (infer, ("--result-dir", "x", "--n", "-1"), "error: n is -1; expected auto"),
+        (infer, ("--result-dir", "x", "--thresh", "7"), "error: thresh is 7.0; expect"),
+        (train, ("smok",), "did you mean smoke?"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
+    module, words, message, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        module.main(words)
+    assert ended.value.code == steps.USAGE
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown and "dummy" not in shown

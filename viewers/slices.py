@@ -1,5 +1,7 @@
 """Steps through the slices of a prepared scan in a window, with its masks outlined.
 
+Takes a scan file of preprocess.py, or a folder of .npy slices that table.py wrote.
+
 Arrow keys, the wheel and the slider go from slice to slice, page up and down by ten.
 
 Example:
@@ -36,6 +38,25 @@ def picture_of(scan: Scan, z: int, window_hu: tuple[float, float]) -> Picture:
     )
 
 
+def read(path: Path) -> Scan:
+    """The scan of a scan file or of a folder of .npy slices.
+
+    Raises:
+        ValueError: If it cannot be read, or the folder holds several scans.
+    """
+    if not path.is_dir():
+        return read_scan(path)
+    from cohorts import npy
+
+    sources = npy.find_scans(path)
+    if len(sources) > 1:
+        raise ValueError(
+            f"{path}: {len(sources)} scans ({sources[0].scan_id}, ...); expected one; name "
+            "the folder of one patient"
+        )
+    return npy.load_scan(sources[0])
+
+
 def first_slice(scan: Scan) -> int:
     """The slice with most nodule pixels; without nodules, the middle one."""
     if scan.reader_bits is None or not scan.reader_bits.any():
@@ -46,7 +67,7 @@ def first_slice(scan: Scan) -> int:
 @dataclass(frozen=True)
 class Arguments:
     scan: Annotated[Path, tyro.conf.Positional]
-    """A scan file of preprocess.py."""
+    """A scan file of preprocess.py, or a folder with the .npy slices of one scan."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU shown black and white."""
 
@@ -59,7 +80,7 @@ class Arguments:
 
 def show(arguments: Arguments) -> steps.Report:
     """Opens the window and waits until it is closed."""
-    scan = read_scan(arguments.scan)
+    scan = read(arguments.scan)
     browse(
         len(scan.hu),
         [lambda z: picture_of(scan, z, arguments.window_hu)],

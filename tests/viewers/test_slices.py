@@ -3,7 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scan import LEFT, RIGHT
+import config
+from scan import LEFT, RIGHT, write_scan
+from table import write_npy_slices, write_table
 from viewers import slices
 
 
@@ -26,6 +28,20 @@ def test_what_is_unknown_is_not_outlined(scan):
 
 def test_the_first_slice_shown_has_most_nodule(scan):
     assert slices.first_slice(scan) == 10  # the centre of the larger of two nodules
+
+
+def test_a_folder_of_npy_slices_is_read_if_it_holds_one_scan(scans, tmp_path):
+    for scan in scans[:2]:
+        write_scan(scan, tmp_path / "scans" / f"{scan.scan_id}.h5", {})
+    settings = config.Table(size_px=(64, 64), slices="all")
+    write_table(tmp_path / "scans", tmp_path / "table.h5", settings)
+    batches = config.Batches(target="lung", lung_mask=False)
+    write_npy_slices(tmp_path / "table.h5", tmp_path / "npy", batches)
+    found = slices.read(tmp_path / "npy/patient-001")
+    assert np.array_equal(found.hu, scans[1].hu)
+    assert np.array_equal(found.hu, slices.read(tmp_path / "scans/scan-001.h5").hu)
+    with pytest.raises(ValueError, match=r"2 scans \(scan-000, ...\); expected one"):
+        slices.read(tmp_path / "npy")
 
 
 def test_a_missing_scan_file_and_a_turned_window_are_errors(tmp_path, capsys):

@@ -38,12 +38,19 @@ MAX_STD = 0.5
 
 NAMES = {RIGHT: "right lung", LEFT: "left lung"}
 
+TOOLBAR = {
+    "displaylogo": False,
+    "responsive": True,
+    # Else Plotly has a button that sends the whole figure to a server of its makers.
+    "showSendToCloud": False,
+}
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';
- script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:">
+ script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <title>Lungs of {pid}</title>
 <style>
 body {{ font: 15px sans-serif; margin: 12px 20px }}
@@ -239,7 +246,7 @@ def page_of(row: Row, figure: Any) -> str:
             full_html=False,
             include_plotlyjs=True,
             default_height="82vh",
-            config={"displaylogo": False, "responsive": True},
+            config=TOOLBAR,
         ),
     )
 

@@ -143,6 +143,7 @@ def test_the_page_loads_nothing_and_says_what_it_shows(folder, capsys):
     assert out.stat().st_size < 8e6
     page = out.read_text(encoding="utf-8")
     assert "default-src 'none'" in page
+    assert '"showSendToCloud": false' in page
     found = parsed(page)
     assert found.loads == []
     assert "Lungs of scan-1" in found.text

@@ -17,7 +17,7 @@ LossName = Literal[
     "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]
-CohortName = Literal["lidc", "luna16", "nifti"]
+CohortName = Literal["lidc", "luna16", "nifti", "npy"]
 Finding = Literal[
     "ground-glass",
     "consolidation",

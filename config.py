@@ -17,7 +17,7 @@ LossName = Literal[
     "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]
-CohortName = Literal["lidc", "luna16", "nifti"]
+CohortName = Literal["lidc", "luna16", "nifti", "npy"]
 Finding = Literal[
     "ground-glass",
     "consolidation",
@@ -271,6 +271,9 @@ class Model:
     """Edge of the cubes."""
     mask_value: float = 1.0
     """What is put in their place, in the units of the network's input."""
+    mask_varied: bool = False
+    """In training, hide a share drawn from 0 to mask_fraction of each volume, so that the
+    network can also be run with less hidden, or nothing."""
     gcn_kernels: tuple[int, ...] = (13, 19, 19, 19)
     """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis;
     shorter leaves them out at the shallow stages; empty for none."""

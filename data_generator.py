@@ -7,13 +7,17 @@ and prints how fast batches are made with one and with two threads.
 Example:
     python data_generator.py thesis --table work/table.h5 --split work/split.json \
         --part train --out work/contact_sheet.png
+
+With --show a window steps through the samples instead: arrow keys or slider; `a` shows a
+sample with and without its random changes.
 """
 
 import copy
+import functools
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +32,7 @@ import config
 import files
 import lesions
 import slice_idx
+import slice_window
 import steps
 from batching import (
     SLICE_BATCH,
@@ -41,6 +46,7 @@ from batching import (
     usable,
 )
 from slice_table import SliceTable
+from slice_window import Picture
 from volumes import VolumeGenerator
 
 log = logging.getLogger(__name__)
@@ -353,6 +359,51 @@ def volume_sheet(
     return in_lines(tiles[:crops], columns)
 
 
+def pictures(
+    generator: SliceGenerator | VolumeGenerator,
+) -> Callable[[int], Picture]:
+    """Makes the picture of a sample, by its number in the generator's epoch.
+
+    Samples are shown as in `contact_sheet`, of a volume its middle planes.
+    """
+    shown = copy.copy(generator)
+    shown.batches = replace(generator.batches, normalisation="window")
+    batch = functools.lru_cache(maxsize=2)(shown.__getitem__)
+    changes = "plain" if generator.augmentation is None else "augmented"
+
+    def picture(number: int) -> Picture:
+        index, place = divmod(number, shown.batches.batch_size)
+        x, y = batch(index)
+        image, mask = x[place, ..., 0], y[place, ..., 1]
+        if isinstance(shown, VolumeGenerator):
+            image, mask = (np.hstack(middle_planes(v)) for v in (image, mask))
+            scan = shown.rows_of_batch(index)[place]
+            name = f"{shown.table.scans['scan_id'][scan]}\n"
+        else:
+            row = shown.table.rows[shown.rows_of_batch(index)[place]]
+            name = f"{shown.table.scans['scan_id'][row['scan']]}\nz {row['z']}, "
+        return Picture(image, {shown.batches.target: mask}, name + changes)
+
+    return picture
+
+
+def views(
+    generator: SliceGenerator | VolumeGenerator,
+) -> tuple[int, list[Callable[[int], Picture]]]:
+    """How many samples an epoch has, and the ways to show them in a window.
+
+    The second view of an augmented sample is without random changes; a crop that is drawn
+    may lie elsewhere in it.
+    """
+    count = len(generator.order_of_epoch(generator.epoch))
+    shown = [pictures(generator)]
+    if generator.augmentation is not None:
+        unchanged = copy.copy(generator)
+        unchanged.augmentation = None
+        shown.append(pictures(unchanged))
+    return count, shown
+
+
 def middle_planes(volume: np.ndarray) -> list[np.ndarray]:
     """The middle axial, coronal and sagittal slice, head up, each in a square of zeros.
 
@@ -483,26 +534,30 @@ class Arguments:
     """Picture that is written."""
     slices: int = 24
     """Slices on the sheet; of volumes, crops with three slices each."""
+    show: bool = False
+    """Open a window that steps through the samples, and write nothing."""
     seconds: float = 3.0
     """How long each speed is measured."""
     seed: int = 0
     """Of order, crops and augmentation."""
 
 
-def show(arguments: Arguments) -> steps.Report:
-    """Writes the contact sheet and measures the speed; see `Arguments`.
+def run_step(arguments: Arguments) -> steps.Report:
+    """What the command line asks for: the sheet and the speed, or the window.
 
     Only the training part is augmented; the others are shown as they are scored.
     """
     with SliceTable(arguments.table) as table:
         if len(arguments.batches.input_px) == 3:
             generator = generator_of_volumes(table, arguments)
-            picture = volume_sheet(generator, crops=arguments.slices)
             shown = f"{len(generator.scans)} {arguments.part} scans"
         else:
             generator = generator_of_slices(table, arguments)
-            picture = contact_sheet(generator, slices=arguments.slices)
             shown = f"{len(generator.rows)} {arguments.part} rows"
+        if arguments.show:
+            slice_window.browse(*views(generator))
+            return steps.Report(f"showed samples of {shown}")
+        picture = sheet(generator, arguments.slices)
         with files.written_whole(arguments.out) as partial:
             if not cv2.imwrite(str(partial), picture):
                 raise OSError(f"{arguments.out} was not written; expected a .png")
@@ -512,8 +567,15 @@ def show(arguments: Arguments) -> steps.Report:
     return steps.Report(f"wrote {arguments.out}: {shown}; {speeds}")
 
 
+def sheet(generator: SliceGenerator | VolumeGenerator, samples: int) -> np.ndarray:
+    """`volume_sheet` or `contact_sheet`."""
+    if isinstance(generator, VolumeGenerator):
+        return volume_sheet(generator, crops=samples)
+    return contact_sheet(generator, slices=samples)
+
+
 def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerator:
-    """What `show` draws of a table's slices."""
+    """What is shown of a table's slices."""
     training = arguments.part == "train"
     split = slice_idx.read_split(arguments.split)
     return SliceGenerator(
@@ -529,7 +591,7 @@ def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerat
 
 
 def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGenerator:
-    """What `show` draws of a table's volumes; a training scan more than once if need be."""
+    """What is shown of a table's volumes; a training scan more than once if need be."""
     training = arguments.part == "train"
     split = slice_idx.read_split(arguments.split)
     size = arguments.batches.batch_size
@@ -557,7 +619,7 @@ def speed_text(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    steps.run(show, Arguments, argv=argv)
+    steps.run(run_step, Arguments, argv=argv)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ joined, chunk by chunk, and removed. Disk needed while it builds: twice the tabl
 """
 
 import contextlib
+import csv
 import errno
 import functools
 import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -681,6 +682,85 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
         h5.create_array("/", "subject_ids", subject_ids)
 
 
+def write_npy_slices(
+    path: Path, out: Path, batches: config.Batches, *, middle: int = 0
+) -> int:
+    """Writes slices as .npy files, one folder per patient; `cohorts.npy` reads them.
+
+    Images are int16 HU. Masks are uint8: lung labels, or 1 where the consensus says
+    nodule, by `batches.target`; where it is unknown, there are none.
+
+    Args:
+        path: The table.
+        out: The folder; it appears whole or not at all, and replaces one like it.
+        batches: `target` and the consensus.
+        middle: Only so many slices in the middle of each scan's rows; 0 for all.
+
+    Returns:
+        The number of slices.
+
+    Raises:
+        ValueError: If `out` holds something else, or an id cannot name a file.
+    """
+    from tqdm import tqdm
+
+    from cohorts import npy
+
+    for found in out.iterdir() if out.exists() else ():
+        if not (found / npy.LIST).is_file():
+            raise ValueError(
+                f"{out} holds {found.name}, which is no folder of slices; expected a new "
+                "folder, or one that --npy-slices made"
+            )
+    lists: dict[str, list[dict[str, Any]]] = {}
+    with SliceTable(path) as table, files.written_whole(out) as partial:
+        partial.mkdir()
+        patients = tqdm(table.scans["patient_id"], "npy", unit="scan", disable=None)
+        for index, patient in enumerate(patients):
+            patient_id = files.checked_id(str(patient), where=f"patients of {path}")
+            rows = middle_rows(table.rows_of_scan(index), middle)
+            for row in rows:
+                (partial / patient_id).mkdir(exist_ok=True)
+                entry = _write_npy_slice(partial / patient_id, table, row, batches)
+                lists.setdefault(patient_id, []).append(entry)
+        for patient_id, entries in lists.items():
+            listed = partial / patient_id / npy.LIST
+            with listed.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, npy.COLUMNS)
+                writer.writeheader()
+                writer.writerows(entries)
+    return sum(map(len, lists.values()))
+
+
+def middle_rows(rows: range, count: int) -> range:
+    """`count` rows in the middle, all if there are fewer; 0 for all."""
+    count = min(count or len(rows), len(rows))
+    start = (len(rows) - count) // 2
+    return rows[start : start + count]
+
+
+def _write_npy_slice(
+    folder: Path, table: SliceTable, row: int, batches: config.Batches
+) -> dict[str, Any]:
+    """Writes image and mask of a row; its line of the list."""
+    from cohorts import npy
+
+    scan, z = table.scans[table.rows["scan"][row]], int(table.rows["z"][row])
+    name = f"{scan['scan_id']}_z{z:04}"
+    entry = {"pid": scan["scan_id"], "z": z, "patient_id": scan["patient_id"]}
+    entry |= zip(npy.SPACING, scan["spacing_mm"].tolist(), strict=True)
+    images = {"image_path": (f"{name}.npy", table.read("hu", row))}
+    if batches.target == "lung" and scan["has_lung"]:
+        images["lung_path"] = (f"{name}_lung.npy", table.read("lung", row))
+    if batches.target == "nodule" and scan["read"]:
+        mask = _consensus(table, row, batches).astype(np.uint8)
+        images["seg_path"] = (f"{name}_nodule.npy", mask)
+    for column, (file_name, image) in images.items():
+        entry[column] = files.checked_id(file_name, where=f"{table.path}, row {row}")
+        np.save(folder / file_name, image, allow_pickle=False)
+    return entry
+
+
 def _hu_and_mask(
     table: SliceTable, row: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -688,14 +768,18 @@ def _hu_and_mask(
     hu = table.read("hu", row)
     if batches.lung_mask:
         hu[table.read("lung", row) == 0] = AIR_HU
-    mask = scans.consensus(
+    return hu, _consensus(table, row, batches)
+
+
+def _consensus(table: SliceTable, row: int, batches: config.Batches) -> np.ndarray:
+    """(y, x) bool consensus mask of the nodules."""
+    return scans.consensus(
         table.read("reader_bits", row),
         table.read("nodule_labels", row),
         table.readers_of_label(table.rows["scan"][row]),
         level=batches.consensus_level,
         min_readers=batches.min_readers,
     )
-    return hu, mask
 
 
 @dataclass(frozen=True)
@@ -706,24 +790,32 @@ class Arguments:
     """The table."""
     table: config.Table = field(default_factory=config.Table)
     batches: config.Batches = field(default_factory=config.Batches)
-    """Used by --thesis-layout alone."""
+    """Used by --thesis-layout and --npy-slices alone."""
     overwrite: bool = False
     """Replace a table made with other settings or of other scans."""
     verify: bool = False
     """Make nothing; read the table again and compare its checksums."""
     thesis_layout: Path | None = None
     """Also write the slices to this HDF5 file as the thesis laid them out."""
+    npy_slices: Path | None = None
+    """Also write the slices as .npy files to this folder, with one folder per patient."""
+    middle: int = 0
+    """Of --npy-slices only so many in the middle of each scan; 0 for all."""
     workers: int = 1
     """Processes."""
     scheduler: str = ""
     """Address of a Dask scheduler to use instead."""
 
+    def __post_init__(self) -> None:
+        config.require(self.middle >= 0, "middle", self.middle, "0 or more")
+
 
 def run_step(arguments: Arguments) -> steps.Report:
     """What the command line asks for."""
-    other = arguments.thesis_layout
-    if other and other.exists() and not arguments.overwrite:
-        raise ValueError(f"{other} exists; add --overwrite to replace it")
+    thesis, npy = arguments.thesis_layout, arguments.npy_slices
+    for other in (thesis, npy):
+        if other and other.exists() and not arguments.overwrite:
+            raise ValueError(f"{other} exists; add --overwrite to replace it")
     if arguments.verify:
         return _verified(arguments.out)
     report = write_table(
@@ -734,8 +826,13 @@ def run_step(arguments: Arguments) -> steps.Report:
         scheduler=arguments.scheduler,
         overwrite=arguments.overwrite,
     )
-    if other:
-        write_thesis_layout(arguments.out, other, arguments.batches)
+    if thesis:
+        write_thesis_layout(arguments.out, thesis, arguments.batches)
+    if npy:
+        count = write_npy_slices(
+            arguments.out, npy, arguments.batches, middle=arguments.middle
+        )
+        report = replace(report, line=f"{report.line}; wrote {npy}: {count} slices")
     return report
 
 

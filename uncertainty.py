@@ -10,7 +10,7 @@ class RunningMoments:
     """Mean, standard deviation and mean entropy of passes that are not kept.
 
     Welford's recurrence: memory does not grow with the number of passes, and what comes
-    out does not depend on how passes are grouped.
+    out does not depend on how passes are grouped. A single pass is all that is kept of it.
 
     Args:
         shape: Of one pass.
@@ -25,12 +25,17 @@ class RunningMoments:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.n = 0
         self.mean = np.zeros(shape, np.float32)
-        self._squares = np.zeros(shape, np.float32)
-        self._entropy = np.zeros(shape, np.float32)
+        self._squares = self._entropy = np.zeros(1, np.float32)
 
     def add(self, prob: np.ndarray) -> None:
         """Takes one pass: float32 probabilities."""
         self.n += 1
+        if self.n == 1:
+            self.mean[...] = prob
+            return
+        if self.n == 2:
+            self._squares = np.zeros_like(self.mean)
+            self._entropy = entropy(self.mean)
         step = prob - self.mean
         self.mean += step / np.float32(self.n)
         self._squares += step * (prob - self.mean)
@@ -39,7 +44,9 @@ class RunningMoments:
     @property
     def std(self) -> np.ndarray:
         """float32 standard deviation over passes (divided by n, as W1 does)."""
-        return np.sqrt(self._squares / max(self.n, 1))
+        if self.n < 2:
+            return np.zeros_like(self.mean)
+        return np.sqrt(self._squares / self.n)
 
     @property
     def mutual_information(self) -> np.ndarray:
@@ -47,7 +54,9 @@ class RunningMoments:
 
         Reference: Gal et al. 2017 (BALD), equation 2.
         """
-        spread = entropy(self.mean) - self._entropy / max(self.n, 1)
+        if self.n < 2:
+            return np.zeros_like(self.mean)
+        spread = entropy(self.mean) - self._entropy / self.n
         return np.maximum(spread, 0)
 
 

@@ -7,6 +7,7 @@ COHORTS = {
     "lidc": "cohorts.lidc",
     "luna16": "cohorts.luna16",
     "nifti": "cohorts.nifti",
+    "npy": "cohorts.npy",
 }
 """Name on the command line to module; `config.CohortName` holds the same names."""
 

@@ -172,7 +172,7 @@ def read_list(path: Path) -> list[ScanSource]:
             cannot be a file name, or none of the images exists.
     """
     sources = [_row_source(row, path.parent, where) for where, row in _rows(path)]
-    _check_unique([(s.scan_id, f"image {s.paths[0]}") for s in sources], path)
+    check_unique([(s.scan_id, f"image {s.paths[0]}") for s in sources], path)
     _check_exists(sources, path)
     return sources
 
@@ -278,7 +278,8 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
     )
 
 
-def _check_unique(named: Sequence[tuple[str, str]], where: Path) -> None:
+def check_unique(named: Sequence[tuple[str, str]], where: Path) -> None:
+    """Raises ValueError if two of (scan id, where it is from) have the same id."""
     # Compared without case: some file systems have one file for "A1" and "a1".
     seen: dict[str, str] = {}
     for name, what in named:
@@ -308,7 +309,7 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
             "the scans in a CSV"
         )
     sources = [_volume_source(path) for path in volumes]
-    _check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
+    check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
     return sources
 
 
@@ -341,7 +342,7 @@ def find_nnunet(folder: Path) -> list[ScanSource]:
     sources = [source for part in ("Tr", "Ts") for source in _nnunet_part(folder, part)]
     if not sources:
         raise ValueError(f"{folder}: imagesTr and imagesTs hold no volume")
-    _check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
+    check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
     return sources
 
 

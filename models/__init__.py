@@ -94,6 +94,7 @@ def build_model(
                 "cube_px": settings.mask_cube_px,
                 "mask_fraction": settings.mask_fraction,
                 "mask_value": settings.mask_value,
+                "mask_varied": settings.mask_varied,
                 **inputs,
             }
     if settings.weights != "none" and settings.name != "nasnet_gcn_se":

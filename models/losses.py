@@ -93,18 +93,22 @@ def hausdorff(
     deep in an error and costs k^exponent. A pixel of the eroded error is 2 m - 1, or 0 if
     that is negative, with m the mean of itself and its neighbours along the axes: so the
     inside of an error stays 1, and single pixels are gone at once. Beyond the border of
-    the image it is mirrored. 1 is the cost where all is wrong.
+    the image it is mirrored.
 
     Reference: Karimi and Salcudean 2019, equation 8 (HD_ER, 10 erosions, exponent 2). They
-    balance it against Dice anew each epoch; we scale it to 0..1 instead.
+    balance it against Dice anew each epoch. We divide by the pixels in reference or
+    prediction, and one, so that it weighs as much whatever the size of the image; it is
+    near 1 where no part of either is right.
     """
+    either = sum(errors(y_true, y_pred))
     left = ops.square(as_float32(y_true)[..., 1:] - as_float32(y_pred)[..., 1:])
-    cost, most = ops.zeros(()), 0
+    axes = all_but_classes(left)
+    cost, most = ops.zeros_like(either), 0
     for k in range(1, erosions + 1):
         left = eroded(left)
-        cost = cost + ops.mean(left) * k**exponent
+        cost = cost + ops.sum(left, axis=axes) * k**exponent
         most += k**exponent
-    return cost / most
+    return ops.mean(cost / (either + 1)) / most
 
 
 def eroded(error: KerasTensor) -> KerasTensor:

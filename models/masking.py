@@ -25,6 +25,8 @@ class RandomCubeMasking(layers.Layer):
         cube_px: Edge of the cubes.
         fraction: Share of the cubes that is replaced, 0 to 1.
         value: What replaces them, in the units of the input.
+        varied: In training, replace a share drawn from 0 to `fraction` for each volume, so
+            that the network also learns what nothing is hidden of.
         seed: Of the draws in training.
 
     Call arguments:
@@ -40,6 +42,7 @@ class RandomCubeMasking(layers.Layer):
         cube_px: int = 7,
         fraction: float = 0.7,
         value: float = 1.0,
+        varied: bool = False,
         seed: int | None = None,
         **kwargs,
     ):
@@ -52,19 +55,23 @@ class RandomCubeMasking(layers.Layer):
         self.cube_px = cube_px
         self.fraction = fraction
         self.value = value
+        self.varied = varied
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.built = True
 
     def call(self, inputs, noise=None, training=False):
+        fraction = self.fraction
         if noise is None:
             if not training:
                 return inputs
+            volumes = ops.shape(inputs)[0]
             size = noise_size(inputs.shape[1:4], self.cube_px)
-            noise = keras.random.uniform(
-                (ops.shape(inputs)[0], size), seed=self.seed_generator
-            )
-        masked = cube_mask(noise, inputs.shape[1:4], self.cube_px, self.fraction)
+            noise = keras.random.uniform((volumes, size), seed=self.seed_generator)
+            if self.varied:
+                share = keras.random.uniform((volumes, 1), seed=self.seed_generator)
+                fraction = fraction * share
+        masked = cube_mask(noise, inputs.shape[1:4], self.cube_px, fraction)
         return ops.where(masked[..., None], ops.cast(self.value, inputs.dtype), inputs)
 
     def get_config(self):
@@ -73,6 +80,7 @@ class RandomCubeMasking(layers.Layer):
             "cube_px": self.cube_px,
             "fraction": self.fraction,
             "value": self.value,
+            "varied": self.varied,
             "seed": self.seed,
         }
 
@@ -88,7 +96,10 @@ def noise_size(shape: tuple[int, ...], cube_px: int) -> int:
 
 
 def cube_mask(
-    noise: KerasTensor, shape: tuple[int, ...], cube_px: int, fraction: float
+    noise: KerasTensor,
+    shape: tuple[int, ...],
+    cube_px: int,
+    fraction: float | KerasTensor,
 ) -> KerasTensor:
     """Which voxels are hidden.
 
@@ -97,14 +108,15 @@ def cube_mask(
             others rank the cubes.
         shape: (z, y, x) of the volume.
         cube_px: Edge of the cubes.
-        fraction: Share of the cubes that is hidden, rounded to a whole number of cubes.
+        fraction: Share of the cubes that is hidden, rounded to a whole number of cubes; one
+            for all volumes, or (batch, 1).
 
     Returns:
         (batch, z, y, x) bool.
     """
     cubes = grid_shape(shape, cube_px)
     count = int(np.prod(cubes))
-    hidden = round(fraction * count)
+    hidden = ops.cast(ops.round(fraction * count), "int32")
     ranks = ops.argsort(ops.argsort(noise[:, 3:], axis=1), axis=1)
     mask = ops.reshape(ranks < hidden, (-1, *cubes))
     offset = ops.cast(ops.floor(noise[:, :3] * cube_px), "int32")  # (batch, 3)

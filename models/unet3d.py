@@ -22,6 +22,7 @@ def build(
     cube_px: int = 7,
     mask_fraction: float = 0.0,
     mask_value: float = 1.0,
+    mask_varied: bool = False,
     noise_input: bool = False,
 ) -> keras.Model:
     """U-Net: strided convolutions down, transposed convolutions up, two per level.
@@ -40,6 +41,7 @@ def build(
         cube_px: Edge of the cubes that are masked.
         mask_fraction: Share of the cubes that is masked in training; 0 for none.
         mask_value: What replaces them.
+        mask_varied: In training, mask a share drawn from 0 to `mask_fraction`.
         noise_input: Take the noise of the masks as a second input and mask in use too.
 
     Returns:
@@ -61,7 +63,9 @@ def build(
     inputs = {"volume": keras.Input(input_shape, name="volume")}
     x = inputs["volume"]
     if mask_fraction:
-        masking = RandomCubeMasking(cube_px, mask_fraction, mask_value, name="masking")
+        masking = RandomCubeMasking(
+            cube_px, mask_fraction, mask_value, mask_varied, name="masking"
+        )
         if noise_input:
             size = noise_size(input_shape[:3], cube_px)
             inputs["noise"] = keras.Input((size,), name="noise")

@@ -8,6 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from matplotlib import pyplot
+from matplotlib.backend_bases import KeyEvent
 
 import boxes
 import config
@@ -16,6 +18,7 @@ import slice_idx
 from data_generator import SliceGenerator, as_pydataset, drawn
 from scan import consensus, readers_of_label, write_scan
 from slice_table import SliceTable
+from slice_window import SliceWindow
 from table import write_table
 from tests.conftest import tiny_scan
 
@@ -433,3 +436,36 @@ def test_samples_that_are_not_augmented_have_no_lesions(table):
 def test_lesions_are_refused_where_nodules_are_the_target(table):
     with pytest.raises(ValueError, match="--lesions.probability 0"):
         training(table, BATCHES, pathology=config.Lesions(probability=0.8))
+
+
+def test_pictures_show_samples_their_reference_and_where_they_are_from(table):
+    batches = replace(BATCHES, normalisation="zscore")
+    generator = training(table, batches)
+    picture = data_generator.pictures(generator)(
+        6
+    )  # the third of the second batch of 4
+    x, y = training(table, replace(BATCHES, normalisation="window"))[1]
+    assert np.array_equal(picture.image, x[2, ..., 0])
+    assert np.array_equal(picture.outlined["nodule"], y[2, ..., 1])
+    row = table.rows[generator.rows_of_batch(1)[2]]
+    assert picture.title == f"scan-{row['scan']:03}\nz {row['z']}, augmented"
+
+
+def test_the_window_leads_through_an_epoch_with_and_without_changes(table):
+    pyplot.switch_backend("Agg")
+    generator = training(table, balanced=False)
+    count, views = data_generator.views(generator)
+    assert count == len(table)
+    window = SliceWindow(count, views)
+    canvas = window.figure.canvas
+    for key, words in (("end", "augmented"), ("a", "plain"), ("a", "augmented")):
+        canvas.callbacks.process("key_press_event", KeyEvent("key", canvas, key))
+        entry = table.rows[generator.order_of_epoch(0)[-1]]
+        title = f"scan-{entry['scan']:03}\nz {entry['z']}, {words}"
+        assert window.axes.get_title() == title
+    pyplot.close(window.figure)
+
+
+def test_plain_samples_have_one_view(table):
+    (view,) = data_generator.views(plain(table))[1]
+    assert view(0).title == "scan-000\nz 3, plain"

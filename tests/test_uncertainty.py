@@ -22,6 +22,15 @@ def test_mean_and_standard_deviation_are_numpys():
     assert np.allclose(moments.std, passes.std(axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_before_the_second_pass_nothing_is_known_of_their_spread(n):
+    moments = moments_of(np.full((n, 2, 3), 0.3, np.float32))
+    assert (moments.mean == np.float32(0.3 if n else 0)).all()
+    for values in (moments.std, moments.mutual_information):
+        assert values.shape == (2, 3)
+        assert not values.any()
+
+
 def test_the_standard_deviation_is_right_for_values_that_hardly_differ():
     # Sums of squares would lose all digits here.
     passes = 0.9 + 1e-5 * np.random.default_rng(0).random((100, 20), np.float32)

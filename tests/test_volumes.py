@@ -317,6 +317,22 @@ def test_planes_stand_head_up():
     assert sagittal[0].all() and not sagittal[1:].any()
 
 
+def test_pictures_hold_three_planes_of_a_crop_and_its_scan(table):
+    batches = replace(LUNGS, input_px=(12, 20, 16), normalisation="window")
+    generator = training(table, batches)
+    picture = data_generator.pictures(generator)(1)
+    x, y = generator[0]
+    for found, volume in (
+        (picture.image, x[1, ..., 0]),
+        (picture.outlined["lung"], y[1, ..., 1]),
+    ):
+        assert np.array_equal(found[:, :20][:20, :16], volume[6])
+        assert np.array_equal(found[:12, 20:36], volume[::-1, 10])
+        assert np.array_equal(found[:12, 40:60], volume[::-1, :, 8])
+    scan = generator.rows_of_batch(0)[1]
+    assert picture.title == f"scan-{scan:03}\naugmented"
+
+
 def test_run_alone_it_draws_volumes(folder, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     arguments = ["lung3d-3mm", "--table", str(folder / "table.h5")]

@@ -194,13 +194,25 @@ def test_hausdorff_of_a_small_square_by_hand():
     # nothing (2 * 2/5 and 2 * 1.4/5 are below 1). Three times: nothing.
     found = losses.hausdorff(one_hot(blob(1) * 0), certain(blob(3)), erosions=3)
     once, twice = 1 + 4 * 0.6 + 4 * 0.2, 0.36
-    assert float(found) == pytest.approx((once + twice * 4) / 81 / (1 + 4 + 9))
+    assert float(found) == pytest.approx((once + twice * 4) / (9 + 1) / (1 + 4 + 9))
 
 
-def test_hausdorff_of_a_single_pixel_is_nothing_and_of_all_wrong_one():
+def test_hausdorff_of_a_single_pixel_is_nothing_and_of_all_wrong_near_one():
     empty = one_hot(blob(1) * 0)
     assert float(losses.hausdorff(empty, certain(blob(1)))) == 0
-    assert float(losses.hausdorff(empty, 1 - certain(empty[..., 1] * 0))) == 1
+    assert float(
+        losses.hausdorff(empty, 1 - certain(empty[..., 1] * 0))
+    ) == pytest.approx(81 / 82)
+
+
+def test_hausdorff_does_not_depend_on_how_much_is_neither():
+    small, large = np.zeros((1, 20, 20), int), np.zeros((1, 60, 60), int)
+    small[0, 5:15, 5:15], large[0, 5:15, 5:15] = 1, 1
+    costs = [
+        float(losses.hausdorff(one_hot(m), certain(m * 0))) for m in (small, large)
+    ]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-5)
+    assert costs[0] > 0
 
 
 def test_hausdorff_asks_more_for_deep_errors_than_for_many():

@@ -68,6 +68,20 @@ def test_the_layer_masks_in_training_only_unless_it_is_told_how():
     assert not np.array_equal(first[0], first[1])
 
 
+def test_a_varied_share_is_hidden_from_each_volume_in_training():
+    volumes = np.zeros((400, 9, 9, 9, 1), np.float32)
+    layer = RandomCubeMasking(1, fraction=0.8, varied=True, seed=0)
+    shares = np.asarray(layer(volumes, training=True)).mean(axis=(1, 2, 3, 4))
+    # Uniform from 0 to 0.8: mean 0.4, standard deviation 0.8 / sqrt(12) = 0.231.
+    assert shares.mean() == pytest.approx(0.4, abs=0.04)
+    assert shares.std() == pytest.approx(0.231, abs=0.02)
+    assert shares.min() < 0.02
+    assert 0.78 < shares.max() <= 0.8
+    noise = mask_noise(range(1), (9, 9, 9), 1, seed=0)  # passes hide all of the share
+    passed = np.asarray(layer(volumes[:1], noise=noise))
+    assert passed.mean() == pytest.approx(0.8, abs=1e-3)
+
+
 def test_the_layer_comes_back_from_its_settings():
     layer = RandomCubeMasking(cube_px=5, fraction=0.3, value=-1.0, seed=2)
     again = keras.layers.deserialize(keras.layers.serialize(layer))

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Trains networks for whole lungs on one table and split, and makes the tables that compare
+# them with the classical masks: on the test scans as they are, and made ill.
+#   bash experiments/lung_ablations.sh lung2d-small-{p0,p06,p08,p09}
+#   N=20 bash experiments/lung_ablations.sh lung3d-3mm lung3d-{nomask,mask30,dropout}
+# Step 1 must have run. TRUTH holds the scan files whose lungs are known; they are trained on.
+CONFIG=${1:?name one or more experiments for lungs}
+source "$(dirname "$0")/../scripts/env.sh"
+TRUTH=${TRUTH:-$WORK/phantoms/truth}
+N=${N:-auto}                       # passes of networks that are trained with masks or dropout
+mkdir -p "$WORK/lungs"
+table="$WORK/lungs/table-${CONFIG%%-*}.h5"
+split="$WORK/lungs/split-${CONFIG%%-*}.json"
+python table.py "$CONFIG" --scans "$TRUTH" --out "$table" --workers "$WORKERS"
+python slice_idx.py "$CONFIG" --table "$table" --out "$split"
+python -m experiments.lesioned_scans --truth "$TRUTH" --out "$WORK/lungs/ill" \
+    --workers "$WORKERS"
+
+well=("classical=$WORK/scans") ill=("classical=$WORK/lungs/ill/scans")
+for name in "$@"; do
+    passes=$N
+    case $name in lung3d-nomask* | lung2d*) passes=1 ;; esac
+    python train.py "$name" --table "$table" --split "$split" --runs "$WORK/runs" \
+        --name "$name" --workers "$WORKERS"
+    for kind in well ill; do
+        scans="$WORK/scans"
+        if [ "$kind" = ill ]; then scans="$WORK/lungs/ill/scans"; fi
+        python infer.py --exp_dir "$WORK/runs/$name" --scans "$scans" --parts test \
+            --result_dir "$WORK/lungs/$kind-$name" --n "$passes"
+    done
+    well+=("$name=$WORK/lungs/well-$name") ill+=("$name=$WORK/lungs/ill-$name")
+done
+
+compare() {
+    python -m experiments.lung_comparison --truth "$TRUTH" --split "$split" \
+        --workers "$WORKERS" "$@"
+}
+compare --scans "$WORK/scans" --methods "${well[@]}" --out "$WORK/scores/lungs"
+compare --scans "$WORK/lungs/ill/truth" --methods "${ill[@]}" --out "$WORK/scores/lungs-ill"

@@ -1,0 +1,298 @@
+r"""One page with the lungs of a scan in 3-D, coloured by where not to trust their surface.
+
+Reads what infer.py wrote of a scan with --save_as nifti, and writes one HTML file that a
+browser shows without a network: turn with the mouse, zoom with the wheel.
+
+Example:
+    pip install -r requirements-viewers.txt
+    python -m viewers.lungs OUT/PID --out OUT/PID.html
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+import config
+import files
+import lung_results
+import resample
+import steps
+from geometry import Grid
+from lung_results import Row
+from scan import LEFT, RIGHT
+from volume_io import check_same_grid, read_volume
+
+SMOOTHING = 0.8
+"""Standard deviation, in voxels of the coarse mask, that takes the steps off its surface."""
+
+MARGIN = 4
+"""Voxels of background around the mask; a lung cut by the field of view is closed there."""
+
+MAX_STD = 0.5
+"""Largest standard deviation of values from 0 to 1; the same colours on every page."""
+
+NAMES = {RIGHT: "right lung", LEFT: "left lung"}
+
+TOOLBAR = {
+    "displaylogo": False,
+    "responsive": True,
+    # Else Plotly has a button that sends the whole figure to a server of its makers.
+    "showSendToCloud": False,
+}
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+ script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>Lungs of {pid}</title>
+<style>
+body {{ font: 15px sans-serif; margin: 12px 20px }}
+h1 {{ font-size: 19px; margin: 0; overflow-wrap: anywhere }}
+p {{ margin: 4px 0 }}
+</style>
+</head>
+<body>
+<h1>Lungs of {pid}</h1>
+<p>{verdict}</p>
+<p>{facts}</p>
+<p>Research code, not a medical device.</p>
+{figure}
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """A closed surface of triangles.
+
+    Attributes:
+        points_ras_mm: (points, 3).
+        faces: (triangles, 3) indices of points, counter-clockwise seen from outside.
+    """
+
+    points_ras_mm: np.ndarray
+    faces: np.ndarray
+
+    @property
+    def area_mm2(self) -> float:
+        return float(np.linalg.norm(self._normals(), axis=1).sum() / 2)
+
+    @property
+    def volume_mm3(self) -> float:
+        """What the surface encloses; negative if its faces are turned inside out."""
+        first = self.points_ras_mm[self.faces[:, 0]]
+        return float((first * self._normals()).sum() / 6)
+
+    def _normals(self) -> np.ndarray:
+        """(triangles, 3) normals, twice as long as the triangles are large."""
+        a, b, c = self.points_ras_mm[self.faces].swapaxes(0, 1)
+        return np.cross(b - a, c - a)
+
+
+def surface(mask: np.ndarray, grid: Grid, spacing_mm: float) -> Mesh:
+    """The surface of a mask, smoothed.
+
+    Args:
+        mask: (z, y, x) bool, somewhere True.
+        grid: Where it lies.
+        spacing_mm: Edge of the voxels it is resampled to, about that of the triangles.
+
+    Raises:
+        ValueError: If the mask is too small to have a surface at this spacing.
+    """
+    from scipy import ndimage
+    from skimage import measure
+
+    weights, affine = resample.isotropic(grid, spacing_mm)
+    inside = np.pad(resample.volume(mask, weights), MARGIN)
+    inside = ndimage.gaussian_filter(inside, SMOOTHING)
+    if inside.max() <= 0.5:
+        raise ValueError(
+            f"{np.count_nonzero(mask)} voxels of {grid.voxel_mm3:.3g} mm3 have no surface "
+            f"at {spacing_mm:g} mm; expected a lung, or use a smaller --spacing_mm"
+        )
+    points, faces, *_ = measure.marching_cubes(inside, 0.5, allow_degenerate=False)
+    coarse = Grid(inside.shape, affine)
+    # Faces are clockwise as (z, y, x) go; where the map to mm mirrors, they are as wanted.
+    if np.linalg.det(affine[:3, :3]) > 0:
+        faces = faces[:, ::-1]
+    return Mesh(coarse.index_to_ras_mm(points - MARGIN), faces)
+
+
+def values_at(points_ras_mm: np.ndarray, values: np.ndarray, grid: Grid) -> np.ndarray:
+    """(points,) values of a (z, y, x) volume at points in mm, linear between voxels."""
+    from scipy import ndimage
+
+    index = grid.ras_mm_to_index(points_ras_mm).T
+    return ndimage.map_coordinates(values, index, order=1, mode="nearest")
+
+
+def read_lungs(folder: Path) -> tuple[Row, np.ndarray, np.ndarray, Grid]:
+    """What infer.py wrote of one scan: its row of lungs.csv, labels, std and their grid.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or they do not fit each other.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; expected RESULT_DIR/PID as infer.py writes it for a "
+            "run for lungs with --save_as nifti"
+        )
+    pid = files.checked_id(folder.name, where="name of the scan's folder")
+    for name in ("mask.nii.gz", "std.nii.gz"):
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(file.name for file in folder.iterdir())[:5])
+            raise ValueError(
+                f"{folder}: no {name} (found {found or 'nothing'}); run infer.py with a run "
+                "for lungs and --save_as nifti --overwrite"
+            )
+    table = folder.parent / lung_results.TABLE
+    rows = {row.pid: row for row in lung_results.read_table(table)}
+    if pid not in rows:
+        raise ValueError(
+            f"{table}: no row of {pid}, so nothing says whether its lungs can be trusted; "
+            "run infer.py again with this --result_dir"
+        )
+    labels, grid = read_volume(folder / "mask.nii.gz")
+    std, std_grid = read_volume(folder / "std.nii.gz")
+    check_same_grid(std_grid, grid, folder / "std.nii.gz")
+    if not np.isin(labels, tuple(NAMES)).any():
+        raise ValueError(
+            f"{folder / 'mask.nii.gz'}: no lung ({RIGHT} right, {LEFT} left); there is "
+            "nothing to show"
+        )
+    return rows[pid], labels, std, grid
+
+
+def figure_of(
+    labels: np.ndarray, std: np.ndarray, grid: Grid, spacing_mm: float
+) -> Any:
+    """The lungs as a Plotly figure, seen from the front with the head up.
+
+    Args:
+        labels: (z, y, x) lung labels.
+        std: (z, y, x) standard deviation of the probability of lung.
+        grid: Where both lie.
+        spacing_mm: As for `surface`.
+    """
+    from plotly import graph_objects
+
+    shown = graph_objects.Figure()
+    for label, name in NAMES.items():
+        if not (labels == label).any():
+            continue
+        mesh = surface(labels == label, grid, spacing_mm)
+        x, y, z = mesh.points_ras_mm.astype(np.float32).T
+        i, j, k = mesh.faces.astype(np.int32).T
+        shown.add_mesh3d(
+            **{"x": x, "y": y, "z": z, "i": i, "j": j, "k": k},
+            intensity=values_at(mesh.points_ras_mm, std, grid).astype(np.float32),
+            coloraxis="coloraxis",
+            name=name,
+            showlegend=True,
+            hovertemplate=f"{name}<br>std %{{intensity:.3f}}<br>"
+            "x %{x:.0f}, y %{y:.0f}, z %{z:.0f} mm<extra></extra>",
+            lighting={"ambient": 0.75, "diffuse": 0.4, "specular": 0.05},
+        )
+    shown.update_layout(
+        coloraxis={
+            "cmin": 0,
+            "cmax": MAX_STD,
+            "colorscale": "Viridis",
+            "colorbar": {
+                "title": {
+                    "text": "standard deviation of the probability of lung (no unit)",
+                    "side": "right",
+                }
+            },
+        },
+        scene={
+            "aspectmode": "data",
+            "xaxis": {"title": "x to the right (mm)"},
+            "yaxis": {"title": "y to the front (mm)"},
+            "zaxis": {"title": "z to the head (mm)"},
+            "camera": {"eye": {"x": 0.3, "y": 2.2, "z": 0.3}},
+        },
+        legend={"x": 0, "y": 1},
+        margin={"l": 0, "r": 0, "t": 30, "b": 0},
+    )
+    return shown
+
+
+def page_of(row: Row, figure: Any) -> str:
+    """The page: verdict, figure and the whole of Plotly; nothing is loaded."""
+    verdict = "Flag 0: no reason was found not to trust the mask."
+    if row.flag:
+        verdict = f"<b>Flag {row.flag}, do not trust:</b> {html.escape(row.reason)}"
+    facts = (
+        f"Right lung {row.right_ml:.0f} ml, left lung {row.left_ml:.0f} ml; expected Dice "
+        f"{row.score:.3f}; {row.n} passes. RAS mm; the right lung is at the left of the "
+        "view from the front."
+    )
+    return PAGE.format(
+        pid=html.escape(row.pid),
+        verdict=verdict,
+        facts=facts,
+        figure=figure.to_html(
+            full_html=False,
+            include_plotlyjs=True,
+            default_height="82vh",
+            config=TOOLBAR,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    scan: Annotated[Path, tyro.conf.Positional]
+    """RESULT_DIR/PID, the folder that infer.py wrote of the scan."""
+    out: Path | None = None
+    """The page; by default RESULT_DIR/PID.html."""
+    spacing_mm: float = 3.0
+    """Edge of the voxels the masks are resampled to; smaller makes a larger page."""
+    overwrite: bool = False
+    """Replace a page that exists."""
+
+    def __post_init__(self) -> None:
+        spacing = self.spacing_mm
+        config.require(spacing > 0, "spacing_mm", spacing, "above 0")
+
+
+def write_page(arguments: Arguments) -> steps.Report:
+    """Writes the page; see `Arguments`.
+
+    Raises:
+        ValueError: If results are missing, the page exists, or Plotly is not installed.
+    """
+    row, labels, std, grid = read_lungs(arguments.scan)
+    out = arguments.out or arguments.scan.absolute().parent / f"{row.pid}.html"
+    if out.exists() and not arguments.overwrite:
+        raise ValueError(f"{out} exists; add --overwrite to replace it")
+    try:
+        figure = figure_of(labels, std, grid, arguments.spacing_mm)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed; run pip install -r requirements-viewers.txt"
+        ) from error
+    with files.written_whole(out) as partial:
+        partial.write_text(page_of(row, figure), encoding="utf-8")
+    triangles = sum(len(mesh.i) for mesh in figure.data)
+    size = files.size_text(out.stat().st_size)
+    return steps.Report(f"wrote {out}: {triangles} triangles, {size}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(write_page, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

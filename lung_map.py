@@ -17,8 +17,6 @@ import config
 import lung_mask
 from scan import LEFT, RIGHT, Scan
 
-TISSUE_HU = -300.0
-
 LUNGS_ML = (500.0, 12_000.0)
 """Both lungs of an adult: from deep expiration in a small patient to emphysema."""
 LUNG_ML = 100.0
@@ -101,8 +99,8 @@ def lung_labels(
         prob: (z, y, x) float32 probability of lung, in canonical orientation.
         spacing_mm: (z, y, x).
         settings: Threshold, and which pieces are kept.
-        middle_x: Column of the body's middle, see `body_middle_x`; by default that of the
-            volume.
+        middle_x: Column of the body's middle, see `lung_mask.body_middle_x`; by default
+            that of the volume.
 
     Returns:
         (z, y, x) uint8: 0 outside, 1 right, 2 left; all 0 if nothing is large enough.
@@ -157,7 +155,7 @@ def side_of(
     Args:
         lungs: (z, y, x) bool, not empty.
         spacing_mm: (z, y, x).
-        middle_x: Column between right and left.
+        middle_x: Column of the body's middle.
 
     Returns:
         (z, y, x) uint8, 1 or 2.
@@ -167,8 +165,7 @@ def side_of(
     coarse_mm = tuple(s * f for s, f in zip(spacing_mm, factors, strict=True))
     if not coarse.any():  # lungs thinner than a coarse voxel
         coarse, coarse_mm, factors = lungs, spacing_mm, (1, 1, 1)
-    centred, offset = around_column(coarse, middle_x / factors[2])
-    named = lung_mask.sides(centred, coarse_mm)[:, :, offset : offset + coarse.shape[2]]
+    named = lung_mask.sides(coarse, coarse_mm, middle_x / factors[2])
     to_right_mm, to_left_mm = (
         lung_mask.distance_mm(named != side, coarse_mm)
         if (named == side).any()
@@ -180,28 +177,6 @@ def side_of(
         side = np.repeat(side, factor, axis=axis)
     z, y, x = lungs.shape
     return side[:z, :y, :x]
-
-
-def around_column(mask: np.ndarray, middle_x: float) -> tuple[np.ndarray, int]:
-    """A (z, y, x) mask padded so that column `middle_x` is its middle.
-
-    Returns:
-        The mask, and the column at which the old one begins.
-    """
-    more_left = round(2 * middle_x) - (
-        mask.shape[2] - 1
-    )  # columns missing after its end
-    before, after = max(-more_left, 0), max(more_left, 0)
-    return np.pad(mask, ((0, 0), (0, 0), (before, after))), before
-
-
-def body_middle_x(hu: np.ndarray) -> float:
-    """The column with as much tissue to its right as to its left; the volume's without."""
-    tissue = (hu[::4, ::4] > TISSUE_HU).sum(axis=(0, 1)).astype(np.float64)
-    total = np.cumsum(tissue)
-    if not total[-1]:
-        return (hu.shape[2] - 1) / 2
-    return float(np.interp(total[-1] / 2, total, np.arange(len(total)) + 0.5))
 
 
 def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> Verdict:

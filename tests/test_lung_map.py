@@ -111,8 +111,8 @@ def test_a_single_lung_is_named_by_the_bodys_middle(middle_x, side):
 def test_the_bodys_middle_is_where_half_of_its_tissue_is():
     hu = np.full((4, 40, 100), -1000, np.int16)
     hu[:, :, 60:90] = 40
-    assert lung_map.body_middle_x(hu) == pytest.approx(74.5, abs=1)
-    assert lung_map.body_middle_x(np.full((4, 40, 100), -1000)) == 49.5
+    assert lung_mask.body_middle_x(hu) == pytest.approx(74.5, abs=1)
+    assert lung_mask.body_middle_x(np.full((4, 40, 100), -1000)) == 49.5
 
 
 def test_an_empty_map_gives_no_labels():

@@ -60,6 +60,8 @@ CORE_MM = 4.0
 """Voxel size, or a little more, on which the cores of touching lungs are found."""
 PULL_MM = 15.0
 """How much nearer a voxel may be to the core of the other lung because of its own side."""
+PIECE_SHARE = 0.95
+"""Most of a piece of a slice that is not cut."""
 WIDE_CUT = 1.5
 """Area of a cut over (volume of the lesser piece)^(2/3). Halves of a ball have 1.9; lungs
 that were made to touch along the whole mediastinum have up to 1.0."""
@@ -358,7 +360,7 @@ def sides(
     Connected parts that lie on one side of the middle plane are named by it. Of one that
     lies on both, the core of each lung is found by erosion; its other voxels go to the
     nearer core, in doubt to the side of the plane they lie on. A part that would be cut
-    through the thick of a lung stays whole, and is of the side that most of it lies on.
+    through the thick of a lung stays whole, and is of the side on which most of it lies.
 
     Args:
         lungs: (z, y, x) bool, not empty.
@@ -371,9 +373,10 @@ def sides(
     """
     import cc3d
 
-    if middle_x is None:
-        middle_x = (lungs.shape[2] - 1) / 2
-    right_mm = middle_plane_mm(lungs, spacing_mm, middle_x)
+    default_x = (lungs.shape[2] - 1) / 2
+    right_mm = middle_plane_mm(
+        lungs, spacing_mm, default_x if middle_x is None else middle_x
+    )
     parts = cc3d.connected_components(lungs, connectivity=6)
     labels = sides_of_parts(parts, right_mm >= 0, CLEAR_SHARE)[parts]
     in_right, in_left = np.bincount(labels.ravel(), minlength=3)[1:]
@@ -397,7 +400,7 @@ def sides(
     pull_mm = 2 * np.clip(right_mm, -PULL_MM, PULL_MM)
     nearer = np.where(to_right_mm <= to_left_mm + pull_mm, RIGHT, LEFT)
     labels[open_parts] = nearer[open_parts]
-    return without_wide_cuts(labels, parts, spacing_mm)
+    return without_wide_cuts(per_slice(cut_at_necks, labels), parts, spacing_mm)
 
 
 def middle_plane_mm(
@@ -485,6 +488,35 @@ def lung_cores(
         cores = np.repeat(cores, factor, axis=axis)
     z, y, x = mask.shape
     return cores[:z, :y, :x] * mask
+
+
+def cut_at_necks(labels: np.ndarray) -> np.ndarray:
+    """Labels of a (y, x) slice whose cut has moved to where the lungs hardly touch.
+
+    Pieces that are not connected, or not once a voxel is taken off around them, are of the
+    side that nearly all of them is on.
+    """
+    mask: Any = (labels > 0).astype(np.uint8)
+    in_right = labels == RIGHT
+    if not in_right.any() or not (labels == LEFT).any():
+        return labels
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    result = labels.copy()
+    for smaller in (cv2.erode(mask, cross), mask):
+        found: Any = cv2.connectedComponents(smaller, connectivity=4)
+        count, pieces = found
+        rights = np.bincount(pieces[in_right], minlength=count)
+        share = rights / np.bincount(pieces.ravel(), minlength=count)
+        share[0] = 0.5
+        for side, of_side in (
+            (RIGHT, share >= PIECE_SHARE),
+            (LEFT, share <= 1 - PIECE_SHARE),
+        ):
+            piece = of_side[pieces].astype(np.uint8)
+            if smaller is not mask:
+                piece = cv2.dilate(piece, cross) & mask
+            result[piece > 0] = side
+    return result
 
 
 def without_wide_cuts(

@@ -25,6 +25,7 @@ import tyro
 import config
 import files
 import lung_map
+import lung_mask
 import lung_results
 import postprocess
 import provenance
@@ -245,7 +246,7 @@ def segment_lungs(
             mean,
             scan.spacing_mm,
             lungs.labels,
-            middle_x=lung_map.body_middle_x(scan.hu),
+            middle_x=lung_mask.body_middle_x(scan.hu),
         )
         verdict = lung_map.judge(labels, mean, maps.std, scan)
         seconds = time.monotonic() - started

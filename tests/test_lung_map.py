@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import cc3d
 import numpy as np
 import pytest
 
@@ -100,6 +101,17 @@ def test_touching_lungs_are_parted():
     assert (labels[15:18, 45:50, 40:60] > 0).all()
 
 
+def test_sides_are_told_whatever_the_lungs_are_dilated_to(phantom):
+    scan, labels = phantom
+    outside_mm = lung_mask.distance_mm(labels == 0, scan.spacing_mm)
+    touching = outside_mm <= 8
+    assert cc3d.connected_components(touching, connectivity=6).max() == 1
+    middle_x = lung_mask.body_middle_x(scan.hu)
+    sides = lung_map.side_of(touching, scan.spacing_mm, middle_x)
+    for side in (RIGHT, LEFT):
+        assert (sides[labels == side] == side).mean() > 0.99
+
+
 @pytest.mark.parametrize(("middle_x", "side"), [(50.0, RIGHT), (10.0, LEFT)])
 def test_a_single_lung_is_named_by_the_bodys_middle(middle_x, side):
     prob = boxes()
@@ -111,8 +123,8 @@ def test_a_single_lung_is_named_by_the_bodys_middle(middle_x, side):
 def test_the_bodys_middle_is_where_half_of_its_tissue_is():
     hu = np.full((4, 40, 100), -1000, np.int16)
     hu[:, :, 60:90] = 40
-    assert lung_map.body_middle_x(hu) == pytest.approx(74.5, abs=1)
-    assert lung_map.body_middle_x(np.full((4, 40, 100), -1000)) == 49.5
+    assert lung_mask.body_middle_x(hu) == pytest.approx(74.5, abs=1)
+    assert lung_mask.body_middle_x(np.full((4, 40, 100), -1000)) == 49.5
 
 
 def test_an_empty_map_gives_no_labels():
@@ -181,6 +193,14 @@ def test_head_and_feet_swapped_is_told(phantom):
     assert reason.startswith("head and feet look swapped")
 
 
+def test_without_an_airway_head_and_feet_are_not_told(phantom):
+    scan, labels = phantom
+    upside_down = replace(scan, hu=scan.hu[::-1].copy())
+    # Without an airway it stays open which end is which.
+    upside_down.hu[(upside_down.hu < -800) & (labels[::-1] == 0)] = -700
+    assert judged(upside_down, labels[::-1]).reasons == ()
+
+
 def test_front_and_back_swapped_is_told(phantom):
     scan, labels = phantom
     swapped = replace(scan, hu=scan.hu[:, ::-1])
@@ -220,15 +240,6 @@ def test_slices_far_apart_are_told(phantom):
         f"the slices are {apart:.3g} mm apart; expected 10 or less"
         in judged(thick, labels[::6]).reasons
     )
-
-
-def test_a_filled_square_is_solid_and_a_corner_is_not():
-    square = np.zeros((20, 20), bool)
-    square[5:15, 5:15] = True
-    assert lung_map.solidity(square) == 1
-    corner = square.copy()
-    corner[8:15, 8:15] = False  # an L of 51 pixels
-    assert lung_map.solidity(corner) == pytest.approx(51 / 76, abs=0.05)
 
 
 def test_the_border_of_a_square_is_its_rim():

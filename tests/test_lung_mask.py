@@ -126,6 +126,72 @@ def test_a_small_lung_keeps_its_side():
     assert (labels[:, :, 40:][lungs[:, :, 40:]] == LEFT).all()
 
 
+def ellipsoids(turn_deg=0.0, *, left_radii_mm=(70, 60, 40), left_mm=(0, 0, 50)):
+    """(mask of the right one, of the left one) on voxels of 3 mm, 100 mm apart.
+
+    Both are turned about the axis along the body.
+    """
+    z, y, x = (np.ogrid[:60, :70, :90][axis] * 3.0 for axis in range(3))
+    turn = np.deg2rad(turn_deg)
+    z, y, x = z - 90, y - 105, x - 135
+    y, x = y * np.cos(turn) + x * np.sin(turn), x * np.cos(turn) - y * np.sin(turn)
+    found = []
+    for centre, radii in (((0, 0, -50), (70, 60, 40)), (left_mm, left_radii_mm)):
+        axes = zip((z, y, x), centre, radii, strict=True)
+        found.append(sum(((v - c) / r) ** 2 for v, c, r in axes) <= 1)
+    return found
+
+
+@pytest.mark.parametrize("turn_deg", [-25, 0, 25])
+@pytest.mark.parametrize("thick_mm", [6, 30])
+def test_a_bridge_is_cut_in_its_middle(turn_deg, thick_mm):
+    right, left = ellipsoids(turn_deg)
+    y, x = (np.mgrid[:70, :90] - np.array([35, 45])[:, None, None]) * 3.0
+    turn = np.deg2rad(turn_deg)
+    across_mm = y * np.cos(turn) + x * np.sin(turn)
+    along_mm = x * np.cos(turn) - y * np.sin(turn)
+    bridge = np.zeros(right.shape, bool)
+    bridge[20:40] = (np.abs(across_mm) < thick_mm / 2) & (np.abs(along_mm) < 50)
+    labels = lung_mask.sides(right | left | bridge, (3.0, 3.0, 3.0))
+    assert (labels[right] == RIGHT).all()
+    assert (labels[left] == LEFT).all()
+    for side, own_mm in ((RIGHT, -along_mm), (LEFT, along_mm)):
+        sure = bridge & (own_mm > 4.5)  # a voxel and a half from the middle
+        assert (labels[sure] == side).all()
+
+
+def test_a_collapsed_lung_is_told_from_the_one_it_touches():
+    right, left = ellipsoids(left_radii_mm=(30, 25, 20), left_mm=(-10, 0, 10))
+    labels = lung_mask.sides(right | left, (3.0, 3.0, 3.0))
+    assert left.sum() < 0.1 * right.sum()
+    assert (labels[right] == RIGHT).all()
+    wrong_x = np.nonzero(left & (labels != LEFT))[2]
+    assert not wrong_x.size or np.ptp(wrong_x) <= 1  # two layers at the contact
+
+
+@pytest.mark.parametrize("push_px", [-12, 12])
+def test_lungs_pushed_aside_keep_their_sides(push_px):
+    right, left = ellipsoids()
+    bridged = right | left
+    bridged[28:32, 30:40, 40:50] = True
+    labels = lung_mask.sides(np.roll(bridged, push_px, axis=2), (3.0, 3.0, 3.0))
+    assert (labels[np.roll(right, push_px, axis=2)] == RIGHT).all()
+    assert (labels[np.roll(left, push_px, axis=2)] == LEFT).all()
+
+
+@pytest.mark.parametrize(("middle_x", "side"), [(45, RIGHT), (5, LEFT)])
+def test_one_lung_is_not_taken_apart(middle_x, side):
+    right, _ = ellipsoids()
+    labels = lung_mask.sides(right, (3.0, 3.0, 3.0), middle_x)
+    assert (labels[right] == side).all()
+
+
+def test_a_lung_astride_the_middle_is_not_taken_apart():
+    right, _ = ellipsoids()
+    astride = np.roll(right, 17, axis=2)
+    assert len(np.unique(lung_mask.sides(astride, (3.0, 3.0, 3.0))[astride])) == 1
+
+
 @pytest.mark.parametrize("shape", [(20, 320, 36), (150, 60, 256), (1, 512, 512)])
 def test_slices_of_any_shape_have_a_middle(shape):
     hu = np.random.default_rng(0).integers(-1000, 200, shape).astype(np.int16)

@@ -193,10 +193,10 @@ def lung_labels(
     if settings.remove_airway:
         tubes = airway(coarse, lungs, coarse_mm)
         lungs = large_parts(lungs & ~tubes, coarse_mm)
-    if not lungs.any():
+    box = box_with_air(lungs, 2 * settings.closing_mm, coarse_mm)
+    if box is None:
         return np.zeros(hu.shape, np.uint8)
     filled = np.zeros(lungs.shape, np.uint8)
-    box = box_with_air(lungs, 2 * settings.closing_mm, coarse_mm)
     filled[box] = fill(
         sides(lungs[box], coarse_mm, body_middle_x(coarse) - box[2].start)
         if settings.split_sides
@@ -597,7 +597,7 @@ def fill(
 def box_with_air(
     mask: np.ndarray, margin_mm: float, spacing_mm: tuple[float, ...]
 ) -> Box | None:
-    """The box around a mask and `margin_mm` more, within the volume."""
+    """The box around a mask and `margin_mm` more, within the volume; None if empty."""
     return boxes.around(mask, [int(margin_mm / spacing) + 2 for spacing in spacing_mm])
 
 

@@ -680,13 +680,10 @@ def _render(
 
 def _paint_lungs(image, border, scene: _Scene, tubes: _Tubes, z: int) -> None:
     """Lung tissue, fissures, vessels and bronchi of slice `z`."""
-    rows, columns = (
-        slice(int(hits[0]), int(hits[-1]) + 1)
-        for hits in (
-            np.flatnonzero((border < 0.5).any(1)),
-            np.flatnonzero((border < 0.5).any(0)),
-        )
-    )
+    inside = boxes.around(border < 0.5)
+    if inside is None:
+        return
+    rows, columns = inside
     chest, blood = scene.chest, max(scene.body.blood_hu, 45.0)
     box = (z, rows, columns)
     tissue = scene.upsampled(chest.parenchyma_hu[z])[rows, columns].copy()

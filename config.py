@@ -358,7 +358,8 @@ class Postprocess:
     """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
     within_lung: bool = True
-    """Keep only what lies in the lung mask."""
+    """Keep components of which at least half lies in the lung mask. They are kept whole:
+    the mask may lack the outer part of a nodule at the pleura."""
 
     def __post_init__(self) -> None:
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")

@@ -53,6 +53,9 @@ MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
 MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
 """The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
 
+WITHIN_SHARE = 0.5
+"""A component of which so much lies in the lung mask is in the lungs."""
+
 FALSE_PRICE = 0.02
 """What a false component costs, in Dice of its scan."""
 
@@ -201,12 +204,12 @@ def find_nodules(
         )
     within = lung > 0 if settings.within_lung and lung is not None else None
     mask = prob >= threshold_of(prob if within is None else prob[within], settings)
-    if within is not None:
-        mask &= within
     box = boxes.around(mask)
     if box is None:
         return np.zeros(prob.shape, np.uint8), []
     parts = components(erode(mask[box], settings.erosion_px), settings.connectivity)
+    if within is not None:
+        parts[~within_lung(parts, within[box])[parts]] = 0
     kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
     order = np.argsort(-scores[kept], kind="stable")
     renumber = np.zeros(len(scores), np.min_scalar_type(max(len(kept), 255)))
@@ -280,6 +283,20 @@ def components(mask: np.ndarray, connectivity: Connectivity) -> np.ndarray:
     return cc3d.connected_components(
         mask, connectivity=connectivity, out_dtype=np.uint32
     )
+
+
+def within_lung(parts: np.ndarray, lung: np.ndarray) -> np.ndarray:
+    """(labels,) bool: of which components at least `WITHIN_SHARE` lies in the lungs.
+
+    Args:
+        parts: (z, y, x) labels of components; 0 is none and counts as outside.
+        lung: (z, y, x) bool.
+    """
+    sizes = np.bincount(parts.ravel())
+    inside = np.bincount(parts[lung], minlength=len(sizes))
+    within = inside >= WITHIN_SHARE * sizes
+    within[0] = False
+    return within
 
 
 def _kept_components(
@@ -519,10 +536,13 @@ def count_for_tuning(job: Job) -> np.ndarray:
     reference = reference_mask(
         scan, consensus_level=job.consensus_level, min_readers=job.min_readers
     )
-    if job.settings.within_lung:
-        prob = np.where(lung_of(scan) > 0, prob, np.float32(0))
     return tuning_counts(
-        prob, reference, scan.grid, job.settings.connectivity, slices=job.slices
+        prob,
+        reference,
+        scan.grid,
+        job.settings.connectivity,
+        within=lung_of(scan) > 0 if job.settings.within_lung else None,
+        slices=job.slices,
     )
 
 
@@ -541,6 +561,7 @@ def tuning_counts(
     grid: Grid,
     connectivity: Connectivity,
     *,
+    within: np.ndarray | None = None,
     slices: Sequence[int] | None = None,
 ) -> np.ndarray:
     """See `count_for_tuning`; each component is found once for all volumes and scores.
@@ -564,6 +585,9 @@ def tuning_counts(
         for e, erosion_px in enumerate(EROSIONS_PX):
             mask = erode(prob >= np.float32(threshold), erosion_px)
             parts = components(mask, connectivity)
+            if within is not None:
+                parts[~within_lung(parts, within[box])[parts]] = 0
+                mask = parts > 0
             owners = parts[mask]
             voxels = np.bincount(owners, minlength=1)
             scores = np.bincount(owners, weights=prob[mask], minlength=1)

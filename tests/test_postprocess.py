@@ -75,6 +75,18 @@ def test_voxels_that_share_an_edge_are_one_from_connectivity_18(connectivity, ex
     assert len(find_nodules(prob, canonical_grid(), settings)[1]) == expected
 
 
+def test_components_that_lie_half_in_the_lung_are_kept_whole():
+    prob = prob_of()
+    prob[5, 10, 10:20] = prob[5, 30, 10:20] = 0.9
+    lung = np.zeros(SHAPE, np.uint8)
+    lung[:, 10, :15], lung[:, 30, :14] = 1, 1  # 5 of 10 voxels, and 4 of 10
+    settings = replace(FIXED, within_lung=True)
+    labels, (nodule,) = find_nodules(prob, canonical_grid(), settings, lung=lung)
+    assert labels[5, 10, 10:20].all()
+    assert not labels[5, 30].any()
+    assert nodule.side == "right"
+
+
 def test_only_what_lies_in_the_lung_is_kept_and_its_side_is_told():
     scan = tiny_scan()
     inside, outside = ball((12, 32, 18), 4.0), ball((12, 4, 32), 4.0)
@@ -83,7 +95,7 @@ def test_only_what_lies_in_the_lung_is_kept_and_its_side_is_told():
     labels, nodules = find_nodules(
         prob, scan.grid, settings, lung=scan.lung, hu=scan.hu
     )
-    assert np.array_equal(labels > 0, inside & (scan.lung > 0))
+    assert np.array_equal(labels > 0, inside)
     assert [n.side for n in nodules] == ["right"]
     assert nodules[0].mean_hu == pytest.approx(scan.hu[inside].mean())
 
@@ -177,23 +189,28 @@ def test_axes_of_an_ellipse_are_its_own():
     assert short_mm == pytest.approx(30 * 0.7, abs=0.8)
 
 
-def test_tuning_counts_are_those_of_the_settings_themselves():
+@pytest.mark.parametrize("within_lung", [False, True])
+def test_tuning_counts_are_those_of_the_settings_themselves(within_lung):
     rng = np.random.default_rng(0)
     from scipy.ndimage import gaussian_filter
 
     prob = gaussian_filter(rng.random(SHAPE), 1.5).astype(np.float32)
     prob = (prob - prob.min()) / np.ptp(prob)
     reference = ball((10, 30, 30), 10.0)
-    counts = tuning_counts(prob, reference, canonical_grid(), 26)
+    lung = np.zeros(SHAPE, np.uint8)
+    lung[:, 12:40] = 1
+    within = lung > 0 if within_lung else None
+    counts = tuning_counts(prob, reference, canonical_grid(), 26, within=within)
     for t, e, v, s in ((6, 0, 0, 0), (5, 1, 2, 0), (7, 0, 1, 1), (4, 2, 3, 0)):
         settings = replace(
             FIXED,
+            within_lung=within_lung,
             threshold=postprocess.THRESHOLDS[t],
             erosion_px=postprocess.EROSIONS_PX[e],
             min_volume_mm3=postprocess.MIN_VOLUMES_MM3[v],
             min_score=postprocess.MIN_SCORES[s],
         )
-        labels, nodules = find_nodules(prob, canonical_grid(), settings)
+        labels, nodules = find_nodules(prob, canonical_grid(), settings, lung=lung)
         mask = labels > 0
         touching = len(np.unique(labels[mask & reference]))
         assert counts[t, e, v, s].tolist() == [

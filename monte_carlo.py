@@ -9,7 +9,7 @@ one call took 0.96 s each, one by one 0.77 s.
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +62,17 @@ class Passes:
     draw: Literal["auto", "masks", "dropout", "both"] = "auto"
     """What is drawn in each pass; auto is masks if the run was trained with them, else
     dropout if it has any."""
+    mask_fraction: float | None = None
+    """Share of the cubes that masks hide; by default what the run was trained with. With
+    more hidden, lungs are guessed more from their surroundings and borders blur."""
     seed: int = 0
     """Seed of masks and dropout: same seed, same result."""
 
     def __post_init__(self) -> None:
-        n = self.n
+        n, share = self.n, self.mask_fraction
+        config.require(
+            share is None or 0 < share < 1, "mask_fraction", share, "between 0 and 1"
+        )
         config.require(n == "auto" or n >= 0, "n", n, "auto, or 0 or more")
         config.require(self.seed >= 0, "seed", self.seed, "0 or more")
 
@@ -197,9 +203,12 @@ class VolumePredictor:
             )
         refuse_lung_masks(run_dir, settings.batches)
         self.run_dir = run_dir
-        self.settings = settings
         self.passes = passes
         self.masks, self.dropout = passes.drawn(settings.model)
+        if self.masks and passes.mask_fraction is not None:
+            model = replace(settings.model, mask_fraction=passes.mask_fraction)
+            settings = replace(settings, model=model)
+        self.settings = settings
         self.precision: Precision = precision
         self.memory_gb = memory_gb
         self.networks: OrderedDict[tuple[int, ...], Any] = OrderedDict()

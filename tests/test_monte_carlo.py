@@ -73,6 +73,16 @@ def test_a_masked_voxel_is_no_lung_and_others_are(run):
     assert moments.mean[~lung].max() < 0.01
 
 
+def test_the_share_that_is_hidden_can_be_chosen(run):
+    lung = lung_cube() == -850
+    found = predictor_of(run, n=60, mask_fraction=0.6).moments(lung_cube(), 0.5)
+    assert found.mean[lung].mean() == pytest.approx(0.4, abs=0.03)
+    with pytest.raises(
+        ValueError, match=r"mask_fraction is 1.5; expected between 0 and 1"
+    ):
+        Passes(mask_fraction=1.5)
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_a_single_look_hides_nothing_and_has_no_spread(run, n):
     moments = predictor_of(run, n=n).moments(lung_cube(), 0.5)

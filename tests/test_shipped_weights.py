@@ -1,0 +1,70 @@
+"""The weights that ship: what they find in a phantom and in real scans, and their card."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import config
+import files
+import infer
+import lung_mask
+import metrics
+from monte_carlo import Passes
+from scan import read_scan
+from volume_io import read_volume
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
+
+ONE_LOOK = replace(infer.USUAL, passes=Passes(n=1))
+
+
+def lungs_found(source, folder, lungs):
+    """The mask of the only scan in `source`, and its standard deviation."""
+    report = infer.infer(infer.SHIPPED, folder, input=source, lungs=lungs)
+    assert not report.failures
+    (mask_path,) = folder.glob("*/mask.nii.gz")
+    return (
+        read_volume(mask_path)[0],
+        read_volume(mask_path.with_name("std.nii.gz"))[0],
+    )
+
+
+@pytest.mark.parametrize("name", ["lung3d"])
+def test_the_card_names_the_weights_and_their_patients(name):
+    folder = ROOT / "weights" / name
+    card = (folder / "README.md").read_text()
+    assert files.sha256(folder / "best.weights.h5")[:12] in card
+    assert "not a medical device" in card
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+
+
+def test_lungs_of_a_phantom_never_seen(tmp_path):
+    from cohorts import phantom
+
+    phantom.write_phantoms(tmp_path, 1, seed=9000)
+    (truth,) = (tmp_path / "truth").glob("*.h5")
+    four = replace(infer.USUAL, passes=Passes(n=4))
+    mask, std = lungs_found(tmp_path / "PHANTOM-9000", tmp_path / "out", four)
+    lung = np.asarray(read_scan(truth).lung)
+    assert metrics.dice(lung > 0, mask > 0) > 0.96
+    for side in (1, 2):
+        assert metrics.dice(lung == side, mask == side) > 0.95
+    assert std[lung == 0].mean() < std[mask > 0].mean()
+
+
+@pytest.mark.lidc
+def test_lungs_of_a_real_scan_never_seen(tmp_path):
+    folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set LUNG_DATA")
+    from cohorts import lidc
+
+    mask, _ = lungs_found(folder, tmp_path / "out", ONE_LOOK)
+    scan = lidc.load_scan(lidc.find_scans(folder)[0])
+    classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
+    assert metrics.dice(classical > 0, mask > 0) > 0.95
+    assert (mask[np.asarray(scan.reader_bits) > 0] > 0).mean() > 0.95

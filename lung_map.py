@@ -59,6 +59,9 @@ class LungMap:
     """Probability above which a voxel is lung; Zhuang et al. 2025 take 0.55."""
     min_volume_mm3: float = 10_000.0
     """Smaller pieces are removed; 10 ml holds no lobe, but most gas in the gut."""
+    min_share: float = 0.02
+    """Pieces with a smaller share of the largest one's volume are removed: air in the gut
+    or in an armpit, which holds less than a collapsed lung does."""
     max_pieces: int = 4
     """Only so many pieces are kept, the largest: two lungs, and a part of each that
     disease has cut off."""
@@ -69,6 +72,8 @@ class LungMap:
         thresh, volume = self.thresh, self.min_volume_mm3
         config.require(0 < thresh < 1, "thresh", thresh, "between 0 and 1")
         config.require(volume >= 0, "min_volume_mm3", volume, "0 or more")
+        share = self.min_share
+        config.require(0 <= share <= 1, "min_share", share, "0 to 1")
         config.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "1 or more")
 
 
@@ -113,7 +118,9 @@ def lung_labels(
     if box is None:
         return labels
     least = settings.min_volume_mm3 / float(np.prod(spacing_mm))
-    kept = largest_pieces(mask[box], least, settings.max_pieces)
+    kept = largest_pieces(
+        mask[box], least, settings.max_pieces, share=settings.min_share
+    )
     if not kept.any():
         return labels
     if settings.fill_holes:
@@ -124,8 +131,13 @@ def lung_labels(
     return labels
 
 
-def largest_pieces(mask: np.ndarray, least: float, most: int) -> np.ndarray:
-    """The largest connected pieces of a mask, at most `most`, of `least` voxels or more."""
+def largest_pieces(
+    mask: np.ndarray, least: float, most: int, *, share: float = 0.0
+) -> np.ndarray:
+    """The largest connected pieces of a mask, at most `most`.
+
+    Each has `least` voxels or more, and at least `share` of those of the largest.
+    """
     import cc3d
 
     parts = cc3d.connected_components(mask, connectivity=6)
@@ -133,7 +145,8 @@ def largest_pieces(mask: np.ndarray, least: float, most: int) -> np.ndarray:
     counts[0] = 0
     order = np.argsort(-counts, kind="stable")[:most]
     keep = np.zeros(len(counts), bool)
-    keep[order] = (counts[order] >= least) & (counts[order] > 0)
+    least = max(least, share * counts.max(), 1)
+    keep[order] = counts[order] >= least
     return keep[parts]
 
 

@@ -63,13 +63,25 @@ def test_pieces_below_the_smallest_volume_are_removed():
     prob[0:2, 0:10, 0:10] = 0.9  # 200 voxels
     at, above = (
         lung_map.lung_labels(
-            prob, SPACING_MM, LungMap(min_volume_mm3=200 * VOXEL_MM3 + more)
+            prob,
+            SPACING_MM,
+            LungMap(min_volume_mm3=200 * VOXEL_MM3 + more, min_share=0),
         )
         for more in (0, 1)
     )
     assert (at[0:2, 0:10, 0:10] == RIGHT).all()
     assert not above[0:2, 0:10, 0:10].any()
     assert np.count_nonzero(above) == 44_000
+
+
+def test_pieces_that_are_small_beside_the_largest_are_removed():
+    prob = boxes()  # 24 000 and 20 000 voxels
+    prob[36:39, 5:15, 45:60] = 0.9  # 450 voxels: 1.9 % of the largest
+    for share, kept in ((0.02, False), (0.018, True)):
+        settings = LungMap(min_volume_mm3=0, min_share=share)
+        labels = lung_map.lung_labels(prob, SPACING_MM, settings)
+        assert (labels[37, 10, 50] > 0) == kept
+        assert labels[20, 50, 30] == RIGHT
 
 
 def test_no_more_than_the_most_pieces_are_kept():

@@ -63,8 +63,9 @@ class Passes:
     """What is drawn in each pass; auto is masks if the run was trained with them, else
     dropout if it has any."""
     mask_fraction: float | None = None
-    """Share of the cubes that masks hide; by default what the run was trained with. With
-    more hidden, lungs are guessed more from their surroundings and borders blur."""
+    """Share of the cubes that masks hide; by default what the run was trained with, on the
+    mean if that varied. With more hidden, lungs are guessed more from their surroundings
+    and borders blur."""
     seed: int = 0
     """Seed of masks and dropout: same seed, same result."""
 
@@ -205,10 +206,11 @@ class VolumePredictor:
         self.run_dir = run_dir
         self.passes = passes
         self.masks, self.dropout = passes.drawn(settings.model)
-        if self.masks and passes.mask_fraction is not None:
-            model = replace(settings.model, mask_fraction=passes.mask_fraction)
-            settings = replace(settings, model=model)
-        self.settings = settings
+        model = settings.model
+        if self.masks:
+            usual = model.mask_fraction / (2 if model.mask_varied else 1)
+            model = replace(model, mask_fraction=passes.mask_fraction or usual)
+        self.settings = replace(settings, model=model)
         self.precision: Precision = precision
         self.memory_gb = memory_gb
         self.networks: OrderedDict[tuple[int, ...], Any] = OrderedDict()

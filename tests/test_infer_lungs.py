@@ -318,7 +318,7 @@ def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
 
 
 def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infer, "SHIPPED", tmp_path / "weights/lung3d")
     with pytest.raises(FileNotFoundError, match="weights/lung3d.*--exp_dir"):
         infer.infer(infer.SHIPPED, tmp_path / "out", input=tmp_path)
 

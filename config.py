@@ -273,7 +273,8 @@ class Model:
     """What is put in their place, in the units of the network's input."""
     mask_varied: bool = False
     """In training, hide a share drawn from 0 to mask_fraction of each volume, so that the
-    network can also be run with less hidden, or nothing."""
+    network can also be run with less hidden, or nothing. Passes then hide half of
+    mask_fraction."""
     gcn_kernels: tuple[int, ...] = (13, 19, 19, 19)
     """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis;
     shorter leaves them out at the shallow stages; empty for none."""

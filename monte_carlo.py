@@ -18,6 +18,7 @@ import numpy as np
 import augment
 import boxes
 import config
+import lung_mask
 import resample
 import runs
 from boxes import Box
@@ -44,7 +45,6 @@ built and traced for each, which costs about as much as half a pass."""
 NETWORKS = 3
 """Networks kept for shapes seen before; each has its own copy of the weights."""
 
-TISSUE_HU = -300.0
 BODY_SHARE = 0.1
 """Tissue counts as body in parts of at least this share of the largest: both halves of a
 cut body and arms, but not what lies on the table."""
@@ -316,7 +316,7 @@ def body_box(hu: np.ndarray) -> Box:
     """
     import cc3d
 
-    parts = cc3d.connected_components(hu > TISSUE_HU, connectivity=6)
+    parts = cc3d.connected_components(hu > lung_mask.TISSUE_HU, connectivity=6)
     counts = np.bincount(parts.ravel())
     counts[0] = 0
     large = (counts > 0) & (counts >= BODY_SHARE * counts.max())

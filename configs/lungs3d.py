@@ -121,7 +121,7 @@ CONFIGS = {
         without_masking(LUNG3D_3MM),
     ),
     "lung3d-mask30": (
-        "lung3d-3mm with 30 % hidden.",
+        "lung3d-3mm with up to 30 % hidden.",
         replace(LUNG3D_3MM, model=replace(LUNG3D_3MM.model, mask_fraction=0.3)),
     ),
     "lung3d-dropout": (

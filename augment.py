@@ -356,6 +356,11 @@ def add_noise(
     return cv2.scaleAdd(part, float(sign * sd_hu), image_hu)
 
 
+def fill(image_hu: np.ndarray, batches: config.Batches) -> float:
+    """What lies beyond an image: air, or its least value where HU are not known."""
+    return float(image_hu.min()) if batches.normalisation == "relative" else AIR_HU
+
+
 def to_input(
     image_hu: np.ndarray,
     lung: np.ndarray | None,
@@ -373,6 +378,9 @@ def to_input(
     4. zscore: (v - mean) / (sd + EPSILON) with the population's sd, or
        minmax: (v - min) / (max - min + EPSILON), over all pixels of this image, or
        population: back to HU, then (hu - mean) / sd of `POPULATION_HU`.
+
+    With relative, low and high in step 1 are the least and the greatest value of this
+    image, and step 4 is zscore: the result is the same for every linear scale of values.
 
     Args:
         image_hu: (y, x) or (z, y, x) HU of any real dtype.
@@ -399,8 +407,10 @@ def windowed(
 ) -> np.ndarray:
     """Steps 1 to 3 of `to_input`, which look at one pixel or voxel at a time."""
     low, high = batches.window_hu
+    if batches.normalisation == "relative":
+        low, high = float(image_hu.min()), float(image_hu.max())
     image = np.subtract(image_hu, np.float32(low), dtype=np.float32)
-    image /= np.float32(high - low)
+    image /= np.float32((high - low) or 1)
     np.clip(image, 0, 1, out=image)
     if gamma != 1:
         # Four times faster than np.power, which is not vectorised for float32.
@@ -422,7 +432,7 @@ def windowed(
 
 def normalised(image: np.ndarray, batches: config.Batches) -> np.ndarray:
     """The last step of `to_input`, in place."""
-    if batches.normalisation == "zscore":
+    if batches.normalisation in ("zscore", "relative"):
         mean, sd = image.mean(), image.std()
         image -= mean
         image /= sd + np.float32(EPSILON)

@@ -11,7 +11,6 @@ import numpy as np
 import augment
 import boxes
 import config
-from scan import AIR_HU
 from slice_table import SliceTable
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,10 @@ class Generator(ABC):
     def sample(
         self, row: Any, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A sample as float32 input and uint8 mask of 0 and 1, of `batches.input_px`."""
+        """A sample as float32 input and mask, of `batches.input_px`.
+
+        The mask is uint8 of 0 and 1, or float32 shares between them.
+        """
 
     def __len__(self) -> int:
         return self.steps
@@ -75,7 +77,7 @@ class Generator(ABC):
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         """One batch: x (b, y, x, 1) float32, y (b, y, x, 2) uint8 background and target.
 
-        Of volumes, z stands before y.
+        Of volumes, z stands before y. Shares of readers' votes are float32.
 
         Raises:
             IndexError: If `index` is not from 0 to the number of batches.
@@ -84,12 +86,14 @@ class Generator(ABC):
         rows = self.rows_of_batch(index, epoch)
         rng = np.random.default_rng((*self.seeds, epoch, index))
         x = np.empty((len(rows), *self.batches.input_px, 1), np.float32)
-        y = np.empty((len(rows), *self.batches.input_px, 2), np.uint8)
+        shares = self.batches.reference == "votes"
+        kind = np.float32 if shares else np.uint8
+        y = np.empty((len(rows), *self.batches.input_px, 2), kind)
         for position, row in enumerate(rows):
             x[position, ..., 0], mask = self.sample(row, rng)
             y[position] = augment.one_hot(mask)
         if self.with_slice_label:
-            present = [[mask.any()] for mask in y[..., 1]]
+            present = [[(mask >= 0.5).any()] for mask in y[..., 1]]
             return x, {"mask": y, "slice": np.array(present, np.float32)}
         return x, y
 
@@ -166,7 +170,7 @@ def plain(
         start: Where the part begins; beyond the ends is air.
         batches: Size, window and normalisation.
     """
-    hu = boxes.cut(hu, start, batches.input_px, fill=AIR_HU)
+    hu = boxes.cut(hu, start, batches.input_px, fill=augment.fill(hu, batches))
     marks = boxes.cut(marks, start, batches.input_px, fill=0)
     image = augment.to_input(hu, marks & augment.LUNG_BIT, batches)
     return image, marks & augment.TARGET_BIT
@@ -174,7 +178,7 @@ def plain(
 
 def reads_lung(batches: config.Batches) -> bool:
     """Whether samples need the lung mask."""
-    return batches.lung_mask or batches.crop != "centre"
+    return batches.lung_mask or batches.crop not in ("centre", "seed")
 
 
 def usable(

@@ -17,7 +17,7 @@ LossName = Literal[
     "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]
-CohortName = Literal["lidc", "luna16", "nifti", "npy"]
+CohortName = Literal["lidc", "luna16", "nifti", "npy", "patches"]
 Finding = Literal[
     "ground-glass",
     "consolidation",
@@ -114,18 +114,26 @@ class Batches:
     input_px: tuple[int, ...] = (400, 400)
     """Size of the crop that enters the network: (y, x) of a slice, or (z, y, x) of the
     table's volumes."""
-    crop: Literal["centre", "lung", "nodule"] = "centre"
+    crop: Literal["centre", "lung", "nodule", "seed"] = "centre"
     """Centre of a training crop: of the slice, of its lungs, or near a nodule; of a volume,
     a random point of the box around the lungs for `lung`. Validation and whole scans are
-    covered by tiles of `input_px`."""
+    covered by tiles of `input_px`. seed: slices are patches around a nodule, whose middle is
+    cut out everywhere."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU mapped to 0 and 1; beyond is clipped."""
-    normalisation: Literal["window", "zscore", "minmax", "population"] = "window"
+    normalisation: Literal["window", "zscore", "minmax", "population", "relative"] = (
+        "window"
+    )
     """After the window: nothing, zero mean and unit variance per image, per-image 0..1, or
     HU less their mean over a population, over its standard deviation (as nnU-Net and
-    Zhuang et al. 2025 do; -370 and 437 HU)."""
+    Zhuang et al. 2025 do; -370 and 437 HU). relative: the image's own range is the window,
+    then as zscore; for images of any scale, such as patches whose HU are lost."""
     lung_mask: bool = True
     """Set everything outside the lungs to air, as the thesis does."""
+    reference: Literal["consensus", "votes", "reader"] = "consensus"
+    """What training slices are compared with: the readers' consensus; the share of a
+    nodule's readers that drew a pixel; or one of its readers, drawn anew each time.
+    Validation always compares with the consensus."""
     consensus_level: float = 0.5
     """Share of a nodule's readers that makes a voxel nodule."""
     min_readers: int = 1
@@ -146,6 +154,13 @@ class Batches:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         share = self.nodule_fraction
         require(0 <= share <= 1, "nodule_fraction", share, "0 to 1")
+        of_readers = self.target == "nodule" and len(size) == 2
+        plain = self.reference == "consensus"
+        require(plain or of_readers, "reference", self.reference, "consensus here")
+        seeded = self.crop == "seed"
+        fits = not seeded or (of_readers and not self.lung_mask and len({*size}) == 1)
+        expected = "another one of lungs, volumes, masked slices or crops not square"
+        require(fits, "crop", self.crop, expected)
 
     @property
     def slice_px(self) -> tuple[int, int]:
@@ -261,7 +276,10 @@ class Model:
     residual: bool = False
     """Add the input of each level of unet2d's encoder to its output."""
     norm: Literal["instance", "batch"] = "instance"
-    """Normalisation of unet3d."""
+    """Normalisation of the U-Nets."""
+    seeded: bool = False
+    """Tell a 2-D network how far each pixel lies from the middle of its input; for patches
+    around a seed (batches.crop=seed)."""
     deep_supervision: bool = False
     """Let unet3d also be trained on what its coarser levels predict."""
     mask_fraction: float = 0.0

@@ -31,6 +31,7 @@ import boxes
 import config
 import files
 import lesions
+import scan as scans
 import slice_idx
 import slice_window
 import steps
@@ -107,6 +108,7 @@ class SliceGenerator(Generator):
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
+        self.readers = None if batches.reference == "consensus" else Readers(table)
         self.groups = [(self.rows, batches.batch_size)]
         if balanced and batches.nodule_fraction > 0:
             self.groups = balanced_groups(table, self.rows, batches)
@@ -130,8 +132,10 @@ class SliceGenerator(Generator):
         return np.concatenate(columns, axis=1).ravel()
 
     def sample(self, row: int, rng: np.random.Generator):
-        """One row as (y, x) float32 input and (y, x) uint8 mask of 0 and 1."""
+        """One row as (y, x) float32 input and mask; see `Generator.sample`."""
         batches = self.batches
+        if self.readers is not None and self.augmentation is not None:
+            return self.sample_of_readers(row, rng, self.readers, self.augmentation)
         hu, mask, lung = read_row(self.table, row, batches)
         crop = self.crop(mask, lung, rng)
         marks = marks_of(mask, lung)
@@ -144,12 +148,41 @@ class SliceGenerator(Generator):
             return self.changed(hu, marks, crop, self.augmentation, rng)
         return plain(hu, marks, crop.start, batches)
 
+    def sample_of_readers(
+        self,
+        row: int,
+        rng: np.random.Generator,
+        readers: "Readers",
+        changes: config.Augment,
+    ):
+        """`sample` with what readers drew, each for himself, in place of the consensus.
+
+        Votes are interpolated, so a border that the warp takes between pixels stays where
+        it is.
+        """
+        hu, consensus, lung = read_row(self.table, row, self.batches)
+        crop = self.crop(consensus, lung, rng)
+        if self.batches.reference == "votes":
+            drawn = readers.votes(row)
+        else:
+            drawn = readers.one(row, rng).astype(np.float32)
+        image, _, warp = self.warped(hu, consensus, crop, changes, rng)
+        mask = augment.warp_image(drawn, warp, self.batches.slice_px, fill=0)
+        if self.batches.reference == "reader":
+            mask = (mask >= 0.5).astype(np.uint8)
+        return image, mask
+
     def spacing_mm(self, row: int) -> list[float]:
         """(y, x) spacing of the pixels of a row."""
         return self.table.scans["spacing_mm"][self.table.rows["scan"][row]][1:].tolist()
 
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
-        """`sample` after its random changes.
+        """`sample` after its random changes."""
+        image, marks, _ = self.warped(hu, marks, crop, changes, rng)
+        return image, marks & augment.TARGET_BIT
+
+    def warped(self, hu, marks, crop, changes: config.Augment, rng):
+        """Input and marks after random changes, and the warp that moved them.
 
         With `lung_mask` only the box around the lungs is computed: the rest is 0.
         """
@@ -161,18 +194,18 @@ class SliceGenerator(Generator):
         image = np.zeros(size, np.float32)
         box = boxes.around(lung) if batches.lung_mask else boxes.whole(size)
         if box:
-            hu = augment.warp_image(hu, warp.within(box), image[box].shape)
+            fill = augment.fill(hu, batches)
+            hu = augment.warp_image(hu, warp.within(box), image[box].shape, fill=fill)
             if self.noise_field is not None:
                 hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
             image[box] = augment.windowed(hu, lung[box], batches, gamma=gamma)
-        image = augment.normalised(image, batches)
-        return image, marks & augment.TARGET_BIT
+        return augment.normalised(image, batches), marks, warp
 
     def crop(self, mask, lung, rng: np.random.Generator) -> boxes.Crop:
         """The part of the slice that becomes the sample, by `batches.crop`."""
         size = self.batches.slice_px
         match self.batches.crop:
-            case "centre":
+            case "centre" | "seed":
                 return boxes.crop_at_centre(mask.shape, size)
             case "lung":
                 return augment.crop_at_lungs(lung, size)
@@ -183,10 +216,71 @@ class SliceGenerator(Generator):
                 )
 
 
+class Readers:
+    """What each reader drew on the slices of a table.
+
+    Args:
+        table: The open table.
+    """
+
+    def __init__(self, table: SliceTable) -> None:
+        self.table = table
+        self.counts = functools.lru_cache(maxsize=None)(table.readers_of_label)
+        self.bits = functools.lru_cache(maxsize=None)(self.bits_of_scan)
+
+    def votes(self, row: int) -> np.ndarray:
+        """(y, x) float32 share of a nodule's readers that drew the pixel."""
+        bits = self.table.read("reader_bits", row)
+        labels = self.table.read("nodule_labels", row)
+        counts = self.counts(int(self.table.rows["scan"][row]))
+        readers = np.maximum(counts, 1).astype(np.float32)[labels]
+        return scans.reader_votes(bits) / readers
+
+    def one(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """(y, x) bool: what one reader drew, another one drawn for every nodule."""
+        bits = self.table.read("reader_bits", row)
+        labels = self.table.read("nodule_labels", row)
+        chosen = np.zeros(256, np.uint8)
+        for label, drawn in self.bits(int(self.table.rows["scan"][row])).items():
+            readers = [r for r in range(8) if drawn >> r & 1]
+            chosen[label] = 1 << readers[int(rng.random() * len(readers))]
+        return (bits & chosen[labels]) > 0
+
+    def bits_of_scan(self, scan_index: int) -> dict[int, int]:
+        """Label to the bits of all who drew that nodule, on any stored slice."""
+        drawn: dict[int, int] = {}
+        for row in self.table.rows_of_scan(scan_index):
+            if self.table.rows["nodule_px"][row]:
+                bits = self.table.read("reader_bits", row)
+                labels = self.table.read("nodule_labels", row)
+                for label in np.unique(labels[bits > 0]).tolist():
+                    found = np.bitwise_or.reduce(bits[labels == label])
+                    drawn[label] = drawn.get(label, 0) | int(found)
+        return drawn
+
+
+def validation_of_slices(
+    table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
+) -> Generator:
+    """What validates: every tile of some slices, or the middle of every patch.
+
+    The reference is the consensus. Arguments as of `tiles_of_slices`.
+    """
+    batches = replace(batches, reference="consensus")
+    if batches.crop != "seed":
+        return tiles_of_slices(table, rows, batches, **options)
+    rows = usable_rows(table, rows, batches)
+    most = options.pop("most", 0) or len(rows)
+    spread = drawn(rows, min(most, len(rows)), None)
+    return SliceGenerator(
+        table, spread, batches, None, seed=0, shuffle=False, balanced=False, **options
+    )
+
+
 def tiles_of_slices(
     table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
 ) -> TileGenerator:
-    """Every tile of some slices, for validation.
+    """Every tile of some slices.
 
     They cover the lungs without asking where nodules are, so the score says how a network
     does where it has to search too. Without a lung mask they cover the whole slice.
@@ -314,17 +408,25 @@ def contact_sheet(
         (y, x, 3) uint8 picture in OpenCV's channel order (blue, green, red).
     """
     shown = copy.copy(generator)
-    shown.batches = replace(generator.batches, normalisation="window")
+    shown.batches = visible(generator.batches)
     tiles = []
     for index in range(len(shown)):
         x, y = shown[index]
-        mask = y["mask"] if isinstance(y, dict) else y
+        mask = ((y["mask"] if isinstance(y, dict) else y)[..., 1] >= 0.5).view(np.uint8)
         rows = shown.rows_of_batch(index)
-        for row, image, reference in zip(rows, x[..., 0], mask[..., 1], strict=True):
+        for row, image, reference in zip(rows, x[..., 0], mask, strict=True):
             tiles.append(tile(image, reference, caption(shown.table, int(row))))
         if len(tiles) >= slices:
             break
     return in_lines(tiles[:slices], columns)
+
+
+def visible(batches: config.Batches) -> config.Batches:
+    """The settings of batches that a person looks at: values in 0..1."""
+    if batches.normalisation != "relative":
+        return replace(batches, normalisation="window")
+    whole_range = (-(2.0**15), 2.0**15)
+    return replace(batches, normalisation="minmax", window_hu=whole_range)
 
 
 def volume_sheet(
@@ -338,7 +440,7 @@ def volume_sheet(
         columns: Crops in a line.
     """
     shown = copy.copy(generator)
-    shown.batches = replace(generator.batches, normalisation="window")
+    shown.batches = visible(generator.batches)
     tiles = []
     for index in range(len(shown)):
         x, y = shown[index]
@@ -367,14 +469,14 @@ def pictures(
     Samples are shown as in `contact_sheet`, of a volume its middle planes.
     """
     shown = copy.copy(generator)
-    shown.batches = replace(generator.batches, normalisation="window")
+    shown.batches = visible(generator.batches)
     batch = functools.lru_cache(maxsize=2)(shown.__getitem__)
     changes = "plain" if generator.augmentation is None else "augmented"
 
     def picture(number: int) -> Picture:
         index, place = divmod(number, shown.batches.batch_size)
         x, y = batch(index)
-        image, mask = x[place, ..., 0], y[place, ..., 1]
+        image, mask = x[place, ..., 0], (y[place, ..., 1] >= 0.5).view(np.uint8)
         if isinstance(shown, VolumeGenerator):
             image, mask = (np.hstack(middle_planes(v)) for v in (image, mask))
             scan = shown.rows_of_batch(index)[place]

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+import agreement
+import boxes
 import config
 import files
 import metrics
@@ -25,7 +27,14 @@ import postprocess
 import provenance
 import steps
 from metrics import Interval
-from scan import Scan, ScanError, read_scan, scan_path
+from scan import (
+    Scan,
+    ScanError,
+    read_scan,
+    reader_votes,
+    readers_of_label,
+    scan_path,
+)
 from volume_io import check_same_grid, read_volume
 
 log = logging.getLogger(__name__)
@@ -49,6 +58,22 @@ PER_SCAN = {
     "lung_inclusion": "Consensus nodule voxels inside the lung mask",
 }
 """Columns of scores.csv that are averaged over scans, and their names in the tables."""
+
+AGREEING_READERS = 3
+"""Readers of a nodule whose agreement is compared with the prediction's."""
+
+AGREEMENT = {
+    "dice_consensus": "Dice with the consensus",
+    "dice_reader_consensus": "One reader's Dice with the consensus, himself counted",
+    "dice_others": "Dice with the majority of all readers but one",
+    "dice_reader_others": "One reader's Dice with the majority of the others",
+    "dice_readers": "Dice with one reader",
+    "dice_reader_reader": "One reader's Dice with another",
+}
+"""Columns of nodules.csv, in pairs of prediction and reader; see agreement.py."""
+
+LEAST_PROBABILITY = 0.01
+"""Calibration looks at voxels above it, and at those that a reader drew."""
 
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
@@ -95,10 +120,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of one scan: its row, and one row per reference nodule."""
+    """Scores of one scan.
+
+    Attributes:
+        row: Its row of the table.
+        nodules: One row per reference nodule.
+        reliability: (bins, 3) of `metrics.reliability_counts` against the readers' votes;
+            None if the probability is not known.
+    """
 
     row: dict[str, Any]
     nodules: list[dict[str, Any]]
+    reliability: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +164,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
     rows = [item.row for item in scored]
     nodules = [nodule for item in scored for nodule in item.nodules]
     lines = summary(rows, nodules, draws=arguments.draws)
+    lines += calibration_lines(scored, draws=arguments.draws)
     facts = protocol(arguments, predictions, rows)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
@@ -283,7 +317,7 @@ def score(job: Job) -> Scored:
         "nodules_hit": int((match.hit_by > 0).sum()),
         "false_positives": int(match.false_positive.sum()),
     }
-    return Scored(row, nodule_rows(job, scan, match))
+    return Scored(row, nodule_rows(job, scan, match, labels), votes_met(job, scan))
 
 
 def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
@@ -315,8 +349,36 @@ def lung_scores(
     return {"lung_dice": dice, "lung_inclusion": inclusion}
 
 
+def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
+    """How probabilities compare with the share of readers; see `Scored`."""
+    path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
+    if not path.exists():
+        return None
+    prob, _ = read_volume(path)
+    counts = readers_of_label(scan.nodules)[scan.nodule_labels]
+    votes = reader_votes(np.asarray(scan.reader_bits)) / np.maximum(counts, 1)
+    return metrics.reliability_counts(prob, votes, least=LEAST_PROBABILITY)
+
+
+def agreement_columns(scan: Scan, label: int, labels: np.ndarray) -> dict[str, float]:
+    """How well prediction and readers agree on a nodule; columns of nodules.csv.
+
+    The prediction is made of all components that touch what any reader drew; of a patch, of
+    all there are.
+    """
+    own = scan.nodule_labels == label
+    predicted = labels > 0
+    if scan.whole:
+        touching = np.unique(labels[own])
+        predicted &= np.isin(labels, touching)
+    box = boxes.around(own | predicted)
+    bits = np.where(own, np.asarray(scan.reader_bits), 0)[box]
+    found = agreement.agreement(bits, predicted[box])
+    return {f"dice_{name}": value for name, value in asdict(found).items()}
+
+
 def nodule_rows(
-    job: Job, scan: Scan, match: metrics.NoduleMatch
+    job: Job, scan: Scan, match: metrics.NoduleMatch, labels: np.ndarray
 ) -> list[dict[str, Any]]:
     """One row per reference nodule that counts."""
     known = {nodule.label: nodule for nodule in scan.nodules}
@@ -331,6 +393,7 @@ def nodule_rows(
             "hit": int(hit > 0),
             "iou": float(iou),
             "dice": float(dice),
+            **agreement_columns(scan, int(label), labels),
         }
         for label, hit, iou, dice in zip(
             match.labels_ref, match.hit_by, match.iou, match.dice, strict=True
@@ -387,7 +450,48 @@ def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
                 column(some, key).astype(float), patients, n=draws
             )
             lines.append(Line(f"{text}, {name}", interval, len(some), len(nodules)))
-    return lines
+    return lines + reader_lines(nodules, draws=draws)
+
+
+def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
+    """Prediction and readers on the same nodules, those that enough readers drew."""
+    some = [nodule for nodule in nodules if nodule["readers"] >= AGREEING_READERS]
+    if not some:
+        return []
+    patients = column(some, "patient_id")
+    return [
+        Line(
+            f"{text}, nodules of {AGREEING_READERS} or more readers",
+            metrics.bootstrap_mean(column(some, name), patients, n=draws),
+            int(np.isfinite(column(some, name)).sum()),
+            len(nodules),
+        )
+        for name, text in AGREEMENT.items()
+    ]
+
+
+def calibration_lines(scored: Sequence[Scored], *, draws: int) -> list[Line]:
+    """How far probabilities lie from the share of readers who drew the voxel."""
+    known = [item for item in scored if item.reliability is not None]
+    if not known:
+        return []
+    counts = np.stack([np.asarray(item.reliability) for item in known])
+    shape = counts.shape[1:]
+
+    def ece(sums: np.ndarray) -> np.ndarray:
+        voxels, summed, votes = np.moveaxis(
+            sums.reshape(*sums.shape[:-1], *shape), -1, 0
+        )
+        return metrics.ratio(np.abs(summed - votes).sum(axis=-1), voxels.sum(axis=-1))
+
+    interval = metrics.bootstrap(
+        counts.reshape(len(counts), -1),
+        np.array([item.row["patient_id"] for item in known]),
+        ece,
+        n=draws,
+    )
+    text = "Calibration error (ECE) against readers' votes"
+    return [Line(text, interval, len(known), len(scored))]
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
@@ -526,7 +630,8 @@ def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
         z = int(
             (reference if reference.any() else labels > 0).sum(axis=(1, 2)).argmax()
         )
-        axis.imshow(scan.hu[z], cmap="gray", vmin=-1000, vmax=400)
+        window = {"vmin": -1000, "vmax": 400} if scan.whole else {}
+        axis.imshow(scan.hu[z], cmap="gray", **window)
         for mask, colour in ((reference[z], "lime"), (labels[z] > 0, "red")):
             if mask.any():
                 axis.contour(mask, levels=[0.5], colors=colour, linewidths=0.8)

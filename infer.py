@@ -11,6 +11,7 @@ over many passes, lung labels and, in lungs.csv, whether to trust them.
 Research code, not a medical device.
 """
 
+import functools
 import itertools
 import logging
 import time
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 import config
@@ -35,6 +37,7 @@ import steps
 from lung_map import LungMap
 from lung_results import Results, SaveAs
 from monte_carlo import MEMORY_GB, Passes, VolumePredictor
+from patches import TURNS, PatchPredictor
 from postprocess import Predictions
 from predictor import Predictor
 from preprocess import with_lungs, without_folders
@@ -46,6 +49,9 @@ log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "weights/lung3d"
 """The run that is used if none is named."""
+
+NODULE2D = Path("weights/nodule2d")
+"""The weights of `segment_patches`."""
 
 OWN_NAMES = {
     lung_results.TABLE,
@@ -183,7 +189,12 @@ def segment_nodules(
     overwrite: bool,
 ) -> Outcome:
     """Writes the probability map of every scan that has none yet; `lungs` is not used."""
-    predictor = Predictor(exp_dir, settings, batch_size=batch_size)
+    seeded = settings.batches.crop == "seed"
+    predictor = (
+        SeededPredictor(exp_dir, settings)
+        if seeded
+        else Predictor(exp_dir, settings, batch_size=batch_size)
+    )
     if overwrite:
         remove_nodules(result_dir)
     start()  # before the first map, so that a run that is killed says whose it is
@@ -261,6 +272,59 @@ def segment_lungs(
     line = f"lungs of {len(done)} scans, {flagged} of them not to be trusted"
     stood = len(tasks) - len(missing)
     return done, failures, line + (f" ({stood} were there)" if stood else "")
+
+
+class SeededPredictor:
+    """A seeded network on scans that are patches around one nodule."""
+
+    def __init__(self, exp_dir: Path, settings: config.Experiment) -> None:
+        self.predictor = PatchPredictor(exp_dir, settings)
+
+    def probability(self, scan: Scan) -> np.ndarray:
+        """(z, y, x) float32 probability of the nodule.
+
+        Raises:
+            ScanError: If the scan is a whole one.
+        """
+        if scan.whole:
+            raise ScanError(
+                f"scan {scan.scan_id} is a whole one, and the run outlines nodules in the "
+                "middle of patches; see infer.segment_patches, or use another run"
+            )
+        return self.predictor.probability(scan.hu)
+
+
+def segment_patches(
+    patches: np.ndarray, weights: str | Path = NODULE2D, *, turns: int = TURNS
+) -> np.ndarray:
+    """Probability of the nodule in the middle of each patch: a click, a candidate.
+
+    The network is loaded once; calls after the first only compute.
+
+    Args:
+        patches: (n, y, x) numbers on any linear scale of HU, each patch on its own. Pixels
+            as the scanner made them (0.5 to 1 mm), nodules in the middle; at least 64 x 64.
+        weights: Run directory of patches, relative to the working directory or to this
+            file's.
+        turns: Turned and mirrored copies that are averaged: 8, or 1, which is eight times as
+            fast.
+
+    Returns:
+        (n, y, x) float32: the share of readers that would draw the pixel.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        ValueError: If the patches are no such array.
+    """
+    path = Path(weights)
+    if not path.is_absolute() and not path.exists():
+        path = Path(__file__).parent / path
+    return patch_predictor(path.resolve(), turns).probability(patches)
+
+
+@functools.lru_cache(maxsize=4)
+def patch_predictor(run_dir: Path, turns: int) -> PatchPredictor:
+    return PatchPredictor(run_dir, runs.read_settings(run_dir), turns=turns)
 
 
 def lung_predictor(

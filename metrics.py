@@ -389,7 +389,7 @@ class Reliability(NamedTuple):
 
 
 def reliability_counts(
-    prob: np.ndarray, mask_ref: np.ndarray, *, bins: int = 20
+    prob: np.ndarray, mask_ref: np.ndarray, *, bins: int = 20, least: float = 0.0
 ) -> np.ndarray:
     """(bins, 3) voxels, summed probability and foreground voxels; sums over cases add.
 
@@ -398,10 +398,11 @@ def reliability_counts(
 
     Args:
         prob: Probabilities 0..1, any shape.
-        mask_ref: bool, the same shape.
+        mask_ref: bool, or the share of readers that drew each voxel; the same shape.
         bins: Bins of equal width.
+        least: Voxels of at most this probability are left out too.
     """
-    counted = mask_ref | (prob > 0)
+    counted = (mask_ref > 0) | (prob > least)
     values, inside = prob[counted], mask_ref[counted].astype(np.float64)
     place = np.minimum((values * bins).astype(np.int64), bins - 1)
     return np.stack(

@@ -12,7 +12,7 @@ import monte_carlo
 import runs
 from monte_carlo import Maps, Passes
 from runs import Precision
-from scan import AIR_HU, Scan, ScanError
+from scan import Scan, ScanError
 
 ONE_PASS = Passes(n=1)
 
@@ -132,7 +132,7 @@ def tile_input(
 ) -> np.ndarray:
     """(y, x) float32 network input of a tile; beyond the slice is air."""
     size = batches.slice_px
-    hu = boxes.cut(scan.hu[z], start, size, fill=AIR_HU)
+    hu = boxes.cut(scan.hu[z], start, size, fill=augment.fill(scan.hu[z], batches))
     lung = None
     if scan.lung is not None:
         lung = boxes.cut(scan.lung[z], start, size, fill=0)

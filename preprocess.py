@@ -168,12 +168,12 @@ def without_folders(text: str, source: ScanSource) -> str:
 
 
 def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
-    """The scan with lung labels; those its source came with are kept.
+    """The scan with lung labels; those its source came with are kept, patches get none.
 
     Raises:
         ScanError: If no lung is found.
     """
-    if scan.lung is not None:
+    if scan.lung is not None or not scan.whole:
         return scan
     labels = lung_labels(scan.hu, scan.spacing_mm, mask)
     if not labels.any():

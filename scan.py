@@ -53,6 +53,7 @@ class ScanSource:
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
         lung: A label volume of the lungs, or None.
+        whole: False for pieces of a scan, in which nobody looks for lungs.
     """
 
     scan_id: str
@@ -61,6 +62,7 @@ class ScanSource:
     annotations: tuple[Path, ...] = ()
     subset: str = ""
     lung: Path | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Scan:
         nodule_labels: (z, y, x) uint8 label per voxel of any reader's mask, or None.
         nodules: One per label.
         acquisition: Technical header facts (kernel, kVp, thickness), no identity.
+        whole: False for patches around a nodule (`cohorts.patches`): no lungs are looked
+            for, and what is called mm or HU may be neither.
     """
 
     scan_id: str
@@ -139,6 +143,7 @@ class Scan:
     nodule_labels: np.ndarray | None = None
     nodules: tuple[Nodule, ...] = ()
     acquisition: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -202,6 +207,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
         "source_grid": scan.source_grid.to_json(),
         "nodules": [nodule_to_json(nodule) for nodule in scan.nodules],
         "acquisition": scan.acquisition,
+        "whole": scan.whole,
         "provenance": provenance,
     }
     with files.written_whole(path) as partial:
@@ -255,6 +261,7 @@ def read_scan(path: Path) -> Scan:
         source_grid=Grid.from_json(record["source_grid"]),
         nodules=tuple(nodule_from_json(nodule) for nodule in record["nodules"]),
         acquisition=record["acquisition"],
+        whole=record.get("whole", True),
         **volumes,
     )
 

@@ -3,6 +3,7 @@
 The format is in docs/layout.md; table.py writes it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -112,6 +113,9 @@ class SliceTable:
         self.patient_ids = self.scans["patient_id"][self.rows["scan"]]
         self.sha256 = text_sha256("\n".join(self.scans["sha256"]))
         self._slices = {name: self._h5.get_node("/slices", name) for name in VOLUMES}
+        # Where each slice lies, once it was asked for: looking it up takes PyTables as
+        # long as decompressing 400x400 pixels.
+        self._places = {name: np.zeros((len(self), 2), np.int64) for name in VOLUMES}
 
     def __enter__(self) -> "SliceTable":
         return self
@@ -144,7 +148,10 @@ class SliceTable:
         """
         if not 0 <= row < len(self.rows):
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, not {row}")
-        return self._read_chunk(self._slices[name], int(row))
+        node, place = self._slices[name], self._places[name][row]
+        if not place[1]:
+            place[:] = self._place(node, int(row))
+        return self._decompressed(node, int(row), *place.tolist())
 
     def readers_of_label(self, scan_index: int) -> np.ndarray:
         """(256,) uint8: number of readers of each nodule label of a scan."""
@@ -206,11 +213,20 @@ class SliceTable:
             return node, node.shape
 
     def _read_chunk(self, node: Any, index: int) -> np.ndarray:
+        return self._decompressed(node, index, *self._place(node, index))
+
+    def _place(self, node: Any, index: int) -> tuple[int, int]:
+        """Offset and size of a chunk in the file."""
         with self._lock:
             place = node.chunk_info((index, 0, 0))
         if place.offset is None:
             raise self._damaged(node, index)
-        frame = os.pread(self._fd, place.size, place.offset)
+        return place.offset, place.size
+
+    def _decompressed(
+        self, node: Any, index: int, offset: int, size: int
+    ) -> np.ndarray:
+        frame = os.pread(self._fd, size, offset)
         image = np.empty(node.shape[1:], node.atom.dtype)
         try:
             _decompress(frame, image)
@@ -270,18 +286,26 @@ def _as_text(array: np.ndarray) -> np.ndarray:
 def _decompress(frame: bytes, image: np.ndarray) -> None:
     """Fills `image` from the one chunk of a Blosc2 frame, without holding the GIL.
 
-    The chunk follows the frame's header, whose length is a big-endian int32 at byte 12;
+    The chunk follows the frame's header, whose length is a big-endian int32 at byte 11;
     at byte 4 of the chunk is its uncompressed length (Blosc2's cframe and chunk formats).
     A frame of one value throughout has no chunk there: then, the slow way makes one.
     """
     import blosc2
 
-    chunk: Any = memoryview(frame)[int.from_bytes(frame[12:16], "big") :]
+    chunk: Any = memoryview(frame)[int.from_bytes(frame[11:15], "big") :]
     if int.from_bytes(chunk[4:8], "little") != image.nbytes:
-        chunk = blosc2.schunk_from_cframe(frame).get_chunk(0)
+        chunk = _only_chunk(frame)
         if blosc2.get_cbuffer_sizes(chunk)[0] != image.nbytes:
             raise ValueError("the chunk has another size than the slice")
     blosc2.decompress2(chunk, dst=image, nthreads=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _only_chunk(frame: bytes) -> bytes:
+    """The chunk of a frame, the slow way. Empty masks of one size have one frame."""
+    import blosc2
+
+    return blosc2.schunk_from_cframe(frame).get_chunk(0)
 
 
 def compressed(image: np.ndarray) -> bytes:

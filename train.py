@@ -238,7 +238,8 @@ def open_data(
         training, tiles = volumes.VolumeGenerator, volumes.tiles_of_volumes
     else:
         rows_of, kind = slice_idx.rows_of_part, "slices"
-        training, tiles = data_generator.SliceGenerator, data_generator.tiles_of_slices
+        training = data_generator.SliceGenerator
+        tiles = data_generator.validation_of_slices
         options["with_slice_label"] = experiment.model.slice_classifier
     rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
     if not len(rows["train"]):
@@ -342,7 +343,7 @@ def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
     looked_at = 16 if len(generator.batches.input_px) == 2 else PICTURED_SLICES
     for index in np.unique(np.linspace(0, len(generator) - 1, looked_at).astype(int)):
         x, y = generator[int(index)]
-        masks.extend((y["mask"] if isinstance(y, dict) else y)[..., 1])
+        masks.extend((y["mask"] if isinstance(y, dict) else y)[..., 1] >= 0.5)
         images.extend(x)
     order = sorted(range(len(masks)), key=lambda i: not masks[i].any())
     shown = order[:PICTURED_SLICES]

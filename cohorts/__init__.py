@@ -8,6 +8,7 @@ COHORTS = {
     "luna16": "cohorts.luna16",
     "nifti": "cohorts.nifti",
     "npy": "cohorts.npy",
+    "patches": "cohorts.patches",
 }
 """Name on the command line to module; `config.CohortName` holds the same names."""
 

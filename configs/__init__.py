@@ -1,7 +1,7 @@
 """Named experiments, by the name that is typed on the command line."""
 
 from config import Experiment
-from configs import ablations, lungs2d, lungs3d, smoke, thesis
+from configs import ablations, lungs2d, lungs3d, nodules2d, smoke, thesis
 
 CONFIGS: dict[str, tuple[str, Experiment]] = {
     **thesis.CONFIGS,
@@ -9,5 +9,6 @@ CONFIGS: dict[str, tuple[str, Experiment]] = {
     **ablations.CONFIGS,
     **lungs2d.CONFIGS,
     **lungs3d.CONFIGS,
+    **nodules2d.CONFIGS,
 }
 """Name to (one line of help, experiment)."""

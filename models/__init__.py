@@ -79,12 +79,15 @@ def build_model(
                 "weights": settings.weights,
                 "gcn_kernels": settings.gcn_kernels,
                 "squeeze_excite": settings.squeeze_excite,
+                "seeded": settings.seeded,
             }
         case "unet2d":
             options |= {
                 "slice_classifier": settings.slice_classifier,
                 "depth": settings.depth,
+                "norm": settings.norm,
                 "residual": settings.residual,
+                "seeded": settings.seeded,
             }
         case "unet3d":
             options |= {

@@ -1,10 +1,38 @@
 """Blocks that the networks are made of: functions of Keras tensors, channels last."""
 
-from keras import KerasTensor, layers
+import keras
+import numpy as np
+from keras import KerasTensor, layers, ops
 
 BATCH_NORM_MOMENTUM = 0.95
 """Keras' NASNet uses 0.9997, for runs of millions of steps: after a few hundred its moving
 statistics are still the initial ones, and the network fails as soon as it is not training."""
+
+
+SEED_PX = 16.0
+"""Distance from the seed at which nearness is one half."""
+
+
+@keras.saving.register_keras_serializable("nodules")
+class Nearness(layers.Layer):
+    """Adds a channel: how near each pixel is to the middle of the input, in 0..1.
+
+    It is s / (s + distance) with s = `SEED_PX`, the same for every size of input.
+
+    Input shape: (batch, y, x, channels), y and x stated.
+    Output shape: (batch, y, x, channels + 1).
+    """
+
+    def call(self, inputs):
+        height, width = inputs.shape[1:3]
+        y, x = (np.arange(size) - (size - 1) / 2 for size in (height, width))
+        near = SEED_PX / (SEED_PX + np.hypot(y[:, None], x))
+        plane = ops.convert_to_tensor(near[None, ..., None], dtype=inputs.dtype)
+        plane = ops.broadcast_to(plane, (ops.shape(inputs)[0], height, width, 1))
+        return ops.concatenate([inputs, plane], axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], input_shape[-1] + 1)
 
 
 def convolution(

@@ -11,6 +11,7 @@ from keras import KerasTensor, layers
 import files
 from models.layers import (
     BATCH_NORM_MOMENTUM,
+    Nearness,
     convolution,
     global_convolution,
     mask_head,
@@ -49,6 +50,7 @@ def build(
     filters: int = 32,
     gcn_kernels: tuple[int, ...] = (13, 19, 19, 19),
     squeeze_excite: bool = True,
+    seeded: bool = False,
     dropout: float = 0.0,
     slice_classifier: bool = False,
 ) -> keras.Model:
@@ -68,6 +70,7 @@ def build(
         gcn_kernels: Kernel sizes of the global convolutions at stride 32, 16, 8 and 4;
             fewer leave them out at the shallow stages.
         squeeze_excite: Use squeeze-excite.
+        seeded: Add the channel of `layers.Nearness` to the input.
         dropout: Rate before the mask's and the slice classifier's last layer.
         slice_classifier: Add the head of the false-positive network.
 
@@ -82,6 +85,8 @@ def build(
     Reference: Zoph et al. 2018 (NASNet-A), Peng et al. 2017 (GCN), Hu et al. 2018 (SE).
     """
     check_arguments(input_shape, weights, gcn_kernels)
+    if seeded and weights == "imagenet":
+        raise ValueError("ImageNet weights know no seed; use --model.weights none")
     kernels = dict(zip(GCN_STRIDES[: len(gcn_kernels)], gcn_kernels, strict=True))
 
     def context(tap: KerasTensor, stride: int, dilations: tuple[int, ...]):
@@ -94,7 +99,7 @@ def build(
         )
 
     inputs = keras.Input(input_shape)
-    taps = encode(inputs, weights)
+    taps = encode(Nearness()(inputs) if seeded else inputs, weights)
 
     x = context(taps[32], 32, dilations=(1, 2, 3, 4, 5))
     for stride, next_stride in ((16, 8), (8, 4), (4, 2)):

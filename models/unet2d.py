@@ -5,7 +5,13 @@ from typing import Literal
 import keras
 from keras import KerasTensor, layers
 
-from models.layers import BATCH_NORM_MOMENTUM, mask_head, slice_head, upsample_to
+from models.layers import (
+    BATCH_NORM_MOMENTUM,
+    Nearness,
+    mask_head,
+    slice_head,
+    upsample_to,
+)
 
 
 def build(
@@ -16,6 +22,7 @@ def build(
     depth: int = 4,
     norm: Literal["instance", "batch"] = "instance",
     residual: bool = False,
+    seeded: bool = False,
     dropout: float = 0.0,
     slice_classifier: bool = False,
 ) -> keras.Model:
@@ -33,6 +40,7 @@ def build(
             batches do not matter; batch is the classical choice.
         residual: Add what enters each level of the encoder to what leaves it, through a
             1x1 convolution, as He et al. 2016 do where widths differ.
+        seeded: Add the channel of `layers.Nearness` to the input.
         dropout: Rate at the deepest level and before the slice classifier's last layer.
         slice_classifier: Add a classifier of the whole slice.
 
@@ -48,7 +56,7 @@ def build(
     if None in input_shape:
         raise ValueError(f"unet2d: the input is {input_shape}; expected a stated size")
     inputs = keras.Input(input_shape)
-    x, skips = inputs, []
+    x, skips = Nearness()(inputs) if seeded else inputs, []
     for level in range(depth):
         x = double_convolution(x, filters * 2**level, norm, residual=residual)
         skips.append(x)

@@ -1,0 +1,89 @@
+"""How well an outline of a nodule agrees with its readers, and they with each other.
+
+A nodule's readers are those who drew anything on it, n of them. All Dice are over all its
+slices together; a reader who is compared with the others is not one of them.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+import metrics
+from scan import reader_votes
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Dice of one nodule; NaN where it takes more readers than there are.
+
+    Attributes:
+        consensus: Prediction and consensus: what at least half of the readers drew.
+        others: Prediction and the majority of all readers but one, at least (n - 1) / 2 of
+            them; mean over who is left out.
+        readers: Prediction and one reader, mean over readers.
+        reader_consensus: One reader and the consensus, himself counted; mean over readers.
+        reader_others: One reader and the majority of the others, mean over readers.
+        reader_reader: One reader and another, mean over pairs.
+    """
+
+    consensus: float
+    others: float
+    readers: float
+    reader_consensus: float
+    reader_others: float
+    reader_reader: float
+
+
+def agreement(
+    reader_bits: np.ndarray, mask_pred: np.ndarray, *, level: float = 0.5
+) -> Agreement:
+    """The agreement on one nodule.
+
+    Args:
+        reader_bits: (...) uint8, bit r where reader r drew this nodule.
+        mask_pred: (...) bool, the same shape.
+        level: Share of the readers that makes the consensus.
+    """
+    masks = masks_of(reader_bits)
+    votes = reader_votes(reader_bits)
+    consensus = votes >= needed(len(masks), level)
+    others = (
+        [votes - mask >= needed(len(masks) - 1, 0.5) for mask in masks]
+        if len(masks) > 1
+        else []
+    )
+    return Agreement(
+        consensus=metrics.dice(consensus, mask_pred),
+        others=mean([metrics.dice(mask, mask_pred) for mask in others]),
+        readers=mean([metrics.dice(mask, mask_pred) for mask in masks]),
+        reader_consensus=mean([metrics.dice(consensus, mask) for mask in masks]),
+        reader_others=mean(
+            [
+                metrics.dice(rest, mask)
+                for rest, mask in zip(others, masks, strict=False)
+            ]
+        ),
+        reader_reader=mean(
+            [metrics.dice(one, two) for one, two in itertools.combinations(masks, 2)]
+        ),
+    )
+
+
+def masks_of(reader_bits: np.ndarray) -> list[np.ndarray]:
+    """The bool mask of every reader who drew anything."""
+    drawn = int(np.bitwise_or.reduce(reader_bits, axis=None))
+    return [(reader_bits >> r & 1).astype(bool) for r in range(8) if drawn >> r & 1]
+
+
+def needed(readers: int, level: float) -> int:
+    """Votes that make a share of so many readers; at least one."""
+    return max(ceil(readers * level - 1e-6), 1)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of what is defined; NaN of nothing."""
+    defined = [value for value in values if not np.isnan(value)]
+    return sum(defined) / len(defined) if defined else float("nan")

@@ -1,0 +1,333 @@
+"""Patches of slices around nodules, with the masks of several readers; folder or .zip.
+
+A nodule is a scan of its own, of the slices that readers drew it on, in order; numbers may be
+left out. Two layouts:
+
+    index.csv                           columns name, patient_id, nodule, slice, readers
+    images/NAME.webp                    grey; .png and .tif too
+    reader_bits/NAME.png                bit r of a pixel is set where reader r drew
+
+    PATIENT/nodule-N/images/SLICE.png   and a mask of every reader, above 0 where he drew
+    PATIENT/nodule-N/mask-R/SLICE.png
+
+`readers` is how many readers drew the nodule on any slice. Nothing says how far pixels lie
+apart, nor what HU they were: values stay as they are, and pixels and slices count as 1 mm,
+so that what is called mm of such a scan is pixels.
+"""
+
+import csv
+import functools
+import io
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import files
+import outlines
+from geometry import Grid
+from scan import Annotation, Nodule, Scan, ScanError, ScanSource
+
+INDEX = "index.csv"
+COLUMNS = ("name", "patient_id", "nodule", "slice", "readers")
+IMAGE_ENDINGS = (".webp", ".png", ".tif", ".tiff")
+MAX_READERS = 8
+"""Bits of a mask."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One slice of a nodule.
+
+    Attributes:
+        z: Its number among the nodule's slices.
+        image: Name of the image in the collection.
+        masks: Name of the file with the readers' bits, or of the mask of each reader.
+    """
+
+    z: int
+    image: str
+    masks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PatchNodule:
+    """One nodule of a collection.
+
+    Attributes:
+        patient_id: Whose it is.
+        readers: How many drew it; None if only the masks say so.
+        patches: Its slices.
+    """
+
+    patient_id: str
+    readers: int | None
+    patches: tuple[Patch, ...]
+
+
+def find_scans(source: Path) -> list[ScanSource]:
+    """The nodules of a collection, by scan id: PATIENT_nodule-N.
+
+    Raises:
+        ValueError: If the collection has another layout, or a file that is named is missing.
+    """
+    source = Path(source)
+    return [
+        ScanSource(scan_id, nodule.patient_id, (source,), whole=False)
+        for scan_id, nodule in read_collection(source).items()
+    ]
+
+
+def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
+    """Reads the slices of one nodule and its readers' masks.
+
+    Args:
+        source: As `find_scans` gives it.
+        repair: Not used.
+
+    Raises:
+        ScanError: If a slice is doubled or damaged, sizes differ, or the masks are of another
+            number of readers than the list says.
+    """
+    path, name = source.paths[0], source.scan_id
+    nodule = read_collection(path)[name]
+    collection = Collection(path)
+    slices = [patch.z for patch in nodule.patches]
+    if len(set(slices)) < len(slices):
+        raise ScanError(f"{name}: slices {slices}; expected every number once")
+    images = [collection.image(patch.image) for patch in nodule.patches]
+    bits = [
+        reader_bits([collection.image(mask) for mask in patch.masks])
+        for patch in nodule.patches
+    ]
+    shapes = {image.shape for image in (*images, *bits)}
+    if len(shapes) > 1:
+        raise ScanError(f"{name}: images and masks of sizes {sorted(shapes)}")
+    volume = np.stack(images)
+    if volume.dtype == np.uint16:
+        volume = volume.astype(np.int32) - 2**15
+    grid = grid_of(volume.shape)
+    marks = np.stack(bits)
+    return Scan(
+        scan_id=name,
+        patient_id=source.patient_id,
+        hu=volume.astype(np.int16),
+        grid=grid,
+        source_grid=grid,
+        reader_bits=marks,
+        nodule_labels=(marks > 0).astype(np.uint8),
+        nodules=(nodule_of(marks, grid, nodule.readers, name),),
+        whole=False,
+    )
+
+
+def nodule_of(marks: np.ndarray, grid: Grid, readers: int | None, name: str) -> Nodule:
+    """The nodule that readers drew, one annotation for each of them.
+
+    Raises:
+        ScanError: If nobody drew it, or others than the list says.
+    """
+    drawn = int(np.bitwise_or.reduce(marks, axis=None))
+    if not drawn or (readers is not None and drawn.bit_count() != readers):
+        raise ScanError(
+            f"{name}: {drawn.bit_count()} readers drew on its slices; expected "
+            f"{readers or 'at least 1'}"
+        )
+    masks = {r: (marks >> r & 1).astype(bool) for r in range(8) if drawn >> r & 1}
+    centre = np.argwhere(marks).mean(axis=0)
+    annotations = tuple(
+        Annotation(
+            reader=reader,
+            volume_mm3=outlines.volume_mm3(mask, grid.voxel_mm3),
+            diameter_mm=outlines.diameter_mm(mask, grid.spacing_mm),
+        )
+        for reader, mask in masks.items()
+    )
+    return Nodule(1, tuple(grid.index_to_ras_mm(centre).tolist()), annotations)
+
+
+def grid_of(shape: tuple[int, ...]) -> Grid:
+    """Voxels of 1 mm; axes rise to S, P and L as everywhere."""
+    affine = np.diag([0.0, -1.0, 0.0, 1.0])
+    affine[2, 0], affine[0, 2] = 1, -1
+    return Grid((shape[0], shape[1], shape[2]), affine)
+
+
+def reader_bits(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """One image with the bits of all readers; a single mask holds them already."""
+    if len(masks) == 1:
+        return masks[0].astype(np.uint8)
+    bits = np.zeros(masks[0].shape, np.uint8)
+    for reader, mask in enumerate(masks):
+        if mask.shape != bits.shape:
+            raise ScanError(f"masks of sizes {bits.shape} and {mask.shape}")
+        bits |= (mask > 0).astype(np.uint8) << reader
+    return bits
+
+
+class Collection:
+    """The files of a folder or of a .zip, by their names within it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names = names_of(path, path.stat().st_mtime_ns)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            ScanError: If it is missing or damaged.
+        """
+        if name not in self.names:
+            raise ScanError(f"{self.path}: no file {name}")
+        try:
+            if self.path.is_dir():
+                return (self.path / name).read_bytes()
+            return archive(self.path, self.path.stat().st_mtime_ns).read(name)
+        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+            raise ScanError(f"{self.path}: cannot read {name} ({error})") from error
+
+    def image(self, name: str) -> np.ndarray:
+        """A (y, x) grey image; of a coloured one whose channels are alike, one of them.
+
+        Raises:
+            ScanError: If it is missing, damaged or in colour.
+        """
+        encoded = np.frombuffer(self.read(name), np.uint8)
+        image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if len(encoded) else None
+        if image is None or image.dtype not in (np.uint8, np.uint16):
+            raise ScanError(f"{self.path}: {name} is no image of 8 or 16 bits")
+        if image.ndim == 3:
+            if (image[..., :3] != image[..., :1]).any():
+                raise ScanError(f"{self.path}: {name} is in colour; expected grey")
+            image = image[..., 0]
+        return image
+
+
+@functools.lru_cache(maxsize=2)
+def names_of(path: Path, changed: int) -> Mapping[str, None]:
+    """Names of all files, sorted; `changed` is when the collection last was."""
+    if path.is_dir():
+        found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    else:
+        found = (name for name in archive(path, changed).namelist() if name[-1] != "/")
+    return dict.fromkeys(sorted(found))
+
+
+@functools.lru_cache(maxsize=2)
+def archive(path: Path, changed: int) -> zipfile.ZipFile:
+    """An open .zip; reading its list of files takes longer than reading one of them.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: neither a folder nor a .zip of patches ({error})"
+        ) from error
+
+
+def read_collection(path: Path) -> dict[str, PatchNodule]:
+    """The nodules of a collection by scan id.
+
+    Raises:
+        ValueError: As `find_scans`.
+    """
+    if not path.exists():
+        raise ValueError(f"no {path}; expected a folder or a .zip of patches")
+    return _read_collection(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_collection(path: Path, changed: int) -> dict[str, PatchNodule]:
+    names = names_of(path, changed)
+    nodules = _of_index(path, names) if INDEX in names else _of_folders(path, names)
+    for nodule in nodules.values():
+        for patch in nodule.patches:
+            for name in (patch.image, *patch.masks):
+                if name not in names:
+                    raise ValueError(
+                        f"{path}: no file {name}, which belongs to a slice"
+                    )
+    return dict(sorted(nodules.items()))
+
+
+def _of_index(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]:
+    text = Collection(path).read(INDEX).decode("utf-8-sig")
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    if missing:
+        raise ValueError(
+            f"{path}, {INDEX}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}"
+        )
+    found: dict[str, PatchNodule] = {}
+    for row in rows:
+        where = f"{path}, {INDEX}, line {rows.line_num}"
+        if not all((row[name] or "").strip() for name in COLUMNS):
+            raise ValueError(f"{where}: a value is missing")
+        if not (row["slice"].isdecimal() and row["readers"].isdecimal()):
+            raise ValueError(f"{where}: slice and readers are not whole numbers")
+        readers = int(row["readers"])
+        if not 1 <= readers <= MAX_READERS:
+            raise ValueError(f"{where}: {readers} readers; expected 1 to {MAX_READERS}")
+        endings = [e for e in IMAGE_ENDINGS if f"images/{row['name']}{e}" in names]
+        patch = Patch(
+            int(row["slice"]),
+            f"images/{row['name']}{endings[0] if endings else IMAGE_ENDINGS[0]}",
+            (f"reader_bits/{row['name']}.png",),
+        )
+        _add(found, row["patient_id"], row["nodule"], patch, where, readers=readers)
+    return found
+
+
+FOLDERS = re.compile(
+    r"(.*/)?(?P<patient>[^/]+)/nodule-(?P<nodule>[^/]+)/images/(?P<name>[^/]+)"
+)
+
+
+def _of_folders(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]:
+    found: dict[str, PatchNodule] = {}
+    matches = [match for match in map(FOLDERS.fullmatch, names) if match]
+    if not matches:
+        raise ValueError(
+            f"{path}: neither {INDEX} nor PATIENT/nodule-N/images in it; docs/data.md says "
+            "how patches are laid out"
+        )
+    for match in matches:
+        image = match.string
+        number = re.search(r"(\d+)\.\w+$", match["name"])
+        if number is None:
+            raise ValueError(f"{path}: {image} has no number of its slice")
+        nodule, _, _ = image.rpartition("/images/")
+        masks = [f"{nodule}/mask-{r}/{match['name']}" for r in range(MAX_READERS)]
+        masks = [mask for mask in masks if mask in names]
+        patch = Patch(int(number[1]), image, tuple(masks))
+        _add(found, match["patient"], match["nodule"], patch, image)
+    return found
+
+
+def _add(
+    found: dict[str, PatchNodule],
+    patient: str,
+    number: str,
+    patch: Patch,
+    where: str,
+    *,
+    readers: int | None = None,
+) -> None:
+    """Adds a slice to its nodule, in the order of the slices."""
+    patient = files.checked_id(patient, where=where)
+    scan_id = files.checked_id(f"{patient}_nodule-{number}", where=where)
+    known = found.get(scan_id, PatchNodule(patient, readers, ()))
+    if known.readers != readers:
+        raise ValueError(
+            f"{where}: {readers} readers; another slice of the nodule has {known.readers}"
+        )
+    patches = sorted((*known.patches, patch), key=lambda patch: patch.z)
+    found[scan_id] = PatchNodule(patient, readers, tuple(patches))

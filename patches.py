@@ -1,0 +1,175 @@
+"""A run's seeded network on patches: the nodule in the middle of each is outlined.
+
+The middle of a patch is the seed: a click, a candidate. The network looks at the middle at the
+resolution of the patch; a nodule that reaches the border of what it sees is looked at again
+from twice as far.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+import augment
+import boxes
+import config
+import runs
+
+BORDER_PX = 2
+"""A nodule as near as this to the border of what was seen may go on beyond it."""
+
+FURTHER = 2
+"""How many pixels become one along each axis when a patch is seen from further away."""
+
+TURNS = 8
+"""Quarter turns of a patch and of its mirror image."""
+
+
+class PatchPredictor:
+    """A seeded network, built and loaded once for any number of patches.
+
+    Args:
+        run_dir: Made by train.py.
+        settings: The run's; `batches.crop` is seed.
+        batch_size: Images the network is given at once; more are padded to it, so that
+            TensorFlow traces it once.
+        turns: How many of the `TURNS` are averaged; 1 for the patch as it is.
+
+    Raises:
+        ValueError: If the run is not of patches.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: config.Experiment,
+        *,
+        batch_size: int = 64,
+        turns: int = TURNS,
+    ) -> None:
+        if settings.batches.crop != "seed":
+            raise ValueError(
+                f"{run_dir}: the run was trained with batches.crop="
+                f"{settings.batches.crop}; expected seed, patches around a nodule"
+            )
+        self.batches = settings.batches
+        self.batch_size = batch_size
+        self.turns = turns
+        self.network: Any = runs.load_network(
+            run_dir, settings, settings.batches.slice_px
+        )
+
+    def probability(self, patches: np.ndarray) -> np.ndarray:
+        """Probability of the nodule in the middle of each patch.
+
+        Args:
+            patches: (n, y, x) numbers on any linear scale of HU, a scale for each patch.
+
+        Returns:
+            (n, y, x) float32; 0 where it was not looked.
+
+        Raises:
+            ValueError: If they are no such array, or not finite.
+        """
+        patches = checked(patches)
+        shape, size = patches.shape[1:], self.batches.slice_px
+        near = self.look([middle(patch, size) for patch in patches])
+        prob = np.stack([placed(image, shape) for image in near]) if len(near) else near
+        beyond = any(full > part for full, part in zip(shape, size, strict=True))
+        if not beyond or not len(patches):
+            return prob.reshape(patches.shape)
+        wide = tuple(FURTHER * length for length in size)
+        again = np.flatnonzero(reaches_border(near))
+        far = [shrunk(middle(patches[i], wide)) for i in again]
+        for i, image in zip(again, self.look(far), strict=True):
+            prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
+        return prob
+
+    def look(self, images: list[np.ndarray]) -> np.ndarray:
+        """(n, y, x) float32 probability of images of the network's size."""
+        inputs = [augment.to_input(image, None, self.batches) for image in images]
+        found = np.zeros((len(images), *self.batches.slice_px), np.float32)
+        turned = (turn(image, t) for image in inputs for t in range(self.turns))
+        for number, prob in enumerate(self.predicted(turned)):
+            index, t = divmod(number, self.turns)
+            found[index] += turned_back(prob, t)
+        found /= self.turns
+        return found
+
+    def predicted(self, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The network's probability of each input, in batches."""
+        batch = np.empty((self.batch_size, *self.batches.slice_px, 1), np.float32)
+        count = 0
+        for image in inputs:
+            batch[count, ..., 0] = image
+            count += 1
+            if count == self.batch_size:
+                yield from self.predicted_batch(batch)
+                count = 0
+        yield from self.predicted_batch(batch)[:count] if count else ()
+
+    def predicted_batch(self, batch: np.ndarray) -> np.ndarray:
+        output = self.network.predict_on_batch(batch)
+        output = output["mask"] if isinstance(output, dict) else output
+        return np.asarray(output)[..., 1]
+
+
+def checked(patches: np.ndarray) -> np.ndarray:
+    """Patches as float32.
+
+    Raises:
+        ValueError: If they are no (n, y, x) array of finite numbers.
+    """
+    patches = np.asarray(patches)
+    if patches.ndim != 3 or patches.dtype.kind not in "iufb" or 0 in patches.shape[1:]:
+        raise ValueError(
+            f"patches have shape {patches.shape} and type {patches.dtype}; expected "
+            "(n, y, x) numbers"
+        )
+    patches = patches.astype(np.float32)
+    if not np.isfinite(patches).all():
+        wrong = np.flatnonzero(~np.isfinite(patches).all(axis=(1, 2)))
+        raise ValueError(
+            f"{len(wrong)} of {len(patches)} patches, the first {wrong[0]}, hold NaN or "
+            "infinity; expected finite numbers"
+        )
+    return patches
+
+
+def middle(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The middle of a patch; its least value where it is too small."""
+    start = boxes.crop_at_centre(patch.shape, size).start
+    return boxes.cut(patch, start, size, fill=float(patch.min()))
+
+
+def placed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An image in the middle of one of another shape, 0 elsewhere."""
+    whole = np.zeros(shape, image.dtype)
+    boxes.add(whole, image, boxes.crop_at_centre(shape, image.shape).start)
+    return whole
+
+
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """The mean of every `FURTHER` x `FURTHER` pixels."""
+    size = tuple(length // FURTHER for length in image.shape)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def reaches_border(prob: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether a pixel of at least one half lies near the border."""
+    inner = np.zeros(prob.shape[1:], bool)
+    inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
+    return prob[:, ~inner].max(axis=1, initial=0) >= 0.5
+
+
+def turn(image: np.ndarray, number: int) -> np.ndarray:
+    """One of the `TURNS` of a square image; number 0 leaves it as it is."""
+    return np.rot90(image[:, ::-1] if number >= 4 else image, number % 4)
+
+
+def turned_back(image: np.ndarray, number: int) -> np.ndarray:
+    """What `turn` turned, as it was."""
+    image = np.rot90(image, -number % 4)
+    return image[:, ::-1] if number >= 4 else image

@@ -289,6 +289,7 @@ def score(job: Job) -> Scored:
         "patient_id": job.patient_id,
         "part": job.part,
         "leak": int(job.leak),
+        "whole": int(scan.whole),
         **counts._asdict(),
         "dice": counts.dice if with_nodule.any() else np.nan,
         "dice_nodule_slices": metrics.dice(
@@ -507,6 +508,8 @@ def protocol(
     patients = {row["patient_id"] for row in rows}
     leaks = {row["patient_id"] for row in rows if row["leak"]}
     what = "whole scans"
+    if not any(row["whole"] for row in rows):
+        what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
         what = "scans (only their slices in the part)"
     return [
@@ -519,6 +522,9 @@ def protocol(
         "those with a prediction too. What is found in scans without nodule counts in the "
         "pooled scores and as false positives.",
         masks_made_by(arguments.predictions),
+        f"Dice of readers: over all slices of a nodule; the majority of n others is at least "
+        "n/2 of them. ECE: of voxels that a reader drew or with a probability above "
+        f"{LEAST_PROBABILITY:g}, in bins of 0.05.",
         f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
         f"within {arguments.surface_tolerance_mm:g} mm.",
         f"WARNING: {len(leaks)} of the patients were trained on."

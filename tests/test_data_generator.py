@@ -11,6 +11,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.backend_bases import KeyEvent
 
+import augment
 import boxes
 import config
 import data_generator
@@ -469,3 +470,96 @@ def test_the_window_leads_through_an_epoch_with_and_without_changes(table):
 def test_plain_samples_have_one_view(table):
     (view,) = data_generator.views(plain(table))[1]
     assert view(0).title == "scan-000\nz 3, plain"
+
+
+def middle_crop(image):
+    return image[8:56, 8:56]
+
+
+STILL = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
+
+
+def of_readers(table, reference, **options):
+    """Training samples without any change but what readers drew."""
+    batches = replace(BATCHES, reference=reference, lung_mask=False)
+    return training(table, batches, STILL, balanced=False, **options)
+
+
+def test_votes_are_the_share_of_a_nodules_own_readers(table):
+    generator = of_readers(table, "votes")
+    found = set()
+    for index in range(len(generator)):
+        _, y = generator[index]
+        assert y.dtype == np.float32
+        assert np.allclose(y.sum(axis=-1), 1)
+        for row, shares in zip(generator.rows_of_batch(index), y[..., 1], strict=True):
+            scan, z, _ = consensus_of_row(table, row)
+            votes = np.bitwise_count(scan.reader_bits[z]).astype(np.float32)
+            # Nodule 1 has four readers, nodule 2 has two.
+            votes /= np.array([1, 4, 2])[scan.nodule_labels[z]]
+            assert np.allclose(shares, middle_crop(votes), atol=1e-6)
+            found |= set(np.unique(shares.round(2)))
+    assert {0.0, 0.25, 0.5, 0.75, 1.0} <= found
+
+
+def test_one_reader_is_one_of_those_of_the_nodule_and_all_of_them_come(table):
+    drawn_by = set()
+    for epoch in range(6):
+        generator = of_readers(table, "reader")
+        generator.epoch = epoch
+        for index in range(len(generator)):
+            _, y = generator[index]
+            assert y.dtype == np.uint8
+            rows = generator.rows_of_batch(index)
+            for row, mask in zip(rows, y[..., 1], strict=True):
+                scan, z, _ = consensus_of_row(table, row)
+                own = middle_crop(scan.nodule_labels[z] == 1)
+                bits = middle_crop(scan.reader_bits[z])
+                if (bits[own] == 15).all():
+                    continue
+                same = [r for r in range(4) if (mask[own] == bits[own] >> r & 1).all()]
+                assert same
+                drawn_by |= set(same) if len(same) == 1 else set()
+    assert drawn_by == {0, 1, 2, 3}
+
+
+def test_validation_looks_at_the_consensus_whatever_is_trained_on(table):
+    rows = all_rows(table)[:6]
+    batches = replace(BATCHES, reference="votes", lung_mask=False)
+    expected = plain(table, replace(BATCHES, lung_mask=False))
+    whole = data_generator.validation_of_slices(table, rows, batches)
+    assert whole[0][1].dtype == np.uint8
+    seeded = replace(batches, crop="seed")
+    middles = data_generator.validation_of_slices(table, rows, seeded)
+    assert len(middles) == 2
+    assert np.array_equal(middles[0][1], expected[0][1])
+    few = data_generator.validation_of_slices(table, rows, seeded, most=3)
+    assert few.rows_of_batch(0).tolist() == rows[::2].tolist()
+
+
+def test_relative_input_is_the_same_for_any_scale(table):
+    batches = replace(BATCHES, normalisation="relative", lung_mask=False)
+    x, _ = plain(table, batches)[0]
+    assert np.allclose(x.mean(axis=(1, 2)), 0, atol=1e-4)
+    assert np.allclose(x.std(axis=(1, 2)), 1, atol=1e-3)
+    hu = table.read("hu", 0)
+    one = augment.to_input(hu, None, batches)
+    assert np.allclose(augment.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
+    assert augment.fill(hu, batches) == hu.min()
+    flat = augment.to_input(np.full((4, 4), 9.0), None, batches)
+    assert not flat.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop": "seed", "lung_mask": True},
+        {"crop": "seed", "lung_mask": False, "input_px": (32, 48)},
+        {"crop": "seed", "lung_mask": False, "target": "lung"},
+        {"reference": "votes", "target": "lung"},
+        {"reference": "reader", "input_px": (8, 8, 8)},
+    ],
+)
+def test_settings_of_readers_and_seeds_that_cannot_be_are_refused(change):
+    with pytest.raises(ValueError, match=r"reference is|crop is"):
+        config.Batches(**change)

@@ -19,6 +19,7 @@ import tables
 
 import config
 import scan as scans_module
+import slice_table
 import steps
 import table
 from scan import AIR_HU, VOLUMES, ScanError
@@ -86,6 +87,22 @@ def test_plain_pytables_reads_the_same_pixels(scans_dir, tmp_path):
             assert stored.filters.complib == "blosc2:lz4"
             for row in range(0, len(opened), 7):
                 assert np.array_equal(opened.read(name, row), stored[row])
+
+
+def test_a_slice_is_decompressed_from_its_chunk_and_an_empty_mask_from_a_known_one(
+    scans_dir, tmp_path
+):
+    table.write_table(scans_dir, tmp_path / "table.h5", ALL)
+    with SliceTable(tmp_path / "table.h5") as opened:
+        slice_table._only_chunk.cache_clear()
+        for row in np.flatnonzero(opened.rows["lung_px"]):
+            opened.read("hu", row)
+        assert slice_table._only_chunk.cache_info().misses == 0
+        empty = np.flatnonzero(opened.rows["nodule_px"] == 0)
+        for row in empty:
+            assert not opened.read("reader_bits", row).any()
+        assert slice_table._only_chunk.cache_info().misses == 1
+        assert slice_table._only_chunk.cache_info().hits == len(empty) - 1
 
 
 def test_negatives_are_as_many_as_asked_and_have_lung_and_no_nodule(scan, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models import unet2d
+from models.layers import Nearness
 
 
 def parameters_by_hand(filters, depth):
@@ -84,3 +85,28 @@ def test_dropout_changes_outputs_in_training_only(batch):
 def test_a_shape_without_a_size_is_refused():
     with pytest.raises(ValueError, match="expected a stated size"):
         unet2d.build((None, None, 1), 2)
+
+
+def test_a_seeded_network_is_told_how_near_the_middle_is():
+    layer = Nearness()
+    found = np.asarray(layer(np.zeros((2, 5, 4, 1), np.float32)))
+    assert found.shape == layer.compute_output_shape((2, 5, 4, 1)) == (2, 5, 4, 2)
+    # Pixel (2, 1) lies half a pixel, (0, 1) two down and a half aside from (2, 1.5).
+    assert found[1, 2, 1, 1] == pytest.approx(16 / 16.5)
+    assert found[0, 0, 1, 1] == pytest.approx(16 / (16 + np.hypot(2, 0.5)))
+    assert not found[..., 0].any()
+
+
+def test_nearness_does_not_depend_on_the_size_of_the_input():
+    small, large = (
+        np.asarray(Nearness()(np.zeros((1, size, size, 1), np.float32)))[0, ..., 1]
+        for size in (8, 16)
+    )
+    assert np.allclose(small, large[4:12, 4:12])
+
+
+def test_the_seeded_unet_passes_the_harness(check_model):
+    check_model(
+        partial(unet2d.build, filters=4, seeded=True),
+        parameters=parameters_by_hand(4, 4) + 9 * 4,
+    )

@@ -1,0 +1,236 @@
+"""The chain on patches around nodules, and segment_patches, with a small trained network."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import config
+import evaluate
+import infer
+import patches
+import postprocess
+import preprocess
+import slice_idx
+import table
+import train
+from scan import ScanError, read_scan, scan_files
+
+SIZE, SEEN = 64, 32
+
+EXPERIMENT = config.Experiment(
+    table=config.Table(size_px=(SIZE, SIZE), slices="all"),
+    split=config.Split(fractions=(0.6, 0.2, 0.2)),
+    batches=config.Batches(
+        input_px=(SEEN, SEEN),
+        crop="seed",
+        normalisation="relative",
+        lung_mask=False,
+        reference="votes",
+        batch_size=8,
+        nodule_fraction=0.0,
+    ),
+    augment=config.Augment(rotate_deg=90.0, zoom=0.3, shift_px=2.0),
+    model=config.Model(
+        name="unet2d", filters=4, depth=2, norm="batch", residual=True, seeded=True
+    ),
+    loss=config.Loss(name="dice_cross_entropy"),
+    train=config.Train(epochs=4, steps_per_epoch=40, learning_rate=1e-2),
+    postprocess=config.Postprocess(
+        method="fixed", min_volume_mm3=0.0, within_lung=False
+    ),
+)
+
+
+def disc(radius_px, size=SIZE):
+    y, x = np.ogrid[:size, :size]
+    middle = (size - 1) / 2
+    return (y - middle) ** 2 + (x - middle) ** 2 <= radius_px**2
+
+
+def patch(rng, radius_px, size=SIZE):
+    """A bright disc in noise, and a second one that is not in the middle."""
+    image = rng.normal(60, 8, (size, size))
+    image[disc(radius_px, size)] = 180
+    other = np.roll(disc(5, size), (size // 3, size // 3), (0, 1))
+    image[other] = 180
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work directory after steps 1 to 8: 20 patients with a nodule of two slices each.
+
+    Three readers drew a disc of the nodule's radius, and of one pixel less and more.
+    """
+    work = tmp_path_factory.mktemp("patches")
+    source = work / "collection"
+    lines = ["name,patient_id,nodule,slice,readers"]
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        radius = 3 + 2 * (number % 8)
+        bits = sum(disc(radius + r - 1).astype(np.uint8) << r for r in range(3))
+        for z in range(2):
+            name = f"P-{number:02}/{z}"
+            for kind, image in (("images", patch(rng, radius)), ("reader_bits", bits)):
+                path = source / kind / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), image.astype(np.uint8))
+            lines.append(f"{name},P-{number:02},0,{z},3")
+    (source / "index.csv").write_text("\n".join(lines) + "\n")
+    preprocess.preprocess(source, work / "scans", EXPERIMENT.mask, cohort="patches")
+    table.write_table(work / "scans", work / "table.h5", EXPERIMENT.table)
+    slice_idx.write_split(work / "table.h5", work / "split.json", EXPERIMENT.split)
+    train.train(work / "table.h5", work / "split.json", work / "run", EXPERIMENT)
+    infer.infer(work / "run", work / "predictions", scans=work / "scans")
+    postprocess.postprocess_predictions(
+        postprocess.Arguments(
+            predictions=work / "predictions", scans=work / "scans", run=work / "run"
+        )
+    )
+    evaluate.evaluate(
+        evaluate.Arguments(
+            predictions=work / "predictions",
+            scans=work / "scans",
+            out=work / "scores",
+            draws=100,
+        )
+    )
+    return work
+
+
+@pytest.fixture(scope="module")
+def predictor(work):
+    return patches.PatchPredictor(work / "run", EXPERIMENT, batch_size=4)
+
+
+@pytest.fixture
+def some():
+    rng = np.random.default_rng(5)
+    return np.stack([patch(rng, radius) for radius in (4, 7, 9)])
+
+
+def test_the_nodule_in_the_middle_is_outlined_and_the_other_is_not(predictor, some):
+    prob = predictor.probability(some)
+    assert (prob.dtype, prob.shape) == (np.float32, some.shape)
+    for image, radius in zip(prob, (4, 7, 9), strict=True):
+        shared = np.count_nonzero((image >= 0.5) & disc(radius))
+        sizes = np.count_nonzero(image >= 0.5) + np.count_nonzero(disc(radius))
+        assert 2 * shared / sizes > 0.8
+
+
+def test_patches_have_no_scale(predictor, some):
+    expected = predictor.probability(some)
+    scaled = some * np.array([0.01, 5.0, 3.0])[:, None, None] - 1000.0
+    assert np.allclose(predictor.probability(scaled), expected, atol=1e-4)
+
+
+def test_a_turned_patch_gives_the_turned_result(predictor, some):
+    expected = predictor.probability(some)
+    turned = predictor.probability(np.rot90(some, axes=(1, 2))[:, ::-1])
+    assert np.allclose(turned, np.rot90(expected, axes=(1, 2))[:, ::-1], atol=1e-5)
+
+
+def test_a_patch_does_not_depend_on_the_others_nor_on_the_batch(work, predictor, some):
+    expected = predictor.probability(some)
+    assert np.array_equal(predictor.probability(some[1:2])[0], expected[1])
+    other = patches.PatchPredictor(work / "run", EXPERIMENT, batch_size=7)
+    assert np.allclose(other.probability(some), expected, atol=1e-6)
+
+
+def test_a_nodule_larger_than_what_is_seen_is_looked_at_from_further_away(predictor):
+    rng = np.random.default_rng(6)
+    large = patch(rng, 20)[None]
+    prob = predictor.probability(large)[0]
+    assert prob[32, 32 - 18] >= 0.5  # 16 pixels from the middle the first look ends
+    shared = np.count_nonzero((prob >= 0.5) & disc(20))
+    assert 2 * shared / (np.count_nonzero(prob >= 0.5) + disc(20).sum()) > 0.8
+
+
+@pytest.mark.parametrize("size", [20, 32, 33, 63, 100])
+def test_patches_of_any_size(predictor, size):
+    image = patch(np.random.default_rng(7), 5, size)[None]
+    prob = predictor.probability(image)
+    assert prob.shape == image.shape
+    assert prob[0, size // 2, size // 2] >= 0.5
+
+
+def test_no_patches_give_no_probability(predictor):
+    assert predictor.probability(np.zeros((0, 64, 64))).shape == (0, 64, 64)
+
+
+def test_a_patch_of_one_value_gives_numbers(predictor):
+    assert np.isfinite(predictor.probability(np.full((1, 64, 64), -1024))).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((64, 64)), "shape"),
+        (np.zeros((1, 64, 0)), "shape"),
+        (np.zeros((1, 64, 64), complex), "type complex"),
+        (np.full((2, 64, 64), np.nan), "2 of 2 patches, the first 0"),
+    ],
+)
+def test_what_is_no_patch_is_refused(predictor, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.probability(wrong)
+
+
+def test_turning_back_undoes_a_turn_and_all_turns_differ():
+    image = np.arange(9).reshape(3, 3)
+    turned = [patches.turn(image, number) for number in range(patches.TURNS)]
+    assert len({array.tobytes() for array in turned}) == patches.TURNS
+    for number, array in enumerate(turned):
+        assert np.array_equal(patches.turned_back(array, number), image)
+
+
+def test_segment_patches_is_the_predictor_and_loads_once(work, predictor, some):
+    prob = infer.segment_patches(some, work / "run")
+    assert np.allclose(prob, predictor.probability(some), atol=1e-6)
+    infer.segment_patches(some, str(work / "run"), turns=1)
+    before = infer.patch_predictor.cache_info().misses
+    infer.segment_patches(some, work / "run")
+    assert infer.patch_predictor.cache_info().misses == before
+
+
+def test_no_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        infer.segment_patches(np.zeros((1, 64, 64)), tmp_path)
+
+
+def test_patches_have_no_lungs_and_whole_scans_no_seed(work, make_scan):
+    scan = read_scan(scan_files(work / "scans")[0])
+    assert scan.lung is None and not scan.whole
+    seeded = infer.SeededPredictor(work / "run", EXPERIMENT)
+    with pytest.raises(ScanError, match="segment_patches"):
+        seeded.probability(make_scan(0))
+
+
+def test_scores_stand_beside_those_of_the_readers(work):
+    with (work / "scores/nodules.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    for row in rows:
+        assert float(row["dice_consensus"]) > 0.6
+        # Three readers, radii r - 1, r and r + 1: the consensus is the middle one's.
+        radius = next(
+            r
+            for r in range(3, 19)
+            if np.isclose(readers_dice(r), float(row["dice_reader_consensus"]))
+        )
+        assert radius % 2
+    scores = json.loads((work / "scores/scores.json").read_text())["scores"]
+    names = [line["name"] for line in scores]
+    assert "Dice with the consensus, nodules of 3 or more readers" in names
+    (ece,) = [line for line in scores if line["name"].startswith("Calibration")]
+    assert 0 <= ece["interval"]["value"] < 0.5
+
+
+def readers_dice(radius):
+    """One reader's mean Dice with the consensus, of discs one pixel apart."""
+    sizes = [np.count_nonzero(disc(radius + change)) for change in (-1, 0, 1)]
+    inner, middle, outer = sizes
+    return np.mean([2 * inner / (inner + middle), 1, 2 * middle / (middle + outer)])

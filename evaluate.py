@@ -7,6 +7,7 @@ Example:
 Research code, not a medical device.
 """
 
+import csv
 import itertools
 import json
 import logging
@@ -22,10 +23,12 @@ import agreement
 import boxes
 import config
 import files
+import froc
 import metrics
 import postprocess
 import provenance
 import steps
+from geometry import flip_xy
 from metrics import Interval
 from scan import (
     Scan,
@@ -127,11 +130,15 @@ class Scored:
         nodules: One row per reference nodule.
         reliability: (bins, 3) of `metrics.reliability_counts` against the readers' votes;
             None if the probability is not known.
+        candidates, targets, irrelevant: For `froc.mark`; None of patches and of slices.
     """
 
     row: dict[str, Any]
     nodules: list[dict[str, Any]]
     reliability: np.ndarray | None = None
+    candidates: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    irrelevant: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,8 @@ def evaluate(arguments: Arguments) -> steps.Report:
     nodules = [nodule for item in scored for nodule in item.nodules]
     lines = summary(rows, nodules, draws=arguments.draws)
     lines += calibration_lines(scored, draws=arguments.draws)
+    curve = curve_of(scored, draws=arguments.draws)
+    lines += froc_lines(curve, len(rows))
     facts = protocol(arguments, predictions, rows)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
@@ -183,6 +192,8 @@ def evaluate(arguments: Arguments) -> steps.Report:
         }
         files.write_json(out / "scores.json", record)
         draw_figures(arguments, rows, nodules, out)
+        if curve is not None:
+            draw_froc(curve, out / "froc.png")
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out
     sys.stdout.write(markdown(lines, facts) + "\n")
@@ -318,7 +329,9 @@ def score(job: Job) -> Scored:
         "nodules_hit": int((match.hit_by > 0).sum()),
         "false_positives": int(match.false_positive.sum()),
     }
-    return Scored(row, nodule_rows(job, scan, match, labels), votes_met(job, scan))
+    points = points_of(job, scan) if scan.whole else {}
+    nodules = nodule_rows(job, scan, match, labels)
+    return Scored(row, nodules, votes_met(job, scan), **points)
 
 
 def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
@@ -348,6 +361,54 @@ def lung_scores(
             dice = metrics.dice(truth > 0, inside)
     inclusion = metrics.ratio((reference & inside).sum(), reference.sum())
     return {"lung_dice": dice, "lung_inclusion": inclusion}
+
+
+def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
+    """Candidates, nodules that count and other nodules, as `froc.mark` takes them."""
+    path = job.arguments.predictions / job.scan_id / "nodules.csv"
+    with path.open(newline="") as file:
+        columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
+        found = [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
+    known = [
+        (*flip_xy(np.array(nodule.centre_ras_mm)), nodule.diameter_mm)
+        for nodule in scan.nodules
+    ]
+    spheres = np.array(known).reshape(-1, 4)
+    counts = np.array(
+        [nodule.readers >= job.arguments.min_readers for nodule in scan.nodules], bool
+    )
+    return {
+        "candidates": np.array(found).reshape(-1, 4),
+        "targets": spheres[counts],
+        "irrelevant": spheres[~counts],
+    }
+
+
+def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
+    """The FROC curve of whole scans; None if there are none, or none with a nodule."""
+    whole = [item for item in scored if item.candidates is not None]
+    if not any(len(np.asarray(item.targets)) for item in whole):
+        return None
+    ids = [item.row["scan_id"] for item in whole]
+    marks = froc.mark(
+        ids,
+        *(
+            {item.row["scan_id"]: getattr(item, name) for item in whole}
+            for name in ("candidates", "targets", "irrelevant")
+        ),
+    )
+    return froc.froc(marks, [item.row["patient_id"] for item in whole], draws=draws)
+
+
+def froc_lines(curve: froc.Froc | None, scans: int) -> list[Line]:
+    """Sensitivities at LUNA16's rates, and their mean."""
+    if curve is None:
+        return []
+    lines = [
+        Line(f"Sensitivity at {rate:g} false positives per scan", found, scans, scans)
+        for rate, found in zip(froc.RATES, curve.at_rates, strict=True)
+    ]
+    return [*lines, Line("CPM (mean of these)", curve.cpm, scans, scans)]
 
 
 def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
@@ -530,6 +591,8 @@ def protocol(
         f"WARNING: {len(leaks)} of the patients were trained on."
         if leaks
         else "No scored patient was trained on.",
+        "FROC: LUNA16's rules (a hit lies within the radius of the readers' mean diameter; "
+        "nodules of too few readers are ignored), of what postprocessing left.",
         DISCLAIMER,
     ]
 
@@ -610,6 +673,32 @@ def draw_figures(
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
     figure.savefig(out / FIGURES[0], dpi=120, bbox_inches="tight")
     draw_overlays(arguments, rows).savefig(out / FIGURES[1], dpi=120)
+
+
+def draw_froc(curve: froc.Froc, path: Path) -> None:
+    """The FROC curve, with the intervals at LUNA16's rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    rates = np.geomspace(froc.RATES[0], froc.RATES[-1], 200)
+    axes.plot(
+        rates, np.interp(rates, curve.fp_per_scan, curve.sensitivity), color="0.2"
+    )
+    values, low, high = np.array(curve.at_rates).T
+    axes.errorbar(
+        froc.RATES, values, (values - low, high - values), fmt="o", color="0.2"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(froc.RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    axes.set(
+        xlabel="false positives per scan",
+        ylabel="nodule sensitivity",
+        ylim=(0, 1),
+        title=f"FROC, CPM {number(curve.cpm.value)}",
+    )
+    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:

@@ -13,9 +13,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import cv2
 import numpy as np
 
 import boxes
@@ -24,11 +23,18 @@ import files
 import provenance
 import runs
 import steps
-from geometry import Grid, flip_xy
+from geometry import Grid
 from metrics import Counts
+from nodules import (
+    NODULE_COLUMNS,
+    Connectivity,
+    components,
+    erode,
+    find_nodules,
+    nodule_row,
+    within_lung,
+)
 from scan import (
-    LEFT,
-    RIGHT,
     Scan,
     ScanError,
     consensus,
@@ -36,7 +42,7 @@ from scan import (
     readers_of_label,
     scan_path,
 )
-from volume_io import PROBABILITY_STEPS, check_same_grid, read_volume, write_volume
+from volume_io import check_same_grid, read_volume, write_volume
 
 log = logging.getLogger(__name__)
 
@@ -45,70 +51,14 @@ FORMAT_VERSION = 1
 
 PREDICTIONS = "predictions.json"
 
-Connectivity = Literal[6, 18, 26]
-
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EROSIONS_PX = (0, 3, 5)
 MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
 MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
 """The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
 
-WITHIN_SHARE = 0.5
-"""A component of which so much lies in the lung mask is in the lungs."""
-
 FALSE_PRICE = 0.02
 """What a false component costs, in Dice of its scan."""
-
-NODULE_COLUMNS = (
-    "case_id",
-    "series_uid",
-    "nodule_id",
-    "score",
-    "max_prob",
-    "x_lps_mm",
-    "y_lps_mm",
-    "z_lps_mm",
-    "i_source",
-    "j_source",
-    "k_source",
-    "z_slice",
-    "long_axis_mm",
-    "short_axis_mm",
-    "diameter_mm",
-    "volume_mm3",
-    "mean_hu",
-    "side",
-)
-"""Columns of nodules.csv; docs/layout.md says what each holds."""
-
-
-@dataclass(frozen=True)
-class FoundNodule:
-    """One connected component of the mask.
-
-    Attributes:
-        nodule_id: Its value in the mask; 1 has the highest score.
-        score: Mean probability of its voxels.
-        max_prob: Largest probability.
-        centre_zyx: Centre of mass in voxels of the canonical array.
-        volume_mm3: Voxels times voxel volume.
-        diameter_mm: Of the sphere of that volume.
-        long_axis_mm: Largest extent within an axial slice.
-        short_axis_mm: Extent across it, in the same slice.
-        mean_hu: Mean HU; None if HU were not given.
-        side: "right" or "left" by the lung most of it lies in; "" if in none.
-    """
-
-    nodule_id: int
-    score: float
-    max_prob: float
-    centre_zyx: tuple[float, float, float]
-    volume_mm3: float
-    diameter_mm: float
-    long_axis_mm: float
-    short_axis_mm: float
-    mean_hu: float | None
-    side: str
 
 
 @dataclass(frozen=True)
@@ -172,265 +122,6 @@ def read_predictions(folder: Path) -> Predictions:
         files.checked_id(scan_id, where=str(path))
     training_patients = tuple(record.pop("training_patients"))
     return Predictions(training_patients=training_patients, **record)
-
-
-def find_nodules(
-    prob: np.ndarray,
-    grid: Grid,
-    settings: config.Postprocess,
-    *,
-    lung: np.ndarray | None = None,
-    hu: np.ndarray | None = None,
-) -> tuple[np.ndarray, list[FoundNodule]]:
-    """Thresholds, erodes, connects and measures.
-
-    Args:
-        prob: (z, y, x) float32 probability of nodule.
-        grid: Where `prob` lies.
-        settings: "tuned" works like "fixed": its values were tuned before.
-        lung: (z, y, x) uint8 lung labels; needed with `settings.within_lung`.
-        hu: (z, y, x) int16, for `mean_hu`.
-
-    Returns:
-        (z, y, x) labels, uint8 or the smallest unsigned type that holds them, and the
-        nodules, by falling score.
-
-    Raises:
-        ValueError: If `settings.within_lung` and there is no `lung`.
-    """
-    if settings.within_lung and lung is None:
-        raise ValueError(
-            "no lung mask; expected one with within_lung (--postprocess.within_lung)"
-        )
-    within = lung > 0 if settings.within_lung and lung is not None else None
-    mask = prob >= threshold_of(prob if within is None else prob[within], settings)
-    box = boxes.around(mask)
-    if box is None:
-        return np.zeros(prob.shape, np.uint8), []
-    parts = components(erode(mask[box], settings.erosion_px), settings.connectivity)
-    if within is not None:
-        parts[~within_lung(parts, within[box])[parts]] = 0
-    kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
-    order = np.argsort(-scores[kept], kind="stable")
-    renumber = np.zeros(len(scores), np.min_scalar_type(max(len(kept), 255)))
-    renumber[kept[order]] = np.arange(1, len(kept) + 1)
-    labels = np.zeros(prob.shape, renumber.dtype)
-    labels[box] = renumber[parts]
-    chances = np.stack([scores, peaks], axis=1)[kept[order]]
-    return labels, measure_nodules(labels, chances, grid, lung=lung, hu=hu)
-
-
-def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
-    """The probability from which a voxel is nodule.
-
-    float32, the type of the maps, so that 0.3 is not below 0.3.
-    """
-    if settings.method == "kmeans":
-        return np.float32(kmeans_threshold(prob))
-    return np.float32(settings.threshold)
-
-
-def kmeans_threshold(prob: np.ndarray) -> float:
-    """Midway between the two cluster centres of probabilities (K-means, k = 2).
-
-    The best of all cuts of the histogram in steps of 1e-4: the optimum that iterations
-    may miss. The thesis clusters each slice; a slice without nodule then gets clusters
-    of noise, so here the scan is clustered.
-
-    Args:
-        prob: Probabilities, any shape.
-
-    Returns:
-        The threshold; infinity if all probabilities are alike.
-    """
-    steps_of = np.rint(prob.ravel() * np.float32(PROBABILITY_STEPS)).astype(np.int32)
-    counts = np.bincount(steps_of)
-    values = np.flatnonzero(counts)
-    if len(values) < 2:
-        return float("inf")
-    number = counts[values].astype(np.float64)
-    below = np.cumsum(number)[:-1]
-    sum_below = np.cumsum(number * values)[:-1]
-    above = number.sum() - below
-    centre_low = sum_below / below
-    centre_high = ((number * values).sum() - sum_below) / above
-    # Least spread within the clusters is largest spread between them.
-    best = np.argmax(below * above * (centre_high - centre_low) ** 2)
-    return float(centre_low[best] + centre_high[best]) / 2 / PROBABILITY_STEPS
-
-
-def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
-    """Erodes each axial slice of a bool mask by a square; what is outside is empty."""
-    if side_px < 2:
-        return mask
-    square = np.ones((side_px, side_px), np.uint8)
-    eroded = [
-        cv2.erode(
-            image.astype(np.uint8),
-            square,
-            borderType=cv2.BORDER_CONSTANT,
-            borderValue=(0, 0, 0, 0),
-        )
-        for image in mask
-    ]
-    return np.stack(eroded).astype(bool)
-
-
-def components(mask: np.ndarray, connectivity: Connectivity) -> np.ndarray:
-    """(z, y, x) uint32 labels of the connected components of a bool mask."""
-    import cc3d
-
-    return cc3d.connected_components(
-        mask, connectivity=connectivity, out_dtype=np.uint32
-    )
-
-
-def within_lung(parts: np.ndarray, lung: np.ndarray) -> np.ndarray:
-    """(labels,) bool: of which components at least `WITHIN_SHARE` lies in the lungs.
-
-    Args:
-        parts: (z, y, x) labels of components; 0 is none and counts as outside.
-        lung: (z, y, x) bool.
-    """
-    sizes = np.bincount(parts.ravel())
-    inside = np.bincount(parts[lung], minlength=len(sizes))
-    within = inside >= WITHIN_SHARE * sizes
-    within[0] = False
-    return within
-
-
-def _kept_components(
-    parts: np.ndarray, prob: np.ndarray, grid: Grid, settings: config.Postprocess
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of the components that stay, and every label's mean and largest probability.
-
-    K-means splits noise as well as nodules, so its components need one voxel that
-    reaches the fixed threshold; for the other methods each voxel does.
-    """
-    inside = parts > 0
-    owners, chances = parts[inside], prob[inside]
-    sizes = np.bincount(owners, minlength=1)
-    scores = np.bincount(owners, weights=chances, minlength=1) / np.maximum(sizes, 1)
-    peaks = np.zeros(len(sizes), np.float32)
-    np.maximum.at(peaks, owners, chances)
-    stays = sizes * grid.voxel_mm3 >= settings.min_volume_mm3
-    stays &= scores >= settings.min_score
-    stays &= (peaks >= np.float32(settings.threshold)) & (sizes > 0)
-    return np.flatnonzero(stays), scores, peaks
-
-
-def measure_nodules(
-    labels: np.ndarray,
-    chances: np.ndarray,
-    grid: Grid,
-    *,
-    lung: np.ndarray | None = None,
-    hu: np.ndarray | None = None,
-) -> list[FoundNodule]:
-    """Measures every label.
-
-    Args:
-        labels: (z, y, x) labels 1 to n.
-        chances: (n, 2) mean and largest probability of each.
-        grid: Where `labels` lies.
-        lung: (z, y, x) lung labels, for the side.
-        hu: (z, y, x) HU, for the mean.
-    """
-    from scipy.ndimage import find_objects
-
-    nodules = []
-    boxes = find_objects(labels, max_label=len(chances))
-    for nodule_id, box in enumerate(boxes, start=1):
-        mask = labels[box] == nodule_id
-        places = np.argwhere(mask) + [axis.start for axis in box]
-        volume_mm3 = len(places) * grid.voxel_mm3
-        long_axis_mm, short_axis_mm = axes_mm(mask, grid.spacing_mm[1:])
-        score, max_prob = chances[nodule_id - 1].tolist()
-        nodules.append(
-            FoundNodule(
-                nodule_id=nodule_id,
-                score=score,
-                max_prob=max_prob,
-                centre_zyx=tuple(places.mean(axis=0).tolist()),
-                volume_mm3=volume_mm3,
-                diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
-                long_axis_mm=long_axis_mm,
-                short_axis_mm=short_axis_mm,
-                mean_hu=None if hu is None else float(hu[box][mask].mean()),
-                side="" if lung is None else side_of(lung[box][mask]),
-            )
-        )
-    return nodules
-
-
-def side_of(lung: np.ndarray) -> str:
-    """The side of most of a nodule's voxels, by their lung labels; "" if in no lung."""
-    right, left = np.count_nonzero(lung == RIGHT), np.count_nonzero(lung == LEFT)
-    if not right and not left:
-        return ""
-    return "right" if right >= left else "left"
-
-
-def axes_mm(
-    mask: np.ndarray, spacing_yx_mm: tuple[float, float]
-) -> tuple[float, float]:
-    """The largest extent within a slice, and the extent across it in that slice.
-
-    Extents run between the middles of the outer pixel edges, so that a row of n pixels
-    is n pixels long; pixel centres would make it n - 1, corners more.
-
-    Args:
-        mask: (z, y, x) bool of one nodule.
-        spacing_yx_mm: (y, x).
-    """
-    halves = np.array([[-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5]])
-    best = (0.0, 0.0)
-    for image in mask:
-        pixels = np.argwhere(image)
-        if not len(pixels):
-            continue
-        points_mm = (pixels[:, None] + halves).reshape(-1, 2) * spacing_yx_mm
-        hull_mm = cv2.convexHull(points_mm.astype(np.float32)).reshape(-1, 2)
-        apart_mm = hull_mm[:, None] - hull_mm
-        distances_mm = np.linalg.norm(apart_mm, axis=-1)
-        long_mm = float(distances_mm.max())
-        if long_mm > best[0]:
-            first, second = np.unravel_index(distances_mm.argmax(), distances_mm.shape)
-            along = apart_mm[first, second] / long_mm
-            across_mm = hull_mm @ np.array([-along[1], along[0]])
-            best = (long_mm, float(np.ptp(across_mm)))
-    return best
-
-
-def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
-    """One row of nodules.csv."""
-    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(nodule.centre_zyx))
-    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
-    i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
-    numbers = {
-        "score": nodule.score,
-        "max_prob": nodule.max_prob,
-        "x_lps_mm": x_mm,
-        "y_lps_mm": y_mm,
-        "z_lps_mm": z_mm,
-        "i_source": i,
-        "j_source": j,
-        "k_source": k,
-        "long_axis_mm": nodule.long_axis_mm,
-        "short_axis_mm": nodule.short_axis_mm,
-        "diameter_mm": nodule.diameter_mm,
-        "volume_mm3": nodule.volume_mm3,
-        "mean_hu": nodule.mean_hu,
-    }
-    row = {name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()}
-    return {
-        "case_id": scan.scan_id,
-        "series_uid": scan.series_uid,
-        "nodule_id": nodule.nodule_id,
-        "z_slice": round(nodule.centre_zyx[0]),
-        "side": nodule.side,
-        **row,
-    }
 
 
 def write_rows(

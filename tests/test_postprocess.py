@@ -8,14 +8,11 @@ import pytest
 import config
 import postprocess
 from config import Experiment, Postprocess
+from nodules import axes_mm, erode, find_nodules, kmeans_threshold
 from postprocess import (
     Arguments,
     Predictions,
-    axes_mm,
     best_of_grid,
-    erode,
-    find_nodules,
-    kmeans_threshold,
     postprocess_predictions,
     read_predictions,
     tuning_counts,
@@ -47,7 +44,7 @@ def test_two_blobs_are_two_nodules_by_falling_score():
     assert [n.score for n in nodules] == pytest.approx([0.9, 0.7])
     assert nodules[0].centre_zyx == pytest.approx((16, 40, 40))
     assert nodules[0].volume_mm3 == pytest.approx(second.sum() * VOXEL_MM3)
-    assert nodules[0].diameter_mm == pytest.approx(12, rel=0.1)
+    assert nodules[0].equivalent_diameter_mm == pytest.approx(12, rel=0.1)
     assert nodules[0].long_axis_mm == pytest.approx(12, abs=1.5)
 
 

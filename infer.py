@@ -53,6 +53,9 @@ SHIPPED = Path(__file__).parent / "weights/lung3d"
 NODULE2D = Path("weights/nodule2d")
 """The weights of `segment_patches`."""
 
+STD = postprocess.STD
+"""Beside prob.nii.gz, of several passes."""
+
 OWN_NAMES = {
     lung_results.TABLE,
     lung_results.RECORD,
@@ -65,7 +68,7 @@ OWN_NAMES = {
 
 @dataclass(frozen=True)
 class Lungs:
-    """How a run for lungs is used; of no matter for nodules."""
+    """How a run for lungs is used; for nodules, only passes and precision matter."""
 
     passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
     labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
@@ -188,13 +191,11 @@ def segment_nodules(
     batch_size: int,
     overwrite: bool,
 ) -> Outcome:
-    """Writes the probability map of every scan that has none yet; `lungs` is not used."""
-    seeded = settings.batches.crop == "seed"
-    predictor = (
-        SeededPredictor(exp_dir, settings)
-        if seeded
-        else Predictor(exp_dir, settings, batch_size=batch_size)
-    )
+    """Writes the probability map of every scan that has none yet.
+
+    Of `lungs`, passes and precision count; of several passes std.nii.gz is written too.
+    """
+    predictor = nodule_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     if overwrite:
         remove_nodules(result_dir)
     start()  # before the first map, so that a run that is killed says whose it is
@@ -202,8 +203,16 @@ def segment_nodules(
     missing = [task for task in tasks if task.scan_id not in stood]
 
     def segment(task: Task, scan: Scan) -> None:
-        prob = predictor.probability(scan)
-        write_volume(map_path(result_dir, task), prob, scan.grid, scan.source_grid)
+        path = map_path(result_dir, task)
+        if isinstance(predictor, SeededPredictor):
+            prob = predictor.probability(scan)
+        else:
+            maps = predictor.maps(scan, 0.5)
+            prob = maps.mean
+            if maps.n > 1:
+                std_path = path.with_name(STD)
+                write_volume(std_path, maps.std, scan.grid, scan.source_grid)
+        write_volume(path, prob, scan.grid, scan.source_grid)
 
     failures = read_and_map(
         segment, missing, lambda task: read_with_lungs(task, settings.mask)
@@ -233,7 +242,7 @@ def segment_lungs(
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
     }
-    predictor = lung_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+    predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     results = Results(
         result_dir,
         lungs.save_as,
@@ -327,10 +336,23 @@ def patch_predictor(run_dir: Path, turns: int) -> PatchPredictor:
     return PatchPredictor(run_dir, runs.read_settings(run_dir), turns=turns)
 
 
-def lung_predictor(
+def nodule_predictor(
+    exp_dir: Path, settings: config.Experiment, lungs: Lungs, *, batch_size: int
+) -> VolumePredictor | Predictor | SeededPredictor:
+    """The network of a run for nodules; it makes one pass unless a number is asked for."""
+    if settings.batches.crop == "seed":
+        return SeededPredictor(exp_dir, settings)
+    passes = lungs.passes
+    if passes.n == "auto":
+        passes = replace(passes, n=1)
+    lungs = replace(lungs, passes=passes)
+    return passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+
+
+def passes_predictor(
     exp_dir: Path, settings: config.Experiment, lungs: Lungs, *, batch_size: int
 ) -> VolumePredictor | Predictor:
-    """The network of a run for lungs, 3-D or 2-D."""
+    """The network of a run, 3-D or 2-D, that makes `lungs.passes`."""
     if settings.model.name == "unet3d":
         return VolumePredictor(
             exp_dir,
@@ -485,7 +507,7 @@ def without_own_names(
 def remove_nodules(result_dir: Path) -> None:
     """Removes maps and what was made of them, so that none of other weights stays."""
     for path in list(result_dir.glob("*/prob.nii.gz")):
-        for name in ("prob.nii.gz", "mask.nii.gz", "nodules.csv"):
+        for name in ("prob.nii.gz", STD, "mask.nii.gz", "nodules.csv"):
             files.remove(path.with_name(name))
         if not any(path.parent.iterdir()):
             path.parent.rmdir()

@@ -1,9 +1,9 @@
-"""Whole lungs from many passes of a network, with other masks or dropout in each.
+"""Volumes seen in many passes of a 3-D network, with other masks or dropout in each.
 
-A pass sees the whole body at once where memory allows. Each is one call of the network, and
-its masks and dropout follow from (seed, number of the pass). Several in one call would
-differ in the last bits with their number, and gain nothing: on two cores, four passes in
-one call took 0.96 s each, one by one 0.77 s.
+A pass for lungs sees the whole body, one for nodules the lungs, at once where memory allows.
+Each is one call of the network, and its masks and dropout follow from (seed, number of the
+pass). Several in one call would differ in the last bits with their number, and gain nothing: on
+two cores, four passes in one call took 0.96 s each, one by one 0.77 s.
 """
 
 import functools
@@ -50,6 +50,8 @@ BODY_SHARE = 0.1
 cut body and arms, but not what lies on the table."""
 BODY_MARGIN_PX = 2
 """Air kept around the body."""
+LUNG_MARGIN_PX = 8
+"""Tissue kept around the lungs where nodules are looked for."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +220,14 @@ class VolumePredictor:
     def maps(self, scan: Scan, threshold: float) -> Maps:
         """Mean, standard deviation and mutual information of the passes over a scan.
 
-        The scan is resampled to the run's spacing and cut to the body; air outside is not
-        computed and has probability 0.
+        The scan is resampled to the run's spacing and cut to the body, for nodules to the
+        lungs; what lies outside is not computed and has probability 0.
         """
         spacing_mm = self.settings.table.volume_spacing_mm
         weights, _ = resample.isotropic(scan.grid, spacing_mm)
         hu = resample.volume(scan.hu, weights)
-        box = body_box(hu)
+        lung = scan.lung if self.settings.batches.target == "nodule" else None
+        box = body_box(hu) if lung is None else lung_box(lung, weights)
         moments = self.moments(hu[box], threshold)
         to_scan = resample.from_isotropic(scan.grid, spacing_mm)
         return Maps(moments, box, hu.shape, to_scan)
@@ -301,12 +304,23 @@ class VolumePredictor:
 
 
 def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:
-    """Raises ValueError if a run for lungs needs to be told where they are."""
+    """Raises ValueError if a run needs to be told where lungs are."""
     if batches.lung_mask:
         raise ValueError(
-            f"{run_dir}: batches.lung_mask is set, so this run for lungs sees nothing "
-            "outside of lung masks; train it with --batches.no-lung-mask"
+            f"{run_dir}: batches.lung_mask is set, so this run sees nothing outside of lung "
+            "masks; train it with --batches.no-lung-mask"
         )
+
+
+def lung_box(lung: np.ndarray, weights: Sequence[np.ndarray]) -> Box:
+    """The box around lung labels on the grid that `weights` lead to, and a margin.
+
+    All of it without lungs.
+    """
+    shape = tuple(len(axis) for axis in weights)
+    return boxes.around(
+        resample.mask(lung > 0, weights), LUNG_MARGIN_PX
+    ) or boxes.whole(shape)
 
 
 def body_box(hu: np.ndarray) -> Box:

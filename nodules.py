@@ -22,6 +22,7 @@ NODULE_COLUMNS = (
     "series_uid",
     "nodule_id",
     "score",
+    "score_std",
     "max_prob",
     "x_lps_mm",
     "y_lps_mm",
@@ -51,6 +52,7 @@ class FoundNodule:
     Attributes:
         nodule_id: Its value in the mask; 1 has the highest score.
         score: Mean probability of its voxels.
+        score_std: Mean standard deviation of its voxels over passes; None of one pass.
         max_prob: Largest probability.
         centre_zyx: Centre of mass in voxels of the canonical array.
         volume_mm3: Voxels times voxel volume.
@@ -65,6 +67,7 @@ class FoundNodule:
 
     nodule_id: int
     score: float
+    score_std: float | None
     max_prob: float
     centre_zyx: tuple[float, float, float]
     volume_mm3: float
@@ -81,6 +84,7 @@ def find_nodules(
     grid: Grid,
     settings: config.Postprocess,
     *,
+    std: np.ndarray | None = None,
     lung: np.ndarray | None = None,
     hu: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[FoundNodule]]:
@@ -90,6 +94,7 @@ def find_nodules(
         prob: (z, y, x) float32 probability of nodule.
         grid: Where `prob` lies.
         settings: "tuned" works like "fixed": its values were tuned before.
+        std: (z, y, x) standard deviation of `prob` over passes, for `score_std`.
         lung: (z, y, x) uint8 lung labels; needed with `settings.within_lung`.
         hu: (z, y, x) int16, for `mean_hu`.
 
@@ -119,7 +124,7 @@ def find_nodules(
     labels = np.zeros(prob.shape, renumber.dtype)
     labels[box] = renumber[parts]
     chances = np.stack([scores, peaks], axis=1)[kept[order]]
-    return labels, measure_nodules(labels, chances, grid, lung=lung, hu=hu)
+    return labels, measure_nodules(labels, chances, grid, std=std, lung=lung, hu=hu)
 
 
 def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
@@ -226,6 +231,7 @@ def measure_nodules(
     chances: np.ndarray,
     grid: Grid,
     *,
+    std: np.ndarray | None = None,
     lung: np.ndarray | None = None,
     hu: np.ndarray | None = None,
 ) -> list[FoundNodule]:
@@ -235,6 +241,7 @@ def measure_nodules(
         labels: (z, y, x) labels 1 to n.
         chances: (n, 2) mean and largest probability of each.
         grid: Where `labels` lies.
+        std: (z, y, x) standard deviation over passes, for `score_std`.
         lung: (z, y, x) lung labels, for the side.
         hu: (z, y, x) HU, for the mean.
     """
@@ -252,6 +259,7 @@ def measure_nodules(
             FoundNodule(
                 nodule_id=nodule_id,
                 score=score,
+                score_std=None if std is None else float(std[box][mask].mean()),
                 max_prob=max_prob,
                 centre_zyx=tuple(places.mean(axis=0).tolist()),
                 volume_mm3=volume_mm3,
@@ -361,6 +369,7 @@ def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
     i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
     numbers = {
         "score": nodule.score,
+        "score_std": nodule.score_std,
         "max_prob": nodule.max_prob,
         "x_lps_mm": x_mm,
         "y_lps_mm": y_mm,

@@ -51,6 +51,9 @@ FORMAT_VERSION = 1
 
 PREDICTIONS = "predictions.json"
 
+STD = "std.nii.gz"
+"""Standard deviation over passes, beside prob.nii.gz; only where there were several."""
+
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EROSIONS_PX = (0, 3, 5)
 MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
@@ -187,6 +190,7 @@ def write_nodules(job: Job) -> int:
         prob,
         scan.grid,
         job.settings,
+        std=std_of(job, scan),
         lung=lung_of(scan) if job.settings.within_lung else scan.lung,
         hu=scan.hu,
     )
@@ -195,6 +199,16 @@ def write_nodules(job: Job) -> int:
     rows = [nodule_row(nodule, scan) for nodule in nodules]
     write_rows(rows, NODULE_COLUMNS, folder / "nodules.csv")
     return len(nodules)
+
+
+def std_of(job: Job, scan: Scan) -> np.ndarray | None:
+    """The standard deviation over passes; None where there was one pass."""
+    path = job.folder / job.scan_id / STD
+    if not path.exists():
+        return None
+    std, grid = read_volume(path)
+    check_same_grid(grid, scan.grid, path)
+    return std
 
 
 def reference_mask(

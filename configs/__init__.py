@@ -1,7 +1,15 @@
 """Named experiments, by the name that is typed on the command line."""
 
 from config import Experiment
-from configs import ablations, lungs2d, lungs3d, nodules2d, smoke, thesis
+from configs import (
+    ablations,
+    lungs2d,
+    lungs3d,
+    nodules2d,
+    nodules3d,
+    smoke,
+    thesis,
+)
 
 CONFIGS: dict[str, tuple[str, Experiment]] = {
     **thesis.CONFIGS,
@@ -10,5 +18,6 @@ CONFIGS: dict[str, tuple[str, Experiment]] = {
     **lungs2d.CONFIGS,
     **lungs3d.CONFIGS,
     **nodules2d.CONFIGS,
+    **nodules3d.CONFIGS,
 }
 """Name to (one line of help, experiment)."""

@@ -14,6 +14,7 @@ LossName = Literal[
     "weighted_cross_entropy",
     "generalized_dice_weighted_cross_entropy",
     "dice_cross_entropy",
+    "image_dice_cross_entropy",
     "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]

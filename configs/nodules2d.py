@@ -44,7 +44,7 @@ NODULE2D = Experiment(
         noise_hu=8.0,
     ),
     model=Model(name="unet2d", filters=16, norm="batch", residual=True, seeded=True),
-    loss=Loss(name="dice_cross_entropy"),
+    loss=Loss(name="image_dice_cross_entropy"),
     train=Train(
         optimizer="adamw",
         weight_decay=1e-2,

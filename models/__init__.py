@@ -49,6 +49,7 @@ LOSSES: dict[str, Callable] = {
         losses.generalized_dice_weighted_cross_entropy
     ),
     "dice_cross_entropy": losses.dice_cross_entropy,
+    "image_dice_cross_entropy": losses.image_dice_cross_entropy,
     "dice_cross_entropy_hausdorff": losses.dice_cross_entropy_hausdorff,
     "focal_tversky": losses.focal_tversky,
 }

@@ -77,6 +77,23 @@ def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
     )
 
 
+def image_dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
+    """`dice_cross_entropy` with a Dice of each image, then their mean.
+
+    A small nodule then weighs as much as a large one; scores that are means over nodules
+    do so too.
+    """
+    true, pred = as_float32(y_true)[..., 1:], as_float32(y_pred)[..., 1:]
+    axes = tuple(range(1, len(pred.shape) - 1))
+    overlap = ops.sum(true * pred, axis=axes)
+    volumes = ops.sum(true, axis=axes) + ops.sum(pred, axis=axes)
+    dice = (2 * overlap + 1) / (volumes + 1)
+    ones = (1.0,) * y_pred.shape[-1]
+    return (
+        1 - ops.mean(dice) + weighted_cross_entropy(y_true, y_pred, class_weights=ones)
+    )
+
+
 def dice_cross_entropy_hausdorff(
     y_true: KerasTensor, y_pred: KerasTensor
 ) -> KerasTensor:

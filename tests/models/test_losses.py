@@ -72,6 +72,17 @@ def test_dice_cross_entropy_of_even_odds():
     assert float(found) == pytest.approx(1 - 3 / 7 + math.log(2), abs=1e-6)
 
 
+def test_image_dice_is_the_mean_over_images_whatever_their_size():
+    # One image of MASK (2 of 8 pixels), one without: Dice (2 * 1 + 1) / (2 + 4 + 1) and
+    # (0 + 1) / (0 + 4 + 1); together, in one Dice, (2 + 1) / (2 + 8 + 1).
+    masks, odds = np.concatenate([MASK, EMPTY]), np.concatenate([even(0.5)] * 2)
+    found = losses.image_dice_cross_entropy(one_hot(masks), odds)
+    expected = 1 - (3 / 7 + 1 / 5) / 2 + math.log(2)
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+    pooled = losses.dice_cross_entropy(one_hot(masks), odds)
+    assert float(pooled) == pytest.approx(1 - 3 / 11 + math.log(2), abs=1e-6)
+
+
 def test_focal_tversky_of_even_odds():
     # Overlap 1, missed 1, spurious 3: index (1 + 1) / (1 + 0.7 + 0.3 * 3 + 1) = 2 / 3.6.
     found = losses.focal_tversky(one_hot(MASK), even(0.5))

@@ -83,9 +83,20 @@ class Passes:
         """Whether masks, and whether dropout, are drawn with this network.
 
         Raises:
-            ValueError: If the run was trained without what `draw` asks for, or has nothing
-                to draw in the passes that `n` asks for.
+            ValueError: If the run was trained without what `draw` asks for, has nothing to
+                draw in the passes that `n` asks for, or nothing is masked and
+                `mask_fraction` is set.
         """
+        masks, dropout = self._drawn(model)
+        if self.mask_fraction is not None and not masks:
+            raise ValueError(
+                f"mask_fraction is {self.mask_fraction}, but no cubes are hidden in "
+                f"n={self.n} passes with draw={self.draw} of this {model.name} (trained with "
+                f"mask_fraction {model.mask_fraction}); leave it out, or ask for more passes"
+            )
+        return masks, dropout
+
+    def _drawn(self, model: config.Model) -> tuple[bool, bool]:
         if self.n != "auto" and self.n <= 1:
             return False, False
         has_masks = model.name == "unet3d" and model.mask_fraction > 0

@@ -268,6 +268,11 @@ def test_what_a_run_cannot_draw_is_refused(run):
     assert Passes(n=5, draw="both").drawn(settings.model) == (True, True)
     with pytest.raises(ValueError, match="n is -1; expected auto, or 0 or more"):
         Passes(n=-1)
+    assert Passes(n=5, mask_fraction=0.4).drawn(settings.model) == (True, False)
+    for hides_nothing in (Passes(n=1, mask_fraction=0.4), Passes(mask_fraction=0.4)):
+        model = settings.model if hides_nothing.n == 1 else plain.model
+        with pytest.raises(ValueError, match="mask_fraction is 0.4, but no cubes"):
+            hides_nothing.drawn(model)
 
 
 def test_a_run_that_needs_lung_masks_cannot_find_lungs(run):

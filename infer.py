@@ -235,6 +235,8 @@ def segment_lungs(
     overwrite: bool,
 ) -> Outcome:
     """Writes lungs and their uncertainty of every scan that has none yet."""
+    on_volumes = settings.model.name == "unet3d"
+    reach_mm = on_volumes * lungs.labels.snap * settings.table.volume_spacing_mm
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
         **asdict(lungs.passes),
@@ -262,11 +264,18 @@ def segment_lungs(
         started = time.monotonic()
         maps = predictor.maps(scan, lungs.labels.thresh)
         mean = maps.mean
+        classical = None
+        if reach_mm:
+            classical = lung_mask.lung_labels(
+                scan.hu, scan.spacing_mm, config.LungMask()
+            )
         labels = lung_map.lung_labels(
             mean,
             scan.spacing_mm,
             lungs.labels,
             middle_x=lung_mask.body_middle_x(scan.hu),
+            classical=classical,
+            reach_mm=reach_mm,
         )
         verdict = lung_map.judge(labels, mean, maps.std, scan)
         seconds = time.monotonic() - started

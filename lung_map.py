@@ -67,6 +67,10 @@ class LungMap:
     disease has cut off."""
     fill_holes: bool = True
     """Fill what lungs enclose on all sides."""
+    snap: float = 1.5
+    """Of networks on volumes, in their voxels: where the classical mask's border is this
+    near to the network's, the classical one counts, which follows the HU of the scan's own
+    voxels. 0 for the network's border everywhere."""
 
     def __post_init__(self) -> None:
         thresh, volume = self.thresh, self.min_volume_mm3
@@ -75,6 +79,7 @@ class LungMap:
         share = self.min_share
         config.require(0 <= share <= 1, "min_share", share, "0 to 1")
         config.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "1 or more")
+        config.require(self.snap >= 0, "snap", self.snap, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def lung_labels(
     settings: LungMap,
     *,
     middle_x: float | None = None,
+    classical: np.ndarray | None = None,
+    reach_mm: float = 0.0,
 ) -> np.ndarray:
     """Lung labels from a map of probabilities.
 
@@ -108,13 +115,16 @@ def lung_labels(
         settings: Threshold, and which pieces are kept.
         middle_x: Column of the body's middle, see `lung_mask.body_middle_x`; by default
             that of the volume.
+        classical: (z, y, x) lung labels of `lung_mask`, for `snapped`; None to leave the
+            border as it is.
+        reach_mm: How near the two borders must be.
 
     Returns:
         (z, y, x) uint8: 0 outside, 1 right, 2 left; all 0 if nothing is large enough.
     """
     labels = np.zeros(prob.shape, np.uint8)
     mask = prob > np.float32(settings.thresh)
-    box = boxes.around(mask, 2)
+    box = boxes.around(mask, [int(reach_mm / step) + 2 for step in spacing_mm])
     if box is None:
         return labels
     least = settings.min_volume_mm3 / float(np.prod(spacing_mm))
@@ -125,10 +135,44 @@ def lung_labels(
         return labels
     if settings.fill_holes:
         kept |= holes(kept)
+    if classical is not None and reach_mm:
+        kept = snapped(kept, classical[box] > 0, spacing_mm, reach_mm)
+        kept = largest_pieces(
+            kept, least, settings.max_pieces, share=settings.min_share
+        )
+        if not kept.any():
+            return labels
     if middle_x is None:
         middle_x = (prob.shape[2] - 1) / 2
     labels[box] = kept * side_of(kept, spacing_mm, middle_x - box[2].start)
     return labels
+
+
+def snapped(
+    mask: np.ndarray,
+    classical: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    reach_mm: float,
+) -> np.ndarray:
+    """A mask whose border is that of another one wherever it lies near.
+
+    Both agree on lung that looks like lung, and there the classical mask follows the HU of
+    single voxels; what only the mask has (disease, of which the classical one knows
+    nothing) keeps its own border.
+
+    Args:
+        mask: (z, y, x) bool.
+        classical: (z, y, x) bool, the mask with the better border.
+        spacing_mm: (z, y, x).
+        reach_mm: A voxel within this of the mask's outside is its border, and follows the
+            classical mask if that is as near.
+    """
+    if not classical.any():
+        return mask
+    border = lung_mask.distance_mm(mask, spacing_mm) <= reach_mm
+    near_classical = lung_mask.distance_mm(~classical, spacing_mm) <= reach_mm
+    near_mask = lung_mask.distance_mm(~mask, spacing_mm) <= reach_mm
+    return (mask & ~(border & near_classical)) | (classical & near_mask)
 
 
 def largest_pieces(

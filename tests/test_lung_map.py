@@ -271,3 +271,27 @@ def test_the_border_of_a_square_is_its_rim():
 def test_settings_that_mean_nothing_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         LungMap(**wrong)
+
+
+def test_a_border_near_the_classical_one_follows_it_and_another_stays():
+    shape = (20, 40, 60)
+    mask, classical = np.zeros(shape, bool), np.zeros(shape, bool)
+    mask[2:18, 5:35, 10:50] = True
+    # To the left the classical border lies 2 voxels further out, to the front 2 further in;
+    # to the right it ends 15 voxels before: disease that only the mask knows.
+    classical[2:18, 7:35, 8:35] = True
+    found = lung_map.snapped(mask, classical, (1.0, 1.0, 1.0), 3.0)
+    expected = mask.copy()
+    expected[2:18, 7:35, 8:10] = True
+    expected[2:18, 5:7, 10:35] = False
+    # Where disease meets healthy lung the two borders are near, within 3 of column 35.
+    inside = np.ones(shape, bool)
+    inside[:, :, 35:38] = False
+    assert np.array_equal(found[inside], expected[inside])
+
+
+def test_no_classical_mask_leaves_the_border_as_it_is():
+    mask = np.zeros((5, 9, 9), bool)
+    mask[1:4, 2:7, 2:7] = True
+    empty = np.zeros_like(mask)
+    assert np.array_equal(lung_map.snapped(mask, empty, (1.0, 1.0, 1.0), 3.0), mask)

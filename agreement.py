@@ -7,7 +7,6 @@ slices together; a reader who is compared with the others is not one of them.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 
@@ -37,21 +36,18 @@ class Agreement:
     reader_reader: float
 
 
-def agreement(
-    reader_bits: np.ndarray, mask_pred: np.ndarray, *, level: float = 0.5
-) -> Agreement:
+def agreement(reader_bits: np.ndarray, mask_pred: np.ndarray) -> Agreement:
     """The agreement on one nodule.
 
     Args:
         reader_bits: (...) uint8, bit r where reader r drew this nodule.
         mask_pred: (...) bool, the same shape.
-        level: Share of the readers that makes the consensus.
     """
     masks = masks_of(reader_bits)
     votes = reader_votes(reader_bits)
-    consensus = votes >= needed(len(masks), level)
+    consensus = votes >= half(len(masks))
     others = (
-        [votes - mask >= needed(len(masks) - 1, 0.5) for mask in masks]
+        [votes - mask >= half(len(masks) - 1) for mask in masks]
         if len(masks) > 1
         else []
     )
@@ -78,9 +74,9 @@ def masks_of(reader_bits: np.ndarray) -> list[np.ndarray]:
     return [(reader_bits >> r & 1).astype(bool) for r in range(8) if drawn >> r & 1]
 
 
-def needed(readers: int, level: float) -> int:
-    """Votes that make a share of so many readers; at least one."""
-    return max(ceil(readers * level - 1e-6), 1)
+def half(readers: int) -> int:
+    """Votes that make at least half of so many readers; one at least."""
+    return max((readers + 1) // 2, 1)
 
 
 def mean(values: Sequence[float]) -> float:

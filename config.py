@@ -158,6 +158,9 @@ class Batches:
         of_readers = self.target == "nodule" and len(size) == 2
         plain = self.reference == "consensus"
         require(plain or of_readers, "reference", self.reference, "consensus here")
+        normalisation = self.normalisation
+        fits = normalisation != "relative" or len(size) == 2
+        require(fits, "normalisation", normalisation, "another one of volumes")
         seeded = self.crop == "seed"
         fits = not seeded or (of_readers and not self.lung_mask and len({*size}) == 1)
         expected = "another one of lungs, volumes, masked slices or crops not square"
@@ -411,6 +414,9 @@ class Experiment:
         for name in () if on_volumes else VOLUME_CHANGES:
             value = getattr(self.augment, name)
             require(not value, f"augment.{name}", value, "0: input_px is of slices")
+        seeded, crop = self.model.seeded, self.batches.crop
+        fits = not seeded or crop == "seed"
+        require(fits, "model.seeded", seeded, f"false with batches.crop={crop}")
 
 
 def require(holds: bool, name: str, found: Any, expected: str) -> None:
@@ -427,15 +433,17 @@ def to_json(settings: Any) -> dict[str, Any]:
 def from_json(kind: type, record: dict[str, Any]) -> Any:
     """The section or experiment of type `kind` that `to_json` wrote.
 
+    A setting that is missing is newer than the record and takes its default, which is
+    always what was done before there was a choice.
+
     Raises:
-        ValueError: If a field is unknown or missing: the record is of another version.
+        ValueError: If a field is unknown: the record is of another version.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    if fields.keys() != record.keys():
+    if not record.keys() <= fields.keys():
         raise ValueError(
-            f"{kind.__name__} settings: unknown fields {sorted(record.keys() - fields)}, "
-            f"missing fields {sorted(fields.keys() - record.keys())}; the file was made "
-            "by another version of this project"
+            f"{kind.__name__} settings: unknown fields {sorted(record.keys() - fields)}; "
+            "the file was made by another version of this project"
         )
     values = {}
     for name, value in record.items():

@@ -108,7 +108,9 @@ class SliceGenerator(Generator):
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        self.readers = None if batches.reference == "consensus" else Readers(table)
+        self.readers = None
+        if batches.reference != "consensus":
+            self.readers = Readers(table, batches.min_readers)
         self.groups = [(self.rows, batches.batch_size)]
         if balanced and batches.nodule_fraction > 0:
             self.groups = balanced_groups(table, self.rows, batches)
@@ -166,7 +168,8 @@ class SliceGenerator(Generator):
             drawn = readers.votes(row)
         else:
             drawn = readers.one(row, rng).astype(np.float32)
-        image, _, warp = self.warped(hu, consensus, crop, changes, rng)
+        marks = marks_of(consensus, lung)
+        image, _, warp = self.warped(hu, marks, crop, changes, rng)
         mask = augment.warp_image(drawn, warp, self.batches.slice_px, fill=0)
         if self.batches.reference == "reader":
             mask = (mask >= 0.5).astype(np.uint8)
@@ -221,10 +224,12 @@ class Readers:
 
     Args:
         table: The open table.
+        min_readers: Nodules of fewer readers count as background.
     """
 
-    def __init__(self, table: SliceTable) -> None:
+    def __init__(self, table: SliceTable, min_readers: int = 1) -> None:
         self.table = table
+        self.min_readers = min_readers
         self.counts = functools.lru_cache(maxsize=None)(table.readers_of_label)
         self.bits = functools.lru_cache(maxsize=None)(self.bits_of_scan)
 
@@ -234,15 +239,20 @@ class Readers:
         labels = self.table.read("nodule_labels", row)
         counts = self.counts(int(self.table.rows["scan"][row]))
         readers = np.maximum(counts, 1).astype(np.float32)[labels]
-        return scans.reader_votes(bits) / readers
+        shares = scans.reader_votes(bits) / readers
+        shares[counts[labels] < self.min_readers] = 0
+        return shares
 
     def one(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """(y, x) bool: what one reader drew, another one drawn for every nodule."""
         bits = self.table.read("reader_bits", row)
         labels = self.table.read("nodule_labels", row)
         chosen = np.zeros(256, np.uint8)
-        for label, drawn in self.bits(int(self.table.rows["scan"][row])).items():
+        scan = int(self.table.rows["scan"][row])
+        for label, drawn in self.bits(scan).items():
             readers = [r for r in range(8) if drawn >> r & 1]
+            if self.counts(scan)[label] < self.min_readers:
+                continue
             chosen[label] = 1 << readers[int(rng.random() * len(readers))]
         return (bits & chosen[labels]) > 0
 
@@ -415,18 +425,26 @@ def contact_sheet(
         mask = ((y["mask"] if isinstance(y, dict) else y)[..., 1] >= 0.5).view(np.uint8)
         rows = shown.rows_of_batch(index)
         for row, image, reference in zip(rows, x[..., 0], mask, strict=True):
-            tiles.append(tile(image, reference, caption(shown.table, int(row))))
+            text = caption(shown.table, int(row))
+            tiles.append(tile(grey(image), reference, text))
         if len(tiles) >= slices:
             break
     return in_lines(tiles[:slices], columns)
 
 
 def visible(batches: config.Batches) -> config.Batches:
-    """The settings of batches that a person looks at: values in 0..1."""
-    if batches.normalisation != "relative":
-        return replace(batches, normalisation="window")
-    whole_range = (-(2.0**15), 2.0**15)
-    return replace(batches, normalisation="minmax", window_hu=whole_range)
+    """The settings of batches that a person looks at, through `grey`."""
+    if batches.normalisation == "relative":
+        return batches
+    return replace(batches, normalisation="window")
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """An input as 0 to 1: as it is if it lies there, else its own range."""
+    least, most = float(image.min()), float(image.max())
+    if least >= 0 and most <= 1:
+        return image
+    return (image - least) / ((most - least) or 1)
 
 
 def volume_sheet(
@@ -484,7 +502,7 @@ def pictures(
         else:
             row = shown.table.rows[shown.rows_of_batch(index)[place]]
             name = f"{shown.table.scans['scan_id'][row['scan']]}\nz {row['z']}, "
-        return Picture(image, {shown.batches.target: mask}, name + changes)
+        return Picture(grey(image), {shown.batches.target: mask}, name + changes)
 
     return picture
 

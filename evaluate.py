@@ -66,8 +66,8 @@ AGREEING_READERS = 3
 """Readers of a nodule whose agreement is compared with the prediction's."""
 
 AGREEMENT = {
-    "dice_consensus": "Dice with the consensus",
-    "dice_reader_consensus": "One reader's Dice with the consensus, himself counted",
+    "dice_consensus": "Dice with the 50 % consensus",
+    "dice_reader_consensus": "One reader's Dice with the 50 % consensus, himself counted",
     "dice_others": "Dice with the majority of all readers but one",
     "dice_reader_others": "One reader's Dice with the majority of the others",
     "dice_readers": "Dice with one reader",
@@ -173,7 +173,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
     lines = summary(rows, nodules, draws=arguments.draws)
     lines += calibration_lines(scored, draws=arguments.draws)
     curve = curve_of(scored, draws=arguments.draws)
-    lines += froc_lines(curve, len(rows))
+    lines += froc_lines(curve, scored)
     facts = protocol(arguments, predictions, rows)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
@@ -329,7 +329,7 @@ def score(job: Job) -> Scored:
         "nodules_hit": int((match.hit_by > 0).sum()),
         "false_positives": int(match.false_positive.sum()),
     }
-    points = points_of(job, scan) if scan.whole else {}
+    points = points_of(job, scan)
     nodules = nodule_rows(job, scan, match, labels)
     return Scored(row, nodules, votes_met(job, scan), **points)
 
@@ -364,18 +364,29 @@ def lung_scores(
 
 
 def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
-    """Candidates, nodules that count and other nodules, as `froc.mark` takes them."""
+    """Candidates, nodules that count and other nodules, as `froc.mark` takes them.
+
+    Nothing of patches, and of masks made elsewhere, without nodules.csv.
+    """
     path = job.arguments.predictions / job.scan_id / "nodules.csv"
+    if not scan.whole or not path.exists():
+        return {}
     with path.open(newline="") as file:
         columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
         found = [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
     known = [
         (*flip_xy(np.array(nodule.centre_ras_mm)), nodule.diameter_mm)
         for nodule in scan.nodules
+        if nodule.diameter_mm > 0
     ]
     spheres = np.array(known).reshape(-1, 4)
     counts = np.array(
-        [nodule.readers >= job.arguments.min_readers for nodule in scan.nodules], bool
+        [
+            nodule.readers >= job.arguments.min_readers
+            for nodule in scan.nodules
+            if nodule.diameter_mm > 0
+        ],
+        bool,
     )
     return {
         "candidates": np.array(found).reshape(-1, 4),
@@ -400,15 +411,16 @@ def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
     return froc.froc(marks, [item.row["patient_id"] for item in whole], draws=draws)
 
 
-def froc_lines(curve: froc.Froc | None, scans: int) -> list[Line]:
+def froc_lines(curve: froc.Froc | None, scored: Sequence[Scored]) -> list[Line]:
     """Sensitivities at LUNA16's rates, and their mean."""
     if curve is None:
         return []
+    scans = sum(item.candidates is not None for item in scored), len(scored)
     lines = [
-        Line(f"Sensitivity at {rate:g} false positives per scan", found, scans, scans)
+        Line(f"Sensitivity at {rate:g} false positives per scan", found, *scans)
         for rate, found in zip(froc.RATES, curve.at_rates, strict=True)
     ]
-    return [*lines, Line("CPM (mean of these)", curve.cpm, scans, scans)]
+    return [*lines, Line("CPM (mean of these)", curve.cpm, *scans)]
 
 
 def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
@@ -591,8 +603,9 @@ def protocol(
         f"WARNING: {len(leaks)} of the patients were trained on."
         if leaks
         else "No scored patient was trained on.",
-        "FROC: LUNA16's rules (a hit lies within the radius of the readers' mean diameter; "
-        "nodules of too few readers are ignored), of what postprocessing left.",
+        "Sensitivities at rates of false positives (FROC): hits and false positives are told "
+        "as in LUNA16, on this cohort's nodules (radius of the readers' mean diameter; nodules "
+        "of too few readers are ignored), of what postprocessing left.",
         DISCLAIMER,
     ]
 

@@ -158,11 +158,16 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
     low, high = batches.window_hu
 
     def serve(hu: Any, lung: Any = None) -> dict[str, Any]:
-        image = (tf.cast(hu, tf.float32) - low) / (high - low)
-        image = tf.clip_by_value(image, 0.0, 1.0)
+        image = tf.cast(hu, tf.float32)
+        if batches.normalisation == "relative":
+            least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
+            span = tf.reduce_max(image, axis=(1, 2), keepdims=True) - least
+            image = (image - least) / tf.where(span > 0, span, 1.0)
+        else:
+            image = tf.clip_by_value((image - low) / (high - low), 0.0, 1.0)
         if lung is not None:
             image = tf.where(lung > 0, image, 0.0)
-        if batches.normalisation == "zscore":
+        if batches.normalisation in ("zscore", "relative"):
             mean, variance = tf.nn.moments(image, axes=(1, 2), keepdims=True)
             image = (image - mean) / (tf.sqrt(variance) + augment.EPSILON)
         elif batches.normalisation == "minmax":

@@ -29,7 +29,6 @@ class Marks:
         nodule_score: (nodules,) highest score of its hits; -inf for a miss.
         false_scan: (false positives,) index in `scans`.
         false_score: (false positives,) scores.
-        ignored: Candidates that are neither hit nor false positive.
     """
 
     scans: tuple[str, ...]
@@ -37,7 +36,6 @@ class Marks:
     nodule_score: np.ndarray
     false_scan: np.ndarray
     false_score: np.ndarray
-    ignored: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,6 @@ def mark(
     check(nodules, place, "nodules", of_diameters=True)
     check(irrelevant, place, "irrelevant findings", of_diameters=True)
     nodule_scan, nodule_score, false_scan, false_score = [], [], [], []
-    ignored = 0
     nothing = np.zeros((0, 4))
     for scan_id, index in place.items():
         found = np.asarray(candidates.get(scan_id, nothing), np.float64)
@@ -93,7 +90,6 @@ def mark(
         best = np.where(hits, found[:, 3:], -np.inf).max(axis=0, initial=-np.inf)
         free = ~hits.any(axis=1)
         false = free & ~within(found, other).any(axis=1)
-        ignored += len(found) - int(false.sum()) - int(np.isfinite(best).sum())
         nodule_scan.append(np.full(len(known), index))
         nodule_score.append(best)
         false_scan.append(np.full(int(false.sum()), index))
@@ -109,7 +105,6 @@ def mark(
                 (false_score, np.float64),
             )
         ),
-        ignored=max(ignored, 0),
     )
 
 

@@ -68,7 +68,7 @@ OWN_NAMES = {
 
 @dataclass(frozen=True)
 class Lungs:
-    """How a run for lungs is used; for nodules, only passes and precision matter."""
+    """How a run for lungs is used; for nodules, labels and save_as do not matter."""
 
     passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
     labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
@@ -149,6 +149,9 @@ def infer(
     settings = runs.read_settings(exp_dir)
     split = slice_idx.read_split(exp_dir / "split.json")
     predictions = new_predictions(exp_dir, split)
+    if settings.batches.target == "nodule" and lungs.passes.n not in ("auto", 0, 1):
+        made_by = asdict(lungs.passes) | {"precision": lungs.precision}
+        predictions = replace(predictions, passes=made_by)
     if csv_file:
         tasks, unusable = tasks_of_list(csv_file)
     elif input:
@@ -240,7 +243,7 @@ def segment_lungs(
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
         **asdict(lungs.passes),
-        **asdict(lungs.labels),
+        **asdict(lungs.labels) | {"snap": reach_mm},
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
     }
@@ -264,20 +267,20 @@ def segment_lungs(
         started = time.monotonic()
         maps = predictor.maps(scan, lungs.labels.thresh)
         mean = maps.mean
-        classical = None
-        if reach_mm:
-            classical = lung_mask.lung_labels(
-                scan.hu, scan.spacing_mm, config.LungMask()
-            )
         labels = lung_map.lung_labels(
             mean,
             scan.spacing_mm,
             lungs.labels,
             middle_x=lung_mask.body_middle_x(scan.hu),
-            classical=classical,
-            reach_mm=reach_mm,
         )
         verdict = lung_map.judge(labels, mean, maps.std, scan)
+        if reach_mm and labels.any():
+            classical = lung_mask.lung_labels(
+                scan.hu, scan.spacing_mm, config.LungMask()
+            )
+            labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
+            right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
+            verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
         seconds = time.monotonic() - started
         row = lung_results.row_of(task.scan_id, maps.n, verdict, seconds)
         results.write(scan, row, maps, labels)
@@ -328,11 +331,12 @@ def segment_patches(
             fast.
 
     Returns:
-        (n, y, x) float32: the share of readers that would draw the pixel.
+        (n, y, x) float32: of weights trained on votes, the share of readers that would draw
+        the pixel.
 
     Raises:
         FileNotFoundError: If there is no such run.
-        ValueError: If the patches are no such array.
+        ValueError: If the patches are no such array, or there are no such turns.
     """
     path = Path(weights)
     if not path.is_absolute() and not path.exists():
@@ -350,6 +354,10 @@ def nodule_predictor(
 ) -> VolumePredictor | Predictor | SeededPredictor:
     """The network of a run for nodules; it makes one pass unless a number is asked for."""
     if settings.batches.crop == "seed":
+        if lungs.passes.n not in ("auto", 0, 1):
+            raise ValueError(
+                f"n is {lungs.passes.n}, but {exp_dir} sees patches, in one pass; leave --n out"
+            )
         return SeededPredictor(exp_dir, settings)
     passes = lungs.passes
     if passes.n == "auto":
@@ -533,11 +541,17 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
     path = result_dir / postprocess.PREDICTIONS
     if not path.exists():
         return
-    found = postprocess.read_predictions(result_dir).weights_sha256
+    known = postprocess.read_predictions(result_dir)
+    found = known.weights_sha256
     if found != predictions.weights_sha256:
         raise ValueError(
             f"{path}: predictions of weights {found[:12]}; this run's are "
             f"{predictions.weights_sha256[:12]}; use --overwrite or another --result_dir"
+        )
+    if known.passes != predictions.passes:
+        raise ValueError(
+            f"{path}: predictions of passes {known.passes or 'one'}; now "
+            f"{predictions.passes or 'one'}; use --overwrite or another --result_dir"
         )
 
 

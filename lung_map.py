@@ -104,8 +104,6 @@ def lung_labels(
     settings: LungMap,
     *,
     middle_x: float | None = None,
-    classical: np.ndarray | None = None,
-    reach_mm: float = 0.0,
 ) -> np.ndarray:
     """Lung labels from a map of probabilities.
 
@@ -115,16 +113,13 @@ def lung_labels(
         settings: Threshold, and which pieces are kept.
         middle_x: Column of the body's middle, see `lung_mask.body_middle_x`; by default
             that of the volume.
-        classical: (z, y, x) lung labels of `lung_mask`, for `snapped`; None to leave the
-            border as it is.
-        reach_mm: How near the two borders must be.
 
     Returns:
         (z, y, x) uint8: 0 outside, 1 right, 2 left; all 0 if nothing is large enough.
     """
     labels = np.zeros(prob.shape, np.uint8)
     mask = prob > np.float32(settings.thresh)
-    box = boxes.around(mask, [int(reach_mm / step) + 2 for step in spacing_mm])
+    box = boxes.around(mask, 2)
     if box is None:
         return labels
     least = settings.min_volume_mm3 / float(np.prod(spacing_mm))
@@ -135,13 +130,6 @@ def lung_labels(
         return labels
     if settings.fill_holes:
         kept |= holes(kept)
-    if classical is not None and reach_mm:
-        kept = snapped(kept, classical[box] > 0, spacing_mm, reach_mm)
-        kept = largest_pieces(
-            kept, least, settings.max_pieces, share=settings.min_share
-        )
-        if not kept.any():
-            return labels
     if middle_x is None:
         middle_x = (prob.shape[2] - 1) / 2
     labels[box] = kept * side_of(kept, spacing_mm, middle_x - box[2].start)
@@ -149,30 +137,47 @@ def lung_labels(
 
 
 def snapped(
-    mask: np.ndarray,
+    labels: np.ndarray,
     classical: np.ndarray,
     spacing_mm: tuple[float, float, float],
     reach_mm: float,
 ) -> np.ndarray:
-    """A mask whose border is that of another one wherever it lies near.
+    """Lung labels whose border is that of others wherever it lies near.
 
-    Both agree on lung that looks like lung, and there the classical mask follows the HU of
-    single voxels; what only the mask has (disease, of which the classical one knows
-    nothing) keeps its own border.
+    Where lung looks like lung both masks agree on it, and there the classical one follows
+    the HU of single voxels. What only the first mask has (disease, of which the classical
+    one knows nothing) keeps its own border where the classical mask is further away than
+    `reach_mm`; so of a layer thinner than that nothing is kept, and of other disease a strip
+    of its outer border is lost beside healthy lung.
 
     Args:
-        mask: (z, y, x) bool.
-        classical: (z, y, x) bool, the mask with the better border.
+        labels: (z, y, x) uint8, 1 right and 2 left.
+        classical: The same, with the better border; nothing changes if it is empty.
         spacing_mm: (z, y, x).
         reach_mm: A voxel within this of the mask's outside is its border, and follows the
             classical mask if that is as near.
+
+    Returns:
+        Labels of the same shape; voxels that were added have the side of the nearest lung.
     """
-    if not classical.any():
-        return mask
+    margin = [int(reach_mm / step) + 2 for step in spacing_mm]
+    box = boxes.around(labels, margin)
+    if box is None or not classical.any():
+        return labels
+    mask, other = labels[box] > 0, classical[box] > 0
     border = lung_mask.distance_mm(mask, spacing_mm) <= reach_mm
-    near_classical = lung_mask.distance_mm(~classical, spacing_mm) <= reach_mm
-    near_mask = lung_mask.distance_mm(~mask, spacing_mm) <= reach_mm
-    return (mask & ~(border & near_classical)) | (classical & near_mask)
+    near_other = lung_mask.distance_mm(~other, spacing_mm) <= reach_mm
+    to_right_mm, to_left_mm = (
+        lung_mask.distance_mm(labels[box] != side, spacing_mm)
+        if (labels[box] == side).any()
+        else np.full(mask.shape, np.inf, np.float32)
+        for side in (RIGHT, LEFT)
+    )
+    near_mask = np.minimum(to_right_mm, to_left_mm) <= reach_mm
+    found = (mask & ~(border & near_other)) | (other & near_mask)
+    result = np.zeros_like(labels)
+    result[box] = found * np.where(to_right_mm <= to_left_mm, RIGHT, LEFT)
+    return result
 
 
 def largest_pieces(
@@ -247,10 +252,7 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
         std: (z, y, x) its standard deviation over passes.
         scan: Where they lie, and its HU.
     """
-    voxels = np.bincount(labels.ravel(), minlength=3)
-    right_ml, left_ml = (
-        float(voxels[side] * scan.grid.voxel_mm3 / 1000) for side in (RIGHT, LEFT)
-    )
+    right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
     score = expected_dice(labels, mean)
     if not labels.any():
         reasons = ["no lung was found"]
@@ -264,6 +266,14 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
         ]
     reasons += small_field(labels.shape, scan.spacing_mm)
     return Verdict(right_ml, left_ml, score, tuple(reasons))
+
+
+def volumes_ml(labels: np.ndarray, voxel_mm3: float) -> tuple[float, float]:
+    """Volumes of the right and of the left lung."""
+    voxels = np.bincount(labels.ravel(), minlength=3)
+    return float(voxels[RIGHT] * voxel_mm3 / 1000), float(
+        voxels[LEFT] * voxel_mm3 / 1000
+    )
 
 
 def expected_dice(labels: np.ndarray, mean: np.ndarray) -> float:

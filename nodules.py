@@ -289,8 +289,9 @@ def pleura_distance_mm(
 ) -> float:
     """Least distance between a nodule and what is not lung, 0 if they touch.
 
-    Between the faces of voxels along an axis: a voxel of lung between them makes it as far as
-    that voxel is wide. Mediastinum and diaphragm are not lung either.
+    Between the faces of voxels: a voxel of lung between them makes it as far as that voxel is
+    wide. Mediastinum and diaphragm are not lung either. What is nearest is told by centres of
+    voxels, so where slices are thick the distance can be up to a slice too large.
 
     Args:
         mask: bool of one nodule, within `box`.
@@ -298,8 +299,20 @@ def pleura_distance_mm(
         lung: (z, y, x) lung labels of the scan.
         grid: Where `lung` lies.
     """
-    from scipy.ndimage import distance_transform_edt
+    from scipy.ndimage import binary_dilation, distance_transform_edt
 
+    near = boxes.widened(box, 1, lung.shape)
+    own = np.zeros([part.stop - part.start + 2 for part in box], bool)
+    own[1:-1, 1:-1, 1:-1] = mask
+    around = np.zeros(own.shape, bool)
+    around[
+        tuple(
+            slice(part.start - full.start + 1, part.stop - full.start + 1)
+            for part, full in zip(near, box, strict=True)
+        )
+    ] = lung[near] > 0
+    if (binary_dilation(own, np.ones((3, 3, 3))) & ~around).any():
+        return 0.0
     spacing_mm = np.array(grid.spacing_mm)
     margin_mm, reach = PLEURA_MARGIN_MM, float("inf")
     while True:
@@ -324,8 +337,6 @@ def pleura_distance_mm(
         if reach <= margin_mm or whole:
             break
         margin_mm *= 2
-    if reach == 0:
-        return 0.0
     place = places[first]
     steps = np.abs(nearest[(slice(None), *place)] - place)
     return float(np.linalg.norm(np.maximum(steps - 1, 0) * spacing_mm))

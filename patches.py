@@ -54,6 +54,7 @@ class PatchPredictor:
                 f"{run_dir}: the run was trained with batches.crop="
                 f"{settings.batches.crop}; expected seed, patches around a nodule"
             )
+        config.require(1 <= turns <= TURNS, "turns", turns, f"1 to {TURNS}")
         self.batches = settings.batches
         self.batch_size = batch_size
         self.turns = turns

@@ -76,6 +76,7 @@ class Predictions:
         scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}, and
             of a split by slice {"slices": {part: [z, ...]}}.
         provenance: What wrote the predictions.
+        passes: How several passes were made; empty of one, and of lungs.
     """
 
     run: str
@@ -84,6 +85,7 @@ class Predictions:
     training_patients: tuple[str, ...]
     scans: dict[str, dict[str, Any]]
     provenance: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, Any] = field(default_factory=dict)
 
     def of_part(self, part: str) -> dict[str, tuple[int, ...] | None]:
         """Sorted ids of a part's scans, each with its slices (z) that are in the part.

@@ -53,7 +53,6 @@ class ScanSource:
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
         lung: A label volume of the lungs, or None.
-        whole: False for pieces of a scan, in which nobody looks for lungs.
     """
 
     scan_id: str
@@ -62,7 +61,6 @@ class ScanSource:
     annotations: tuple[Path, ...] = ()
     subset: str = ""
     lung: Path | None = None
-    whole: bool = True
 
 
 @dataclass(frozen=True)

@@ -469,7 +469,9 @@ def make_part(scan: Scan, settings: config.Table, source_sha256: str) -> Part:
     rows = np.zeros(len(chosen), ROW)
     rows["z"], rows["z_mm"] = chosen, _z_mm(scan, chosen)
     rows["lung_px"], rows["nodule_px"] = lung_px[chosen], nodule_px[chosen]
-    slices = {"hu": fit(scan.hu[chosen], settings.size_px, fill=AIR_HU)}
+    # Patches have a scale of their own: air would be far below it.
+    beyond = AIR_HU if scan.whole else int(scan.hu.min())
+    slices = {"hu": fit(scan.hu[chosen], settings.size_px, fill=beyond)}
     slices |= {name: masks[chosen] for name, masks in fitted.items()}
     cut_px = int(np.count_nonzero(volumes["reader_bits"]) - nodule_px.sum())
     if cut_px:

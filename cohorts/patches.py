@@ -46,12 +46,20 @@ class Patch:
     Attributes:
         z: Its number among the nodule's slices.
         image: Name of the image in the collection.
-        masks: Name of the file with the readers' bits, or of the mask of each reader.
+        bits: Name of the file with the readers' bits; "" if each has a mask of his own.
+        masks: Reader and name of his mask.
     """
 
     z: int
     image: str
-    masks: tuple[str, ...]
+    bits: str = ""
+    masks: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files."""
+        bits = (self.bits,) if self.bits else ()
+        return (self.image, *bits, *(name for _, name in self.masks))
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,21 @@ def find_scans(source: Path) -> list[ScanSource]:
         ValueError: If the collection has another layout, or a file that is named is missing.
     """
     source = Path(source)
-    return [
-        ScanSource(scan_id, nodule.patient_id, (source,), whole=False)
-        for scan_id, nodule in read_collection(source).items()
-    ]
+    in_folder = source.is_dir()
+    found = []
+    for scan_id, nodule in read_collection(source).items():
+        # Its own files, by which a change of them is noticed.
+        images = [source / patch.image for patch in nodule.patches]
+        marks = [source / n for patch in nodule.patches for n in patch.files[1:]]
+        found.append(
+            ScanSource(
+                scan_id,
+                nodule.patient_id,
+                (source, *(images if in_folder else ())),
+                annotations=tuple(marks) if in_folder else (),
+            )
+        )
+    return found
 
 
 def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
@@ -100,10 +119,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     if len(set(slices)) < len(slices):
         raise ScanError(f"{name}: slices {slices}; expected every number once")
     images = [collection.image(patch.image) for patch in nodule.patches]
-    bits = [
-        reader_bits([collection.image(mask) for mask in patch.masks])
-        for patch in nodule.patches
-    ]
+    bits = [reader_bits(collection, patch) for patch in nodule.patches]
     shapes = {image.shape for image in (*images, *bits)}
     if len(shapes) > 1:
         raise ScanError(f"{name}: images and masks of sizes {sorted(shapes)}")
@@ -157,14 +173,25 @@ def grid_of(shape: tuple[int, ...]) -> Grid:
     return Grid((shape[0], shape[1], shape[2]), affine)
 
 
-def reader_bits(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """One image with the bits of all readers; a single mask holds them already."""
-    if len(masks) == 1:
-        return masks[0].astype(np.uint8)
-    bits = np.zeros(masks[0].shape, np.uint8)
-    for reader, mask in enumerate(masks):
-        if mask.shape != bits.shape:
-            raise ScanError(f"masks of sizes {bits.shape} and {mask.shape}")
+def reader_bits(collection: "Collection", patch: Patch) -> np.ndarray:
+    """(y, x) uint8, bit r where reader r drew.
+
+    Raises:
+        ScanError: If there is no mask, or masks differ in size.
+    """
+    if patch.bits:
+        bits = collection.image(patch.bits)
+        if bits.dtype != np.uint8:
+            raise ScanError(f"{patch.bits}: {bits.dtype}; expected bits of 8 readers")
+        return bits
+    masks = {reader: collection.image(name) for reader, name in patch.masks}
+    if len({mask.shape for mask in masks.values()}) != 1:
+        sizes = sorted(mask.shape for mask in masks.values())
+        raise ScanError(
+            f"{patch.image}: masks of sizes {sizes}; expected one or more alike"
+        )
+    bits = np.zeros(next(iter(masks.values())).shape, np.uint8)
+    for reader, mask in masks.items():
         bits |= (mask > 0).astype(np.uint8) << reader
     return bits
 
@@ -250,7 +277,7 @@ def _read_collection(path: Path, changed: int) -> dict[str, PatchNodule]:
     nodules = _of_index(path, names) if INDEX in names else _of_folders(path, names)
     for nodule in nodules.values():
         for patch in nodule.patches:
-            for name in (patch.image, *patch.masks):
+            for name in patch.files:
                 if name not in names:
                     raise ValueError(
                         f"{path}: no file {name}, which belongs to a slice"
@@ -280,7 +307,7 @@ def _of_index(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]:
         patch = Patch(
             int(row["slice"]),
             f"images/{row['name']}{endings[0] if endings else IMAGE_ENDINGS[0]}",
-            (f"reader_bits/{row['name']}.png",),
+            bits=f"reader_bits/{row['name']}.png",
         )
         _add(found, row["patient_id"], row["nodule"], patch, where, readers=readers)
     return found
@@ -305,9 +332,9 @@ def _of_folders(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]
         if number is None:
             raise ValueError(f"{path}: {image} has no number of its slice")
         nodule, _, _ = image.rpartition("/images/")
-        masks = [f"{nodule}/mask-{r}/{match['name']}" for r in range(MAX_READERS)]
-        masks = [mask for mask in masks if mask in names]
-        patch = Patch(int(number[1]), image, tuple(masks))
+        masks = [(r, f"{nodule}/mask-{r}/{match['name']}") for r in range(MAX_READERS)]
+        known = tuple((r, mask) for r, mask in masks if mask in names)
+        patch = Patch(int(number[1]), image, masks=known)
         _add(found, match["patient"], match["nodule"], patch, image)
     return found
 

@@ -54,7 +54,7 @@ NODULE2D = Experiment(
         ema=0.998,
         epochs=40,
     ),
-    postprocess=Postprocess(method="tuned", min_volume_mm3=0.0, within_lung=False),
+    postprocess=Postprocess(method="fixed", min_volume_mm3=0.0, within_lung=False),
 )
 
 
@@ -63,7 +63,7 @@ def changed(**sections: object) -> Experiment:
 
 
 CONFIGS = {
-    "nodule2d": ("Nodules in patches around a seed; the weights that ship.", NODULE2D),
+    "nodule2d": ("Nodules in patches around a seed.", NODULE2D),
     "nodule2d-nasnet": (
         "The same with the network of the thesis.",
         changed(

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 CONFIG=${CONFIG:-smoke}            # named experiment of configs/
 DATA=${DATA:-}                     # folder with CT; phantoms are made if empty
-COHORT=${COHORT:-lidc}             # how DATA is laid out: lidc, luna16, nifti or npy
+COHORT=${COHORT:-lidc}             # how DATA is laid out: lidc, luna16, nifti, npy or patches
 WORK=${WORK:-work}                 # where everything is written
 NAME=${NAME:-$CONFIG}              # name of the run
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}  # processes for scans, threads for batches

@@ -19,7 +19,6 @@ def counts(marks):
     return (
         int(np.isfinite(marks.nodule_score).sum()),
         len(marks.false_score),
-        marks.ignored,
     )
 
 
@@ -28,31 +27,31 @@ def counts(marks):
 )
 def test_a_hit_lies_nearer_than_the_radius(x_mm, hit):
     marks = mark(["a"], {"a": rows((x_mm, 0, 0, 0.5))}, NODULE)
-    assert counts(marks) == ((1, 0, 0) if hit else (0, 1, 0))
+    assert counts(marks) == ((1, 0) if hit else (0, 1))
 
 
 def test_of_two_hits_the_better_counts_and_the_other_is_ignored():
     marks = mark(["a"], {"a": rows((1, 0, 0, 0.3), (0, 1, 0, 0.8))}, NODULE)
-    assert counts(marks) == (1, 0, 1)
+    assert counts(marks) == (1, 0)
     assert marks.nodule_score.tolist() == [0.8]
 
 
 def test_a_candidate_on_an_irrelevant_finding_is_ignored():
     irrelevant = {"a": rows((50, 0, 0, 6))}
     found = {"a": rows((51, 0, 0, 0.9), (54, 0, 0, 0.7))}
-    assert counts(mark(["a"], found, NODULE, irrelevant)) == (0, 1, 1)
+    assert counts(mark(["a"], found, NODULE, irrelevant)) == (0, 1)
 
 
 def test_a_candidate_on_a_nodule_and_an_irrelevant_finding_is_a_hit():
     irrelevant = {"a": rows((2, 0, 0, 6))}
     marks = mark(["a"], {"a": rows((1, 0, 0, 0.9))}, NODULE, irrelevant)
-    assert counts(marks) == (1, 0, 0)
+    assert counts(marks) == (1, 0)
 
 
 def test_one_candidate_may_hit_two_nodules():
     nodules = {"a": rows((0, 0, 0, 10), (4, 0, 0, 10))}
     marks = mark(["a"], {"a": rows((2, 0, 0, 0.6))}, nodules)
-    assert counts(marks) == (2, 0, 0)
+    assert counts(marks) == (2, 0)
     assert marks.nodule_score.tolist() == [0.6, 0.6]
 
 

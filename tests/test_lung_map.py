@@ -275,23 +275,40 @@ def test_settings_that_mean_nothing_are_refused(wrong, message):
 
 def test_a_border_near_the_classical_one_follows_it_and_another_stays():
     shape = (20, 40, 60)
-    mask, classical = np.zeros(shape, bool), np.zeros(shape, bool)
-    mask[2:18, 5:35, 10:50] = True
+    labels, classical = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    labels[2:18, 5:35, 10:50] = RIGHT
     # To the left the classical border lies 2 voxels further out, to the front 2 further in;
-    # to the right it ends 15 voxels before: disease that only the mask knows.
-    classical[2:18, 7:35, 8:35] = True
-    found = lung_map.snapped(mask, classical, (1.0, 1.0, 1.0), 3.0)
-    expected = mask.copy()
-    expected[2:18, 7:35, 8:10] = True
-    expected[2:18, 5:7, 10:35] = False
-    # Where disease meets healthy lung the two borders are near, within 3 of column 35.
-    inside = np.ones(shape, bool)
-    inside[:, :, 35:38] = False
-    assert np.array_equal(found[inside], expected[inside])
+    # to the right it ends 15 voxels before: disease that only the labels know.
+    classical[2:18, 7:35, 8:35] = LEFT
+    found = lung_map.snapped(labels, classical, (1.0, 1.0, 1.0), 3.0)
+    expected = labels.copy()
+    expected[2:18, 7:35, 8:10] = RIGHT
+    expected[2:18, 5:7, 10:35] = 0
+    # Of the disease, what lies within 3 voxels of healthy lung and of the outside is lost.
+    lost = (labels > 0) & (found == 0)
+    lost[:, 5:7, 10:35] = False
+    places = np.argwhere(lost)
+    assert len(places)
+    assert places[:, 2].min() >= 35 and places[:, 2].max() < 38
+    outside = np.minimum(places - (2, 5, 10), (17, 34, 49) - places).min(axis=1)
+    assert outside.max() < 3
+    expected[lost] = 0
+    assert np.array_equal(found, expected)
 
 
-def test_no_classical_mask_leaves_the_border_as_it_is():
-    mask = np.zeros((5, 9, 9), bool)
-    mask[1:4, 2:7, 2:7] = True
-    empty = np.zeros_like(mask)
-    assert np.array_equal(lung_map.snapped(mask, empty, (1.0, 1.0, 1.0), 3.0), mask)
+def test_added_voxels_have_the_side_of_the_nearest_lung():
+    labels = np.zeros((6, 12, 40), np.uint8)
+    labels[1:5, 2:10, 2:15], labels[1:5, 2:10, 24:38] = RIGHT, LEFT
+    classical = np.where(labels, 1, 0).astype(np.uint8)
+    classical[1:5, 2:10, 2:17] = classical[1:5, 2:10, 22:38] = 1
+    found = lung_map.snapped(labels, classical, (1.0, 1.0, 1.0), 3.0)
+    assert (found[2, 5, 15:17] == RIGHT).all() and (found[2, 5, 22:24] == LEFT).all()
+
+
+def test_no_classical_mask_leaves_the_labels_as_they_are():
+    labels = np.zeros((5, 9, 9), np.uint8)
+    labels[1:4, 2:7, 2:7] = RIGHT
+    empty = np.zeros_like(labels)
+    found = lung_map.snapped(labels, empty, (1.0, 1.0, 1.0), 3.0)
+    assert np.array_equal(found, labels)
+    assert not lung_map.snapped(empty, labels, (1.0, 1.0, 1.0), 3.0).any()

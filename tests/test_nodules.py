@@ -57,6 +57,14 @@ def test_a_nodule_that_reaches_out_of_the_lung_touches_the_pleura():
     assert distance(lung, block(shape, (5, 8), (5, 8), (6, 12)), (1, 1, 1)) == 0
 
 
+def test_a_nodule_on_the_diaphragm_touches_it_however_thick_the_slices_are():
+    shape = (20, 40, 40)
+    lung = block(shape, (8, 20), (0, 40), (10, 40))
+    # It touches in z, where centres are 5 mm apart; aside, two voxels of lung lie between.
+    mask = block(shape, (8, 10), (20, 23), (12, 15))
+    assert distance(lung, mask, (5.0, 0.7, 0.7)) == 0
+
+
 def test_what_lies_beyond_the_scan_is_not_lung():
     shape = (20, 20, 20)
     mask = block(shape, (0, 2), (9, 11), (9, 11))

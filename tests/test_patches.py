@@ -9,6 +9,7 @@ import pytest
 
 import config
 import evaluate
+import export
 import infer
 import patches
 import postprocess
@@ -61,7 +62,7 @@ def patch(rng, radius_px, size=SIZE):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A work directory after steps 1 to 8: 20 patients with a nodule of two slices each.
+    """A work directory after steps 1 to 9: 20 patients with a nodule of two slices each.
 
     Three readers drew a disc of the nodule's radius, and of one pixel less and more.
     """
@@ -98,6 +99,7 @@ def work(tmp_path_factory):
             draws=100,
         )
     )
+    export.export(work / "run", work / "export/patches")
     return work
 
 
@@ -224,7 +226,7 @@ def test_scores_stand_beside_those_of_the_readers(work):
         assert radius % 2
     scores = json.loads((work / "scores/scores.json").read_text())["scores"]
     names = [line["name"] for line in scores]
-    assert "Dice with the consensus, nodules of 3 or more readers" in names
+    assert "Dice with the 50 % consensus, nodules of 3 or more readers" in names
     (ece,) = [line for line in scores if line["name"].startswith("Calibration")]
     assert 0 <= ece["interval"]["value"] < 0.5
 

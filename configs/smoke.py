@@ -16,7 +16,7 @@ SMOKE = replace(
     batches=replace(THESIS.batches, input_px=(96, 96), crop="nodule", batch_size=8),
     augment=Augment(rotate_deg=45.0, zoom=0.2, shift_px=10.0, gamma=0.2, noise_hu=30.0),
     model=replace(THESIS.model, weights="none", filters=8),
-    train=replace(THESIS.train, epochs=6, ema=0.98, validation_tiles=400),
+    train=replace(THESIS.train, epochs=4, ema=0.98, validation_tiles=400),
     postprocess=Postprocess(method="tuned"),
 )
 

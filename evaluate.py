@@ -78,6 +78,9 @@ AGREEMENT = {
 LEAST_PROBABILITY = 0.01
 """Calibration looks at voxels above it, and at those that a reader drew."""
 
+LUNA16_UNKNOWN_MM = 10.0
+"""Diameter of LUNA16's findings whose diameter is not known, written as -1."""
+
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
 
@@ -374,25 +377,36 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     with path.open(newline="") as file:
         columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
         found = [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
-    known = [
-        (*flip_xy(np.array(nodule.centre_ras_mm)), nodule.diameter_mm)
-        for nodule in scan.nodules
-        if nodule.diameter_mm > 0
-    ]
-    spheres = np.array(known).reshape(-1, 4)
-    counts = np.array(
-        [
-            nodule.readers >= job.arguments.min_readers
-            for nodule in scan.nodules
-            if nodule.diameter_mm > 0
-        ],
-        bool,
-    )
+    targets, irrelevant = spheres_of(scan, job.arguments.min_readers)
     return {
         "candidates": np.array(found).reshape(-1, 4),
-        "targets": spheres[counts],
-        "irrelevant": spheres[~counts],
+        "targets": targets,
+        "irrelevant": irrelevant,
     }
+
+
+def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodules that count, and findings that do not: (n, 4) LPS x, y, z and diameter in mm.
+
+    Of LUNA16 those of its own lists, where a diameter below 0 stands for 10 mm, as in its
+    script; of others the readers' nodules, by how many of them drew one.
+    """
+    if "annotated_lps_mm" in scan.acquisition:
+        lists = [
+            np.array(scan.acquisition[name], np.float64).reshape(-1, 4)
+            for name in ("annotated_lps_mm", "excluded_lps_mm")
+        ]
+        for rows in lists:
+            rows[rows[:, 3] < 0, 3] = LUNA16_UNKNOWN_MM
+        return lists[0], lists[1]
+    spheres: tuple[list[Any], list[Any]] = ([], [])
+    for nodule in scan.nodules:
+        if nodule.diameter_mm > 0:
+            centre = flip_xy(np.array(nodule.centre_ras_mm))
+            few = nodule.readers < min_readers
+            spheres[few].append((*centre, nodule.diameter_mm))
+    counted, others = (np.array(rows).reshape(-1, 4) for rows in spheres)
+    return counted, others
 
 
 def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
@@ -604,8 +618,9 @@ def protocol(
         if leaks
         else "No scored patient was trained on.",
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
-        "as in LUNA16, on this cohort's nodules (radius of the readers' mean diameter; nodules "
-        "of too few readers are ignored), of what postprocessing left.",
+        "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
+        "readers' mean diameter; nodules of too few readers are ignored), of what "
+        "postprocessing left.",
         DISCLAIMER,
     ]
 

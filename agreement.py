@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import metrics
-from scan import reader_votes
+from scan import reader_votes, readers_in
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def agreement(reader_bits: np.ndarray, mask_pred: np.ndarray) -> Agreement:
 
 def masks_of(reader_bits: np.ndarray) -> list[np.ndarray]:
     """The bool mask of every reader who drew anything."""
-    drawn = int(np.bitwise_or.reduce(reader_bits, axis=None))
-    return [(reader_bits >> r & 1).astype(bool) for r in range(8) if drawn >> r & 1]
+    return [(reader_bits >> r & 1).astype(bool) for r in readers_in(reader_bits)]
 
 
 def half(readers: int) -> int:

@@ -250,7 +250,7 @@ class Readers:
         chosen = np.zeros(256, np.uint8)
         scan = int(self.table.rows["scan"][row])
         for label, drawn in self.bits(scan).items():
-            readers = [r for r in range(8) if drawn >> r & 1]
+            readers = scans.readers_in(drawn)
             if self.counts(scan)[label] < self.min_readers:
                 continue
             chosen[label] = 1 << readers[int(rng.random() * len(readers))]

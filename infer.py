@@ -53,9 +53,6 @@ SHIPPED = Path(__file__).parent / "weights/lung3d"
 NODULE2D = Path("weights/nodule2d")
 """The weights of `segment_patches`."""
 
-STD = postprocess.STD
-"""Beside prob.nii.gz, of several passes."""
-
 OWN_NAMES = {
     lung_results.TABLE,
     lung_results.RECORD,
@@ -213,7 +210,7 @@ def segment_nodules(
             maps = predictor.maps(scan, 0.5)
             prob = maps.mean
             if maps.n > 1:
-                std_path = path.with_name(STD)
+                std_path = path.with_name(postprocess.STD)
                 write_volume(std_path, maps.std, scan.grid, scan.source_grid)
         write_volume(path, prob, scan.grid, scan.source_grid)
 
@@ -524,7 +521,7 @@ def without_own_names(
 def remove_nodules(result_dir: Path) -> None:
     """Removes maps and what was made of them, so that none of other weights stays."""
     for path in list(result_dir.glob("*/prob.nii.gz")):
-        for name in ("prob.nii.gz", STD, "mask.nii.gz", "nodules.csv"):
+        for name in ("prob.nii.gz", postprocess.STD, "mask.nii.gz", "nodules.csv"):
             files.remove(path.with_name(name))
         if not any(path.parent.iterdir()):
             path.parent.rmdir()

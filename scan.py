@@ -154,6 +154,12 @@ def reader_votes(reader_bits: np.ndarray) -> np.ndarray:
     return np.bitwise_count(reader_bits)
 
 
+def readers_in(bits: np.ndarray | int) -> list[int]:
+    """The readers, rising, whose bit is set anywhere in an array of bits, or in one."""
+    drawn = int(np.bitwise_or.reduce(np.asarray(bits), axis=None))
+    return [reader for reader in range(8) if drawn >> reader & 1]
+
+
 def consensus(
     reader_bits: np.ndarray,
     nodule_labels: np.ndarray,

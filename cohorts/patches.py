@@ -30,7 +30,7 @@ import numpy as np
 import files
 import outlines
 from geometry import Grid
-from scan import Annotation, Nodule, Scan, ScanError, ScanSource
+from scan import Annotation, Nodule, Scan, ScanError, ScanSource, readers_in
 
 INDEX = "index.csv"
 COLUMNS = ("name", "patient_id", "nodule", "slice", "readers")
@@ -147,13 +147,13 @@ def nodule_of(marks: np.ndarray, grid: Grid, readers: int | None, name: str) -> 
     Raises:
         ScanError: If nobody drew it, or others than the list says.
     """
-    drawn = int(np.bitwise_or.reduce(marks, axis=None))
-    if not drawn or (readers is not None and drawn.bit_count() != readers):
+    drawn = readers_in(marks)
+    if not drawn or (readers is not None and len(drawn) != readers):
         raise ScanError(
-            f"{name}: {drawn.bit_count()} readers drew on its slices; expected "
+            f"{name}: {len(drawn)} readers drew on its slices; expected "
             f"{readers or 'at least 1'}"
         )
-    masks = {r: (marks >> r & 1).astype(bool) for r in range(8) if drawn >> r & 1}
+    masks = {r: (marks >> r & 1).astype(bool) for r in drawn}
     centre = np.argwhere(marks).mean(axis=0)
     annotations = tuple(
         Annotation(

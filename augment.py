@@ -115,6 +115,36 @@ def _nodule_box(target: np.ndarray, which: float) -> Box | None:
     return slice(y, y + height), slice(x, x + width)
 
 
+def resized_px(
+    size_px: Sequence[int], spacing_mm: Sequence[float], batches: config.Batches
+) -> tuple[int, int]:
+    """(y, x) size of a slice in pixels of `batches.pixel_mm`; its own if that is 0."""
+    y, x = size_px
+    if not batches.pixel_mm:
+        return y, x
+    y_mm, x_mm = spacing_mm
+    return (
+        max(round(y * y_mm / batches.pixel_mm), 1),
+        max(round(x * x_mm / batches.pixel_mm), 1),
+    )
+
+
+def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+    """A (y, x) image in as many pixels as asked for; means of the old where they grow."""
+    shrinks = size_px[0] < image.shape[0] and size_px[1] < image.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, size_px[::-1], interpolation=how)
+
+
+def resized_labels(labels: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+    """(y, x) uint8 labels, each where at least half of the new pixel belongs to it."""
+    result = np.zeros(size_px, np.uint8)
+    for label in range(1, int(labels.max(initial=0)) + 1):
+        share = resized((labels == label).view(np.uint8) * np.uint8(255), size_px)
+        result[share >= 128] = label
+    return result
+
+
 def tiles(
     lung: np.ndarray | None, slice_px: tuple[int, ...], output_px: tuple[int, int]
 ) -> list[Tile]:

@@ -120,6 +120,9 @@ class Batches:
     a random point of the box around the lungs for `lung`. Validation and whole scans are
     covered by tiles of `input_px`. seed: slices are patches around a nodule, whose middle is
     cut out everywhere."""
+    pixel_mm: float = 0.0
+    """Bring slices to pixels of this size, so that a network sees all scanners alike and
+    fewer pixels; 0 leaves them as they are. For lungs in slices."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     """HU mapped to 0 and 1; beyond is clipped."""
     normalisation: Literal["window", "zscore", "minmax", "population", "relative"] = (
@@ -165,6 +168,10 @@ class Batches:
         fits = not seeded or (of_readers and not self.lung_mask and len({*size}) == 1)
         expected = "another one of lungs, volumes, masked slices or crops not square"
         require(fits, "crop", self.crop, expected)
+        pixel = self.pixel_mm
+        in_slices = self.target == "lung" and len(size) == 2
+        fits = pixel == 0 or (pixel > 0 and in_slices)
+        require(fits, "pixel_mm", pixel, "0, or more of lungs in slices")
 
     @property
     def slice_px(self) -> tuple[int, int]:

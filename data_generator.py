@@ -176,8 +176,10 @@ class SliceGenerator(Generator):
         return image, mask
 
     def spacing_mm(self, row: int) -> list[float]:
-        """(y, x) spacing of the pixels of a row."""
-        return self.table.scans["spacing_mm"][self.table.rows["scan"][row]][1:].tolist()
+        """(y, x) spacing of the pixels of a row's sample."""
+        if self.batches.pixel_mm:
+            return [self.batches.pixel_mm] * 2
+        return stored_spacing_mm(self.table, row)
 
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
         """`sample` after its random changes."""
@@ -311,7 +313,9 @@ def tiles_of_slices(
         for row in usable_rows(table, rows, batches)
         for tile in augment.tiles(
             table.read("lung", int(row)) if reads_lung(batches) else None,
-            table.settings.size_px,
+            augment.resized_px(
+                table.settings.size_px, stored_spacing_mm(table, int(row)), batches
+            ),
             batches.slice_px,
         )
     ]
@@ -321,13 +325,25 @@ def tiles_of_slices(
 def read_row(
     table: SliceTable, row: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """HU, target and, if the settings look at it, the lung mask of a row; each (y, x)."""
+    """HU, target and, if the settings look at it, the lung mask of a row; each (y, x).
+
+    All have pixels of `batches.pixel_mm`, if that is set.
+    """
     hu = table.read("hu", row)
     if batches.target == "lung":
         lung = table.read("lung", row)
+        if batches.pixel_mm:
+            spacing_mm = stored_spacing_mm(table, row)
+            size = augment.resized_px(hu.shape, spacing_mm, batches)
+            hu, lung = augment.resized(hu, size), augment.resized_labels(lung, size)
         return hu, (lung > 0).view(np.uint8), lung
     lung = table.read("lung", row) if reads_lung(batches) else None
     return hu, row_target(table, row, batches), lung
+
+
+def stored_spacing_mm(table: SliceTable, row: int) -> list[float]:
+    """(y, x) spacing of the pixels of a row as they are stored."""
+    return table.scans["spacing_mm"][table.rows["scan"][row]][1:].tolist()
 
 
 def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:

@@ -22,6 +22,7 @@ import lung_mask
 import resample
 import runs
 from boxes import Box
+from geometry import Grid
 from runs import Precision
 from scan import AIR_HU, Scan
 from uncertainty import RunningMoments, expected_dice_error
@@ -124,16 +125,12 @@ class Maps:
     """What passes said of a scan; a map is made when it is first asked for.
 
     Attributes:
-        moments: Of the passes, within `box`.
-        box: Part of the volume the network saw that was computed; elsewhere it is 0.
-        seen_px: (z, y, x) size of that volume.
-        to_scan: Weights from it to the scan's grid; None where it is the scan's own.
+        moments: Of the passes, on the grid and in the part that the network saw.
+        to_scan: Brings (z, y, x) values from there to the scan's grid.
     """
 
     moments: RunningMoments
-    box: Box
-    seen_px: tuple[int, ...]
-    to_scan: tuple[np.ndarray, ...] | None = None
+    to_scan: Callable[[np.ndarray], np.ndarray]
 
     @property
     def n(self) -> int:
@@ -143,25 +140,17 @@ class Maps:
     @functools.cached_property
     def mean(self) -> np.ndarray:
         """(z, y, x) float32 mean probability on the scan's grid."""
-        return self._on_scan(self.moments.mean)
+        return self.to_scan(self.moments.mean)
 
     @functools.cached_property
     def std(self) -> np.ndarray:
         """(z, y, x) float32 standard deviation on the scan's grid."""
-        return self._on_scan(self.moments.std)
+        return self.to_scan(self.moments.std)
 
     @property
     def mutual_information(self) -> np.ndarray:
         """(z, y, x) float32, in nats, on the scan's grid."""
-        return self._on_scan(self.moments.mutual_information)
-
-    def _on_scan(self, values: np.ndarray) -> np.ndarray:
-        if self.to_scan is not None:
-            inner = [w[:, part] for w, part in zip(self.to_scan, self.box, strict=True)]
-            return np.clip(resample.volume(values, inner), 0, 1)
-        whole = np.zeros(self.seen_px, np.float32)
-        whole[self.box] = values
-        return whole
+        return self.to_scan(self.moments.mutual_information)
 
 
 def converge(
@@ -241,8 +230,7 @@ class VolumePredictor:
         lung = scan.lung if self.settings.batches.target == "nodule" else None
         box = body_box(hu) if lung is None else lung_box(lung, weights)
         moments = self.moments(hu[box], threshold)
-        to_scan = resample.from_isotropic(scan.grid, spacing_mm)
-        return Maps(moments, box, hu.shape, to_scan)
+        return Maps(moments, functools.partial(onto, scan.grid, spacing_mm, box))
 
     def moments(self, hu: np.ndarray, threshold: float) -> RunningMoments:
         """Passes over a (z, y, x) volume of the run's spacing, in HU."""
@@ -313,6 +301,12 @@ class VolumePredictor:
             )
         self.networks.move_to_end(tile_px)
         return self.networks[tile_px]
+
+
+def onto(grid: Grid, spacing_mm: float, box: Box, values: np.ndarray) -> np.ndarray:
+    """Values in a box of the cubic voxels over a grid, on that grid; elsewhere 0."""
+    weights = zip(resample.from_isotropic(grid, spacing_mm), box, strict=True)
+    return np.clip(resample.volume(values, [w[:, part] for w, part in weights]), 0, 1)
 
 
 def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:

@@ -1,5 +1,6 @@
 """A run's 2-D network on whole scans, slice by slice in overlapping tiles."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Predictor:
 
     def maps(self, scan: Scan, threshold: float) -> Maps:
         """Mean, standard deviation and mutual information of the passes over a scan."""
+        own_px = scan.hu.shape[1:]
+        seen_px = augment.resized_px(own_px, scan.spacing_mm[1:], self.settings.batches)
 
         def one_pass(k: int) -> np.ndarray:
             if self.dropout:
@@ -65,13 +68,17 @@ class Predictor:
                 seed_dropout(self.network, self.passes.seed, k)
             return self.probability(scan)
 
-        shape = scan.hu.shape
+        def to_scan(values: np.ndarray) -> np.ndarray:
+            if seen_px == own_px:
+                return values
+            return np.stack([augment.resized(image, own_px) for image in values])
+
         n = self.passes.n if self.dropout else 1
-        moments = monte_carlo.converge(one_pass, shape, n, threshold)
-        return Maps(moments, boxes.whole(shape), shape)
+        shape = (len(scan.hu), *seen_px)
+        return Maps(monte_carlo.converge(one_pass, shape, n, threshold), to_scan)
 
     def probability(self, scan: Scan) -> np.ndarray:
-        """Probability of the target at every voxel of a scan.
+        """Probability of the target at every pixel the network sees of a scan.
 
         The lungs of each slice, or the slice where the run does without lung masks, are
         covered by overlapping tiles of the size trained on; elsewhere it is 0.
@@ -80,7 +87,7 @@ class Predictor:
             scan: With lung labels if the run was trained with `batches.lung_mask`.
 
         Returns:
-            (z, y, x) float32 on the scan's grid.
+            (z, y, x) float32 in pixels of `batches.pixel_mm`, or the scan's own.
 
         Raises:
             ScanError: If it lacks lung labels.
@@ -88,17 +95,17 @@ class Predictor:
         batches = self.settings.batches
         size = batches.slice_px
         lung = lung_for(scan, batches)
-        prob = np.zeros(scan.hu.shape, np.float32)
+        seen_px = augment.resized_px(scan.hu.shape[1:], scan.spacing_mm[1:], batches)
+        prob = np.zeros((len(scan.hu), *seen_px), np.float32)
         tiles = [
             (z, tile)
             for z in range(len(scan.hu))
-            for tile in augment.tiles(
-                None if lung is None else lung[z], scan.hu.shape[1:], size
-            )
+            for tile in augment.tiles(None if lung is None else lung[z], seen_px, size)
         ]
+        seen = functools.lru_cache(maxsize=1)(lambda z: seen_slice(scan, z, batches))
         for start in range(0, len(tiles), self.batch_size):
             some = tiles[start : start + self.batch_size]
-            images = np.stack([tile_input(scan, z, t.start, batches) for z, t in some])
+            images = np.stack([tile_input(*seen(z), t.start, batches) for z, t in some])
             # Full batches only: TensorFlow would trace the network again for the last.
             images = np.resize(images, (self.batch_size, *size))
             output = self.network.predict_on_batch(images[..., None])
@@ -127,13 +134,28 @@ def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
     return scan.lung
 
 
+def seen_slice(
+    scan: Scan, z: int, batches: config.Batches
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(y, x) HU of a slice in the network's pixels, and its lung labels if they mask it."""
+    hu, lung = scan.hu[z], None
+    if batches.pixel_mm:
+        size = augment.resized_px(hu.shape, scan.spacing_mm[1:], batches)
+        hu = augment.resized(hu, size)
+    if batches.lung_mask and scan.lung is not None:
+        lung = scan.lung[z]
+    return hu, lung
+
+
 def tile_input(
-    scan: Scan, z: int, start: tuple[int, ...], batches: config.Batches
+    hu: np.ndarray,
+    lung: np.ndarray | None,
+    start: tuple[int, ...],
+    batches: config.Batches,
 ) -> np.ndarray:
-    """(y, x) float32 network input of a tile; beyond the slice is air."""
+    """(y, x) float32 network input of a tile of a slice; beyond the slice is air."""
     size = batches.slice_px
-    hu = boxes.cut(scan.hu[z], start, size, fill=augment.fill(scan.hu[z], batches))
-    lung = None
-    if scan.lung is not None:
-        lung = boxes.cut(scan.lung[z], start, size, fill=0)
+    if lung is not None:
+        lung = boxes.cut(lung, start, size, fill=0)
+    hu = boxes.cut(hu, start, size, fill=augment.fill(hu, batches))
     return augment.to_input(hu, lung, batches)

@@ -4,7 +4,8 @@ The recipe of the study on lungs irrespective of pathology: a U-Net trained on D
 cross-entropy by AdamW with gradients clipped at norm 1, four batches of eight to a step,
 lesions in 8 of 10 samples. Ours are the split of 70/10/20 (train, validation, test; theirs
 is 70/20/10), the 400x400 pixels about the centre, as in the thesis, the augmentation, weight
-decay and learning rate.
+decay and learning rate. `lung2d-small` is for two cores: slices in pixels of 1.5 mm, fewer
+filters, no accumulation, batch normalisation, and slices without lung too.
 
     CONFIG=lung2d-pathology DATA=/data/LIDC-IDRI bash scripts/all.sh
 """
@@ -57,9 +58,21 @@ LUNG2D = Experiment(
 
 SMALL = replace(
     LUNG2D,
-    model=replace(LUNG2D.model, filters=8),
-    train=replace(LUNG2D.train, epochs=10, steps_per_epoch=200, validation_tiles=400),
+    table=replace(LUNG2D.table, slices="all"),
+    batches=replace(LUNG2D.batches, pixel_mm=1.5, input_px=(256, 256)),
+    augment=replace(LUNG2D.augment, flip=True, shift_px=12.0, elastic_px=1.5),
+    model=replace(LUNG2D.model, filters=8, norm="batch"),
+    train=replace(
+        LUNG2D.train,
+        accumulate=1,
+        warmup_epochs=1.0,
+        ema=0.99,
+        epochs=10,
+        steps_per_epoch=60,
+        validation_tiles=240,
+    ),
 )
+"""Pixels of 1.5 mm, so that two cores see whole slices, of the abdomen too."""
 
 
 def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment]]:

@@ -30,6 +30,7 @@ from scan import (
     Nodule,
     Scan,
     ScanError,
+    read_provenance,
     read_scan,
     scan_files,
     scan_path,
@@ -127,7 +128,11 @@ def nodule_of(mask: np.ndarray, label: int, grid: Grid) -> Nodule:
 
 
 def write_lesioned(task: Task) -> Task:
-    """Writes the scan as truth and as a scan file with its classical mask."""
+    """Writes the scan as truth and as a scan file with its classical mask.
+
+    Raises:
+        ScanError: If those that are there were made of another scan.
+    """
     arguments = task.arguments
     truth = scan_path(arguments.out / "truth", task.scan_id)
     masked = scan_path(arguments.out / "scans", task.scan_id)
@@ -143,6 +148,8 @@ def write_lesioned(task: Task) -> Task:
         write_scan(
             with_lungs(replace(scan, lung=None), arguments.classical), masked, record
         )
+    elif read_provenance(truth).get("source_sha256") != made_of["source_sha256"]:
+        raise ScanError(f"{truth} was made of another {task.path.name}; remove it")
     return task
 
 

@@ -3,25 +3,27 @@
 # them with the classical masks: on the test scans as they are, and made ill.
 #   bash experiments/lung_ablations.sh lung2d-small-{p0,p06,p08,p09}
 #   N=20 bash experiments/lung_ablations.sh lung3d-3mm lung3d-{nomask,mask30,dropout}
-# Step 1 must have run. TRUTH holds the scan files whose lungs are known; they are trained on.
+# Step 1 must have run. SPLIT names a split made before. TRUTH holds the scan files whose lungs are known; they are trained on.
 CONFIG=${1:?name one or more experiments for lungs}
 source "$(dirname "$0")/../scripts/env.sh"
 TRUTH=${TRUTH:-$WORK/phantoms/truth}
 N=${N:-auto}                       # passes of networks that are trained with masks or dropout
 mkdir -p "$WORK/lungs"
 table="$WORK/lungs/table-${CONFIG%%-*}.h5"
-split="$WORK/lungs/split-${CONFIG%%-*}.json"
+split=${SPLIT:-"$WORK/lungs/split-${CONFIG%%-*}.json"}
 python table.py "$CONFIG" --scans "$TRUTH" --out "$table" --workers "$WORKERS"
-python slice_idx.py "$CONFIG" --table "$table" --out "$split"
+if [ -z "${SPLIT:-}" ]; then python slice_idx.py "$CONFIG" --table "$table" --out "$split"; fi
 python -m experiments.lesioned_scans --truth "$TRUTH" --out "$WORK/lungs/ill" \
     --workers "$WORKERS"
 
 well=("classical=$WORK/scans") ill=("classical=$WORK/lungs/ill/scans")
 for name in "$@"; do
-    passes=$N
-    case $name in lung3d-nomask* | lung2d*) passes=1 ;; esac
     python train.py "$name" --table "$table" --split "$split" --runs "$WORK/runs" \
         --name "$name" --workers "$WORKERS"
+    settings="$WORK/runs/$name/config.json" passes=$N
+    if grep -q '"mask_fraction": 0.0' "$settings" && grep -q '"dropout": 0.0' "$settings"; then
+        passes=1                   # all would be the same
+    fi
     for kind in well ill; do
         scans="$WORK/scans"
         if [ "$kind" = ill ]; then scans="$WORK/lungs/ill/scans"; fi

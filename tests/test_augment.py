@@ -378,3 +378,21 @@ def test_opencv_keeps_a_half_pixel_shift_exact():
     image[:, 4:] = 100
     half = Warp(np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]))
     assert warp_image(image, half, (8, 7))[0].tolist() == [0, 0, 0, 50, 100, 100, 100]
+
+
+def test_larger_pixels_hold_the_mean_of_the_smaller():
+    image = np.arange(24, dtype=np.int16).reshape(4, 6) * 10
+    means = image.reshape(2, 2, 2, 3).mean((1, 3))
+    batches = Batches(target="lung", lung_mask=False, pixel_mm=3.0)
+    size = augment.resized_px((4, 6), (1.5, 1.0), batches)
+    assert size == (2, 2)
+    assert np.allclose(augment.resized(image, size), means, atol=0.5)
+    assert augment.resized_px((4, 6), (1.5, 1.0), PLAIN) == (4, 6)
+
+
+def test_a_larger_pixel_has_the_label_that_holds_at_least_half_of_it():
+    labels = np.zeros((4, 4), np.uint8)
+    labels[:2, 0] = 1
+    labels[2:, 1:] = 2
+    labels[0, 2] = 2
+    assert augment.resized_labels(labels, (2, 2)).tolist() == [[1, 0], [2, 2]]

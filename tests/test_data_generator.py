@@ -251,6 +251,29 @@ def test_lungs_can_be_the_target(table):
         assert np.array_equal(one_hot[..., 1], lung[8:56, 8:56] > 0)
 
 
+def test_samples_have_pixels_of_the_size_that_is_set(table):
+    batches = replace(
+        BATCHES, target="lung", lung_mask=False, crop="centre", nodule_fraction=0.0
+    )
+    own_mm = float(table.scans["spacing_mm"][0][1])
+    coarse = replace(batches, pixel_mm=2 * own_mm, input_px=(16, 16))
+    size = table.settings.size_px
+    hu, mask, _ = data_generator.read_row(table, 0, coarse)
+    assert hu.shape == mask.shape == tuple(n // 2 for n in size)
+    fine = table.read("hu", 0).astype(float)
+    means = fine.reshape(size[0] // 2, 2, size[1] // 2, 2).mean((1, 3))
+    assert np.abs(hu - means).max() <= 0.5
+    share = (table.read("lung", 0) > 0).reshape(len(means), 2, -1, 2).mean((1, 3))
+    assert np.array_equal(mask > 0, share >= 0.5)
+    made = SliceGenerator(table, all_rows(table), coarse, None, seed=0, balanced=False)
+    assert made.spacing_mm(0) == [2 * own_mm, 2 * own_mm]
+
+
+def test_pixels_of_another_size_are_for_lungs_in_slices():
+    with pytest.raises(ValueError, match="pixel_mm is 2.0"):
+        replace(BATCHES, target="nodule", pixel_mm=2.0)
+
+
 def test_masking_the_input_by_the_target_is_refused(table):
     with pytest.raises(ValueError, match=r"shows the network the answer.*no-lung-mask"):
         training(table, replace(BATCHES, target="lung", lung_mask=True))

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 
+import cv2
 import nibabel
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy import ndimage
 import infer
 from lung_map import LungMap
 from monte_carlo import Passes
+from predictor import Predictor
 from runs import read_settings
 
 
@@ -321,6 +323,28 @@ def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
             for folder in (out, tmp_path / "again")
         )
         assert one == other
+
+
+def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tmp_path):
+    settings = read_settings(run)
+    settings = replace(
+        settings,
+        batches=replace(settings.batches, input_px=(48, 48), pixel_mm=4.0),
+        model=replace(settings.model, name="unet2d", filters=2, depth=2),
+    )
+    flat = make_lung_run(tmp_path / "flat", experiment=settings, by_hand=False)
+    scan = replace(chest_scan, hu=chest_scan.hu[18:20], lung=None)
+    maps = Predictor(flat, settings, batch_size=2).maps(scan, 0.5)
+    # 200 pixels of 1.5 mm are 75 of 4 mm; one that sees those as they are says the same.
+    coarse = np.stack([cv2.resize(hu, (75, 75), None, 0, 0, 3) for hu in scan.hu])
+    plain = replace(settings, batches=replace(settings.batches, pixel_mm=0.0))
+    expected = Predictor(flat, plain, batch_size=2).probability(
+        replace(scan, hu=coarse)
+    )
+    assert np.array_equal(maps.moments.mean, expected)
+    # Of its map, every pixel of the scan lies between those of the nearest.
+    back = [cv2.resize(image, (200, 200)) for image in expected]
+    assert np.allclose(maps.mean, back)
 
 
 def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):

@@ -99,3 +99,17 @@ def test_the_folders_hold_truth_and_classical_masks(tmp_path):
     with pytest.raises(SystemExit) as ended:
         lesioned_scans.main([*call, "--disease.findings", "nodule"])
     assert ended.value.code == steps.FAILED
+
+
+def test_scans_made_of_other_lungs_are_named(tmp_path, capsys):
+    scan = healthy()
+    known = tmp_path / f"known/{scan.scan_id}.h5"
+    write_scan(scan, known, {})
+    call = ["--truth", str(known.parent), "--out", f"{tmp_path}/ill"]
+    for lung, code in ((scan.lung, 0), (np.minimum(scan.lung, 1), steps.SOME_SKIPPED)):
+        known.unlink()
+        write_scan(replace(scan, lung=lung), known, {})
+        with pytest.raises(SystemExit) as ended:
+            lesioned_scans.main(call)
+        assert ended.value.code == code
+    assert f"was made of another {known.name}" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Passes over a volume with a network set by hand; see `set_by_hand` in conftest."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -206,9 +207,9 @@ def test_the_body_is_boxed_without_what_lies_on_the_table():
 
 def test_the_whole_field_is_restored(run, chest_scan):
     maps = predictor_of(run, n=1).maps(chest_scan, 0.5)
-    assert maps.seen_px == (50, 75, 75)
-    # The body begins 15 mm from the field's side, voxels are 4 mm, the margin is 2.
-    assert maps.box[2].start == pytest.approx(15 / 4 - 2, abs=1)
+    # Of 50 x 75 x 75 voxels of 4 mm; the body begins 15 mm from the field's side, and the
+    # margin is 2.
+    assert maps.moments.mean.shape[2] == pytest.approx(75 - 2 * (15 / 4 - 2), abs=2)
     mean = maps.mean
     assert mean.shape == chest_scan.hu.shape
     lung = chest_scan.hu == -850
@@ -232,8 +233,8 @@ def test_a_map_goes_back_to_the_scans_grid_by_linear_interpolation(chest_scan):
     moments = RunningMoments(shape)
     moments.add(values)
     box = tuple(slice(0, n) for n in shape)
-    to_scan = resample.from_isotropic(chest_scan.grid, 4.0)
-    found = Maps(moments, box, shape, to_scan).mean
+    to_scan = functools.partial(monte_carlo.onto, chest_scan.grid, 4.0, box)
+    found = Maps(moments, to_scan).mean
     index = np.stack(np.meshgrid(*map(np.arange, (40, 200, 200)), indexing="ij"), -1)
     ras_mm = chest_scan.grid.index_to_ras_mm(index[::7, ::9, ::11])
     inverse = np.linalg.inv(affine)

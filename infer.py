@@ -235,8 +235,7 @@ def segment_lungs(
     overwrite: bool,
 ) -> Outcome:
     """Writes lungs and their uncertainty of every scan that has none yet."""
-    on_volumes = settings.model.name == "unet3d"
-    reach_mm = on_volumes * lungs.labels.snap * settings.table.volume_spacing_mm
+    reach_mm = lungs.labels.snap * runs.coarse_mm(settings)
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
         **asdict(lungs.passes),

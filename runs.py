@@ -29,6 +29,12 @@ def read_settings(run_dir: Path) -> config.Experiment:
     return config.from_json(config.Experiment, json.loads(path.read_text()))
 
 
+def coarse_mm(settings: config.Experiment) -> float:
+    """Spacing of what the network sees; 0 where it is the scan's own."""
+    on_volumes = settings.model.name == "unet3d"
+    return settings.table.volume_spacing_mm if on_volumes else settings.batches.pixel_mm
+
+
 def training_patients_of(weights: Path | None) -> list[str]:
     """Patients that the weights of another run have seen; none if that is unknown.
 

@@ -67,7 +67,7 @@ SMALL = replace(
         accumulate=1,
         warmup_epochs=1.0,
         ema=0.99,
-        epochs=10,
+        epochs=6,
         steps_per_epoch=60,
         validation_tiles=240,
     ),
@@ -98,9 +98,16 @@ def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment
     }
 
 
+COARSE = replace(
+    SMALL,
+    lesions=Lesions(probability=0.8),
+    train=replace(SMALL.train, learning_rate=2e-3, epochs=24),
+)
+
 CONFIGS = {
     "lung2d": ("Lungs in slices, by a U-Net.", LUNG2D),
     "lung2d-small": ("The same for two cores.", SMALL),
+    "lung2d-coarse": ("Longer, with realistic lesions: the weights that ship.", COARSE),
     **pathology_of("lung2d", LUNG2D),
     **pathology_of("lung2d-small", SMALL),
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains networks for whole lungs on one table and split, and makes the tables that compare
-# them with the classical masks: on the test scans as they are, and made ill.
+# their own borders with the classical masks: on the test scans as they are, and made ill.
 #   bash experiments/lung_ablations.sh lung2d-small-{p0,p06,p08,p09}
 #   N=20 bash experiments/lung_ablations.sh lung3d-3mm lung3d-{nomask,mask30,dropout}
 # Step 1 must have run. SPLIT names a split made before. TRUTH holds the scan files whose lungs are known; they are trained on.
@@ -28,7 +28,7 @@ for name in "$@"; do
         scans="$WORK/scans"
         if [ "$kind" = ill ]; then scans="$WORK/lungs/ill/scans"; fi
         python infer.py --exp_dir "$WORK/runs/$name" --scans "$scans" --parts test \
-            --result_dir "$WORK/lungs/$kind-$name" --n "$passes"
+            --result_dir "$WORK/lungs/$kind-$name" --n "$passes" --snap 0
     done
     well+=("$name=$WORK/lungs/well-$name") ill+=("$name=$WORK/lungs/ill-$name")
 done

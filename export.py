@@ -65,9 +65,9 @@ class Arguments:
     """Folder of the model; its versions are the numbered folders inside."""
     version: int = 1
     """Version that TensorFlow Serving shows."""
-    size_px: tuple[int, int] | None = None
-    """(y, x) size of the slices the model takes; by default that of the tiles trained on,
-    in which infer.py cuts a slice too."""
+    size_px: tuple[int, ...] | None = None
+    """(y, x) size of the slices the model takes, (z, y, x) of volumes; by default that of the
+    tiles trained on, in which infer.py cuts a slice too."""
     overwrite: bool = False
     """Replace this version."""
 
@@ -77,24 +77,25 @@ def export(
     out: Path,
     *,
     version: int = 1,
-    size_px: tuple[int, int] | None = None,
+    size_px: tuple[int, ...] | None = None,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Writes OUT/VERSION and compares it with Python on random slices.
+    """Writes OUT/VERSION and compares it with Python on random slices or volumes.
 
     Raises:
         FileExistsError: If the version exists.
-        ValueError: If the SavedModel differs from Python by more than `TOLERANCE`, or the
-            network is one on volumes.
+        ValueError: If the SavedModel differs from Python by more than `TOLERANCE`, or
+            `size_px` is not of what the network sees.
     """
     target = out / str(version)
     settings = runs.read_settings(run)
-    if len(settings.batches.input_px) == 3:
+    trained_px = settings.batches.input_px
+    size_px = size_px or trained_px
+    if len(size_px) != len(trained_px):
         raise ValueError(
-            f"{run} is a network on volumes; export.py writes networks on slices. Use "
-            "infer.py for it"
+            f"size_px is {size_px}; expected {len(trained_px)} sizes as in {trained_px}, "
+            f"which {run} was trained on"
         )
-    size_px = size_px or settings.batches.slice_px
     made_of = {
         "weights_sha256": files.sha256(run / "best.weights.h5"),
         "size_px": list(size_px),
@@ -119,7 +120,7 @@ def export(
             )
     num_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return steps.Report(
-        f"wrote {target}: {size_px[0]}x{size_px[1]} px slices, "
+        f"wrote {target}: {'x'.join(map(str, size_px))} px, "
         f"{files.size_text(num_bytes)}, equal to Python within {difference:.1g}"
     )
 
@@ -131,13 +132,14 @@ def found_record(target: Path) -> dict[str, Any]:
 
 
 def write_saved_model(
-    path: Path, network: Any, batches: config.Batches, size_px: tuple[int, int]
+    path: Path, network: Any, batches: config.Batches, size_px: tuple[int, ...]
 ) -> None:
     """Writes the SavedModel.
 
     Its signature `serving_default` takes `hu`, (n, y, x) int16, and, if the run was
     trained inside lung masks, `lung`, (n, y, x) uint8 (0 is outside); it gives
-    `probability`, (n, y, x) float32.
+    `probability`, (n, y, x) float32. Of volumes all are (n, z, y, x), with the spacing that
+    the run was trained on; nothing is hidden in them.
     """
     import keras
     import tensorflow as tf
@@ -156,36 +158,36 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
     import tensorflow as tf
 
     low, high = batches.window_hu
+    axes = list(range(1, len(batches.input_px) + 1))
 
     def serve(hu: Any, lung: Any = None) -> dict[str, Any]:
         image = tf.cast(hu, tf.float32)
         if batches.normalisation == "relative":
-            least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
-            span = tf.reduce_max(image, axis=(1, 2), keepdims=True) - least
+            least = tf.reduce_min(image, axis=axes, keepdims=True)
+            span = tf.reduce_max(image, axis=axes, keepdims=True) - least
             image = (image - least) / tf.where(span > 0, span, 1.0)
         else:
             image = tf.clip_by_value((image - low) / (high - low), 0.0, 1.0)
         if lung is not None:
             image = tf.where(lung > 0, image, 0.0)
         if batches.normalisation in ("zscore", "relative"):
-            mean, variance = tf.nn.moments(image, axes=(1, 2), keepdims=True)
+            mean, variance = tf.nn.moments(image, axes=axes, keepdims=True)
             image = (image - mean) / (tf.sqrt(variance) + augment.EPSILON)
         elif batches.normalisation == "minmax":
-            least = tf.reduce_min(image, axis=(1, 2), keepdims=True)
-            most = tf.reduce_max(image, axis=(1, 2), keepdims=True)
+            least = tf.reduce_min(image, axis=axes, keepdims=True)
+            most = tf.reduce_max(image, axis=axes, keepdims=True)
             image = (image - least) / (most - least + augment.EPSILON)
         elif batches.normalisation == "population":
             mean, sd = augment.POPULATION_HU
             image = (image * (high - low) + low - mean) / sd
         output = network(tf.expand_dims(image, -1), training=False)
-        output = output["mask"] if isinstance(output, dict) else output
-        return {"probability": output[..., 1]}
+        return {"probability": mask_of(output)[..., 1]}
 
     return serve
 
 
 def largest_difference(
-    model_dir: Path, network: Any, batches: config.Batches, size_px: tuple[int, int]
+    model_dir: Path, network: Any, batches: config.Batches, size_px: tuple[int, ...]
 ) -> float:
     """Largest difference in probability between the SavedModel and Python."""
     rng = np.random.default_rng(0)
@@ -198,9 +200,15 @@ def largest_difference(
         augment.to_input(image, lung, batches)
         for image, lung in zip(hu, lungs, strict=True)
     ]
-    expected = network.predict_on_batch(np.stack(images)[..., None])
-    expected = expected["mask"] if isinstance(expected, dict) else expected
+    expected = mask_of(network.predict_on_batch(np.stack(images)[..., None]))
     return float(np.abs(served(model_dir, inputs) - np.asarray(expected)[..., 1]).max())
+
+
+def mask_of(output: Any) -> Any:
+    """The mask among a network's outputs: slice classifiers and deep supervision go."""
+    if isinstance(output, dict):
+        return output["mask"]
+    return output[0] if isinstance(output, list | tuple) else output
 
 
 def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -39,8 +39,11 @@ GRAIN_SIGMA_PX = 0.7
 MIN_SD_HU = 2.0
 BLOCK_PX, BLOCK_ROWS = 8, 7
 TISSUE_HU = (-20, 140)
-"""Noise is measured in blocks whose middle is in this range, in some seven rows of them."""
+"""Noise is measured in blocks whose mean is in this range, in some seven rows of them."""
 GRAIN_SIDE_PX = 512
+GRAIN_UNIT = 30
+"""Side of the stored noise, and its value at one standard deviation: bytes, as much of the
+time goes into fetching it from memory."""
 
 CELLS_PX = 8.0
 """Distance between the cells of the stored honeycomb."""
@@ -53,7 +56,7 @@ SHAPES = 64
 SHAPE_MM = (6.0, 30.0)
 SHAPES_SEED = 20110
 
-TRIES = 40
+TRIES = 12
 """Points drawn for a place in the lung before all its voxels are listed."""
 
 COARSE_MM = 2.0
@@ -88,17 +91,19 @@ class Lung:
     """One lung, and what its painters need; arrays are (z, y, x) of its box.
 
     Attributes:
-        hu: View of the volume, which the painters change.
+        hu: float32, which the painters change, also where the result is not used.
         mask: uint8, 1 in the lung.
-        open: uint8, 1 where painters may change it: in the lung, and in its rim.
-        grain: The scan's noise.
+        open: uint8, 1 where their result is used: in the lung, and in its rim.
+        noise: int8, like the scan's own, for what is painted.
+        noise_hu: HU of 1 in `noise`.
         spacing_mm: (z, y, x).
     """
 
     hu: np.ndarray
     mask: np.ndarray
     open: np.ndarray
-    grain: Grain
+    noise: np.ndarray
+    noise_hu: float
     spacing_mm: tuple[float, float, float]
 
     @property
@@ -131,6 +136,9 @@ class Field:
         if size_xy == (self.shape[2], self.shape[1]):
             return values
         return by_slice(lambda plane: cv2.resize(plane, size_xy), values)
+
+
+Painter = Callable[[Lung, np.random.Generator], None]
 
 
 def simulate(
@@ -217,9 +225,22 @@ def lung_sides(lung: np.ndarray) -> np.ndarray:
 
 
 def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
-    """The box of each lung that there is."""
-    found = {side: boxes.around(labels == side) for side in (RIGHT, LEFT)}
-    return {side: box for side, box in found.items() if box}
+    """The box of each lung that there is.
+
+    The labels 1 and 2 are bits, so one pass along each axis finds both.
+    """
+    planes = np.bitwise_or.reduce(labels, axis=2)
+    lines = [
+        np.bitwise_or.reduce(planes, axis=1),
+        np.bitwise_or.reduce(planes, axis=0),
+        np.bitwise_or.reduce(labels, axis=(0, 1)),
+    ]
+    box_of = {}
+    for side in (RIGHT, LEFT):
+        found = [np.flatnonzero(line & side) for line in lines]
+        if len(found[0]):
+            box_of[side] = tuple(slice(int(at[0]), int(at[-1]) + 1) for at in found)
+    return box_of
 
 
 def by_slice(
@@ -248,8 +269,8 @@ def draw_circles(box_of: dict[int, Box], rng: np.random.Generator) -> list[Circl
     if len(box_of) < 2:
         return []
     circles = []
-    for _ in range(rng.integers(CIRCLES[0], CIRCLES[1] + 1)):
-        which, z, y, x, radius, opacity = rng.random(6).tolist()
+    count = rng.integers(CIRCLES[0], CIRCLES[1] + 1)
+    for which, z, y, x, radius, opacity in rng.random((count, 6)).tolist():
         box = box_of[RIGHT if which < 0.5 else LEFT]
         circles.append(
             Circle(
@@ -271,7 +292,8 @@ def paint_circles(hu: np.ndarray, circles: Sequence[Circle], spacing_mm) -> None
     centres = np.array([circle.centre_zyx for circle in circles]).reshape(-1, 3)
     squares, ends = [], []
     for centre, length, step in zip(centres.T, hu.shape, spacing_mm, strict=True):
-        squares.append(((np.arange(length) - centre[:, None]) * step) ** 2)
+        offsets_mm = (np.arange(length) - centre[:, None]) * step
+        squares.append((offsets_mm**2).astype(np.float32))
         low = np.ceil(centre - radii / step).clip(0, length)
         high = np.floor(centre + radii / step).clip(-1, length - 1) + 1
         ends.append(np.stack((low, high), 1).astype(int).tolist())
@@ -303,41 +325,43 @@ def paint_findings(
         settings.findings[i] for i in rng.permutation(len(settings.findings))[:count]
     }
     sides = list(box_of)
-    grain = measured_grain(hu)
-    lungs: dict[int, Lung] = {}
+    painters: dict[int, list[Painter]] = {side: [] for side in sides}
     for finding, painter in PAINTERS.items():
-        if finding not in chosen:
-            continue
-        both = rng.random() < BOTH_LUNGS[finding]
-        first = sides[rng.integers(len(sides))]
-        for side in sides if both else [first]:
-            if side not in lungs:
-                lungs[side] = lung_in(hu, labels, side, box_of[side], spacing_mm, grain)
-            painter(lungs[side], rng)
+        if finding in chosen:
+            both = rng.random() < BOTH_LUNGS[finding]
+            first = sides[rng.integers(len(sides))]
+            for side in sides if both else [first]:
+                painters[side].append(painter)
+    grain = measured_grain(hu)
+    rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
+    for side in sides:
+        if painters[side]:
+            box = boxes.widened(box_of[side], rim, labels.shape)
+            mask = (labels[box] == side).view(np.uint8)
+            lung = lung_in(hu[box], mask, rim, grain, spacing_mm, rng)
+            for painter in painters[side]:
+                painter(lung, rng)
+            put(hu[box], lung.hu, lung.open.view(bool))
 
 
-def lung_in(hu, labels, side: int, box: Box, spacing_mm, grain: Grain) -> Lung:
-    """A lung with `RIM_MM` of room around it, as far as the volume has it."""
-    rim_y, rim_x = (math.ceil(RIM_MM / step) for step in spacing_mm[1:])
-    box = boxes.widened(box, (0, rim_y, rim_x), labels.shape)
-    part = hu[box]
-    mask = (labels[box] == side).view(np.uint8)
-    square = np.ones((2 * rim_y + 1, 2 * rim_x + 1), np.uint8)
+def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng) -> Lung:
+    """A lung, given (z, y, x) HU and mask with `rim` voxels around it on each axis."""
+    square = np.ones((2 * rim[1] + 1, 2 * rim[2] + 1), np.uint8)
     near = by_slice(lambda plane: cv2.dilate(plane, square), mask)
-    near &= ((part > RIM_HU[0]) & (part < RIM_HU[1])).view(np.uint8)
+    near &= ((hu > RIM_HU[0]) & (hu < RIM_HU[1])).view(np.uint8)
     near |= mask
-    return Lung(part, mask, near, grain, spacing_mm)
+    noise = grain_of(hu.shape, grain, rng)
+    noise_hu = grain.sd_hu / GRAIN_UNIT
+    return Lung(hu.astype(np.float32), mask, near, noise, noise_hu, spacing_mm)
 
 
 def paint(
     lung: Lung,
     box: Box,
-    opacity: np.ndarray,
+    opacity: np.ndarray | float,
     hu: np.ndarray | float,
-    rng: np.random.Generator,
     *,
     hides: bool = True,
-    rim: bool = True,
 ) -> None:
     """Lays something over a lung.
 
@@ -346,37 +370,34 @@ def paint(
         box: Where in it.
         opacity: (z, y, x) float32, 0 to 1.
         hu: Density where it is opaque, to which noise like the scan's is added.
-        rng: Draws the noise.
         hides: False leaves what is denser, as haze leaves vessels.
-        rim: False leaves the rim as it is.
     """
     part = lung.hu[box]
-    if not part.size:
-        return
-    before = part.astype(np.float32)
-    after = grain_of(part.shape, lung.grain, rng)
-    after += np.float32(hu) if isinstance(hu, float) else hu
-    after -= before
-    after *= opacity
-    after += before
+    change = lung.noise[box] * np.float32(lung.noise_hu)
+    change += hu
+    change -= part
     if not hides:
-        np.maximum(after, before, out=after)
-    put(part, after, (lung.open if rim else lung.mask)[box].view(bool))
+        np.maximum(change, 0, out=change)
+    change *= opacity
+    part += change
 
 
-def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0), *, fine=False) -> Field:
+def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0)) -> Field:
     """A field of points in a box of a lung, and their distances from a centre."""
     counts, pitches, offsets = [], [], []
     for axis, (part, centre, step) in enumerate(
         zip(box, centre_zyx, lung.spacing_mm, strict=True)
     ):
-        coarse = 1 if fine or axis == 0 else max(int(COARSE_MM / step), 1)
+        coarse = max(int(COARSE_MM / step), 1) if axis else 1
         count = -(-span(part) // coarse)
         pitch = span(part) / max(count, 1)
-        at = part.start - centre + (np.arange(count) + 0.5) * pitch - 0.5
+        first = part.start - centre + 0.5 * pitch - 0.5
+        at_mm = np.arange(count, dtype=np.float32)
+        at_mm *= pitch * step
+        at_mm += first * step
         counts.append(count)
         pitches.append(pitch * step)
-        offsets.append((at * step).astype(np.float32))
+        offsets.append(at_mm)
     z, y, x = offsets
     return Field(
         box,
@@ -439,43 +460,51 @@ def measured_grain(hu: np.ndarray) -> Grain:
     lines = [some[:, y : y + BLOCK_PX] for y in starts]
     if not columns or not lines:
         return Grain(GRAIN_SD_HU, GRAIN_SIGMA_PX)
-    rows = np.concatenate(lines).reshape(-1, BLOCK_PX, columns, BLOCK_PX)
-    blocks = rows.swapaxes(1, 2).reshape(-1, BLOCK_PX, BLOCK_PX)
-    middle = blocks[:, BLOCK_PX // 2, BLOCK_PX // 2]
-    blocks = blocks[(middle > TISSUE_HU[0]) & (middle < TISSUE_HU[1])]
-    if len(blocks) < 10:
+    values = np.concatenate(lines).astype(np.float32).reshape(-1, columns * BLOCK_PX)
+    size_xy = columns, len(values) // BLOCK_PX
+    means, squares = (
+        cv2.resize(image, size_xy, interpolation=cv2.INTER_AREA)
+        for image in (values, values * values)
+    )
+    variances = squares - means * means
+    tissue = (means > TISSUE_HU[0]) & (means < TISSUE_HU[1])
+    found = np.flatnonzero(tissue)
+    if len(found) < 10:
         return Grain(GRAIN_SD_HU, GRAIN_SIGMA_PX)
-    values = blocks.astype(np.float32).reshape(len(blocks), -1)
-    sds = values.std(1)
-    order = np.argsort(sds)[: -(-len(sds) // 10)]
-    sd = max(float(sds[order[-1]]), MIN_SD_HU)
-    steps = np.diff(blocks[order].astype(np.float32), axis=2)
-    alike = min(max(1 - float(np.mean(steps**2)) / (2 * sd**2), 0.02), 0.97)
-    return Grain(sd, min(max(0.5 / math.sqrt(-math.log(alike)), 0.3), 3.0))
+    count = -(-len(found) // 10)
+    least = found[np.argpartition(variances.ravel()[found], count - 1)[:count]]
+    variance = max(float(variances.ravel()[least].max()), MIN_SD_HU**2)
+    rows, at = np.divmod(least, columns)
+    blocks = values.reshape(-1, BLOCK_PX, columns, BLOCK_PX)[rows, :, at]
+    steps = np.diff(blocks, axis=2)
+    alike = min(max(1 - float(np.mean(steps**2)) / (2 * variance), 0.02), 0.97)
+    sigma = min(max(0.5 / math.sqrt(-math.log(alike)), 0.3), 3.0)
+    return Grain(math.sqrt(variance), sigma)
 
 
 def grain_of(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
-    """(z, y, x) float32 noise in HU, alike within a slice but not from slice to slice."""
+    """(z, y, x) int8 noise, alike within a slice but not from slice to slice.
+
+    See `GRAIN_UNIT`.
+    """
     count, height, width = shape
     field = grain_field(round(4 * grain.sigma_px))
     turns = [-(-length // GRAIN_SIDE_PX) for length in (height, width)]
     if max(turns) > 1:
         field = np.tile(field, turns)
     room = field.shape[0] - height + 1, field.shape[1] - width + 1
-    noise = np.empty(shape, np.float32)
-    for plane, (y, x) in zip(noise, rng.integers(room, size=(count, 2)), strict=True):
-        part = field[y : y + height, x : x + width]
-        np.multiply(part, np.float32(grain.sd_hu), out=plane)
-    return noise
+    starts = rng.integers(room, size=(count, 2)).tolist()
+    return np.stack([field[y : y + height, x : x + width] for y, x in starts])
 
 
 @functools.lru_cache(maxsize=16)
 def grain_field(quarters: int) -> np.ndarray:
-    """Noise of standard deviation 1, smoothed by a Gaussian of `quarters` / 4 pixels."""
+    """Noise smoothed by a Gaussian of `quarters` / 4 pixels; see `GRAIN_UNIT`."""
     side = GRAIN_SIDE_PX
     white = np.random.default_rng(quarters).standard_normal((side, side), np.float32)
     field = cv2.GaussianBlur(white, (0, 0), max(quarters, 1) / 4)
-    return field / field.std()
+    field *= GRAIN_UNIT / field.std()
+    return np.clip(np.rint(field), -128, 127).astype(np.int8)
 
 
 def smooth_noise(field: Field, blob_mm: float, rng: np.random.Generator) -> np.ndarray:
@@ -534,7 +563,7 @@ def ground_glass(lung: Lung, rng: np.random.Generator) -> None:
         level += np.float32(0.35) * smooth_noise(field, 12, rng)
         opacity = cut_off(field, level, rng.uniform(0.6, 1.2))
         opacity *= np.float32(rng.uniform(0.6, 1))
-        paint(lung, field.box, opacity, rng.uniform(-650, -300), rng, hides=False)
+        paint(lung, field.box, opacity, rng.uniform(-650, -300), hides=False)
 
 
 def consolidation(lung: Lung, rng: np.random.Generator) -> None:
@@ -548,7 +577,7 @@ def consolidation(lung: Lung, rng: np.random.Generator) -> None:
     hu = rng.uniform(10, 70)
     if rng.random() < 0.5:
         hu = np.float32(hu) - np.float32(900) * open_bronchi(field, rng)
-    paint(lung, field.box, opacity, hu, rng)
+    paint(lung, field.box, opacity, hu)
 
 
 def open_bronchi(field: Field, rng: np.random.Generator) -> np.ndarray:
@@ -572,12 +601,14 @@ def fibrosis(lung: Lung, rng: np.random.Generator) -> None:
     haze_hu, air_hu, wall_hu = (
         rng.uniform(low, high) for low, high in ((-750, -550), (-960, -880), (-250, 0))
     )
-    paint(lung, field.box, zone * np.float32(0.7), haze_hu, rng, hides=False)
+    paint(lung, field.box, zone * np.float32(0.7), haze_hu, hides=False)
     if honeycomb:
-        paint(lung, field.box, np.clip(4 * zone - 2, 0, 1), air_hu, rng, rim=False)
+        air = np.clip(4 * zone - 2, 0, 1)
+        air *= lung.mask  # none in the rim
+        paint(lung, field.box, air, air_hu)
     wall = cell_walls(lung, rng.uniform(4, 8), rng.uniform(0.6, 1.4), rng)
     wall *= np.minimum(2 * zone, 1)
-    paint(lung, field.box, wall, wall_hu, rng, hides=False)
+    paint(lung, field.box, wall, wall_hu, hides=False)
 
 
 def pleural_distance_mm(lung: Lung, field: Field) -> np.ndarray:
@@ -665,7 +696,7 @@ def mass(lung: Lung, rng: np.random.Generator) -> None:
     if rng.random() < 0.3:  # dead inside
         core = cut_off(field, level + np.float32(0.1) * lobes + np.float32(0.5), 0.3)
         hu = np.float32(hu) - np.float32(rng.uniform(15, 35)) * core
-    paint(lung, field.box, cut_off(field, level, border_mm(lung) / radius), hu, rng)
+    paint(lung, field.box, cut_off(field, level, border_mm(lung) / radius), hu)
 
 
 def spicules(field: Field, distance_mm, longest: float, rng) -> np.ndarray:
@@ -709,7 +740,7 @@ def nodule(lung: Lung, rng: np.random.Generator) -> None:
             distance_mm = distances_to(shape, lung, box, centre, diameter)
             distance_mm *= np.float32(-1 / border_mm(lung))
             distance_mm += np.float32(0.5)
-            paint(lung, box, np.clip(distance_mm, 0, 1), hu, rng)
+            paint(lung, box, np.clip(distance_mm, 0, 1), hu)
 
 
 def distances_to(
@@ -763,7 +794,7 @@ def collapse(lung: Lung, share: float, rng: np.random.Generator) -> None:
     depth_mm = field.offsets_mm[1] + 8 * smooth_noise(field, 30, rng)
     depth_mm += np.float32(1.5) * smooth_noise(field, 5, rng)
     opacity = cut_off(field, 1 - depth_mm, rng.uniform(2, 8))
-    paint(lung, field.box, opacity, rng.uniform(30, 90), rng)
+    paint(lung, field.box, opacity, rng.uniform(30, 90))
 
 
 def effusion(lung: Lung, rng: np.random.Generator) -> None:
@@ -773,7 +804,7 @@ def effusion(lung: Lung, rng: np.random.Generator) -> None:
     box = (z, slice(fluid_level(lung.mask, share), y.stop), x)
     if rng.random() < 0.7:
         collapse(lung, min(share + rng.uniform(0.03, 0.2), 0.8), rng)
-    paint(lung, box, np.ones(1, np.float32), rng.uniform(0, 20), rng)
+    paint(lung, box, 1.0, rng.uniform(0, 20))
 
 
 def fluid_level(mask: np.ndarray, share: float) -> int:
@@ -783,7 +814,7 @@ def fluid_level(mask: np.ndarray, share: float) -> int:
     return mask.shape[1] - rows
 
 
-PAINTERS: dict[config.Finding, Callable[[Lung, np.random.Generator], None]] = {
+PAINTERS: dict[config.Finding, Painter] = {
     "ground-glass": ground_glass,
     "fibrosis": fibrosis,
     "consolidation": consolidation,

@@ -4,8 +4,9 @@ Example:
     LUNG_DATA=/path/to/data python -m benchmarks.lesions
 
 The generators make the same batches of 400x400 px from one table, with and without lesions
-in 8 of 10 samples, and take turns, so a busy machine slows all of them; the median over the
-rounds counts. Slices are those of `benchmarks.generator`.
+in 8 of 10 samples, and take turns batch by batch. CPU time of one thread counts, as the
+ratio to the batch without lesions that was made in the same turn: other programs slow both.
+Slices are those of `benchmarks.generator`.
 """
 
 import os
@@ -20,21 +21,17 @@ import numpy as np
 
 import config
 import lesions
-from benchmarks.generator import bench_scans, build_table, speed_and_cpu
+from benchmarks.generator import bench_scans, build_table
+from configs.lungs2d import LUNG2D
 from data_generator import SliceGenerator
 from scan import Scan
 from slice_table import SliceTable
 
-ROUNDS = 5
+TURNS = 40
 PROBABILITY = 0.8
-THREADS = 2
-BATCHES = config.Batches(
-    input_px=(400, 400), batch_size=8, target="lung", lung_mask=False
-)
 SETTINGS = {
     "flip, rotation, zoom, shift": config.Augment(),
-    "and noise, gamma": config.Augment(noise_hu=20, gamma=0.2),
-    "and elastic": config.Augment(noise_hu=20, gamma=0.2, elastic_px=3),
+    "as configs/lungs2d.py": LUNG2D.augment,
 }
 NOTHING = "none"
 PATCH = 96
@@ -53,13 +50,12 @@ def main() -> None:
 
 
 def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
-    """Prints speed and CPU time with each kind of lesions, and their ratio to none."""
-    rows = np.arange(len(table))
+    """Prints the CPU time of a slice with each kind of lesions, and its ratio to none."""
     generators = {
         kind: SliceGenerator(
             table,
-            rows,
-            BATCHES,
+            np.arange(len(table)),
+            LUNG2D.batches,
             changes,
             pathology=None
             if kind == NOTHING
@@ -71,18 +67,19 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
     for number in range(lesions.SHAPES):  # read once per process
         lesions.nodule_shape(number)
     lesions.stored_cells()
-    measured = {kind: [] for kind in generators}
-    for _ in range(ROUNDS):
+    cpu_ms = {kind: [] for kind in generators}
+    for turn in range(TURNS + 1):
         for kind, generator in generators.items():
-            measured[kind].append(speed_and_cpu(generator, THREADS))
-    print(f"{name} (slices/s; CPU ms per slice; time of a slice against none)")
-    for kind, rounds in measured.items():
-        speed, cpu = (statistics.median(v) for v in zip(*rounds, strict=True))
-        pairs = list(zip(measured[NOTHING], rounds, strict=True))
-        by_speed = statistics.median(a[0] / b[0] for a, b in pairs)
-        by_cpu = statistics.median(b[1] / a[1] for a, b in pairs)
+            started = time.thread_time()
+            slices = len(generator[turn % len(generator)][0])
+            cpu_ms[kind].append(1000 * (time.thread_time() - started) / slices)
+    print(f"{name} (CPU ms per slice: median; over none)")
+    for kind, times in cpu_ms.items():
+        ratios = np.divide(times, cpu_ms[NOTHING])[1:]  # after a first one
+        low, middle, high = np.percentile(ratios, (25, 50, 75))
         print(
-            f"  {kind:10s}{speed:6.0f}{cpu:8.2f}   {by_speed:.2f}x wall, {by_cpu:.2f}x CPU"
+            f"  {kind:10s}{statistics.median(times[1:]):6.2f}   "
+            f"{middle:.2f} ({low:.2f} to {high:.2f})"
         )
 
 

@@ -223,8 +223,17 @@ def test_front_and_back_swapped_is_told(phantom):
 def test_lungs_that_are_not_of_lung_are_told(phantom):
     scan, labels = phantom
     filled = np.where(labels > 0, 30, scan.hu).astype(np.int16)
+    right, left = judged(replace(scan, hu=filled), labels).reasons
+    assert right == "the median within the right lung is 30 HU; expected -980 to -250"
+    assert left == "the median within the left lung is 30 HU; expected -980 to -250"
+
+
+@pytest.mark.parametrize(("label", "side"), [(RIGHT, "right"), (LEFT, "left")])
+def test_a_filled_lung_is_told_whichever_of_the_two_is_larger(phantom, label, side):
+    scan, labels = phantom
+    filled = np.where(labels == label, 30, scan.hu).astype(np.int16)
     (reason,) = judged(replace(scan, hu=filled), labels).reasons
-    assert reason == "the median within the lungs is 30 HU; expected -980 to -250"
+    assert reason.startswith(f"the median within the {side} lung is 30 HU")
 
 
 def test_passes_that_disagree_on_the_border_are_told(phantom):

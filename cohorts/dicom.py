@@ -98,6 +98,10 @@ SOFT_RANGE_HU, MIN_SOFT_SHARE = (-200, 200), 0.005
 USUAL_INTERCEPT_HU = -1024
 """Where it is missing, all values are too high by as much; the message then says so."""
 
+MAX_FIELD_MM = (3000.0, 1000.0, 1000.0)
+"""Largest (z, y, x) field: longer than a body, wider than the bore of a scanner. Lengths that
+are not mm give more, and cubic voxels over all of it would fill any memory."""
+
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
 """Neighbours that differ in a quarter of the image by this many times the usual mean
 difference, and by this many HU, do not belong together. In six whole scans of 2.5 to 8 mm
@@ -371,6 +375,7 @@ def read_series(
     if any(f.repair == "tilt" for f in findings):
         volume, slice_grid = straighten(volume, slice_grid)
     hu, grid = geometry.to_canonical(volume, slice_grid.affine)
+    check_field(grid, f"series {uid}")
     check_hu(hu, f"series {uid}")
     header = read_header(slices[0].path, SLICE_TAGS)
     return Series(
@@ -1141,6 +1146,25 @@ def _names(indices: Sequence[int], ordered: Sequence[Slice]) -> str:
     named = ", ".join(ordered[k].name for k in indices[:NAMED_SLICES])
     more = ", ..." if len(indices) > NAMED_SLICES else ""
     return f"{len(indices)} of {len(ordered)} slices ({named}{more}) are"
+
+
+def check_field(grid: Grid, name: str) -> None:
+    """Raises ScanError if a volume is larger than any that a scanner makes.
+
+    Args:
+        grid: Canonical.
+        name: The series or file, for the message.
+    """
+    sizes_mm = [n * mm for n, mm in zip(grid.shape, grid.spacing_mm, strict=True)]
+    if any(size > most for size, most in zip(sizes_mm, MAX_FIELD_MM, strict=True)):
+        found, expected = (
+            " x ".join(f"{mm:.0f}" for mm in sizes)
+            for sizes in (sizes_mm, MAX_FIELD_MM)
+        )
+        raise ScanError(
+            f"{name}: the field is {found} mm (z, y, x); expected at most {expected}; is "
+            "its spacing in mm?"
+        )
 
 
 def check_hu(hu: np.ndarray, name: str) -> None:

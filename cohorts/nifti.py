@@ -105,6 +105,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     else:
         array, affine = read_volume(first)
         hu, grid = geometry.to_canonical(to_hu(array, first), affine)
+        dicom.check_field(grid, str(first))
         dicom.check_hu(hu, str(first))
         scan = Scan(
             scan_id=source.scan_id,

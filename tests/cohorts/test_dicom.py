@@ -640,6 +640,15 @@ def test_values_of_another_modality_are_refused():
         dicom.check_hu(mr, "scan")
 
 
+def test_a_field_wider_than_any_scanner_is_refused(series, saved):
+    images = series()
+    for image in images:
+        image.PixelSpacing = ["90", "70"]
+    expected = r"the field is 20 x 3600 x 2520 mm .*at most 3000 x 1000 x 1000"
+    with pytest.raises(ScanError, match=expected):
+        dicom.read_series(saved(images))
+
+
 def test_an_unknown_repair_is_refused(series, saved):
     with pytest.raises(ValueError, match=r"repair \['gap'\]: expected some of gaps"):
         dicom.read_series(saved(series()), repair=["gap"])

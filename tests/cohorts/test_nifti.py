@@ -141,11 +141,18 @@ def broken(path, chest):
         "mr": ((chest.T + 1000) // 4, RAS_AFFINE, "no Hounsfield units"),
         "offset": (chest.T + 1024, RAS_AFFINE, "if 1024 were subtracted"),
         "sheared": (chest.T, sheared, "axes are 10.0 deg from perpendicular"),
+        "cut": (chest.T.clip(-160, 240), RAS_AFFINE, "no Hounsfield units"),
+        "micrometres": (
+            chest.T,
+            RAS_AFFINE @ np.diag([1000, 1000, 1000, 1]),
+            "the field is 20000 x 36000 x 25200 mm .z, y, x.*is its spacing in mm",
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "defect", ["4-D", "2-D", "rgb", "nan", "mr", "offset", "sheared"]
+    "defect",
+    ["4-D", "2-D", "rgb", "nan", "mr", "offset", "sheared", "cut", "micrometres"],
 )
 def test_a_volume_that_is_no_ct_is_refused(defect, chest, tmp_path):
     array, affine, pattern = broken(tmp_path, chest())[defect]

@@ -31,6 +31,9 @@ def volume(make_chest):
 
 AFFINE = np.diag([-3.0, -3.0, 5.0, 1.0])
 
+WITHOUT_SKIN = infer.Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
+"""Parts of the skin, which the network set by hand takes for lung, are smaller."""
+
 
 def save(path, volume, affine=AFFINE):
     nibabel.save(nibabel.Nifti1Image(volume, affine), path)
@@ -220,9 +223,7 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
         np.ascontiguousarray(flipped.transpose(2, 0, 1)),
         affine[:, [2, 0, 1, 3]],
     )
-    # Parts of the skin, which the network set by hand takes for lung, are smaller.
-    lungs = infer.Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
-    infer.infer(run, tmp_path / "out", input=tmp_path / "ct.nii.gz", lungs=lungs)
+    infer.infer(run, tmp_path / "out", input=tmp_path / "ct.nii.gz", lungs=WITHOUT_SKIN)
     source = SimpleITK.ReadImage(str(tmp_path / "ct.nii.gz"))
     mask = SimpleITK.ReadImage(str(tmp_path / "out/ct/mask.nii.gz"))
     assert mask.GetSize() == source.GetSize()
@@ -273,9 +274,65 @@ def test_a_slab_without_lungs_is_flagged(run, volume, tmp_path):
     assert not read(tmp_path / "out/slab/mask.nii.gz").any()
 
 
+def without_lungs(volume):
+    return np.where(volume == -850, np.int16(40), volume)
+
+
+def without_the_right_lung(volume):
+    spoilt = volume.copy()
+    spoilt[:50] = without_lungs(spoilt[:50])  # x rises to the left
+    return spoilt
+
+
+def face_down(volume):
+    spoilt = volume.copy()
+    spoilt[48:52, 75:82] = 700  # the spine
+    return spoilt[:, ::-1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (without_lungs, "no lung was found"),
+        (without_the_right_lung, "only one lung was found: the right one holds 0 ml"),
+        (lambda volume: volume[..., :16], "the apices are cut off"),
+        (lambda volume: volume[..., ::-1], "head and feet look swapped"),
+        (face_down, "front and back look swapped"),
+        (lambda volume: volume[..., 10:12], "the field is 10 x 300 x 300 mm"),
+    ],
+)
+def test_what_is_no_whole_chest_is_flagged_with_its_reason(
+    run, volume, tmp_path, spoil, reason
+):
+    path = save(tmp_path / "ct.nii.gz", np.ascontiguousarray(spoil(volume)))
+    infer.infer(run, tmp_path / "out", input=path, lungs=WITHOUT_SKIN)
+    row = rows_of(tmp_path / "out")["ct"]
+    assert row["flag"] == "1"
+    assert reason in row["reason"]
+
+
+@pytest.mark.parametrize(("slices", "step_mm"), [(25, 8.0), (2000, 0.1)])
+def test_thick_and_many_slices_give_the_same_lungs(
+    run, volume, tmp_path, slices, step_mm
+):
+    nearest = np.arange(slices) * step_mm / 5
+    cut = volume[::2, ::2, nearest.astype(int)]  # 200 mm as before
+    path = save(tmp_path / "ct.nii.gz", cut, np.diag([-6.0, -6.0, step_mm, 1.0]))
+    lungs = replace(WITHOUT_SKIN, save_as="nifti-labels")
+    report = infer.infer(run, tmp_path / "out", input=path, lungs=lungs)
+    assert not report.failures
+    row = rows_of(tmp_path / "out")["ct"]
+    lung_ml = np.pi * 67.5 * 40.5 * 130 / 1000
+    for side in ("right_ml", "left_ml"):
+        assert float(row[side]) == pytest.approx(lung_ml, rel=0.15)
+    assert read(tmp_path / "out/ct/mask.nii.gz").shape == (50, 50, slices)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda volume: (volume + 1000).clip(0) // 4, "no Hounsfield units"),  # as MR
+        (lambda volume: volume / np.float32(1000), "no Hounsfield units"),
         (
             lambda volume: volume[..., :1],
             "expected one 3-D volume of two or more slices",

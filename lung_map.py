@@ -31,7 +31,7 @@ SLICE_MM = 10.0
 """With slices further apart, tips and bases of the lungs are guesses."""
 LUNG_HU = (-980.0, -250.0)
 """Median within a lung: above gas without tissue, below a lung filled throughout. In real
-scans it is -920 to -700."""
+scans it is -920 to -670."""
 BORDER_STD = 0.3
 """Mean standard deviation in the outermost voxels of the mask; passes that agreed on no
 border at all would give 0.5."""

@@ -66,7 +66,6 @@ SMALL = replace(
         LUNG2D.train,
         accumulate=1,
         warmup_epochs=1.0,
-        ema=0.99,
         epochs=6,
         steps_per_epoch=60,
         validation_tiles=240,
@@ -101,7 +100,7 @@ def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment
 COARSE = replace(
     SMALL,
     lesions=Lesions(probability=0.8),
-    train=replace(SMALL.train, learning_rate=2e-3, epochs=24),
+    train=replace(SMALL.train, learning_rate=2e-3, ema=0.99, epochs=24),
 )
 
 CONFIGS = {

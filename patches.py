@@ -35,7 +35,7 @@ class PatchPredictor:
         settings: The run's; `batches.crop` is seed.
         batch_size: Images the network is given at once; more are padded to it, so that
             TensorFlow traces it once.
-        turns: How many of the `TURNS` are averaged; 1 for the patch as it is.
+        turns: How many of the `TURNS` are averaged; 1 is the patch as it is.
 
     Raises:
         ValueError: If the run is not of patches.
@@ -47,7 +47,7 @@ class PatchPredictor:
         settings: config.Experiment,
         *,
         batch_size: int = 64,
-        turns: int = TURNS,
+        turns: int = 1,
     ) -> None:
         if settings.batches.crop != "seed":
             raise ValueError(

@@ -53,8 +53,8 @@ def untrained(folder: Path) -> Path:
 
 def compare(weights: Path) -> None:
     settings = runs.read_settings(weights)
-    one_look = patches.PatchPredictor(weights, settings, turns=1)
-    all_turns = patches.PatchPredictor(weights, settings)
+    one_look = patches.PatchPredictor(weights, settings)
+    all_turns = patches.PatchPredictor(weights, settings, turns=patches.TURNS)
     rng = np.random.default_rng(0)
     some = np.stack([patch(rng) for _ in range(MANY)])
     ways: dict[str, tuple[Callable[[np.ndarray], Any], int]] = {

@@ -100,7 +100,7 @@ def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment
 COARSE = replace(
     SMALL,
     lesions=Lesions(probability=0.8),
-    train=replace(SMALL.train, learning_rate=2e-3, ema=0.99, epochs=24),
+    train=replace(SMALL.train, learning_rate=2e-3, ema=0.99, epochs=16),
 )
 
 CONFIGS = {

@@ -1,10 +1,16 @@
-"""Nodules outlined in patches around a seed: a click, a candidate, a middle that is known.
+r"""Nodules outlined in patches around a seed: a click, a candidate, a middle that is known.
 
 Trained on the patches of LIDC-IDRI's nodules with the masks of up to four readers; of 70 % of
 the patients, 15 % choose and 15 % are tested. The middle 64 x 64 pixels enter the network,
 each image on the scale of its own range, so that patches of any intensity can be segmented.
 
     CONFIG=nodule2d COHORT=patches DATA=/data/lidc_crops.zip bash scripts/all.sh
+
+Dice drives what is uncertain to 0 or 1. `nodule2d-calibrated` goes on from there with
+cross-entropy alone, to a probability that is the share of readers; its last weights ship.
+
+    python train.py nodule2d-calibrated --name calibrated \
+        --init work/runs/nodule2d/best.weights.h5
 """
 
 from dataclasses import replace
@@ -52,7 +58,7 @@ NODULE2D = Experiment(
         warmup_epochs=1.0,
         clip_norm=1.0,
         ema=0.998,
-        epochs=40,
+        epochs=22,
     ),
     postprocess=Postprocess(method="fixed", min_volume_mm3=0.0, within_lung=False),
 )
@@ -64,6 +70,14 @@ def changed(**sections: object) -> Experiment:
 
 CONFIGS = {
     "nodule2d": ("Nodules in patches around a seed.", NODULE2D),
+    "nodule2d-calibrated": (
+        "Goes on from nodule2d with cross-entropy alone: probabilities that are votes.",
+        changed(
+            loss=Loss(name="weighted_cross_entropy", class_weights=(1.0, 1.0)),
+            train=replace(NODULE2D.train, learning_rate=5e-4, epochs=6),
+            postprocess=replace(NODULE2D.postprocess, threshold=0.43),
+        ),
+    ),
     "nodule2d-nasnet": (
         "The same with the network of the thesis.",
         changed(

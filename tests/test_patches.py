@@ -129,7 +129,8 @@ def test_patches_have_no_scale(predictor, some):
     assert np.allclose(predictor.probability(scaled), expected, atol=1e-4)
 
 
-def test_a_turned_patch_gives_the_turned_result(predictor, some):
+def test_with_all_turns_a_turned_patch_gives_the_turned_result(work, some):
+    predictor = patches.PatchPredictor(work / "run", EXPERIMENT, turns=patches.TURNS)
     expected = predictor.probability(some)
     turned = predictor.probability(np.rot90(some, axes=(1, 2))[:, ::-1])
     assert np.allclose(turned, np.rot90(expected, axes=(1, 2))[:, ::-1], atol=1e-5)
@@ -192,7 +193,7 @@ def test_turning_back_undoes_a_turn_and_all_turns_differ():
 def test_segment_patches_is_the_predictor_and_loads_once(work, predictor, some):
     prob = infer.segment_patches(some, work / "run")
     assert np.allclose(prob, predictor.probability(some), atol=1e-6)
-    infer.segment_patches(some, str(work / "run"), turns=1)
+    infer.segment_patches(some, str(work / "run"), turns=patches.TURNS)
     before = infer.patch_predictor.cache_info().misses
     infer.segment_patches(some, work / "run")
     assert infer.patch_predictor.cache_info().misses == before

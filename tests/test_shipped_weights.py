@@ -1,17 +1,21 @@
 """The weights that ship: what they find in a phantom and in real scans, and their card."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+import agreement
 import config
 import files
 import infer
 import lung_mask
 import metrics
+import slice_idx
 from monte_carlo import Passes
 from scan import read_scan
 from volume_io import read_volume
@@ -33,7 +37,7 @@ def lungs_found(source, folder, lungs):
     )
 
 
-@pytest.mark.parametrize("name", ["lung3d"])
+@pytest.mark.parametrize("name", ["lung3d", "nodule2d"])
 def test_the_card_names_the_weights_and_their_patients(name):
     folder = ROOT / "weights" / name
     card = (folder / "README.md").read_text()
@@ -68,3 +72,34 @@ def test_lungs_of_a_real_scan_never_seen(tmp_path):
     classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
     assert metrics.dice(classical > 0, mask > 0) > 0.95
     assert (mask[np.asarray(scan.reader_bits) > 0] > 0).mean() > 0.95
+
+
+def test_a_nodule_in_a_patch_is_outlined_and_the_vessel_beside_it_is_not():
+    y, x = np.ogrid[-64:64, -64:64]
+    disc = y**2 + x**2 <= 10**2
+    hu = np.random.default_rng(0).normal(-850, 30, (128, 128))
+    hu[np.broadcast_to(np.abs(x - 24) <= 2, hu.shape)] = 30
+    hu[disc] = 40
+    blurred = cv2.GaussianBlur(hu, (0, 0), 0.8)
+    (prob,) = infer.segment_patches(blurred[None])
+    assert metrics.dice(disc, prob >= 0.5) > 0.85
+    assert prob[:, 64 + 22 : 64 + 27].max() < 0.5
+
+
+@pytest.mark.lidc
+def test_nodules_of_patients_never_seen_are_outlined_as_by_a_reader(tmp_path):
+    source = DATA / "lidc-crops/lidc_crops.zip"
+    if not source.is_file():
+        pytest.skip(f"no {source}; set LUNG_DATA")
+    from cohorts import patches
+
+    split = slice_idx.read_split(ROOT / "weights/nodule2d/split.json")
+    tested = set(slice_idx.patients_of_part(split, "test"))
+    scans = (s for s in patches.find_scans(source) if s.patient_id in tested)
+    scores = []
+    for scan in map(patches.load_scan, itertools.islice(scans, 40)):
+        prob = infer.segment_patches(scan.hu)
+        found = agreement.agreement(np.asarray(scan.reader_bits), prob >= 0.43)
+        scores.append(found.consensus)
+    assert len(scores) == 40
+    assert np.mean(scores) > 0.78

@@ -9,7 +9,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: .venv/run.stamp  ## The whole chain on phantoms, or on CT=/path/to/dicom; then the weights that ship.
 	CONFIG="$(CONFIG)" DATA="$(CT)" bash scripts/all.sh
-	DATA="$$(find "$(or $(CT),work/phantoms)" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)" bash scripts/lungs.sh
+	source="$(CT)"; source="$${source:-$${WORK:-work}/phantoms}"; \
+	first=$$(find "$$source" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1); \
+	DATA="$${first:-$$source}" bash scripts/lungs.sh
 
 test: .venv/dev.stamp  ## The tests.
 	python -m pytest -n auto --dist loadfile

@@ -8,10 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := demo
 
 demo: .venv/run.stamp  ## The whole chain on phantoms, or on CT=/path/to/dicom; then the weights that ship.
-	CONFIG="$(CONFIG)" DATA="$(CT)" bash scripts/all.sh
-	source="$(CT)"; source="$${source:-$${WORK:-work}/phantoms}"; \
-	first=$$(find "$$source" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1); \
-	DATA="$${first:-$$source}" bash scripts/lungs.sh
+	CONFIG="$(CONFIG)" DATA="$(CT)" bash scripts/demo.sh
 
 test: .venv/dev.stamp  ## The tests.
 	python -m pytest -n auto --dist loadfile

@@ -130,8 +130,11 @@ def resized_px(
 
 
 def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """A (y, x) image in as many pixels as asked for; means of the old where they grow."""
-    shrinks = size_px[0] < image.shape[0] and size_px[1] < image.shape[1]
+    """A (y, x) image of other pixels: means along an axis where they grow, else linear."""
+    y, x = image.shape
+    if (size_px[0] - y) * (size_px[1] - x) < 0:  # OpenCV takes means only if none grows
+        image = resized(image, (size_px[0], x))
+    shrinks = size_px[0] < image.shape[0] or size_px[1] < x
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, size_px[::-1], interpolation=how)
 

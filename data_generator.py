@@ -312,7 +312,7 @@ def tiles_of_slices(
         (int(row), tile.start)
         for row in usable_rows(table, rows, batches)
         for tile in augment.tiles(
-            table.read("lung", int(row)) if reads_lung(batches) else None,
+            read_row(table, int(row), batches)[2] if reads_lung(batches) else None,
             augment.resized_px(
                 table.settings.size_px, stored_spacing_mm(table, int(row)), batches
             ),
@@ -335,7 +335,9 @@ def read_row(
         if batches.pixel_mm:
             spacing_mm = stored_spacing_mm(table, row)
             size = augment.resized_px(hu.shape, spacing_mm, batches)
-            hu, lung = augment.resized(hu, size), augment.resized_labels(lung, size)
+            # Both lungs as one: where they meet, a pixel may be half of neither.
+            mask = augment.resized_labels((lung > 0).view(np.uint8), size)
+            return augment.resized(hu, size), mask, augment.resized_labels(lung, size)
         return hu, (lung > 0).view(np.uint8), lung
     lung = table.read("lung", row) if reads_lung(batches) else None
     return hu, row_target(table, row, batches), lung

@@ -138,8 +138,9 @@ def write_saved_model(
 
     Its signature `serving_default` takes `hu`, (n, y, x) int16, and, if the run was
     trained inside lung masks, `lung`, (n, y, x) uint8 (0 is outside); it gives
-    `probability`, (n, y, x) float32. Of volumes all are (n, z, y, x), with the spacing that
-    the run was trained on; nothing is hidden in them.
+    `probability`, (n, y, x) float32. Pixels are of `batches.pixel_mm` if that is set. Of
+    volumes all are (n, z, y, x), with the spacing that the run was trained on; nothing is
+    hidden in them.
     """
     import keras
     import tensorflow as tf
@@ -181,7 +182,7 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
             mean, sd = augment.POPULATION_HU
             image = (image * (high - low) + low - mean) / sd
         output = network(tf.expand_dims(image, -1), training=False)
-        return {"probability": mask_of(output)[..., 1]}
+        return {"probability": runs.mask_of(output)[..., 1]}
 
     return serve
 
@@ -200,15 +201,8 @@ def largest_difference(
         augment.to_input(image, lung, batches)
         for image, lung in zip(hu, lungs, strict=True)
     ]
-    expected = mask_of(network.predict_on_batch(np.stack(images)[..., None]))
+    expected = runs.mask_of(network.predict_on_batch(np.stack(images)[..., None]))
     return float(np.abs(served(model_dir, inputs) - np.asarray(expected)[..., 1]).max())
-
-
-def mask_of(output: Any) -> Any:
-    """The mask among a network's outputs: slice classifiers and deep supervision go."""
-    if isinstance(output, dict):
-        return output["mask"]
-    return output[0] if isinstance(output, list | tuple) else output
 
 
 def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

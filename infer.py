@@ -235,7 +235,7 @@ def segment_lungs(
     overwrite: bool,
 ) -> Outcome:
     """Writes lungs and their uncertainty of every scan that has none yet."""
-    reach_mm = lungs.labels.snap * runs.coarse_mm(settings)
+    reach_mm = lungs.labels.snap * runs.seen_mm(settings)
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
         **asdict(lungs.passes),
@@ -328,7 +328,7 @@ def segment_patches(
 
     Returns:
         (n, y, x) float32: of weights trained on votes, the share of readers that would draw
-        the pixel.
+        the pixel. With those that ship, the nodule is what has 0.43 or more.
 
     Raises:
         FileNotFoundError: If there is no such run.

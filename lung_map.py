@@ -68,9 +68,9 @@ class LungMap:
     fill_holes: bool = True
     """Fill what lungs enclose on all sides."""
     snap: float = 1.5
-    """Of networks that see coarser voxels than the scan's, in those voxels: where the
-    classical mask's border is this near to the network's, the classical one counts, which
-    follows the HU of the scan's own voxels. 0 for the network's border everywhere."""
+    """Of networks that see voxels or pixels of one size, in those: where the classical
+    mask's border is this near to the network's, the classical one counts, which follows the
+    HU of the scan's own voxels. 0 for the network's border everywhere."""
 
     def __post_init__(self) -> None:
         thresh, volume = self.thresh, self.min_volume_mm3

@@ -268,9 +268,7 @@ class VolumePredictor:
                 seed=self.passes.seed,
             )
             inputs = {"volume": inputs, "noise": noise}
-        output = network.predict_on_batch(inputs)
-        output = output[0] if isinstance(output, list) else output  # deep supervision
-        return np.asarray(output)[0, ..., 1]
+        return np.asarray(runs.mask_of(network.predict_on_batch(inputs)))[0, ..., 1]
 
     def tile_px(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """What the network sees at once of a volume: all of it, if memory allows.

@@ -58,6 +58,7 @@ class PatchPredictor:
         self.batches = settings.batches
         self.batch_size = batch_size
         self.turns = turns
+        self.threshold = settings.postprocess.threshold
         self.network: Any = runs.load_network(
             run_dir, settings, settings.batches.slice_px
         )
@@ -82,7 +83,7 @@ class PatchPredictor:
         if not beyond or not len(patches):
             return prob.reshape(patches.shape)
         wide = tuple(FURTHER * length for length in size)
-        again = np.flatnonzero(reaches_border(near))
+        again = np.flatnonzero(reaches_border(near, self.threshold))
         far = [shrunk(middle(patches[i], wide)) for i in again]
         for i, image in zip(again, self.look(far), strict=True):
             prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
@@ -112,9 +113,7 @@ class PatchPredictor:
         yield from self.predicted_batch(batch)[:count] if count else ()
 
     def predicted_batch(self, batch: np.ndarray) -> np.ndarray:
-        output = self.network.predict_on_batch(batch)
-        output = output["mask"] if isinstance(output, dict) else output
-        return np.asarray(output)[..., 1]
+        return np.asarray(runs.mask_of(self.network.predict_on_batch(batch)))[..., 1]
 
 
 def checked(patches: np.ndarray) -> np.ndarray:
@@ -158,11 +157,11 @@ def shrunk(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def reaches_border(prob: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether a pixel of at least one half lies near the border."""
+def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
+    """(n,) bool: whether a pixel of at least `threshold` lies near the border."""
     inner = np.zeros(prob.shape[1:], bool)
     inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
-    return prob[:, ~inner].max(axis=1, initial=0) >= 0.5
+    return prob[:, ~inner].max(axis=1, initial=0) >= threshold
 
 
 def turn(image: np.ndarray, number: int) -> np.ndarray:

@@ -108,9 +108,8 @@ class Predictor:
             images = np.stack([tile_input(*seen(z), t.start, batches) for z, t in some])
             # Full batches only: TensorFlow would trace the network again for the last.
             images = np.resize(images, (self.batch_size, *size))
-            output = self.network.predict_on_batch(images[..., None])
-            output = output["mask"] if isinstance(output, dict) else output
-            for (z, tile), image in zip(some, np.asarray(output)[..., 1], strict=False):
+            mask = runs.mask_of(self.network.predict_on_batch(images[..., None]))
+            for (z, tile), image in zip(some, np.asarray(mask)[..., 1], strict=False):
                 boxes.add(prob[z], tile.weights * image, tile.start)
         # Weights of tiles sum to 1 but for rounding, which can lift a sum above it.
         return np.minimum(prob, 1, out=prob)

@@ -29,8 +29,8 @@ def read_settings(run_dir: Path) -> config.Experiment:
     return config.from_json(config.Experiment, json.loads(path.read_text()))
 
 
-def coarse_mm(settings: config.Experiment) -> float:
-    """Spacing of what the network sees; 0 where it is the scan's own."""
+def seen_mm(settings: config.Experiment) -> float:
+    """Spacing of what the network sees of every scan; 0 where it is the scan's own."""
     on_volumes = settings.model.name == "unet3d"
     return settings.table.volume_spacing_mm if on_volumes else settings.batches.pixel_mm
 
@@ -49,6 +49,13 @@ def training_patients_of(weights: Path | None) -> list[str]:
     seen = slice_idx.patients_of_part(slice_idx.read_split(split_path), "train")
     made_by = json.loads((weights.parent / "provenance.json").read_text())
     return sorted({*seen, *made_by.get("init_training_patients", ())})
+
+
+def mask_of(output: Any) -> Any:
+    """The mask among a network's outputs, beside those of slice or coarser levels."""
+    if isinstance(output, dict):
+        return output["mask"]
+    return output[0] if isinstance(output, list | tuple) else output
 
 
 def load_network(

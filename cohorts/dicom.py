@@ -99,8 +99,8 @@ USUAL_INTERCEPT_HU = -1024
 """Where it is missing, all values are too high by as much; the message then says so."""
 
 MAX_FIELD_MM = (3000.0, 1000.0, 1000.0)
-"""Largest (z, y, x) field: longer than a body, wider than the bore of a scanner. Lengths that
-are not mm give more, and cubic voxels over all of it would fill any memory."""
+"""Largest (z, y, x) field: longer than a body, wider than the bore of a scanner. Micrometres
+taken for mm give more, and cubic voxels over all of it would fill any memory."""
 
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
 """Neighbours that differ in a quarter of the image by this many times the usual mean

@@ -159,6 +159,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     path = source.paths[0]
     array, affine = nifti.read_volume(path)
     hu, grid = geometry.to_canonical(nifti.to_hu(array, path), affine)
+    dicom.check_field(grid, str(path))
     dicom.check_hu(hu, str(path))
     i, j, k = array.shape
     scan = Scan(

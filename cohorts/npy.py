@@ -169,8 +169,9 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     _check_rows(rows, name)
     images = _stack([row.image for row in rows])
     hu = nifti.to_hu(images, listed)
-    dicom.check_hu(hu, name)
     grid = _grid(hu.shape, rows[0])
+    dicom.check_field(grid, name)
+    dicom.check_hu(hu, name)
     known: dict[str, Any] = {}
     lung = _mask([row.lung for row in rows], hu.shape, f"{name}, lung_path")
     if lung is not None:

@@ -7,7 +7,8 @@ each image on the scale of its own range, so that patches of any intensity can b
     CONFIG=nodule2d COHORT=patches DATA=/data/lidc_crops.zip bash scripts/all.sh
 
 Dice drives what is uncertain to 0 or 1. `nodule2d-calibrated` goes on from there with
-cross-entropy alone, to a probability that is the share of readers; its last weights ship.
+cross-entropy alone, to a probability that is the share of readers. Its last weights ship, as
+weights/nodule2d/best.weights.h5; Dice alone would choose those of the first epoch.
 
     python train.py nodule2d-calibrated --name calibrated \
         --init work/runs/nodule2d/best.weights.h5

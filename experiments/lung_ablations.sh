@@ -3,14 +3,17 @@
 # their own borders with the classical masks: on the test scans as they are, and made ill.
 #   bash experiments/lung_ablations.sh lung2d-small-{p0,p06,p08,p09}
 #   N=20 bash experiments/lung_ablations.sh lung3d-3mm lung3d-{nomask,mask30,dropout}
-# Step 1 must have run. SPLIT names a split made before. TRUTH holds the scan files whose lungs are known; they are trained on.
+# Step 1 must have run. TRUTH holds the scan files whose lungs are known; they are trained on.
+# SPLIT names a split made before.
 CONFIG=${1:?name one or more experiments for lungs}
+if [ -n "${SPLIT:-}" ]; then SPLIT=$(realpath "$SPLIT"); fi
+if [ -n "${TRUTH:-}" ]; then TRUTH=$(realpath "$TRUTH"); fi
 source "$(dirname "$0")/../scripts/env.sh"
 TRUTH=${TRUTH:-$WORK/phantoms/truth}
 N=${N:-auto}                       # passes of networks that are trained with masks or dropout
 mkdir -p "$WORK/lungs"
-table="$WORK/lungs/table-${CONFIG%%-*}.h5"
-split=${SPLIT:-"$WORK/lungs/split-${CONFIG%%-*}.json"}
+table="$WORK/lungs/table-$CONFIG.h5"      # of the first; those that follow see it too
+split=${SPLIT:-"$WORK/lungs/split-$CONFIG.json"}
 python table.py "$CONFIG" --scans "$TRUTH" --out "$table" --workers "$WORKERS"
 if [ -z "${SPLIT:-}" ]; then python slice_idx.py "$CONFIG" --table "$table" --out "$split"; fi
 python -m experiments.lesioned_scans --truth "$TRUTH" --out "$WORK/lungs/ill" \

@@ -390,6 +390,13 @@ def test_larger_pixels_hold_the_mean_of_the_smaller():
     assert augment.resized_px((4, 6), (1.5, 1.0), PLAIN) == (4, 6)
 
 
+def test_pixels_that_grow_along_one_axis_alone_are_means_there():
+    stripes = np.zeros((8, 4), np.float32)
+    stripes[::2] = 200
+    assert np.allclose(augment.resized(stripes, (4, 4)), 100)
+    assert np.allclose(augment.resized(stripes, (4, 8)), 100)
+
+
 def test_a_larger_pixel_has_the_label_that_holds_at_least_half_of_it():
     labels = np.zeros((4, 4), np.uint8)
     labels[:2, 0] = 1

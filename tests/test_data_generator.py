@@ -258,7 +258,7 @@ def test_samples_have_pixels_of_the_size_that_is_set(table):
     own_mm = float(table.scans["spacing_mm"][0][1])
     coarse = replace(batches, pixel_mm=2 * own_mm, input_px=(16, 16))
     size = table.settings.size_px
-    hu, mask, _ = data_generator.read_row(table, 0, coarse)
+    hu, mask, lung = data_generator.read_row(table, 0, coarse)
     assert hu.shape == mask.shape == tuple(n // 2 for n in size)
     fine = table.read("hu", 0).astype(float)
     means = fine.reshape(size[0] // 2, 2, size[1] // 2, 2).mean((1, 3))
@@ -267,6 +267,11 @@ def test_samples_have_pixels_of_the_size_that_is_set(table):
     assert np.array_equal(mask > 0, share >= 0.5)
     made = SliceGenerator(table, all_rows(table), coarse, None, seed=0, balanced=False)
     assert made.spacing_mm(0) == [2 * own_mm, 2 * own_mm]
+    # Tiles that look for the lungs look for them in these pixels.
+    sought = replace(coarse, crop="lung", input_px=(32, 32))
+    tiles = data_generator.tiles_of_slices(table, all_rows(table)[:1], sought)
+    ((_, start),) = tiles.tiles
+    assert start == augment.tiles(lung, hu.shape, (32, 32))[0].start
 
 
 def test_pixels_of_another_size_are_for_lungs_in_slices():

@@ -400,8 +400,8 @@ def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tm
         replace(scan, hu=coarse)
     )
     assert np.array_equal(maps.moments.mean, expected)
-    assert runs.coarse_mm(settings) == 4.0
-    assert runs.coarse_mm(plain) == 0.0
+    assert runs.seen_mm(settings) == 4.0
+    assert runs.seen_mm(plain) == 0.0
     # Of its map, every pixel of the scan lies between those of the nearest.
     back = [cv2.resize(image, (200, 200)) for image in expected]
     assert np.allclose(maps.mean, back)

@@ -27,9 +27,9 @@ DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
 ONE_LOOK = replace(infer.USUAL, passes=Passes(n=1))
 
 
-def lungs_found(source, folder, lungs):
+def lungs_found(source, folder, lungs, *, weights=infer.SHIPPED):
     """The mask of the only scan in `source`, and its standard deviation."""
-    report = infer.infer(infer.SHIPPED, folder, input=source, lungs=lungs)
+    report = infer.infer(weights, folder, input=source, lungs=lungs)
     assert not report.failures
     (mask_path,) = folder.glob("*/mask.nii.gz")
     return (
@@ -38,7 +38,7 @@ def lungs_found(source, folder, lungs):
     )
 
 
-@pytest.mark.parametrize("name", ["lung3d", "nodule2d"])
+@pytest.mark.parametrize("name", ["lung2d", "lung3d", "nodule2d"])
 def test_the_card_names_the_weights_and_their_patients(name):
     folder = ROOT / "weights" / name
     card = (folder / "README.md").read_text()
@@ -59,6 +59,10 @@ def test_lungs_of_a_phantom_never_seen(tmp_path):
     for side in (1, 2):
         assert metrics.dice(lung == side, mask == side) > 0.95
     assert std[lung == 0].mean() < std[mask > 0].mean()
+    flat = ROOT / "weights/lung2d"
+    source = tmp_path / "PHANTOM-9000"
+    mask, _ = lungs_found(source, tmp_path / "flat", ONE_LOOK, weights=flat)
+    assert metrics.dice(lung > 0, mask > 0) > 0.96
 
 
 @pytest.mark.lidc

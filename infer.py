@@ -36,7 +36,7 @@ import slice_idx
 import steps
 from lung_map import LungMap
 from lung_results import Results, SaveAs
-from monte_carlo import MEMORY_GB, Passes, VolumePredictor
+from monte_carlo import CONVERGED_DICE, MEMORY_GB, Passes, VolumePredictor
 from patches import PatchPredictor
 from postprocess import Predictions
 from predictor import Predictor
@@ -242,6 +242,7 @@ def segment_lungs(
         **asdict(lungs.labels) | {"snap": reach_mm},
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
+        "converged_dice": CONVERGED_DICE if lungs.passes.n == "auto" else None,
     }
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     results = Results(

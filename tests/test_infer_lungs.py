@@ -428,6 +428,7 @@ def test_a_list_without_a_usable_row_fails(run, tmp_path):
 def test_the_record_says_how_the_lungs_were_made(written):
     record = json.loads((written / "lungs.json").read_text())
     assert (record["n"], record["seed"], record["thresh"]) == (20, 0, 0.55)
+    assert record["converged_dice"] is None  # for 20 passes were asked for
     assert len(record["weights_sha256"]) == 64
     assert record["provenance"]["packages"]["tensorflow"]
 

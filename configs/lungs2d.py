@@ -106,7 +106,10 @@ COARSE = replace(
 CONFIGS = {
     "lung2d": ("Lungs in slices, by a U-Net.", LUNG2D),
     "lung2d-small": ("The same for two cores.", SMALL),
-    "lung2d-coarse": ("Longer, with realistic lesions: the weights that ship.", COARSE),
+    "lung2d-coarse": (
+        "Longer, with realistic lesions: ships as weights/lung2d.",
+        COARSE,
+    ),
     **pathology_of("lung2d", LUNG2D),
     **pathology_of("lung2d-small", SMALL),
 }

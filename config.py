@@ -252,7 +252,9 @@ VOLUME_CHANGES = (
 
 @dataclass(frozen=True)
 class Lesions:
-    """Pathology simulated in training samples whose target is the lungs."""
+    """Pathology simulated in training samples: in lungs it belongs to the lung; of volumes
+    whose target is nodules, nodules alone are drawn and added to the reference.
+    """
 
     probability: float = 0.0
     """Share of the samples that get lesions; 0 for none."""

@@ -30,6 +30,7 @@ import provenance
 import steps
 from geometry import flip_xy
 from metrics import Interval
+from provenance import DISCLAIMER
 from scan import (
     Scan,
     ScanError,
@@ -46,8 +47,6 @@ SIZES_MM = (0.0, 6.0, 10.0, 20.0, np.inf)
 """Bounds of the strata by nodule diameter."""
 
 FIGURES = ("dice.png", "overlays.png")
-
-DISCLAIMER = "Research code, not a medical device."
 
 PER_SCAN = {
     "dice": "Dice per scan",

@@ -7,7 +7,8 @@ Example:
 Segments scan files of the validation and test patients, or with --input or --csv_file any
 CT: a DICOM folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
 A run for nodules gives their probability; a run for lungs gives mean and standard deviation
-over many passes, lung labels and, in lungs.csv, whether to trust them.
+over many passes, lung labels and, in lungs.csv, whether to trust them. In these lungs another
+run looks for nodules, which are outlined, measured (nodules.csv) and drawn (overview.png).
 Research code, not a medical device.
 """
 
@@ -28,21 +29,22 @@ import config
 import files
 import lung_map
 import lung_mask
-import lung_results
 import postprocess
 import provenance
 import runs
+import scan_results
 import slice_idx
 import steps
 from lung_map import LungMap
-from lung_results import Results, SaveAs
 from monte_carlo import CONVERGED_DICE, MEMORY_GB, Passes, VolumePredictor
+from nodule_finder import NoduleFinder
 from patches import PatchPredictor
 from postprocess import Predictions
 from predictor import Predictor
 from preprocess import with_lungs, without_folders
 from runs import Precision
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
+from scan_results import Results, SaveAs
 from volume_io import write_volume
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,19 @@ log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "weights/lung3d"
 """The run that is used if none is named."""
 
+NODULE3D = Path(__file__).parent / "weights/nodule3d"
+"""The run that looks for nodules in lungs if none is named."""
+
 NODULE2D = Path("weights/nodule2d")
-"""The weights of `segment_patches`."""
+"""The weights of `segment_patches`, and of outlines of nodules in whole scans."""
+
+NODULE_PASSES = 8
+"""Passes for nodules in whole scans, unless one look is asked for."""
 
 OWN_NAMES = {
-    lung_results.TABLE,
-    lung_results.RECORD,
+    scan_results.TABLE,
+    scan_results.NODULES,
+    scan_results.RECORD,
     postprocess.PREDICTIONS,
     postprocess.RECORD,
     "skipped.csv",
@@ -100,6 +109,9 @@ class Arguments:
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split to segment."""
     lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
+    nodules: Path | None = NODULE3D
+    """Of a run for lungs: the run that looks for nodules in them, by default the weights
+    that ship; None looks for none."""
     batch_size: int = 8
     """Tiles of a 2-D network per call."""
     overwrite: bool = False
@@ -127,6 +139,7 @@ def infer(
     scans: Path = Path("work/scans"),
     parts: Sequence[str] = ("validation", "test"),
     lungs: Lungs = USUAL,
+    nodules: Path | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> steps.Report:
@@ -159,7 +172,9 @@ def infer(
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
     warn_of_leaks(tasks, predictions.training_patients)
-    segment = segment_lungs if settings.batches.target == "lung" else segment_nodules
+    segment: Callable[..., Outcome] = segment_nodules
+    if settings.batches.target == "lung":
+        segment = functools.partial(segment_lungs, nodules=nodules)
     done, failures, line = segment(
         tasks,
         exp_dir,
@@ -230,11 +245,12 @@ def segment_lungs(
     result_dir: Path,
     lungs: Lungs,
     *,
+    nodules: Path | None,
     start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
 ) -> Outcome:
-    """Writes lungs and their uncertainty of every scan that has none yet."""
+    """Writes lungs, their uncertainty and their nodules of every scan that has none yet."""
     reach_mm = lungs.labels.snap * runs.seen_mm(settings)
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
@@ -243,8 +259,15 @@ def segment_lungs(
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
         "converged_dice": CONVERGED_DICE if lungs.passes.n == "auto" else None,
+        "nodules": None,
     }
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+    finder = None
+    if nodules is not None:
+        finder = nodule_finder(nodules, lungs)
+        made_by["nodules"] = finder.made_by
+        for weights in finder.weights:
+            warn_of_leaks(tasks, runs.training_patients_of(weights))
     results = Results(
         result_dir,
         lungs.save_as,
@@ -279,8 +302,9 @@ def segment_lungs(
             right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
             verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
         seconds = time.monotonic() - started
-        row = lung_results.row_of(task.scan_id, maps.n, verdict, seconds)
-        results.write(scan, row, maps, labels)
+        row = scan_results.row_of(task.scan_id, maps.n, verdict, seconds)
+        found = finder.find(replace(scan, lung=labels)) if finder else None
+        results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: not to be trusted: %s", task.scan_id, reason)
 
@@ -288,6 +312,9 @@ def segment_lungs(
     done = without_failures(tasks, failures)
     flagged = sum(results.rows[task.scan_id].flag for task in done)
     line = f"lungs of {len(done)} scans, {flagged} of them not to be trusted"
+    if finder:
+        found = sum(results.number_of_nodules(task.scan_id) for task in done)
+        line += f"; {found} nodules"
     stood = len(tasks) - len(missing)
     return done, failures, line + (f" ({stood} were there)" if stood else "")
 
@@ -361,6 +388,23 @@ def nodule_predictor(
         passes = replace(passes, n=1)
     lungs = replace(lungs, passes=passes)
     return passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
+
+
+def nodule_finder(run_dir: Path, lungs: Lungs) -> NoduleFinder:
+    """What looks for nodules in lungs, with outlines by the weights of patches."""
+    if not (run_dir / "config.json").exists():
+        raise FileNotFoundError(
+            f"no weights for nodules in {run_dir}; name a run directory with --nodules, or "
+            "look for none with --nodules None"
+        )
+    return NoduleFinder(
+        run_dir,
+        Path(__file__).parent / NODULE2D,
+        passes=1 if lungs.passes.n in (0, 1) else NODULE_PASSES,
+        seed=lungs.passes.seed,
+        precision=lungs.precision,
+        memory_gb=lungs.memory_gb,
+    )
 
 
 def passes_predictor(

@@ -56,6 +56,14 @@ SHAPES = 64
 SHAPE_MM = (6.0, 30.0)
 SHAPES_SEED = 20110
 
+NODULE_SHAPES = 256
+NODULE_MM = (4.0, 30.0)
+MOST_NODULES = 3
+AT_PLEURA = 0.4
+"""Of the nodules that a network learns to find: how many shapes, their sizes, how many in a
+sample at most, and which share lies at the pleura."""
+HAZY_HU, SOLID_HU = (-650.0, -300.0), (-60.0, 80.0)
+
 TRIES = 12
 """Points drawn for a place in the lung before all its voxels are listed."""
 
@@ -186,20 +194,73 @@ def simulate(
     return result
 
 
+def simulate_nodules(
+    hu: np.ndarray,
+    lung: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    settings: config.Lesions,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
+
+    They have the shapes that LIDC-IDRI's readers drew, and are as often solid, part-solid
+    and ground glass as these said.
+
+    Args:
+        hu: (z, y, x) int16.
+        lung: (z, y, x) uint8, not 0 in the lungs; nothing is drawn without.
+        spacing_mm: (z, y, x).
+        settings: `probability` counts.
+        rng: Decides everything.
+
+    Returns:
+        A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
+    """
+    result, drawn = hu.copy(), np.zeros(hu.shape, bool)
+    if rng.random() >= settings.probability or not lung.any():
+        return result, drawn
+    mask = (lung > 0).view(np.uint8)
+    rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
+    own = lung_in(result, mask, rim, measured_grain(result), spacing_mm, rng)
+    for _ in range(rng.integers(1, MOST_NODULES + 1)):
+        shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM)
+        diameter_mm = shape.diameter_mm * rng.uniform(0.85, 1.15)
+        if rng.random() < AT_PLEURA:
+            depth_mm = diameter_mm * rng.uniform(0.1, 0.5)
+            centre = place_at_pleura(own, rng, depth_mm)
+        else:
+            centre = point_in(own, rng)
+        kind = rng.choice(phantom_nodules.KINDS, p=phantom_nodules.KIND_SHARES)
+        solid_hu, hazy_hu = rng.uniform(*SOLID_HU), rng.uniform(*HAZY_HU)
+        if kind != "solid":
+            box, inside = paint_nodule(own, shape, diameter_mm, centre, hazy_hu)
+            drawn[box] |= inside
+        if kind != "ground-glass":
+            core = 1.0 if kind == "solid" else rng.uniform(0.3, 0.7)
+            box, inside = paint_nodule(own, shape, core * diameter_mm, centre, solid_hu)
+            drawn[box] |= inside
+    drawn &= own.open.view(bool)
+    put(result, own.hu, own.open.view(bool))
+    return result, drawn
+
+
 def checked(
     settings: config.Lesions | None, batches: config.Batches
 ) -> config.Lesions | None:
     """The settings, or None where they ask for no lesions.
 
     Raises:
-        ValueError: If nodules are the target: those simulated would count as background.
+        ValueError: If nodules are the target, and the reference would lack what is drawn:
+            only nodules drawn into volumes are added to it.
     """
     if settings is None or settings.probability == 0:
         return None
-    if batches.target != "lung":
+    nodules = settings.kind == "realistic" and settings.findings == ("nodule",)
+    if batches.target == "nodule" and not (nodules and len(batches.input_px) == 3):
         raise ValueError(
-            f"lesions.probability is {settings.probability} with batches.target="
-            f"{batches.target}, whose reference lacks them; use --lesions.probability 0"
+            f"lesions.probability is {settings.probability} with batches.target=nodule, "
+            "whose reference lacks them; use --lesions.probability 0, or of volumes "
+            "--lesions.findings nodule"
         )
     return settings
 
@@ -730,17 +791,37 @@ def border_mm(lung: Lung) -> float:
 def nodule(lung: Lung, rng: np.random.Generator) -> None:
     """One to four nodules of 6 to 30 mm at the pleura, shaped as LIDC's readers drew."""
     for _ in range(rng.integers(1, 5)):
-        shape = nodule_shape(int(rng.integers(SHAPES)))
+        shape = nodule_shape(int(rng.integers(SHAPES)), SHAPE_MM)
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
         centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
-        half_mm = [0.8 * diameter] * 3
-        box = boxes.near(centre, half_mm, lung.spacing_mm, lung.bounds)
-        hu = rng.uniform(-20, 80)
-        if all(map(span, box)):
-            distance_mm = distances_to(shape, lung, box, centre, diameter)
-            distance_mm *= np.float32(-1 / border_mm(lung))
-            distance_mm += np.float32(0.5)
-            paint(lung, box, np.clip(distance_mm, 0, 1), hu)
+        paint_nodule(lung, shape, diameter, centre, rng.uniform(-20, 80))
+
+
+def paint_nodule(
+    lung: Lung,
+    shape: phantom_nodules.Shape,
+    diameter_mm: float,
+    centre_zyx: Sequence[float],
+    hu: float,
+) -> tuple[Box, np.ndarray]:
+    """Draws a nodule of one density, unless no voxel's middle lies in it.
+
+    Returns:
+        The box it lies in, empty where that is not in the lung's, and its (z, y, x) bool
+        mask there.
+    """
+    half_mm = [0.8 * diameter_mm] * 3
+    box = boxes.near(centre_zyx, half_mm, lung.spacing_mm, lung.bounds)
+    if not all(map(span, box)):
+        return box, np.zeros([span(part) for part in box], bool)
+    distance_mm = distances_to(shape, lung, box, centre_zyx, diameter_mm)
+    inside = distance_mm < 0
+    if not inside.any():
+        return box, inside
+    distance_mm *= np.float32(-1 / border_mm(lung))
+    distance_mm += np.float32(0.5)
+    paint(lung, box, np.clip(distance_mm, 0, 1), hu)
+    return box, inside
 
 
 def distances_to(
@@ -773,10 +854,10 @@ def distances_to(
 
 
 @functools.cache
-def nodule_shape(number: int) -> phantom_nodules.Shape:
-    """One of `SHAPES` shapes, which are the same in every process."""
+def nodule_shape(number: int, size_mm: tuple[float, float]) -> phantom_nodules.Shape:
+    """A shape whose diameter lies in a range; it is the same in every process."""
     rng = np.random.default_rng((SHAPES_SEED, number))
-    diameter = np.exp(rng.uniform(*np.log(SHAPE_MM)))
+    diameter = np.exp(rng.uniform(*np.log(size_mm)))
     return phantom_nodules.draw_shape(rng, float(diameter))
 
 

@@ -8,6 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+DISCLAIMER = "Research code, not a medical device."
+"""Stands wherever a person sees results."""
+
 PACKAGES = (
     "keras",
     "tensorflow",

@@ -154,12 +154,45 @@ class VolumeGenerator(Generator):
         if self.augmentation is None:
             return plain(volume.hu, volume.marks, crop.start, self.batches)
         if self.pathology is not None:
-            lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
-            spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
             own = rng.spawn(1)[0]
-            hu = lesions.simulate(volume.hu, lung, spacing_mm, self.pathology, own)
-            volume = replace(volume, hu=hu)
+            volume, crop = self.with_lesions(volume, crop, self.pathology, own)
         return self.changed(volume, crop, self.augmentation, rng)
+
+    def with_lesions(
+        self,
+        volume: Volume,
+        crop: Crop,
+        pathology: config.Lesions,
+        rng: np.random.Generator,
+    ) -> tuple[Volume, Crop]:
+        """The volume with lesions in it and where the crop lies in it.
+
+        Nodules, if they are the target, are drawn in and around the crop, and added to the
+        reference; the volume is then cut to that.
+        """
+        spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
+        if self.batches.target == "lung":
+            lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
+            hu = lesions.simulate(volume.hu, lung, spacing_mm, pathology, rng)
+            return replace(volume, hu=hu), crop
+        size, full = self.batches.volume_px, volume.hu.shape
+        box, _ = boxes.overlap(crop.start, size, full)
+        room = boxes.widened(box, [length // 2 for length in size], full)
+        hu, marks = volume.hu[room], volume.marks[room].copy()
+        inner = tuple(
+            slice(part.start - around.start, part.stop - around.start)
+            for part, around in zip(box, room, strict=True)
+        )
+        lung = (marks[inner] & augment.LUNG_BIT) > 0
+        changed = hu.copy()
+        changed[inner], drawn = lesions.simulate_nodules(
+            hu[inner], lung.view(np.uint8), spacing_mm, pathology, rng
+        )
+        marks[inner] |= drawn * np.uint8(augment.TARGET_BIT)
+        start = tuple(
+            first - around.start for first, around in zip(crop.start, room, strict=True)
+        )
+        return replace(volume, hu=changed, marks=marks), replace(crop, start=start)
 
     def changed(
         self,

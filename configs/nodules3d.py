@@ -1,7 +1,8 @@
 """Nodules in whole lungs by a 3-D U-Net: what slices cannot tell, a nodule from a vessel.
 
 `nodule3d` is for two cores: 1.5 mm, crops of 64^3 voxels (10 cm). Half of the crops hold a
-nodule, the others lie anywhere in the lungs.
+nodule, the others lie anywhere in the lungs; into half of all, further nodules are drawn
+(`lesions.simulate_nodules`).
 
     CONFIG=nodule3d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
 """
@@ -33,8 +34,8 @@ NODULE3D = replace(
         field_cut=0.0,
         synthesis=0.0,
     ),
-    lesions=Lesions(),
-    model=Model(name="unet3d", filters=8, depth=4, norm="batch"),
+    lesions=Lesions(probability=0.5, findings=("nodule",)),
+    model=Model(name="unet3d", filters=8, depth=4, norm="batch", dropout=0.1),
     train=replace(
         LUNG3D_3MM.train, epochs=40, steps_per_epoch=200, validation_tiles=200
     ),

@@ -31,7 +31,7 @@ for name in "$@"; do
         scans="$WORK/scans"
         if [ "$kind" = ill ]; then scans="$WORK/lungs/ill/scans"; fi
         python infer.py --exp_dir "$WORK/runs/$name" --scans "$scans" --parts test \
-            --result_dir "$WORK/lungs/$kind-$name" --n "$passes" --snap 0
+            --result_dir "$WORK/lungs/$kind-$name" --n "$passes" --snap 0 --nodules None
     done
     well+=("$name=$WORK/lungs/well-$name") ill+=("$name=$WORK/lungs/ill-$name")
 done

@@ -1,6 +1,8 @@
 """Fixtures: scans small enough to reason about by hand."""
 
+import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,10 +147,19 @@ LUNG_RUN = config.Experiment(
 """A run whose network is set by hand; see `set_by_hand`."""
 
 
-def set_by_hand(network):
+NODULE_RUN = replace(
+    LUNG_RUN,
+    table=config.Table(volume_spacing_mm=2.0),
+    batches=replace(LUNG_RUN.batches, target="nodule"),
+    model=replace(LUNG_RUN.model, mask_fraction=0.0, dropout=0.0),
+)
+"""The same for nodules, of 20 HU."""
+
+
+def set_by_hand(network, hu=-850):
     """Makes a unet3d of depth 1 and 2 filters tell lung by a voxel's own value.
 
-    Two channels hold how far the value lies above and below that of -850 HU. With batch
+    Two channels hold how far the value lies above and below that of `hu`. With batch
     normalisation as it starts, the path through the skip connection keeps them, and the
     probability is sigmoid(10 - 50 |difference|): above 0.99 within 45 HU of -850, below
     0.01 from 130 HU on. So borders are lost where voxels are part tissue, and parts of the
@@ -157,7 +168,7 @@ def set_by_hand(network):
     """
     import keras
 
-    lung = (-850 + 370.00039) / 436.59987
+    own = (hu + 370.00039) / 436.59987
     convolutions = [x for x in network.layers if type(x) is keras.layers.Conv3D]
     norms = [
         x for x in network.layers if isinstance(x, keras.layers.BatchNormalization)
@@ -171,7 +182,7 @@ def set_by_hand(network):
         layer.kernel.assign(kernel)
 
     set_kernel(first, {(0, 0): 1, (0, 1): -1})
-    norms[0].beta.assign([-lung, lung])
+    norms[0].beta.assign([-own, own])
     set_kernel(second, {(0, 0): 1, (1, 1): 1})
     set_kernel(joined, {(2, 0): 1, (3, 1): 1})  # after those of the lower level
     set_kernel(last, {(0, 0): 1, (1, 1): 1})
@@ -198,11 +209,18 @@ def make_lung_run():
         shape = (*experiment.batches.input_px, 1)
         network = build_model(experiment.model, shape, 2)
         if by_hand:
-            set_by_hand(network)
+            of_nodules = experiment.batches.target == "nodule"
+            set_by_hand(network, 20 if of_nodules else -850)
         network.save_weights(folder / "best.weights.h5")
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_nodule_run(make_lung_run):
+    """make_nodule_run(folder): the same for nodules; what is near 20 HU is one."""
+    return functools.partial(make_lung_run, experiment=NODULE_RUN)
 
 
 @pytest.fixture(scope="session")

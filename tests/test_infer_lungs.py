@@ -48,7 +48,9 @@ def write_list(path, rows):
 
 
 def run_main(*argv):
-    """The exit code of the command."""
+    """The exit code of the command; it looks for no nodules unless they are spoken of."""
+    if "--nodules" not in argv:
+        argv = (*argv, "--nodules", None)
     with pytest.raises(SystemExit) as ended:
         infer.main([str(word) for word in argv])
     return ended.value.code
@@ -61,6 +63,19 @@ def rows_of(folder):
 
 def read(path):
     return np.asarray(nibabel.load(path).dataobj)
+
+
+@pytest.fixture(scope="module")
+def nodule_run(make_nodule_run, tmp_path_factory):
+    return make_nodule_run(tmp_path_factory.mktemp("runs") / "nodules")
+
+
+@pytest.fixture(scope="module")
+def ill_volume(volume):
+    """`volume` with a ball of soft tissue, 20 mm wide, in the right lung."""
+    x, y, z = np.ogrid[tuple(slice(n) for n in volume.shape)]
+    apart_mm2 = ((x - 32) * 3) ** 2 + ((y - 47) * 3) ** 2 + ((z - 16) * 5) ** 2
+    return np.where(apart_mm2 <= 10**2, 20, volume).astype(volume.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -504,3 +519,67 @@ def test_a_call_that_is_killed_has_said_whose_results_these_are(
     record = json.loads((tmp_path / "OUT/predictions.json").read_text())
     assert len(record["weights_sha256"]) == 64
     assert record["scans"] == {}
+
+
+def nodules_of(folder):
+    with (folder / "nodules.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_nodules_are_found_in_the_lungs_measured_and_drawn(
+    run, nodule_run, ill_volume, volume, tmp_path
+):
+    rows = [
+        ("ill", save(tmp_path / "ill.nii.gz", ill_volume)),
+        ("well", save(tmp_path / "well.nii.gz", volume)),
+    ]
+    listed = write_list(tmp_path / "scans.csv", rows)
+    options = ("--exp_dir", run, "--n", 1, "--min_volume_mm3", 60_000)
+    out = tmp_path / "OUT"
+    command = ("--csv_file", listed, "--result_dir", out, *options)
+    assert run_main(*command, "--nodules", nodule_run) == 0
+    (nodule,) = nodules_of(out)
+    assert (nodule["case_id"], nodule["nodule_id"]) == ("ill", "1")
+    assert nodule["side"] == "right"
+    assert float(nodule["long_axis_mm"]) == pytest.approx(20, abs=5)
+    place = [float(nodule[f"{axis}_source"]) for axis in "ijk"]
+    assert place == pytest.approx([32, 47, 16], abs=0.7)
+    image = nibabel.load(out / "ill/nodules.nii.gz")
+    assert np.allclose(image.affine, AFFINE)
+    labels = np.asarray(image.dataobj)
+    assert labels[32, 47, 16] == 1
+    assert np.count_nonzero(labels) == pytest.approx(
+        float(nodule["volume_mm3"]) / 45, abs=0.5
+    )
+    assert not read(out / "well/nodules.nii.gz").any()
+    for pid in ("ill", "well"):
+        picture = cv2.imread(str(out / pid / "overview.png"))
+        assert picture.std() > 20
+    record = json.loads((out / "lungs.json").read_text())
+    assert len(record["nodules"]["weights_sha256"]) == 2
+    # Without nodules these are other results.
+    assert run_main(*command, "--nodules", None) == 1
+    assert run_main(*command, "--nodules", None, "--overwrite") == 0
+    assert not (out / "nodules.csv").exists()
+    assert {file.name for file in (out / "ill").iterdir()} == {
+        *("mask.nii.gz", "mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"),
+    }
+
+
+def test_numpy_holds_nodules_too(run, nodule_run, ill_volume, tmp_path):
+    lungs = replace(WITHOUT_SKIN, save_as="numpy")
+    source = save(tmp_path / "ill.nii.gz", ill_volume)
+    out = tmp_path / "OUT"
+    infer.infer(run, out, input=source, lungs=lungs, nodules=nodule_run)
+    with np.load(out / "ill.npz") as arrays:
+        labels = arrays["nodules"]
+    # x rises to the right, y to the front.
+    full = ill_volume.shape
+    assert labels[full[0] - 1 - 32, full[1] - 1 - 47, 16] == 1
+    assert len(nodules_of(out)) == 1
+
+
+def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):
+    source = save(tmp_path / "chest.nii.gz", volume)
+    with pytest.raises(FileNotFoundError, match="--nodules None"):
+        infer.infer(run, tmp_path / "OUT", input=source, nodules=tmp_path / "absent")

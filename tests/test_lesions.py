@@ -5,6 +5,7 @@ import math
 import cv2
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import config
 import lesions
@@ -193,6 +194,42 @@ def test_nodules_lie_at_the_border_of_the_lung():
         touching += [(border[0] & mask).any() for mask in masks if mask.sum() > 9]
     assert len(touching) > 15
     assert np.mean(touching) > 0.9
+
+
+def nodules(hu, lung, seed, probability=1.0):
+    settings = config.Lesions(probability=probability, findings=("nodule",))
+    rng = np.random.default_rng(seed)
+    return lesions.simulate_nodules(hu, lung, SPACING_MM, settings, rng)
+
+
+def test_nodules_that_shall_be_found_are_where_their_mask_says():
+    hu, lung = chest(12)
+    before, raised, sizes = hu.copy(), [], []
+    for seed in range(12):
+        after, drawn = nodules(hu, lung, seed)
+        np.testing.assert_array_equal(after, nodules(hu, lung, seed)[0])
+        # Their border is soft.
+        near = ndimage.binary_dilation(drawn, np.ones((3, 5, 5)))
+        assert not ((after != hu) & ~near).any()
+        assert not (drawn & ~near_lung((lung > 0).astype(np.uint8), 2)).any()
+        inside = drawn & (lung > 0)
+        if inside.sum() > 20:
+            raised.append(float(np.mean(after[inside] - hu[inside].astype(float))))
+            sizes.append(int(drawn.sum()))
+    np.testing.assert_array_equal(hu, before)
+    assert len(raised) > 8
+    assert min(raised) > 100
+    assert np.median(raised) > 500
+    assert max(sizes) > 4 * min(sizes)
+
+
+def test_nodules_that_shall_be_found_are_drawn_as_often_as_asked_and_in_lungs_only():
+    hu, lung = chest()
+    share = np.mean([nodules(hu, lung, seed, 0.3)[1].any() for seed in range(60)])
+    assert 0.1 < share < 0.5
+    after, drawn = nodules(hu, 0 * lung, 0)
+    np.testing.assert_array_equal(after, hu)
+    assert not drawn.any()
 
 
 def test_circles_are_seven_to_nine_with_centres_in_the_boxes_of_both_lungs():

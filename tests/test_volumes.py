@@ -387,3 +387,22 @@ def test_lesions_change_hu_and_nothing_else(table):
 def test_lesions_are_refused_where_nodules_are_the_target(table):
     with pytest.raises(ValueError, match=r"batches\.target=\s*nodule"):
         training(table, NODULES, pathology=config.Lesions(probability=1.0))
+
+
+def test_nodules_drawn_into_volumes_are_in_the_reference(table):
+    still = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
+    near = replace(NODULES, input_px=(24, 32, 32), batch_size=5, nodule_fraction=0.0)
+    pathology = config.Lesions(probability=1.0, findings=("nodule",))
+    plain, drawn = (
+        training(table, near, still, pathology=settings)[0]
+        for settings in (None, pathology)
+    )
+    added = drawn[1][..., 1] > plain[1][..., 1]
+    assert added.any()
+    # What was there stays, and where nodules were added the image is brighter.
+    assert not (drawn[1][..., 1] < plain[1][..., 1]).any()
+    change = drawn[0][..., 0] - plain[0][..., 0]
+    assert change[added].mean() > 0.1
+    near = ndimage.binary_dilation(drawn[1][..., 1], np.ones((1, 3, 5, 5)))
+    # Their border is soft, so that a few voxels lie farther.
+    assert np.count_nonzero(change[~near]) < 0.02 * np.count_nonzero(added)

@@ -19,12 +19,12 @@ import tyro
 
 import config
 import files
-import lung_results
 import resample
+import scan_results
 import steps
 from geometry import Grid
-from lung_results import Row
 from scan import LEFT, RIGHT
+from scan_results import Row
 from volume_io import check_same_grid, read_volume
 
 SMOOTHING = 0.8
@@ -155,8 +155,8 @@ def read_lungs(folder: Path) -> tuple[Row, np.ndarray, np.ndarray, Grid]:
                 f"{folder}: no {name} (found {found or 'nothing'}); run infer.py with a run "
                 "for lungs and --save_as nifti --overwrite"
             )
-    table = folder.parent / lung_results.TABLE
-    rows = {row.pid: row for row in lung_results.read_table(table)}
+    table = folder.parent / scan_results.TABLE
+    rows = {row.pid: row for row in scan_results.read_table(table)}
     if pid not in rows:
         raise ValueError(
             f"{table}: no row of {pid}, so nothing says whether its lungs can be trusted; "

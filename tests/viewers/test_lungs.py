@@ -5,10 +5,10 @@ import nibabel
 import numpy as np
 import pytest
 
-import lung_results
+import scan_results
 from geometry import Grid
-from lung_results import Row
 from scan import LEFT, RIGHT
+from scan_results import Row
 from tests.conftest import canonical_grid
 from viewers import lungs
 from volume_io import write_volume
@@ -81,7 +81,7 @@ def folder(scan, tmp_path):
     std = np.where(np.arange(64) < 32, 0.1, 0.3) * np.ones(scan.hu.shape)
     write_volume(tmp_path / "scan-1/mask.nii.gz", scan.lung, grid, source)
     write_volume(tmp_path / "scan-1/std.nii.gz", std, grid, source)
-    lung_results.write_table(tmp_path / "lungs.csv", [ROW])
+    scan_results.write_table(tmp_path / "lungs.csv", [ROW])
     return tmp_path / "scan-1"
 
 
@@ -150,7 +150,7 @@ def test_the_page_loads_nothing_and_says_what_it_shows(folder, capsys):
     assert "Flag 0" in found.text
     assert "Research code, not a medical device." in found.text
     assert "standard deviation of the probability of lung" in page
-    assert {file.name for file in folder.iterdir()} <= lung_results.MAPS
+    assert {file.name for file in folder.iterdir()} <= scan_results.MAPS
 
 
 def test_a_reason_is_shown_as_text_whatever_it_holds(folder):
@@ -177,7 +177,7 @@ def test_what_is_missing_is_named_with_what_to_do(folder):
 
 
 def test_results_without_a_verdict_are_refused(folder):
-    lung_results.write_table(folder.parent / "lungs.csv", [replace(ROW, pid="other")])
+    scan_results.write_table(folder.parent / "lungs.csv", [replace(ROW, pid="other")])
     with pytest.raises(
         ValueError, match=r"lungs.csv: no row of scan-1.*infer.py again"
     ):

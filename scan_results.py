@@ -1,4 +1,4 @@
-"""What infer.py writes of a scan's lungs: maps, labels, and a row of lungs.csv."""
+"""What infer.py writes of a scan: maps and labels of its lungs, nodules, rows of tables."""
 
 import csv
 import json
@@ -7,18 +7,26 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
 import files
+import overview
 import provenance
 from geometry import Grid
+from nodule_finder import Found
+from nodules import NODULE_COLUMNS, nodule_row
+from postprocess import write_rows
 from scan import Scan
 from volume_io import write_volume
 
 SaveAs = Literal["nifti", "numpy", "nifti-labels"]
 
-TABLE, RECORD = "lungs.csv", "lungs.json"
-MAPS = {"mask.nii.gz", "mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
+TABLE, NODULES, RECORD = "lungs.csv", "nodules.csv", "lungs.json"
+MAPS = {
+    *("mask.nii.gz", "mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"),
+    *("nodules.nii.gz", "overview.png"),
+}
 """What is written into the folder of a scan."""
 FORMAT_VERSION = 1
 """Of lungs.json."""
@@ -78,6 +86,7 @@ class Results:
         if not path.exists():
             files.write_json(path, made_by | {"provenance": provenance.record()})
         self.rows = {row.pid: row for row in read_table(folder / TABLE)}
+        self.nodules = read_nodules(folder / NODULES)
 
     def path(self, pid: str) -> Path:
         """What is written of a scan: a folder, or a file with numpy."""
@@ -102,7 +111,17 @@ class Results:
             "another --result_dir"
         )
 
-    def write(self, scan: Scan, row: Row, maps: Any, labels: np.ndarray) -> None:
+    def number_of_nodules(self, pid: str) -> int:
+        return len(self.nodules.get(pid, ()))
+
+    def write(
+        self,
+        scan: Scan,
+        row: Row,
+        maps: Any,
+        labels: np.ndarray,
+        found: Found | None = None,
+    ) -> None:
         """Writes a scan's results whole or not at all, and lists it.
 
         Args:
@@ -110,12 +129,17 @@ class Results:
             row: Its line of lungs.csv.
             maps: With `mean`, `std` and `mutual_information`, (z, y, x) float32.
             labels: (z, y, x) uint8 lung labels.
+            found: Its nodules; None where none were looked for.
         """
         with files.written_whole(self.path(scan.scan_id)) as partial:
             if self.save_as == "numpy":
-                write_arrays(partial, maps, labels, scan.grid)
+                write_arrays(partial, maps, labels, scan.grid, found)
             else:
-                write_niftis(partial, maps, labels, scan, self.save_as)
+                write_niftis(partial, maps, labels, scan, self.save_as, found)
+        if found is not None:
+            self.nodules[row.pid] = [nodule_row(n, scan) for n in found.nodules]
+            write_nodules(self.folder, self.nodules)
+        # Last: it marks the scan as done.
         self.rows[row.pid] = row
         write_table(self.folder / TABLE, list(self.rows.values()))
 
@@ -150,16 +174,25 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
         if (folder / row.pid).is_dir() and not any((folder / row.pid).iterdir()):
             (folder / row.pid).rmdir()
     if pids is None:
-        files.remove(folder / TABLE)
-        files.remove(folder / RECORD)
-    else:
-        write_table(folder / TABLE, kept)
+        for name in (TABLE, NODULES, RECORD):
+            files.remove(folder / name)
+        return
+    write_table(folder / TABLE, kept)
+    if (folder / NODULES).exists():
+        rows = read_nodules(folder / NODULES)
+        left = {pid: some for pid, some in rows.items() if pid not in pids}
+        write_nodules(folder, left)
 
 
 def write_niftis(
-    folder: Path, maps: Any, labels: np.ndarray, scan: Scan, save_as: SaveAs
+    folder: Path,
+    maps: Any,
+    labels: np.ndarray,
+    scan: Scan,
+    save_as: SaveAs,
+    found: Found | None,
 ) -> None:
-    """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
+    """Writes mask.nii.gz and, unless only labels are asked for, the maps; and nodules."""
 
     def write(name: str, values: np.ndarray) -> None:
         write_volume(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
@@ -169,10 +202,20 @@ def write_niftis(
         write("mean", maps.mean)
         write("std", maps.std)
         write("uncertainty", maps.mutual_information)
+    if found is not None:
+        write("nodules", found.labels)
+        picture = overview.draw(scan, labels, found.labels, found.nodules)
+        cv2.imwrite(str(folder / "overview.png"), picture)
 
 
-def write_arrays(path: Path, maps: Any, labels: np.ndarray, grid: Grid) -> None:
-    """Writes one .npz with the maps, the mask and their affine, (x, y, z) in RAS order."""
+def write_arrays(
+    path: Path, maps: Any, labels: np.ndarray, grid: Grid, found: Found | None
+) -> None:
+    """Writes one .npz with the maps, the mask and their affine, (x, y, z) in RAS order.
+
+    And nodules, if they were looked for.
+    """
+    nodules = {} if found is None else {"nodules": to_ras(found.labels)}
     np.savez_compressed(
         path,
         allow_pickle=False,
@@ -181,6 +224,7 @@ def write_arrays(path: Path, maps: Any, labels: np.ndarray, grid: Grid) -> None:
         uncertainty=to_ras(maps.mutual_information),
         mask=to_ras(labels),
         affine=ras_affine(grid),
+        **nodules,
     )
 
 
@@ -232,6 +276,23 @@ def write_table(path: Path, rows: list[Row]) -> None:
         table = csv.writer(file)
         table.writerow(Row.__dataclass_fields__)
         table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
+
+
+def read_nodules(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of nodules.csv by scan; none if there is no such file."""
+    if not path.exists():
+        return {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(row["case_id"], []).append(row)
+    return rows
+
+
+def write_nodules(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes nodules.csv, sorted by scan."""
+    some = [row for pid in sorted(rows) for row in rows[pid]]
+    write_rows(some, NODULE_COLUMNS, folder / NODULES)
 
 
 def row_of(pid: str, n: int, verdict: Any, seconds: float) -> Row:

@@ -1,0 +1,130 @@
+"""One picture of a scan: its lungs from the front and from below, and each nodule enlarged."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+import boxes
+from nodules import FoundNodule
+from provenance import DISCLAIMER
+from scan import LEFT, RIGHT, Scan
+
+SIDE_PX = 360
+"""Of a tile of the picture."""
+CAPTION_PX = 22
+COLUMNS = 4
+MOST_NODULES = 10
+"""Nodules that are enlarged; those of highest score."""
+NEAR_MM = 70.0
+"""Side of what is shown around a nodule, if it is no larger."""
+LUNG_WINDOW_HU = (-1200.0, 400.0)
+
+RIGHT_BGR, LEFT_BGR, NODULE_BGR = (230, 180, 60), (80, 200, 80), (60, 90, 255)
+WHITE_BGR = (255, 255, 255)
+
+
+def draw(
+    scan: Scan,
+    lung: np.ndarray,
+    labels: np.ndarray,
+    nodules: Sequence[FoundNodule],
+) -> np.ndarray:
+    """The picture, (y, x, 3) uint8 in OpenCV's order of channels.
+
+    Args:
+        scan: HU and spacing.
+        lung: (z, y, x) uint8, 1 right and 2 left.
+        labels: (z, y, x), 0 or the number of the nodule.
+        nodules: One for each label.
+    """
+    tiles = [from_the_front(scan, lung, labels), from_below(scan, lung, labels)]
+    tiles += [enlarged(scan, lung, labels, n) for n in nodules[:MOST_NODULES]]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % min(COLUMNS, len(tiles)))
+    columns = min(COLUMNS, len(tiles))
+    lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    shown = min(len(nodules), MOST_NODULES)
+    text = f"{scan.scan_id}: {len(nodules)} nodules"
+    if shown < len(nodules):
+        text += f", {shown} of them enlarged"
+    strips = [caption(part, lines[0].shape[1]) for part in (text, DISCLAIMER)]
+    return np.vstack([*strips, *lines])
+
+
+def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The coronal plane with most lung; nodules of all planes are drawn into it."""
+    y = int((lung > 0).sum(axis=(0, 2)).argmax())
+    found = labels.max(axis=1)
+    spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
+    picture = outlined_plane(scan.hu[::-1, y], lung[::-1, y], found[::-1], spacing_mm)
+    return tile(picture, "from the front; right lung blue, left green, nodules red")
+
+
+def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The axial slice with most lung."""
+    z = int((lung > 0).sum(axis=(1, 2)).argmax())
+    picture = outlined_plane(scan.hu[z], lung[z], labels[z], scan.spacing_mm[1:])
+    return tile(picture, f"slice {z}")
+
+
+def enlarged(
+    scan: Scan, lung: np.ndarray, labels: np.ndarray, nodule: FoundNodule
+) -> np.ndarray:
+    """What surrounds a nodule in the slice that holds most of it."""
+    own = labels == nodule.nodule_id
+    z = int(own.sum(axis=(1, 2)).argmax())
+    box = boxes.around(own[z])
+    middle = boxes.centre(box) if box else nodule.centre_zyx[1:]
+    side_mm = max(NEAR_MM, 1.5 * nodule.long_axis_mm)
+    near = boxes.near(
+        middle, [side_mm / 2] * 2, scan.spacing_mm[1:], boxes.whole(own.shape[1:])
+    )
+    planes = (scan.hu[z][near], lung[z][near], labels[z][near])
+    picture = outlined_plane(*planes, scan.spacing_mm[1:])
+    text = (
+        f"{nodule.nodule_id}: {nodule.long_axis_mm:.0f} x {nodule.short_axis_mm:.0f} mm, "
+        f"{nodule.volume_mm3:.0f} mm3, score {nodule.score:.2f}, slice {z}"
+    )
+    return tile(picture, text)
+
+
+def outlined_plane(
+    hu: np.ndarray,
+    lung: np.ndarray,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+) -> np.ndarray:
+    """(y, x, 3) uint8 of square pixels, at most `SIDE_PX` to a side, with outlines."""
+    size_mm = [n * step for n, step in zip(hu.shape, spacing_mm, strict=True)]
+    scale = SIDE_PX / max(size_mm)
+    size_xy = tuple(max(round(length * scale), 1) for length in size_mm[::-1])
+    low, high = LUNG_WINDOW_HU
+    grey = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1) * 255
+    grey = cv2.resize(grey.astype(np.uint8), size_xy)
+    picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    found = (labels > 0, NODULE_BGR)
+    for mask, colour in ((lung == RIGHT, RIGHT_BGR), (lung == LEFT, LEFT_BGR), found):
+        large = cv2.resize(
+            mask.astype(np.uint8), size_xy, interpolation=cv2.INTER_NEAREST
+        )
+        picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = colour
+    return picture
+
+
+def tile(picture: np.ndarray, text: str) -> np.ndarray:
+    """A picture in the middle of a black square, and a line of text below it."""
+    square = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)
+    height, width = picture.shape[:2]
+    y, x = (SIDE_PX - height) // 2, (SIDE_PX - width) // 2
+    square[y : y + height, x : x + width] = picture
+    return np.vstack([square, caption(text, SIDE_PX)])
+
+
+def caption(text: str, width: int) -> np.ndarray:
+    """A line of white text on black."""
+    strip = np.zeros((CAPTION_PX, width, 3), np.uint8)
+    place = (6, CAPTION_PX - 7)
+    cv2.putText(
+        strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, WHITE_BGR, 1, cv2.LINE_AA
+    )
+    return strip

@@ -1,0 +1,66 @@
+"""The picture of a scan: what is outlined where, and that it says what it is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import overview
+from nodules import measure_nodules
+from tests.conftest import tiny_scan
+
+
+def drawn(scan, labels):
+    count = int(labels.max())
+    chances = np.full((count, 2), 0.9)
+    nodules = measure_nodules(labels, chances, scan.grid, lung=scan.lung, hu=scan.hu)
+    return overview.draw(scan, scan.lung, labels, nodules)
+
+
+def pixels_of(picture, colour):
+    return int((picture == colour).all(-1).sum())
+
+
+def test_lungs_and_nodules_are_outlined_each_in_its_colour():
+    scan = tiny_scan()
+    picture = drawn(scan, scan.nodule_labels)
+    for colour in (overview.RIGHT_BGR, overview.LEFT_BGR, overview.NODULE_BGR):
+        assert pixels_of(picture, colour) > 100
+    tile = overview.SIDE_PX + overview.CAPTION_PX
+    assert picture.shape == (2 * overview.CAPTION_PX + tile, 4 * overview.SIDE_PX, 3)
+    # The right lung is on the left, as when one faces the patient.
+    front = picture[: overview.SIDE_PX, : overview.SIDE_PX]
+    right, left = (
+        np.argwhere((front == colour).all(-1))[:, 1].mean()
+        for colour in (overview.RIGHT_BGR, overview.LEFT_BGR)
+    )
+    assert right < left
+
+
+def test_the_head_is_up():
+    scan = tiny_scan()
+    labels = np.zeros_like(scan.nodule_labels)
+    labels[18:20, 30:34, 16:20] = 1
+    front = drawn(scan, labels)[2 * overview.CAPTION_PX :, : overview.SIDE_PX]
+    rows = np.argwhere((front == overview.NODULE_BGR).all(-1))[:, 0]
+    assert rows.max() < overview.SIDE_PX / 2
+
+
+@pytest.mark.parametrize("lungs", [True, False])
+def test_without_nodules_or_lungs_there_is_still_a_picture(lungs):
+    scan = tiny_scan()
+    if not lungs:
+        scan = replace(scan, lung=np.zeros_like(scan.lung))
+    picture = drawn(scan, np.zeros_like(scan.nodule_labels))
+    assert picture.shape[1] == 2 * overview.SIDE_PX
+    assert pixels_of(picture, overview.NODULE_BGR) == 0
+
+
+def test_more_nodules_than_fit_are_counted_and_the_first_are_shown():
+    scan = tiny_scan()
+    labels = np.zeros_like(scan.nodule_labels)
+    for number in range(1, 16):
+        labels[10, 20 + 2 * number, 20] = number
+    picture = drawn(scan, labels)
+    tile = overview.SIDE_PX + overview.CAPTION_PX
+    assert picture.shape[0] == 2 * overview.CAPTION_PX + 3 * tile

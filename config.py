@@ -252,8 +252,10 @@ VOLUME_CHANGES = (
 
 @dataclass(frozen=True)
 class Lesions:
-    """Pathology simulated in training samples: in lungs it belongs to the lung; of volumes
-    whose target is nodules, nodules alone are drawn and added to the reference.
+    """Pathology simulated in training samples.
+
+    In lungs it belongs to the lung; of volumes whose target is nodules, nodules alone are
+    drawn, and added to the reference.
     """
 
     probability: float = 0.0

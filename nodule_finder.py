@@ -171,9 +171,8 @@ def outlined(hu: np.ndarray, labels: np.ndarray, seeded: PatchPredictor) -> np.n
         free = result[z][inside] == 0
         result[z][inside][free & outline[covered]] = label
     # What others cover whole stays as it was found.
-    covered_labels = np.setdiff1d(labels, result)
-    result = np.where(np.isin(labels, covered_labels), labels, result)
-    return result
+    lost = np.setdiff1d(labels, result)
+    return np.where(np.isin(labels, lost), labels, result)
 
 
 def seed_start(mask: np.ndarray, size: tuple[int, int]) -> tuple[int, ...]:

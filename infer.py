@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -56,7 +56,10 @@ NODULE3D = Path(__file__).parent / "weights/nodule3d"
 """The run that looks for nodules in lungs if none is named."""
 
 NODULE2D = Path("weights/nodule2d")
-"""The weights of `segment_patches`, and of outlines of nodules in whole scans."""
+"""The weights of `segment_patches`."""
+
+OUTLINES = Path(__file__).parent / NODULE2D
+"""The seeded run that outlines nodules in whole scans."""
 
 NODULE_PASSES = 8
 """Passes for nodules in whole scans, unless one look is asked for."""
@@ -171,10 +174,13 @@ def infer(
     tasks, misnamed = without_own_names(tasks)
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
-    warn_of_leaks(tasks, predictions.training_patients)
+    seen = {*predictions.training_patients}
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
         segment = functools.partial(segment_lungs, nodules=nodules)
+        for run_dir in () if nodules is None else (nodules, OUTLINES):
+            seen |= {*runs.training_patients_of(run_dir / "best.weights.h5")}
+    warn_of_leaks(tasks, seen)
     done, failures, line = segment(
         tasks,
         exp_dir,
@@ -266,8 +272,6 @@ def segment_lungs(
     if nodules is not None:
         finder = nodule_finder(nodules, lungs)
         made_by["nodules"] = finder.made_by
-        for weights in finder.weights:
-            warn_of_leaks(tasks, runs.training_patients_of(weights))
     results = Results(
         result_dir,
         lungs.save_as,
@@ -399,7 +403,7 @@ def nodule_finder(run_dir: Path, lungs: Lungs) -> NoduleFinder:
         )
     return NoduleFinder(
         run_dir,
-        Path(__file__).parent / NODULE2D,
+        OUTLINES,
         passes=1 if lungs.passes.n in (0, 1) else NODULE_PASSES,
         seed=lungs.passes.seed,
         precision=lungs.precision,
@@ -614,8 +618,7 @@ def write_predictions(
     replace(predictions, scans=scans).write(result_dir)
 
 
-def warn_of_leaks(tasks: Sequence[Task], training_patients: Sequence[str]) -> None:
-    known = set(training_patients)
+def warn_of_leaks(tasks: Sequence[Task], known: Collection[str]) -> None:
     for task in tasks:
         if task.patient_id in known:
             log.warning(

@@ -7,7 +7,6 @@ What slices cannot tell, a nodule from a vessel, the 3-D network knows; what thr
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -55,7 +54,7 @@ class NoduleFinder:
         memory_gb: As for `VolumePredictor`.
 
     Attributes:
-        weights: Files of the networks.
+        made_by: What decides the result, JSON-ready.
 
     Raises:
         FileNotFoundError: If a run is missing.
@@ -88,16 +87,12 @@ class NoduleFinder:
             memory_gb=memory_gb,
         )
         self.seeded: PatchPredictor | None = None
-        self.weights = [run_dir / "best.weights.h5"]
+        weights = [run_dir / "best.weights.h5"]
         if seeded_dir is not None:
             self.seeded = PatchPredictor(seeded_dir, runs.read_settings(seeded_dir))
-            self.weights.append(seeded_dir / "best.weights.h5")
-
-    @property
-    def made_by(self) -> dict[str, Any]:
-        """What decides the result, JSON-ready."""
-        return {
-            "weights_sha256": [files.sha256(path) for path in self.weights],
+            weights.append(seeded_dir / "best.weights.h5")
+        self.made_by = {
+            "weights_sha256": [files.sha256(path) for path in weights],
             "passes": self.passes,
             "settings": config.to_json(self.settings),
         }

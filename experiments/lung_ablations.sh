@@ -4,7 +4,8 @@
 #   bash experiments/lung_ablations.sh lung2d-small-{p0,p06,p08,p09}
 #   N=20 bash experiments/lung_ablations.sh lung3d-3mm lung3d-{nomask,mask30,dropout}
 # Step 1 must have run. TRUTH holds the scan files whose lungs are known; they are trained on.
-# SPLIT names a split made before.
+# SPLIT names a split made before; TRAIN holds more options of train.py, such as
+# TRAIN="--train.epochs 2 --train.steps_per_epoch 20" to try the script.
 CONFIG=${1:?name one or more experiments for lungs}
 if [ -n "${SPLIT:-}" ]; then SPLIT=$(realpath "$SPLIT"); fi
 if [ -n "${TRUTH:-}" ]; then TRUTH=$(realpath "$TRUTH"); fi
@@ -22,7 +23,7 @@ python -m experiments.lesioned_scans --truth "$TRUTH" --out "$WORK/lungs/ill" \
 well=("classical=$WORK/scans") ill=("classical=$WORK/lungs/ill/scans")
 for name in "$@"; do
     python train.py "$name" --table "$table" --split "$split" --runs "$WORK/runs" \
-        --name "$name" --workers "$WORKERS"
+        --name "$name" --workers "$WORKERS" ${TRAIN:-}
     settings="$WORK/runs/$name/config.json" passes=$N
     if grep -q '"mask_fraction": 0.0' "$settings" && grep -q '"dropout": 0.0' "$settings"; then
         passes=1                   # all would be the same

@@ -200,6 +200,8 @@ def simulate_nodules(
     spacing_mm: tuple[float, float, float],
     settings: config.Lesions,
     rng: np.random.Generator,
+    *,
+    seen: Callable[[tuple[float, ...]], bool] = lambda _: True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
 
@@ -212,6 +214,7 @@ def simulate_nodules(
         spacing_mm: (z, y, x).
         settings: `probability` counts.
         rng: Decides everything.
+        seen: Whether the middle of a nodule may lie at a place (z, y, x).
 
     Returns:
         A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
@@ -225,23 +228,43 @@ def simulate_nodules(
     for _ in range(rng.integers(1, MOST_NODULES + 1)):
         shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM)
         diameter_mm = shape.diameter_mm * rng.uniform(0.85, 1.15)
-        if rng.random() < AT_PLEURA:
-            depth_mm = diameter_mm * rng.uniform(0.1, 0.5)
-            centre = place_at_pleura(own, rng, depth_mm)
-        else:
-            centre = point_in(own, rng)
+        centre = nodule_centre(own, diameter_mm, rng, seen)
         kind = rng.choice(phantom_nodules.KINDS, p=phantom_nodules.KIND_SHARES)
         solid_hu, hazy_hu = rng.uniform(*SOLID_HU), rng.uniform(*HAZY_HU)
+        core = 1.0 if kind == "solid" else rng.uniform(0.3, 0.7)
+        if centre is None:
+            continue
+        parts = []
         if kind != "solid":
-            box, inside = paint_nodule(own, shape, diameter_mm, centre, hazy_hu)
-            drawn[box] |= inside
+            parts.append((diameter_mm, hazy_hu, False))
         if kind != "ground-glass":
-            core = 1.0 if kind == "solid" else rng.uniform(0.3, 0.7)
-            box, inside = paint_nodule(own, shape, core * diameter_mm, centre, solid_hu)
+            parts.append((core * diameter_mm, solid_hu, True))
+        for size_mm, density_hu, hides in parts:
+            box, inside = paint_nodule(
+                own, shape, size_mm, centre, density_hu, hides=hides
+            )
             drawn[box] |= inside
     drawn &= own.open.view(bool)
     put(result, own.hu, own.open.view(bool))
     return result, drawn
+
+
+def nodule_centre(
+    lung: Lung,
+    diameter_mm: float,
+    rng: np.random.Generator,
+    seen: Callable[[tuple[float, ...]], bool],
+) -> tuple[float, ...] | None:
+    """Where a nodule may be drawn, at the pleura or anywhere; None if none was found."""
+    at_pleura = rng.random() < AT_PLEURA
+    inwards_mm = diameter_mm * rng.uniform(0.1, 0.5)
+    for _ in range(TRIES):
+        centre: tuple[float, ...] = (
+            place_at_pleura(lung, rng, inwards_mm) if at_pleura else point_in(lung, rng)
+        )
+        if seen(centre):
+            return centre
+    return None
 
 
 def checked(
@@ -803,6 +826,8 @@ def paint_nodule(
     diameter_mm: float,
     centre_zyx: Sequence[float],
     hu: float,
+    *,
+    hides: bool = True,
 ) -> tuple[Box, np.ndarray]:
     """Draws a nodule of one density, unless no voxel's middle lies in it.
 
@@ -820,7 +845,7 @@ def paint_nodule(
         return box, inside
     distance_mm *= np.float32(-1 / border_mm(lung))
     distance_mm += np.float32(0.5)
-    paint(lung, box, np.clip(distance_mm, 0, 1), hu)
+    paint(lung, box, np.clip(distance_mm, 0, 1), hu, hides=hides)
     return box, inside
 
 

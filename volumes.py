@@ -4,6 +4,7 @@ The volumes are those that table.py stores with `table.volume_spacing_mm`; `inpu
 `config.Batches` is then (z, y, x). `data_generator.py` draws them and hands them to Keras.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -153,57 +154,59 @@ class VolumeGenerator(Generator):
         crop = self.crop(volume, rng)
         if self.augmentation is None:
             return plain(volume.hu, volume.marks, crop.start, self.batches)
+        size = self.batches.volume_px
+        warp = augment_volume.draw_warp(self.augmentation, crop, size, rng)
         if self.pathology is not None:
-            own = rng.spawn(1)[0]
-            volume, crop = self.with_lesions(volume, crop, self.pathology, own)
-        return self.changed(volume, crop, self.augmentation, rng)
+            volume = self.with_lesions(volume, warp, self.pathology, rng.spawn(1)[0])
+        return self.changed(volume, warp, self.augmentation, rng)
 
     def with_lesions(
         self,
         volume: Volume,
-        crop: Crop,
+        warp: augment_volume.Warp,
         pathology: config.Lesions,
         rng: np.random.Generator,
-    ) -> tuple[Volume, Crop]:
-        """The volume with lesions in it and where the crop lies in it.
+    ) -> Volume:
+        """The volume with lesions in it.
 
-        Nodules, if they are the target, are drawn in and around the crop, and added to the
-        reference; the volume is then cut to that.
+        Nodules, if they are the target, are drawn where the warp looks, and added to the
+        reference.
         """
         spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
         if self.batches.target == "lung":
             lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
             hu = lesions.simulate(volume.hu, lung, spacing_mm, pathology, rng)
-            return replace(volume, hu=hu), crop
+            return replace(volume, hu=hu)
         size, full = self.batches.volume_px, volume.hu.shape
-        box, _ = boxes.overlap(crop.start, size, full)
-        room = boxes.widened(box, [length // 2 for length in size], full)
-        hu, marks = volume.hu[room], volume.marks[room].copy()
-        inner = tuple(
-            slice(part.start - around.start, part.stop - around.start)
-            for part, around in zip(box, room, strict=True)
+        box = augment_volume.reach(warp, size, full)
+        if box is None:
+            return volume
+        beyond = math.ceil(lesions.NODULE_MM[1] / 2 / spacing_mm[0])
+        room = boxes.widened(box, beyond, full)
+        start = np.array([part.start for part in room])
+        to_output = np.linalg.inv(warp.matrix[:, :3])
+
+        def seen(place: tuple[float, ...]) -> bool:
+            at = to_output @ (start + place - warp.matrix[:, 3])
+            return bool(((at >= 0) & (at < size)).all())
+
+        hu, marks = volume.hu.copy(), volume.marks.copy()
+        lung = ((marks[room] & augment.LUNG_BIT) > 0).view(np.uint8)
+        hu[room], drawn = lesions.simulate_nodules(
+            hu[room], lung, spacing_mm, pathology, rng, seen=seen
         )
-        lung = (marks[inner] & augment.LUNG_BIT) > 0
-        changed = hu.copy()
-        changed[inner], drawn = lesions.simulate_nodules(
-            hu[inner], lung.view(np.uint8), spacing_mm, pathology, rng
-        )
-        marks[inner] |= drawn * np.uint8(augment.TARGET_BIT)
-        start = tuple(
-            first - around.start for first, around in zip(crop.start, room, strict=True)
-        )
-        return replace(volume, hu=changed, marks=marks), replace(crop, start=start)
+        marks[room] |= drawn * np.uint8(augment.TARGET_BIT)
+        return replace(volume, hu=hu, marks=marks)
 
     def changed(
         self,
         volume: Volume,
-        crop: Crop,
+        warp: augment_volume.Warp,
         changes: config.Augment,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`sample` after its random changes."""
         size = self.batches.volume_px
-        warp = augment_volume.draw_warp(changes, crop, size, rng)
         scanner = augment_volume.draw_scanner(changes, size, rng)
         marks = augment_volume.warp_labels(volume.marks, warp, size)
         lung = marks & augment.LUNG_BIT

@@ -24,6 +24,8 @@ def import_quietly() -> None:
         import tensorflow as tf
 
         tf.config.list_physical_devices("GPU")
+        # A network is traced for each shape of scan on purpose.
+        tf.get_logger().addFilter(lambda line: "retracing" not in line.getMessage())
     finally:
         os.dup2(kept, 2)
         os.close(kept)

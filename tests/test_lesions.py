@@ -232,6 +232,37 @@ def test_nodules_that_shall_be_found_are_drawn_as_often_as_asked_and_in_lungs_on
     assert not drawn.any()
 
 
+def test_the_middle_of_a_nodule_lies_where_it_may():
+    hu, lung = chest(12)
+    settings = config.Lesions(probability=1.0, findings=("nodule",))
+    asked = []
+
+    def seen(place):
+        asked.append(place)
+        return False
+
+    rng = np.random.default_rng(0)
+    after, drawn = lesions.simulate_nodules(
+        hu, lung, SPACING_MM, settings, rng, seen=seen
+    )
+    assert len(asked) >= lesions.TRIES
+    assert not drawn.any()
+    np.testing.assert_array_equal(after, hu)
+
+
+def test_ground_glass_nodules_hide_no_vessel(monkeypatch):
+    hu, lung = chest(12)
+    hu[:, 70:74, 30:90] = 60
+    monkeypatch.setattr(lesions.phantom_nodules, "KIND_SHARES", (0.0, 0.0, 1.0))
+    hazed = 0
+    for seed in range(20):
+        after, drawn = nodules(hu, lung, seed)
+        vessel = drawn & (hu > 0) & (lung > 0)
+        hazed += int(vessel.sum())
+        assert (after[vessel] >= hu[vessel]).all()
+    assert hazed > 30
+
+
 def test_circles_are_seven_to_nine_with_centres_in_the_boxes_of_both_lungs():
     _, lung = chest()
     boxes = lesions.lung_boxes(lung)

@@ -38,7 +38,7 @@ def lungs_found(source, folder, lungs, *, weights=infer.SHIPPED):
     )
 
 
-@pytest.mark.parametrize("name", ["lung2d", "lung3d", "nodule2d"])
+@pytest.mark.parametrize("name", ["lung2d", "lung3d", "nodule2d", "nodule3d"])
 def test_the_card_names_the_weights_and_their_patients(name):
     folder = ROOT / "weights" / name
     card = (folder / "README.md").read_text()

@@ -389,6 +389,37 @@ def test_lesions_are_refused_where_nodules_are_the_target(table):
         training(table, NODULES, pathology=config.Lesions(probability=1.0))
 
 
+def test_samples_into_which_no_nodule_is_drawn_are_as_without(table):
+    # So what surrounds a crop stays, however far it is turned and mirrored.
+    rare = config.Lesions(probability=1e-9, findings=("nodule",))
+    changes = replace(CHANGES, rotate_deg=90)
+    for index in range(4):
+        plain, same = (
+            training(table, NODULES, changes, pathology=settings, steps_per_epoch=4)[
+                index
+            ]
+            for settings in (None, rare)
+        )
+        np.testing.assert_array_equal(plain[0], same[0])
+        np.testing.assert_array_equal(plain[1], same[1])
+
+
+def test_nodules_are_drawn_where_a_turned_and_mirrored_sample_looks(table):
+    pathology = config.Lesions(probability=1.0, findings=("nodule",))
+    changes = replace(CHANGES, rotate_deg=90, field_cut=0.0)
+    wide = replace(NODULES, input_px=(24, 32, 32), batch_size=5)
+    counts = [
+        training(table, wide, changes, pathology=settings, steps_per_epoch=4)[index][1][
+            ..., 1
+        ].sum(axis=(1, 2, 3))
+        for settings in (None, pathology)
+        for index in range(4)
+    ]
+    before, after = np.concatenate(counts[:4]), np.concatenate(counts[4:])
+    assert (after >= before).all()
+    assert np.mean(after > before) > 0.8
+
+
 def test_nodules_drawn_into_volumes_are_in_the_reference(table):
     still = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
     near = replace(NODULES, input_px=(24, 32, 32), batch_size=5, nodule_fraction=0.0)

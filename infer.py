@@ -61,9 +61,6 @@ NODULE2D = Path("weights/nodule2d")
 OUTLINES = Path(__file__).parent / NODULE2D
 """The seeded run that outlines nodules in whole scans."""
 
-NODULE_PASSES = 8
-"""Passes for nodules in whole scans, unless one look is asked for."""
-
 OWN_NAMES = {
     scan_results.TABLE,
     scan_results.NODULES,
@@ -83,7 +80,7 @@ class Lungs:
     labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
     save_as: SaveAs = "nifti"
     """nifti: maps and mask on the source's grid; numpy: the same in one .npz per scan, in
-    RAS order; nifti-labels: only the mask."""
+    RAS order, no picture; nifti-labels: masks and picture, no maps."""
     precision: Precision = "float32"
     """mixed_bfloat16 is faster on CPUs that have it (AVX512_BF16, AMX)."""
     memory_gb: float = MEMORY_GB
@@ -146,7 +143,7 @@ def infer(
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Segments every scan; see `Arguments`.
+    """Segments every scan; see `Arguments`. Nodules are looked for only if a run is named.
 
     Raises:
         FileNotFoundError: If the run or the scans are missing.
@@ -178,8 +175,11 @@ def infer(
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
         segment = functools.partial(segment_lungs, nodules=nodules)
-        for run_dir in () if nodules is None else (nodules, OUTLINES):
-            seen |= {*runs.training_patients_of(run_dir / "best.weights.h5")}
+        if nodules is not None:
+            require_run(nodules)
+            for run_dir in (nodules, OUTLINES):
+                seen |= {*runs.training_patients_of(run_dir / "best.weights.h5")}
+    predictions = replace(predictions, training_patients=tuple(sorted(seen)))
     warn_of_leaks(tasks, seen)
     done, failures, line = segment(
         tasks,
@@ -305,9 +305,9 @@ def segment_lungs(
             labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
             right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
             verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
+        found = finder.find(replace(scan, lung=labels)) if finder else None
         seconds = time.monotonic() - started
         row = scan_results.row_of(task.scan_id, maps.n, verdict, seconds)
-        found = finder.find(replace(scan, lung=labels)) if finder else None
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: not to be trusted: %s", task.scan_id, reason)
@@ -394,17 +394,20 @@ def nodule_predictor(
     return passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
 
 
-def nodule_finder(run_dir: Path, lungs: Lungs) -> NoduleFinder:
-    """What looks for nodules in lungs, with outlines by the weights of patches."""
+def require_run(run_dir: Path) -> None:
+    """Raises FileNotFoundError if there is no run for nodules."""
     if not (run_dir / "config.json").exists():
         raise FileNotFoundError(
             f"no weights for nodules in {run_dir}; name a run directory with --nodules, or "
             "look for none with --nodules None"
         )
+
+
+def nodule_finder(run_dir: Path, lungs: Lungs) -> NoduleFinder:
+    """What looks for nodules in lungs, with outlines by the weights of patches."""
     return NoduleFinder(
         run_dir,
         OUTLINES,
-        passes=1 if lungs.passes.n in (0, 1) else NODULE_PASSES,
         seed=lungs.passes.seed,
         precision=lungs.precision,
         memory_gb=lungs.memory_gb,

@@ -61,8 +61,9 @@ class Passes:
 
     n: int | Literal["auto"] = "auto"
     """Passes; auto goes on until the mask of the lungs has converged, at most 100, and is one
-    pass for nodules. 0 and 1 are one look at the whole scan, nothing hidden, of which the
-    standard deviation is 0."""
+    pass of a run for nodules. 0 and 1 are one look at the whole scan, nothing hidden, of
+    which the standard deviation is 0. In lungs, nodules are looked for as often as their
+    run was tuned for."""
     draw: Literal["auto", "masks", "dropout", "both"] = "auto"
     """What is drawn in each pass; auto is masks if the run was trained with them, else
     dropout if it has any."""

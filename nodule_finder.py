@@ -4,9 +4,11 @@ What slices cannot tell, a nodule from a vessel, the 3-D network knows; what thr
 1.5 mm cannot show, the border of a small nodule, the network on the scan's own pixels does.
 """
 
-import json
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,9 +16,10 @@ import numpy as np
 import boxes
 import config
 import files
+import postprocess
 import runs
 from monte_carlo import MEMORY_GB, Passes, VolumePredictor
-from nodules import FoundNodule, components, find_nodules, measure_nodules
+from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
 from runs import Precision
 from scan import Scan, ScanError
@@ -25,7 +28,12 @@ PATCH_PX = 128
 """Side of the patches around candidates: twice what the seeded network sees at first."""
 
 NEAR_PX = 2
-"""An outline counts if it comes as near as this to what the 3-D network found."""
+"""An outline counts if it comes as near as this to what the 3-D network found, and is at
+least `LEAST_SHARE` as large."""
+LEAST_SHARE = 0.25
+
+SAME_SHARE = 0.5
+"""Two nodules are one if so much of the smaller outline is in the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +42,8 @@ class Found:
 
     Attributes:
         labels: (z, y, x), 0 or the number of the nodule; 1 has the highest score.
-        nodules: One for each label, in this order.
+        nodules: One for each label, in this order. Scores are those of the voxels that the
+            3-D network found, measures those of the outline.
     """
 
     labels: np.ndarray
@@ -42,14 +51,13 @@ class Found:
 
 
 class NoduleFinder:
-    """A run of 3-D nodules, and a seeded one for their outlines, loaded once.
+    """A run of 3-D nodules, and a seeded one for their outlines; each loads once.
 
     Args:
-        run_dir: Of the 3-D network; its tuned settings count if it has any.
+        run_dir: Of the 3-D network. If it was tuned, its values count, and it makes as many
+            passes as they were tuned on.
         seeded_dir: Of the seeded network; None keeps the outlines of the 3-D one.
-        passes: Passes of the 3-D network, each with other dropout, if it was trained with
-            it; else it makes one.
-        seed: Of the dropout.
+        seed: Of the dropout, if there are several passes.
         precision: Keras' policy for the 3-D network.
         memory_gb: As for `VolumePredictor`.
 
@@ -58,7 +66,8 @@ class NoduleFinder:
 
     Raises:
         FileNotFoundError: If a run is missing.
-        ValueError: If the run does not find nodules in volumes.
+        ValueError: If the run does not find nodules in volumes, or was tuned with other
+            weights.
     """
 
     def __init__(
@@ -66,7 +75,6 @@ class NoduleFinder:
         run_dir: Path,
         seeded_dir: Path | None,
         *,
-        passes: int = 1,
         seed: int = 0,
         precision: Precision = "float32",
         memory_gb: float = MEMORY_GB,
@@ -77,25 +85,28 @@ class NoduleFinder:
                 f"{run_dir}: a {settings.model.name} for {settings.batches.target}; "
                 "expected a unet3d for nodules, such as one of nodule3d"
             )
-        self.settings = postprocess_settings(run_dir, settings)
-        self.passes = passes if settings.model.dropout else 1
+        self.settings, n = postprocess.tuned_settings(run_dir, settings)
         self.predictor = VolumePredictor(
             run_dir,
             settings,
-            Passes(n=self.passes, seed=seed),
+            Passes(n=n, seed=seed),
             precision=precision,
             memory_gb=memory_gb,
         )
-        self.seeded: PatchPredictor | None = None
-        weights = [run_dir / "best.weights.h5"]
-        if seeded_dir is not None:
-            self.seeded = PatchPredictor(seeded_dir, runs.read_settings(seeded_dir))
-            weights.append(seeded_dir / "best.weights.h5")
-        self.made_by = {
-            "weights_sha256": [files.sha256(path) for path in weights],
-            "passes": self.passes,
+        self.seeded_dir = seeded_dir
+        used = [run_dir] if seeded_dir is None else [run_dir, seeded_dir]
+        self.made_by: dict[str, Any] = {
+            "weights_sha256": [files.sha256(run / "best.weights.h5") for run in used],
+            "passes": n,
             "settings": config.to_json(self.settings),
         }
+
+    @functools.cached_property
+    def seeded(self) -> PatchPredictor | None:
+        """The seeded network, loaded when the first nodule is outlined."""
+        if self.seeded_dir is None:
+            return None
+        return PatchPredictor(self.seeded_dir, runs.read_settings(self.seeded_dir))
 
     def find(self, scan: Scan) -> Found:
         """The nodules in the lungs of a scan.
@@ -108,81 +119,128 @@ class NoduleFinder:
         if not scan.lung.any():
             return Found(np.zeros(scan.hu.shape, np.uint8), [])
         maps = self.predictor.maps(scan, self.settings.threshold)
-        std = maps.std if maps.n > 1 else None
-        about = {"std": std, "lung": scan.lung, "hu": scan.hu}
-        labels, nodules = find_nodules(maps.mean, scan.grid, self.settings, **about)
-        if self.seeded is None or not nodules:
-            return Found(labels, nodules)
-        labels = outlined(scan.hu, labels, self.seeded)
-        chances = np.array([[nodule.score, nodule.max_prob] for nodule in nodules])
-        return Found(labels, measure_nodules(labels, chances, scan.grid, **about))
+        labels, chances = label_nodules(
+            maps.mean, scan.grid, self.settings, lung=scan.lung
+        )
+        spreads = np.full(len(chances), None)
+        if maps.n > 1:
+            spreads = mean_by_label(maps.std, labels, len(chances))
+        if len(chances) and self.seeded is not None:
+            labels, kept = outlined(scan.hu, labels, self.seeded)
+            chances, spreads = chances[kept], spreads[kept]
+        nodules = measure_nodules(
+            labels, chances, scan.grid, lung=scan.lung, hu=scan.hu
+        )
+        spread_of = zip(nodules, spreads.tolist(), strict=True)
+        return Found(labels, [replace(n, score_std=spread) for n, spread in spread_of])
 
 
-def postprocess_settings(
-    run_dir: Path, settings: config.Experiment
-) -> config.Postprocess:
-    """The settings a run was tuned to; those of its configuration if it was not."""
-    path = run_dir / "postprocess.json"
-    if settings.postprocess.method != "tuned" or not path.exists():
-        return settings.postprocess
-    record = json.loads(path.read_text())
-    return config.from_json(config.Postprocess, record["settings"])
+def mean_by_label(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """(count,) mean of the values at labels 1 to `count`."""
+    from scipy import ndimage
+
+    return np.asarray(ndimage.mean(values, labels, np.arange(1, count + 1)))
 
 
-def outlined(hu: np.ndarray, labels: np.ndarray, seeded: PatchPredictor) -> np.ndarray:
+def outlined(
+    hu: np.ndarray, labels: np.ndarray, seeded: Any
+) -> tuple[np.ndarray, list[int]]:
     """The nodules as a seeded network outlines them, in the slices they were found in.
 
     Around the middle of each nodule in each of its slices a patch is cut out. Of what the
-    network outlines there counts what touches, or nearly, what was found; where nothing
-    does, what was found stays. Voxels of two nodules are those of the higher score.
+    network outlines there counts what touches, or nearly, what was found; what it does
+    not come near stays as it was found. Pixels of two outlines are those of the higher
+    score, and where they are mostly the same, the two nodules are one.
 
     Args:
         hu: (z, y, x) HU.
         labels: (z, y, x) labels 1 to n, by falling score.
-        seeded: The network.
+        seeded: A `PatchPredictor`, or what outlines like one.
+
+    Returns:
+        The new labels 1 to m, and which of the n nodules they are, counted from 0.
     """
     from scipy.ndimage import find_objects
 
     places = [
-        (label, z, boxes.around(labels[z] == label))
-        for label, box in enumerate(find_objects(labels), start=1)
-        for z in range(box[0].start, box[0].stop)
+        (label, z)
+        for label, (depth, *_) in enumerate(find_objects(labels), start=1)
+        for z in range(depth.start, depth.stop)
+        if (labels[z] == label).any()
     ]
-    places = [place for place in places if place[2] is not None]
     size = (PATCH_PX, PATCH_PX)
-    starts = [seed_start(labels[z] == label, size) for label, z, _ in places]
+    starts = [patch_start(labels[z] == label) for label, z in places]
     patches = np.stack(
         [
             boxes.cut(hu[z], start, size, fill=int(hu[z].min()))
-            for (_, z, _), start in zip(places, starts, strict=True)
+            for (_, z), start in zip(places, starts, strict=True)
         ]
     )
     masks = seeded.probability(patches) >= seeded.threshold
     result = np.zeros_like(labels)
-    for (label, z, _), start, mask in zip(places, starts, masks, strict=True):
-        own = boxes.cut(labels[z], start, size, fill=0) == label
-        outline = touching(mask, own)
-        inside, covered = boxes.overlap(start, size, hu.shape[1:])
-        free = result[z][inside] == 0
-        result[z][inside][free & outline[covered]] = label
-    # What others cover whole stays as it was found.
-    lost = np.setdiff1d(labels, result)
-    return np.where(np.isin(labels, lost), labels, result)
+    sizes: Counter[int] = Counter()
+    shared: dict[int, Counter[int]] = {}
+    for (label, z), start, mask in zip(places, starts, masks, strict=True):
+        outline = np.zeros(labels.shape[1:], bool)
+        inside, covered = boxes.overlap(start, size, outline.shape)
+        outline[inside] = mask[covered]
+        outline = counted(outline, labels[z] == label)
+        owners = result[z][outline]
+        sizes[label] += len(owners)
+        shared.setdefault(label, Counter()).update(owners[owners > 0].tolist())
+        result[z][outline & (result[z] == 0)] = label
+    return renumbered(result, sizes, shared)
 
 
-def seed_start(mask: np.ndarray, size: tuple[int, int]) -> tuple[int, ...]:
+def patch_start(mask: np.ndarray) -> tuple[int, ...]:
     """Where a patch begins whose middle is that of a (y, x) mask."""
-    middle = np.argwhere(mask).mean(axis=0)
-    return tuple(
-        round(float(at)) - length // 2 for at, length in zip(middle, size, strict=True)
-    )
+    middle = np.argwhere(mask).mean(axis=0).tolist()
+    return tuple(round(at) - PATCH_PX // 2 for at in middle)
 
 
-def touching(mask: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The parts of a (y, x) mask that come near another one; that one if none does."""
+def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """What counts of an outline: its parts near what was found; and the rest of that.
+
+    Args:
+        outline: (y, x) bool, of the seeded network.
+        own: (y, x) bool, of the 3-D network.
+    """
+    near = dilated(own)
+    parts = components(outline[None], 26)[0]
+    kept = np.isin(parts, np.setdiff1d(parts[near], 0))
+    if np.count_nonzero(kept) < LEAST_SHARE * np.count_nonzero(own):
+        return own
+    own_parts = components(own[None], 26)[0]
+    met = np.isin(own_parts, own_parts[dilated(kept)])
+    return kept | (own & ~met)
+
+
+def dilated(mask: np.ndarray) -> np.ndarray:
+    """A (y, x) bool mask, `NEAR_PX` wider on all sides."""
     side = 2 * NEAR_PX + 1
-    near = cv2.dilate(own.view(np.uint8), np.ones((side, side), np.uint8)) > 0
-    parts = components(mask[None], 26)[0]
-    found = np.unique(parts[near])
-    found = found[found > 0]
-    return np.isin(parts, found) if len(found) else own
+    return cv2.dilate(mask.view(np.uint8), np.ones((side, side), np.uint8)) > 0
+
+
+def renumbered(
+    labels: np.ndarray, sizes: Counter[int], shared: dict[int, Counter[int]]
+) -> tuple[np.ndarray, list[int]]:
+    """Labels without those that are one with another; and which they are, from 0.
+
+    Args:
+        labels: (z, y, x) labels; some may have lost all voxels to others.
+        sizes: Voxels of each label's outline.
+        shared: Of each label, how many of these an earlier one had taken.
+    """
+    left = np.bincount(labels.ravel(), minlength=max(sizes) + 1)
+    root: dict[int, int] = {}
+    for label in sorted(sizes):
+        root[label] = label
+        for owner, count in shared[label].most_common(1):
+            least = SAME_SHARE * min(sizes[label], sizes[owner])
+            if count >= least or not left[label]:
+                root[label] = root[owner]
+    kept = sorted(set(root.values()))
+    new = np.zeros(max(sizes) + 1, labels.dtype)
+    for label, first in root.items():
+        new[label] = kept.index(first) + 1
+    return new[labels], [label - 1 for label in kept]

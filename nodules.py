@@ -105,6 +105,22 @@ def find_nodules(
     Raises:
         ValueError: If `settings.within_lung` and there is no `lung`.
     """
+    labels, chances = label_nodules(prob, grid, settings, lung=lung)
+    return labels, measure_nodules(labels, chances, grid, std=std, lung=lung, hu=hu)
+
+
+def label_nodules(
+    prob: np.ndarray,
+    grid: Grid,
+    settings: config.Postprocess,
+    *,
+    lung: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`find_nodules` without the measuring.
+
+    Returns:
+        The labels, and the (n, 2) float mean and largest probability of each.
+    """
     if settings.within_lung and lung is None:
         raise ValueError(
             "no lung mask; expected one with within_lung (--postprocess.within_lung)"
@@ -113,7 +129,7 @@ def find_nodules(
     mask = prob >= threshold_of(prob if within is None else prob[within], settings)
     box = boxes.around(mask)
     if box is None:
-        return np.zeros(prob.shape, np.uint8), []
+        return np.zeros(prob.shape, np.uint8), np.zeros((0, 2))
     parts = components(erode(mask[box], settings.erosion_px), settings.connectivity)
     if within is not None:
         parts[~within_lung(parts, within[box])[parts]] = 0
@@ -123,8 +139,7 @@ def find_nodules(
     renumber[kept[order]] = np.arange(1, len(kept) + 1)
     labels = np.zeros(prob.shape, renumber.dtype)
     labels[box] = renumber[parts]
-    chances = np.stack([scores, peaks], axis=1)[kept[order]]
-    return labels, measure_nodules(labels, chances, grid, std=std, lung=lung, hu=hu)
+    return labels, np.stack([scores, peaks], axis=1)[kept[order]]
 
 
 def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:

@@ -34,14 +34,19 @@ def draw(
 
     Args:
         scan: HU and spacing.
-        lung: (z, y, x) uint8, 1 right and 2 left.
+        lung: (z, y, x) uint8, 1 right and 2 left; it may be another one than the scan's.
         labels: (z, y, x), 0 or the number of the nodule.
         nodules: One for each label.
     """
+    from scipy.ndimage import find_objects
+
     tiles = [from_the_front(scan, lung, labels), from_below(scan, lung, labels)]
-    tiles += [enlarged(scan, lung, labels, n) for n in nodules[:MOST_NODULES]]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % min(COLUMNS, len(tiles)))
+    places = find_objects(labels)
+    for nodule in nodules[:MOST_NODULES]:
+        box = places[nodule.nodule_id - 1]
+        tiles.append(enlarged(scan, lung, labels, nodule, box))
     columns = min(COLUMNS, len(tiles))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
     shown = min(len(nodules), MOST_NODULES)
     text = f"{scan.scan_id}: {len(nodules)} nodules"
@@ -68,16 +73,19 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def enlarged(
-    scan: Scan, lung: np.ndarray, labels: np.ndarray, nodule: FoundNodule
+    scan: Scan,
+    lung: np.ndarray,
+    labels: np.ndarray,
+    nodule: FoundNodule,
+    box: boxes.Box,
 ) -> np.ndarray:
-    """What surrounds a nodule in the slice that holds most of it."""
-    own = labels == nodule.nodule_id
-    z = int(own.sum(axis=(1, 2)).argmax())
-    box = boxes.around(own[z])
-    middle = boxes.centre(box) if box else nodule.centre_zyx[1:]
+    """What surrounds a nodule, which lies in `box`, in the slice that holds most of it."""
+    own = labels[box] == nodule.nodule_id
+    z = box[0].start + int(own.sum(axis=(1, 2)).argmax())
+    middle = boxes.centre(box[1:])
     side_mm = max(NEAR_MM, 1.5 * nodule.long_axis_mm)
     near = boxes.near(
-        middle, [side_mm / 2] * 2, scan.spacing_mm[1:], boxes.whole(own.shape[1:])
+        middle, [side_mm / 2] * 2, scan.spacing_mm[1:], boxes.whole(labels.shape[1:])
     )
     planes = (scan.hu[z][near], lung[z][near], labels[z][near])
     picture = outlined_plane(*planes, scan.spacing_mm[1:])

@@ -473,12 +473,37 @@ def settings_of_run(
     return tune(arguments, predictions, experiment)
 
 
+def tuned_settings(
+    run: Path, experiment: config.Experiment
+) -> tuple[config.Postprocess, int]:
+    """The settings that a run was tuned to, and on how many passes.
+
+    Those of its configuration, and one pass, if it was not tuned.
+
+    Raises:
+        ValueError: If it was tuned with other weights.
+    """
+    base, path = experiment.postprocess, run / RECORD
+    if base.method != "tuned" or not path.exists():
+        return base, 1
+    record = json.loads(path.read_text())
+    tuned = record.get("tuned_on", {})
+    if tuned.get("weights_sha256") != files.sha256(run / "best.weights.h5"):
+        raise ValueError(
+            f"{path} was tuned on other weights than {run} has; run infer.py and "
+            "postprocess.py --tune with this run"
+        )
+    settings = config.from_json(config.Postprocess, record["settings"])
+    return settings, int((tuned.get("passes") or {}).get("n", 1))
+
+
 def tuned_on(predictions: Predictions, experiment: config.Experiment) -> dict[str, Any]:
     """What tuned values hold for: weights, validation scans and what is not tuned."""
     batches, base = experiment.batches, experiment.postprocess
     scans = predictions.of_part("validation")
     return {
         "weights_sha256": predictions.weights_sha256,
+        "passes": predictions.passes,
         "scans": {
             scan_id: slices and list(slices) for scan_id, slices in scans.items()
         },

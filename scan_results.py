@@ -51,8 +51,8 @@ class Results:
 
     Args:
         folder: The result directory.
-        save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: only
-            the mask.
+        save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: a
+            folder without the maps.
         made_by: What decides the results, JSON-ready.
         replaced: Scans whose results are removed. If there are any, so are all results
             that were made otherwise.
@@ -77,16 +77,22 @@ class Results:
         if path.exists():
             found = json.loads(path.read_text())
             changed = differing(found, made_by)
+            if changed.keys() == {"nodules"} and not replaced:
+                before = "others" if found.get("nodules") else "none"
+                raise ValueError(
+                    f"{path}: of nodules, {before} were looked for; name the same run with "
+                    "--nodules (None for none), use --overwrite or another --result_dir"
+                )
             if changed and not replaced:
                 raise ValueError(
                     f"{path}: its results were made otherwise (found, expected): "
                     f"{changed}; use --overwrite or another --result_dir"
                 )
             remove(folder, found["save_as"], None if changed else replaced)
-        if not path.exists():
-            files.write_json(path, made_by | {"provenance": provenance.record()})
         self.rows = {row.pid: row for row in read_table(folder / TABLE)}
         self.nodules = read_nodules(folder / NODULES)
+        if not path.exists():
+            files.write_json(path, made_by | {"provenance": provenance.record()})
 
     def path(self, pid: str) -> Path:
         """What is written of a scan: a folder, or a file with numpy."""
@@ -205,7 +211,8 @@ def write_niftis(
     if found is not None:
         write("nodules", found.labels)
         picture = overview.draw(scan, labels, found.labels, found.nodules)
-        cv2.imwrite(str(folder / "overview.png"), picture)
+        if not cv2.imwrite(str(folder / "overview.png"), picture):
+            raise OSError(f"{folder / 'overview.png'}: the picture was not written")
 
 
 def write_arrays(
@@ -279,12 +286,22 @@ def write_table(path: Path, rows: list[Row]) -> None:
 
 
 def read_nodules(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of nodules.csv by scan; none if there is no such file."""
+    """The rows of nodules.csv by scan; none if there is no such file.
+
+    Raises:
+        ValueError: If it is another table.
+    """
     if not path.exists():
         return {}
     rows: dict[str, list[dict[str, Any]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != NODULE_COLUMNS:
+            raise ValueError(
+                f"{path}: columns {table.fieldnames}; expected {list(NODULE_COLUMNS)}; "
+                "choose another --result_dir"
+            )
+        for row in table:
             rows.setdefault(row["case_id"], []).append(row)
     return rows
 

@@ -2,14 +2,15 @@
 
 `nodule3d` is for two cores: 1.5 mm, crops of 64^3 voxels (10 cm). Half of the crops hold a
 nodule, the others lie anywhere in the lungs; into half of all, further nodules are drawn
-(`lesions.simulate_nodules`).
+(`lesions.simulate_nodules`). Nodules fill 0.3 % of the crops: with Dice and plain cross-entropy
+nothing was found after 400 steps, so nodule voxels weigh 20 times as much.
 
     CONFIG=nodule3d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
 """
 
 from dataclasses import replace
 
-from config import Lesions, Model, Postprocess, Split
+from config import Lesions, Loss, Model, Postprocess, Split
 from configs.lungs3d import LUNG3D_3MM
 
 NODULE3D = replace(
@@ -36,8 +37,13 @@ NODULE3D = replace(
     ),
     lesions=Lesions(probability=0.5, findings=("nodule",)),
     model=Model(name="unet3d", filters=8, depth=4, norm="batch", dropout=0.1),
+    loss=Loss(class_weights=(1.0, 20.0)),
     train=replace(
-        LUNG3D_3MM.train, epochs=40, steps_per_epoch=200, validation_tiles=200
+        LUNG3D_3MM.train,
+        learning_rate=1e-3,
+        epochs=40,
+        steps_per_epoch=200,
+        validation_tiles=200,
     ),
     postprocess=Postprocess(method="tuned"),
 )

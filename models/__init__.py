@@ -8,7 +8,7 @@ from typing import Any
 
 
 def import_quietly() -> None:
-    """Imports TensorFlow without its banners, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
+    """Imports TensorFlow without its banners and hints, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
     TensorFlow writes some to stderr before it has read that variable, among them an error
     where there is no GPU. Python's own errors come through.
@@ -24,8 +24,10 @@ def import_quietly() -> None:
         import tensorflow as tf
 
         tf.config.list_physical_devices("GPU")
-        # A network is traced for each shape of scan on purpose.
-        tf.get_logger().addFilter(lambda line: "retracing" not in line.getMessage())
+        # A 3-D network is built, and so traced, for each shape of scan on purpose.
+        tf.get_logger().addFilter(
+            lambda line: "make_predict_function" not in line.getMessage()
+        )
     finally:
         os.dup2(kept, 2)
         os.close(kept)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make demo` runs: every step, then the lungs of one scan by the weights that ship.
+# What `make demo` runs: every step, then lungs and nodules of one scan by the weights that ship.
 # Exit code 3: done, but some scans were skipped.
 code=0
 bash "$(dirname "$0")/all.sh" || code=$?

@@ -527,7 +527,7 @@ def nodules_of(folder):
 
 
 def test_nodules_are_found_in_the_lungs_measured_and_drawn(
-    run, nodule_run, ill_volume, volume, tmp_path
+    run, nodule_run, ill_volume, volume, tmp_path, capsys
 ):
     rows = [
         ("ill", save(tmp_path / "ill.nii.gz", ill_volume)),
@@ -557,8 +557,15 @@ def test_nodules_are_found_in_the_lungs_measured_and_drawn(
         assert picture.std() > 20
     record = json.loads((out / "lungs.json").read_text())
     assert len(record["nodules"]["weights_sha256"]) == 2
+    # Killed between the two tables: the scan is done again, and its nodules stand once.
+    rows = (out / "lungs.csv").read_text().splitlines(keepends=True)
+    (out / "lungs.csv").write_text("".join(rows[:1] + rows[2:]))
+    assert run_main(*command, "--nodules", nodule_run) == 0
+    assert nodules_of(out) == [nodule]
+    assert rows_of(out).keys() == {"ill", "well"}
     # Without nodules these are other results.
     assert run_main(*command, "--nodules", None) == 1
+    assert "(None for none)" in capsys.readouterr().err
     assert run_main(*command, "--nodules", None, "--overwrite") == 0
     assert not (out / "nodules.csv").exists()
     assert {file.name for file in (out / "ill").iterdir()} == {
@@ -583,3 +590,15 @@ def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):
     source = save(tmp_path / "chest.nii.gz", volume)
     with pytest.raises(FileNotFoundError, match="--nodules None"):
         infer.infer(run, tmp_path / "OUT", input=source, nodules=tmp_path / "absent")
+
+
+def test_another_table_of_nodules_in_the_folder_is_refused(
+    run, nodule_run, volume, tmp_path
+):
+    source = save(tmp_path / "chest.nii.gz", volume)
+    out = tmp_path / "scores"
+    out.mkdir()
+    (out / "nodules.csv").write_text("scan_id,dice\na,0.5\n")
+    with pytest.raises(ValueError, match="choose another --result_dir"):
+        infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=nodule_run)
+    assert not (out / "lungs.json").exists()

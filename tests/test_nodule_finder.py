@@ -1,6 +1,7 @@
 """Nodules of whole scans: outlines around what was found, and who is loaded for it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 import boxes
 import config
+import files
 import nodule_finder
-from nodule_finder import NoduleFinder, outlined
+from nodule_finder import NoduleFinder, outlined, renumbered
 from scan import ScanError
 from tests.conftest import tiny_scan
 
@@ -46,11 +48,19 @@ def found_in(hu, *places):
     return labels
 
 
+def outlined_by_discs(hu, labels):
+    result, kept = outlined(hu, labels, Discs())
+    assert result.dtype == labels.dtype
+    assert set(np.unique(result)) - {0} == set(range(1, len(kept) + 1))
+    return result, kept
+
+
 def test_outlines_grow_to_what_the_seeded_network_sees_in_the_slices_found():
     hu = lung_with(((6, 70, 80), 5))
     labels = found_in(hu, ((6, 70, 80), 1))
     seeded = Discs()
-    result = outlined(hu, labels, seeded)
+    result, kept = outlined(hu, labels, seeded)
+    assert kept == [0]
     assert seeded.patches.shape == (3, nodule_finder.PATCH_PX, nodule_finder.PATCH_PX)
     # The nodule lies in the middle of each patch.
     assert (seeded.patches[:, 64, 64] == 40).all()
@@ -62,7 +72,7 @@ def test_outlines_grow_to_what_the_seeded_network_sees_in_the_slices_found():
 def test_what_is_outlined_elsewhere_in_a_patch_does_not_count():
     hu = lung_with(((6, 70, 80), 5), ((6, 70, 105), 6))
     labels = found_in(hu, ((6, 70, 80), 5))
-    result = outlined(hu, labels, Discs())
+    result, _ = outlined_by_discs(hu, labels)
     alone = lung_with(((6, 70, 80), 5))
     np.testing.assert_array_equal(result > 0, (alone > -300) & (labels > 0))
 
@@ -71,27 +81,91 @@ def test_where_nothing_is_outlined_what_was_found_stays():
     hu = lung_with(((6, 70, 80), 5))
     labels = np.zeros(hu.shape, np.uint8)
     labels[2, 20:24, 30:36] = 1
-    np.testing.assert_array_equal(outlined(hu, labels, Discs()), labels)
+    np.testing.assert_array_equal(outlined_by_discs(hu, labels)[0], labels)
 
 
-def test_of_two_nodules_that_share_an_outline_both_keep_voxels():
+def test_an_outline_of_a_few_pixels_does_not_replace_what_was_found():
+    hu = lung_with(((6, 70, 80), 1))
+    labels = np.zeros(hu.shape, np.uint8)
+    labels[6, 66:75, 76:85] = 1
+    np.testing.assert_array_equal(outlined_by_discs(hu, labels)[0], labels)
+
+
+def test_parts_that_no_outline_comes_near_stay():
+    hu = lung_with(((6, 70, 60), 5))
+    labels = found_in(hu, ((6, 70, 60), 5))
+    labels[6, 69:72, 90:94] = 1  # of the same nodule, joined in another slice
+    result, _ = outlined_by_discs(hu, labels)
+    assert (result[6, 69:72, 90:94] == 1).all()
+    assert (result[6, 65:76, 60] == 1).all()
+
+
+def test_a_nodule_wider_than_a_patch_keeps_its_ends():
+    hu = np.full((3, 260, 260), -850, np.int16)
+    hu[1, 120:140, 10:250] = 40
+    labels = (hu > -300).astype(np.uint8)
+    result, _ = outlined_by_discs(hu, labels)
+    inner = np.zeros_like(labels)
+    inner[1, 120:140, 66:194] = 1
+    assert (result[inner > 0] == 1).all()
+
+
+def test_two_finds_with_one_outline_are_one_nodule():
     hu = lung_with(((6, 70, 80), 8))
     labels = np.zeros(hu.shape, np.uint8)
     labels[6, 68:70, 78:80] = 1
     labels[6, 72:74, 82:84] = 2
-    result = outlined(hu, labels, Discs())
-    assert set(np.unique(result)) == {0, 1, 2}
-    assert (result[labels == 2] == 2).all()
-    assert ((result > 0)[6] == (hu[6] > -300)).all()
+    labels[6, 20:24, 20:24] = 3
+    result, kept = outlined_by_discs(hu, labels)
+    assert kept == [0, 2]
+    assert ((result == 1)[6] == (hu[6] > -300)).all()
+    assert (result[6, 20:24, 20:24] == 2).all()
+
+
+def test_a_find_whose_outline_others_share_among_them_is_not_lost():
+    sizes = Counter({1: 100, 2: 100, 3: 40})
+    shared = {1: Counter(), 2: Counter(), 3: Counter({1: 19, 2: 18})}
+    labels = np.repeat(np.array([1, 2, 3], np.uint8), (100, 100, 3)).reshape(1, 1, -1)
+    result, kept = renumbered(labels, sizes, shared)
+    assert kept == [0, 1, 2]
+    np.testing.assert_array_equal(result, labels)
+    # With nothing left it belongs to the one that has most of it.
+    result, kept = renumbered(labels[..., :200], sizes, shared)
+    assert kept == [0, 1]
+    np.testing.assert_array_equal(result, labels[..., :200])
+
+
+def test_neighbours_that_only_touch_stay_two():
+    hu = lung_with(((6, 70, 60), 6), ((6, 70, 74), 6))
+    labels = found_in(hu, ((6, 70, 60), 3), ((6, 70, 74), 3))
+    result, kept = outlined_by_discs(hu, labels)
+    assert kept == [0, 1]
+    np.testing.assert_array_equal((result > 0)[6], hu[6] > -300)
 
 
 @pytest.mark.parametrize("corner", [(0, 0, 0), (11, 149, 159)])
 def test_nodules_at_the_border_of_the_field_are_outlined_too(corner):
     hu = lung_with((corner, 5))
     labels = found_in(hu, (corner, 2))
-    result = outlined(hu, labels, Discs())
+    result, _ = outlined_by_discs(hu, labels)
     slices = np.flatnonzero(labels.any((1, 2)))
     np.testing.assert_array_equal(result[slices] > 0, hu[slices] > -300)
+
+
+def test_more_than_255_nodules_are_told_apart():
+    hu = np.full((6, 200, 200), -850, np.int16)
+    labels = np.zeros(hu.shape, np.uint16)
+    number = 0
+    for z in (1, 4):
+        for y in range(5, 195, 14):
+            for x in range(5, 195, 14):
+                number += 1
+                hu[z, y : y + 3, x : x + 3] = 40
+                labels[z, y : y + 3, x : x + 3] = number
+    assert number > 300
+    result, kept = outlined_by_discs(hu, labels)
+    assert len(kept) == number
+    np.testing.assert_array_equal(result, labels)
 
 
 def test_a_run_for_lungs_finds_no_nodules(make_lung_run, tmp_path):
@@ -135,9 +209,41 @@ def test_without_lungs_nothing_is_found_and_without_a_mask_nothing_is_looked_for
         finder.find(replace(scan, lung=None))
 
 
+def test_passes_give_each_nodule_a_standard_deviation(make_nodule_run, tmp_path):
+    experiment = make_nodule_run.keywords["experiment"]
+    model = replace(experiment.model, dropout=0.5)
+    run = make_nodule_run(
+        tmp_path / "dropout", experiment=replace(experiment, model=model)
+    )
+    tune(run, n=3)
+    scan = tiny_scan()
+    finder = NoduleFinder(run, None)
+    assert finder.made_by["passes"] == 3
+    found, again = finder.find(scan), finder.find(scan)
+    np.testing.assert_array_equal(found.labels, again.labels)
+    # What is dropped counts for nothing in this network, so all passes are the same.
+    assert [n.score_std for n in found.nodules] == pytest.approx([0, 0], abs=1e-4)
+
+
+def tune(run, *, n=1, weights=None, **settings):
+    """Leaves what postprocess.py does when it tunes."""
+    settings = config.Postprocess(**{"threshold": 0.5, **settings})
+    tuned_on = {
+        "weights_sha256": weights or files.sha256(run / "best.weights.h5"),
+        "passes": {"n": n} if n > 1 else {},
+    }
+    record = {
+        "settings": config.to_json(settings), "origin": "by hand", "tuned_on": tuned_on
+    }  # fmt: skip
+    (run / "postprocess.json").write_text(json.dumps(record))
+    return settings
+
+
 def test_what_was_tuned_counts(make_nodule_run, tmp_path):
     run = make_nodule_run(tmp_path / "nodules")
-    settings = config.Postprocess(threshold=0.3, min_volume_mm3=65.0)
-    record = {"settings": config.to_json(settings), "origin": "by hand"}
-    (run / "postprocess.json").write_text(json.dumps(record))
+    assert NoduleFinder(run, None).settings == config.Postprocess()
+    settings = tune(run, threshold=0.3, min_volume_mm3=65.0)
     assert NoduleFinder(run, None).settings == settings
+    tune(run, weights="of another run")
+    with pytest.raises(ValueError, match="tuned on other weights"):
+        NoduleFinder(run, None)

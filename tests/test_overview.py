@@ -10,11 +10,13 @@ from nodules import measure_nodules
 from tests.conftest import tiny_scan
 
 
+def measured(scan, labels):
+    chances = np.full((int(labels.max()), 2), 0.9)
+    return measure_nodules(labels, chances, scan.grid, lung=scan.lung, hu=scan.hu)
+
+
 def drawn(scan, labels):
-    count = int(labels.max())
-    chances = np.full((count, 2), 0.9)
-    nodules = measure_nodules(labels, chances, scan.grid, lung=scan.lung, hu=scan.hu)
-    return overview.draw(scan, scan.lung, labels, nodules)
+    return overview.draw(scan, scan.lung, labels, measured(scan, labels))
 
 
 def pixels_of(picture, colour):
@@ -64,3 +66,11 @@ def test_more_nodules_than_fit_are_counted_and_the_first_are_shown():
     picture = drawn(scan, labels)
     tile = overview.SIDE_PX + overview.CAPTION_PX
     assert picture.shape[0] == 2 * overview.CAPTION_PX + 3 * tile
+    first = overview.draw(
+        scan, scan.lung, labels, measured(scan, labels)[: overview.MOST_NODULES]
+    )
+    np.testing.assert_array_equal(
+        picture[2 * overview.CAPTION_PX :], first[2 * overview.CAPTION_PX :]
+    )
+    last = overview.draw(scan, scan.lung, labels, measured(scan, labels)[-10:])
+    assert (picture != last)[2 * overview.CAPTION_PX :].any()

@@ -27,6 +27,7 @@ import froc
 import metrics
 import postprocess
 import provenance
+import scan_results
 import steps
 from geometry import flip_xy
 from metrics import Interval
@@ -89,7 +90,7 @@ class Arguments:
     """Which predictions are scored, against what."""
 
     predictions: Path
-    """Folder made by infer.py and postprocess.py."""
+    """Folder made by infer.py and postprocess.py, or by infer.py of lungs and nodules."""
     out: Path
     """Tables and figures are written here."""
     scans: Path = Path("work/scans")
@@ -241,8 +242,14 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
     """The predictions of the part; a patient that was trained on is named.
 
     Raises:
-        ValueError: If there is none, or the masks were made of other weights' maps.
+        ValueError: If there is none, the masks were made of other weights' maps, or are of
+            lungs alone.
     """
+    if in_lungs(arguments.predictions) == {}:
+        raise ValueError(
+            f"{arguments.predictions} holds lungs, in which no nodules were looked for; run "
+            "infer.py with --nodules, or compare lungs by experiments.lung_comparison"
+        )
     path = arguments.predictions / postprocess.RECORD
     if path.exists():
         used = json.loads(path.read_text())["weights_sha256"]
@@ -338,15 +345,27 @@ def score(job: Job) -> Scored:
 
 def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
     """The scan of a job and its predicted nodule labels, on one grid."""
-    mask_path = job.arguments.predictions / job.scan_id / "mask.nii.gz"
+    folder = job.arguments.predictions
+    name, maker = "mask.nii.gz", "postprocess.py"
+    if in_lungs(folder):
+        name, maker = "nodules.nii.gz", "infer.py"
+    mask_path = folder / job.scan_id / name
     path = scan_path(job.arguments.scans, job.scan_id)
-    for needed, step in ((mask_path, "postprocess.py"), (path, "preprocess.py")):
+    for needed, step in ((mask_path, maker), (path, "preprocess.py")):
         if not needed.exists():
             raise ScanError(f"{needed} is missing; run {step} first")
     scan = read_scan(path)
     labels, grid = read_volume(mask_path)
     check_same_grid(grid, scan.grid, mask_path)
     return scan, labels
+
+
+def in_lungs(predictions: Path) -> dict[str, Any] | None:
+    """How nodules were found in lungs: None if these are no lungs, {} if not looked for."""
+    path = predictions / scan_results.RECORD
+    if not path.exists():
+        return None
+    return json.loads(path.read_text()).get("nodules") or {}
 
 
 def lung_scores(
@@ -370,12 +389,19 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
 
     Nothing of patches, and of masks made elsewhere, without nodules.csv.
     """
-    path = job.arguments.predictions / job.scan_id / "nodules.csv"
+    folder = job.arguments.predictions
+    path = folder / job.scan_id / scan_results.NODULES
+    if in_lungs(folder):
+        path = folder / scan_results.NODULES
     if not scan.whole or not path.exists():
         return {}
+    columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
     with path.open(newline="") as file:
-        columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
-        found = [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
+        found = [
+            [float(row[name]) for name in columns]
+            for row in csv.DictReader(file)
+            if row.get("case_id", job.scan_id) == job.scan_id
+        ]
     targets, irrelevant = spheres_of(scan, job.arguments.min_readers)
     return {
         "candidates": np.array(found).reshape(-1, 4),
@@ -626,6 +652,14 @@ def protocol(
 
 def masks_made_by(predictions: Path) -> str:
     """The settings the masks were made with, in a sentence."""
+    found = in_lungs(predictions)
+    if found:
+        used = config.from_json(config.Postprocess, found["settings"])
+        weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
+        return (
+            f"Nodules: found in the run's lungs and outlined by weights {weights}, "
+            f"{found['passes']} pass(es); {postprocess.settings_text(used)}."
+        )
     path = predictions / postprocess.RECORD
     if not path.exists():
         return "How the masks were made is unknown."

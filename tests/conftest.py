@@ -192,9 +192,12 @@ def set_by_hand(network, hu=-850):
 
 @pytest.fixture(scope="session")
 def make_lung_run():
-    """make_lung_run(folder, experiment=..., by_hand=True): a run as train.py leaves it."""
+    """make_lung_run(folder, experiment=..., by_hand=True): a run as train.py leaves it.
 
-    def make(folder, *, experiment=LUNG_RUN, by_hand=True):
+    What its network finds has values near `hu`.
+    """
+
+    def make(folder, *, experiment=LUNG_RUN, by_hand=True, hu=-850):
         from models import build_model
 
         folder.mkdir(parents=True)
@@ -209,8 +212,7 @@ def make_lung_run():
         shape = (*experiment.batches.input_px, 1)
         network = build_model(experiment.model, shape, 2)
         if by_hand:
-            of_nodules = experiment.batches.target == "nodule"
-            set_by_hand(network, 20 if of_nodules else -850)
+            set_by_hand(network, hu)
         network.save_weights(folder / "best.weights.h5")
         return folder
 
@@ -220,7 +222,7 @@ def make_lung_run():
 @pytest.fixture(scope="session")
 def make_nodule_run(make_lung_run):
     """make_nodule_run(folder): the same for nodules; what is near 20 HU is one."""
-    return functools.partial(make_lung_run, experiment=NODULE_RUN)
+    return functools.partial(make_lung_run, experiment=NODULE_RUN, hu=20)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,15 @@ import pytest
 import SimpleITK
 from scipy import ndimage
 
+import evaluate
+import files
 import infer
 import runs
 from lung_map import LungMap
 from monte_carlo import Passes
 from predictor import Predictor
 from runs import read_settings
+from scan import Annotation, Nodule, scan_path, write_scan
 
 
 @pytest.fixture(scope="module")
@@ -602,3 +605,40 @@ def test_another_table_of_nodules_in_the_folder_is_refused(
     with pytest.raises(ValueError, match="choose another --result_dir"):
         infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=nodule_run)
     assert not (out / "lungs.json").exists()
+
+
+def test_nodules_in_lungs_are_scored_as_those_of_a_run(
+    run, nodule_run, chest_scan, tmp_path
+):
+    z, y, x = np.ogrid[tuple(slice(n) for n in chest_scan.hu.shape)]
+    apart_mm2 = ((z - 16) * 5) ** 2 + ((y - 95) * 1.5) ** 2 + ((x - 65) * 1.5) ** 2
+    ball = apart_mm2 <= 10**2
+    centre = tuple(chest_scan.grid.index_to_ras_mm(np.array([16, 95, 65])).tolist())
+    readers = tuple(Annotation(r, 4000.0, 20.0, {}) for r in range(2))
+    scan = replace(
+        chest_scan,
+        hu=np.where(ball, 20, chest_scan.hu).astype(np.int16),
+        reader_bits=ball * np.uint8(3),
+        nodule_labels=ball.astype(np.uint8),
+        nodules=(Nodule(1, centre, readers),),
+    )
+    write_scan(scan, scan_path(tmp_path / "scans", "chest"), {})
+    arguments = evaluate.Arguments(
+        tmp_path / "OUT", tmp_path / "scores", scans=tmp_path / "scans"
+    )
+    options = {"scans": tmp_path / "scans", "parts": ("test",), "lungs": WITHOUT_SKIN}
+    infer.infer(run, arguments.predictions, **options)
+    with pytest.raises(ValueError, match="no nodules were looked for"):
+        evaluate.evaluate(arguments)
+    infer.infer(
+        run, arguments.predictions, nodules=nodule_run, overwrite=True, **options
+    )
+    evaluate.evaluate(arguments)
+    (nodule,) = nodules_of(arguments.out)
+    assert nodule["hit"] == "1"
+    assert float(nodule["dice"]) > 0.8
+    record = json.loads((arguments.out / "scores.json").read_text())
+    scores = {line["name"]: line["interval"]["value"] for line in record["scores"]}
+    assert scores["CPM (mean of these)"] == 1
+    (made_by,) = (line for line in record["protocol"] if "found in the run's" in line)
+    assert files.sha256(nodule_run / "best.weights.h5")[:12] in made_by

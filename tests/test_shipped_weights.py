@@ -47,22 +47,73 @@ def test_the_card_names_the_weights_and_their_patients(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
 
 
-def test_lungs_of_a_phantom_never_seen(tmp_path):
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    """The folder of a phantom that no weights have seen; its truth is beside it."""
     from cohorts import phantom
 
-    phantom.write_phantoms(tmp_path, 1, seed=9000)
-    (truth,) = (tmp_path / "truth").glob("*.h5")
+    folder = tmp_path_factory.mktemp("phantom")
+    settings = phantom.Settings(nodules=(7, 7))
+    phantom.write_phantoms(folder, 1, seed=9000, settings=settings)
+    return folder / "PHANTOM-9000"
+
+
+def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
+    (truth,) = phantom.with_name("truth").glob("*.h5")
     four = replace(infer.USUAL, passes=Passes(n=4))
-    mask, std = lungs_found(tmp_path / "PHANTOM-9000", tmp_path / "out", four)
+    mask, std = lungs_found(phantom, tmp_path / "out", four)
     lung = np.asarray(read_scan(truth).lung)
     assert metrics.dice(lung > 0, mask > 0) > 0.96
     for side in (1, 2):
         assert metrics.dice(lung == side, mask == side) > 0.95
     assert std[lung == 0].mean() < std[mask > 0].mean()
     flat = ROOT / "weights/lung2d"
-    source = tmp_path / "PHANTOM-9000"
-    mask, _ = lungs_found(source, tmp_path / "flat", ONE_LOOK, weights=flat)
+    mask, _ = lungs_found(phantom, tmp_path / "flat", ONE_LOOK, weights=flat)
     assert metrics.dice(lung > 0, mask > 0) > 0.96
+
+
+def nodules_met(scan, folder):
+    """Of which reference nodules the found ones hold voxels; and how many hold none."""
+    (path,) = folder.glob("*/nodules.nii.gz")
+    labels = read_volume(path)[0]
+    reference = np.asarray(scan.nodule_labels)
+    false = [n for n in np.unique(labels)[1:] if not reference[labels == n].any()]
+    return set(np.unique(reference[labels > 0])) - {0}, len(false)
+
+
+def test_large_nodules_of_a_phantom_never_seen_are_found(phantom, tmp_path):
+    from cohorts import lidc
+
+    nodules = {"nodules": infer.NODULE3D}
+    infer.infer(
+        infer.SHIPPED, tmp_path / "out", input=phantom, lungs=ONE_LOOK, **nodules
+    )
+    scan = lidc.load_scan(lidc.find_scans(phantom)[0])
+    met, false = nodules_met(scan, tmp_path / "out")
+    large = {n.label for n in scan.nodules if n.diameter_mm >= 10 and n.readers >= 3}
+    assert large
+    assert len(met & large) >= len(large) / 2
+    assert false <= 2
+
+
+@pytest.mark.lidc
+def test_nodules_of_a_real_scan_never_seen_are_found(tmp_path):
+    folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set LUNG_DATA")
+    from cohorts import lidc
+
+    infer.infer(
+        infer.SHIPPED,
+        tmp_path / "out",
+        input=folder,
+        lungs=ONE_LOOK,
+        nodules=infer.NODULE3D,
+    )
+    scan = lidc.load_scan(lidc.find_scans(folder)[0])
+    met, false = nodules_met(scan, tmp_path / "out")
+    assert {n.label for n in scan.nodules if n.readers == 4} <= met
+    assert false <= 3
 
 
 @pytest.mark.lidc

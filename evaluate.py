@@ -772,7 +772,8 @@ def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
     defined = [row for row in rows if np.isfinite(row["dice"])]
     order = sorted(defined, key=lambda row: -row["dice"]) or list(rows)
     chosen = list(dict.fromkeys((0, len(order) // 2, len(order) - 1)))
-    figure = Figure(figsize=(4.2 * len(chosen), 4.8), layout="constrained")
+    width = max(4.2 * len(chosen), 6.4)  # or the title is cut
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(chosen)))
     for axis, place in zip(axes, chosen, strict=True):
         row = order[place]

@@ -259,6 +259,12 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
                 f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
                 "--overwrite"
             )
+    path = arguments.predictions / scan_results.RECORD
+    if path.exists() and json.loads(path.read_text())["save_as"] == "numpy":
+        raise ValueError(
+            f"{path}: results were saved as numpy; expected nifti or nifti-labels; run "
+            "infer.py with one of them and another --result_dir"
+        )
     trained = set(predictions.training_patients)
     jobs = [
         Job(
@@ -273,6 +279,10 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
     ]
     if not jobs:
         parts = sorted({facts["part"] for facts in predictions.scans.values()})
+        if parts == [""]:
+            raise ValueError(
+                f"{arguments.predictions}: its scans are of no part of a split; use --part all"
+            )
         raise ValueError(
             f"{arguments.predictions} has no scan of the part {arguments.part!r}, only of "
             f"{parts}; choose another --part"

@@ -16,7 +16,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -171,15 +171,17 @@ def infer(
     tasks, misnamed = without_own_names(tasks)
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
-    seen = {*predictions.training_patients}
+    seen = {exp_dir.name: predictions.training_patients}
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
         segment = functools.partial(segment_lungs, nodules=nodules)
         if nodules is not None:
             require_run(nodules)
             for run_dir in (nodules, OUTLINES):
-                seen |= {*runs.training_patients_of(run_dir / "best.weights.h5")}
-    predictions = replace(predictions, training_patients=tuple(sorted(seen)))
+                weights = run_dir / "best.weights.h5"
+                seen[run_dir.name] = tuple(runs.training_patients_of(weights))
+    everyone = sorted({patient for some in seen.values() for patient in some})
+    predictions = replace(predictions, training_patients=tuple(everyone))
     warn_of_leaks(tasks, seen)
     done, failures, line = segment(
         tasks,
@@ -621,12 +623,15 @@ def write_predictions(
     replace(predictions, scans=scans).write(result_dir)
 
 
-def warn_of_leaks(tasks: Sequence[Task], known: Collection[str]) -> None:
+def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
+    """Names the patients that one of the runs, by name, was trained on."""
     for task in tasks:
-        if task.patient_id in known:
+        found = [run for run, patients in seen.items() if task.patient_id in patients]
+        if found:
             log.warning(
-                "patient %s was trained on; the result says nothing of new patients",
+                "patient %s was trained on (by %s); the result says nothing of new patients",
                 task.patient_id,
+                ", ".join(found),
             )
 
 

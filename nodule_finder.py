@@ -27,6 +27,9 @@ from scan import Scan, ScanError
 PATCH_PX = 128
 """Side of the patches around candidates: twice what the seeded network sees at first."""
 
+PIXEL_MM = (0.4, 1.2)
+"""Pixels that the seeded network knows; in others the outlines of the 3-D one stay."""
+
 NEAR_PX = 2
 """An outline counts if it comes as near as this to what the 3-D network found, and is at
 least `LEAST_SHARE` as large."""
@@ -125,7 +128,9 @@ class NoduleFinder:
         spreads = np.full(len(chances), None)
         if maps.n > 1:
             spreads = mean_by_label(maps.std, labels, len(chances))
-        if len(chances) and self.seeded is not None:
+        low, high = PIXEL_MM
+        known = all(low <= step <= high for step in scan.spacing_mm[1:])
+        if len(chances) and known and self.seeded is not None:
             labels, kept = outlined(scan.hu, labels, self.seeded)
             chances, spreads = chances[kept], spreads[kept]
         nodules = measure_nodules(

@@ -1,5 +1,6 @@
 """One picture of a scan: its lungs from the front and from below, and each nodule enlarged."""
 
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -21,7 +22,9 @@ NEAR_MM = 70.0
 LUNG_WINDOW_HU = (-1200.0, 400.0)
 
 RIGHT_BGR, LEFT_BGR, NODULE_BGR = (230, 180, 60), (80, 200, 80), (60, 90, 255)
-WHITE_BGR = (255, 255, 255)
+WHITE_BGR, WARNING_BGR = (255, 255, 255), (80, 80, 255)
+MARGIN_MM = 15.0
+"""What is shown around the lungs."""
 
 
 def draw(
@@ -29,6 +32,8 @@ def draw(
     lung: np.ndarray,
     labels: np.ndarray,
     nodules: Sequence[FoundNodule],
+    *,
+    warning: str = "",
 ) -> np.ndarray:
     """The picture, (y, x, 3) uint8 in OpenCV's order of channels.
 
@@ -37,6 +42,7 @@ def draw(
         lung: (z, y, x) uint8, 1 right and 2 left; it may be another one than the scan's.
         labels: (z, y, x), 0 or the number of the nodule.
         nodules: One for each label.
+        warning: Why not to trust the lungs, shown in red; "" for nothing.
     """
     from scipy.ndimage import find_objects
 
@@ -52,24 +58,38 @@ def draw(
     text = f"{scan.scan_id}: {len(nodules)} nodules"
     if shown < len(nodules):
         text += f", {shown} of them enlarged"
-    strips = [caption(part, lines[0].shape[1]) for part in (text, DISCLAIMER)]
+    width = lines[0].shape[1]
+    strips = [caption(part, width) for part in (text, DISCLAIMER)]
+    if warning:
+        text = f"LUNGS NOT TO BE TRUSTED: {warning}"
+        strips.append(caption(text, width, WARNING_BGR))
     return np.vstack([*strips, *lines])
 
 
 def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The coronal plane with most lung; nodules of all planes are drawn into it."""
+    z, _, x = around_lungs(scan, lung)
     y = int((lung > 0).sum(axis=(0, 2)).argmax())
-    found = labels.max(axis=1)
+    planes = scan.hu[z, y, x], lung[z, y, x], labels[z, :, x].max(axis=1)
     spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
-    picture = outlined_plane(scan.hu[::-1, y], lung[::-1, y], found[::-1], spacing_mm)
-    return tile(picture, "from the front; right lung blue, left green, nodules red")
+    hu, lung, labels = (plane[::-1] for plane in planes)
+    picture = outlined_plane(hu, lung, labels, spacing_mm)
+    return tile(picture, "right lung blue, left green; nodules of all planes red")
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The axial slice with most lung."""
     z = int((lung > 0).sum(axis=(1, 2)).argmax())
-    picture = outlined_plane(scan.hu[z], lung[z], labels[z], scan.spacing_mm[1:])
-    return tile(picture, f"slice {z}")
+    _, y, x = around_lungs(scan, lung)
+    planes = scan.hu[z, y, x], lung[z, y, x], labels[z, y, x]
+    picture = outlined_plane(*planes, scan.spacing_mm[1:])
+    return tile(picture, f"slice {z} of 0 to {len(lung) - 1}, 0 at the feet")
+
+
+def around_lungs(scan: Scan, lung: np.ndarray) -> boxes.Box:
+    """The box of the lungs and `MARGIN_MM`; all of the scan without lungs."""
+    margin = [math.ceil(MARGIN_MM / step) for step in scan.spacing_mm]
+    return boxes.around(lung, margin) or boxes.whole(lung.shape)
 
 
 def enlarged(
@@ -91,7 +111,7 @@ def enlarged(
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
     text = (
         f"{nodule.nodule_id}: {nodule.long_axis_mm:.0f} x {nodule.short_axis_mm:.0f} mm, "
-        f"{nodule.volume_mm3:.0f} mm3, score {nodule.score:.2f}, slice {z}"
+        f"{nodule.volume_mm3:.0f} mm3, score {nodule.score:.2f}, largest in {z}"
     )
     return tile(picture, text)
 
@@ -128,11 +148,13 @@ def tile(picture: np.ndarray, text: str) -> np.ndarray:
     return np.vstack([square, caption(text, SIDE_PX)])
 
 
-def caption(text: str, width: int) -> np.ndarray:
-    """A line of white text on black."""
+def caption(
+    text: str, width: int, colour: tuple[int, int, int] = WHITE_BGR
+) -> np.ndarray:
+    """A line of text on black."""
     strip = np.zeros((CAPTION_PX, width, 3), np.uint8)
     place = (6, CAPTION_PX - 7)
     cv2.putText(
-        strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, WHITE_BGR, 1, cv2.LINE_AA
+        strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA
     )
     return strip

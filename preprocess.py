@@ -162,6 +162,7 @@ def prepare(task: Task) -> str:
 def without_folders(text: str, source: ScanSource) -> str:
     """A message without the folders of a source, which hospitals name after patients."""
     folders = {path.parent for path in (*source.paths, *source.annotations)}
+    folders -= {Path(), Path("/")}
     for folder in sorted(folders, key=lambda folder: -len(str(folder))):
         text = text.replace(f"{folder}/", "").replace(str(folder), "its folder")
     return text

@@ -23,11 +23,12 @@ from volume_io import write_volume
 SaveAs = Literal["nifti", "numpy", "nifti-labels"]
 
 TABLE, NODULES, RECORD = "lungs.csv", "nodules.csv", "lungs.json"
-MAPS = {
-    *("mask.nii.gz", "mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"),
-    *("nodules.nii.gz", "overview.png"),
-}
-"""What is written into the folder of a scan."""
+LABELS = {"mask.nii.gz"}
+OF_PASSES = {"mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
+OF_NODULES = {"nodules.nii.gz", "overview.png"}
+MAPS = LABELS | OF_PASSES | OF_NODULES
+"""What is written into the folder of a scan: always, unless only labels are asked for, and
+where nodules were looked for."""
 FORMAT_VERSION = 1
 """Of lungs.json."""
 
@@ -72,16 +73,19 @@ class Results:
     ) -> None:
         self.folder = folder
         self.save_as: SaveAs = save_as
+        self.names = LABELS | (OF_PASSES if save_as == "nifti" else set())
+        self.names |= OF_NODULES if made_by.get("nodules") else set()
         made_by = {"format_version": FORMAT_VERSION, "save_as": save_as, **made_by}
         path = folder / RECORD
         if path.exists():
             found = json.loads(path.read_text())
             changed = differing(found, made_by)
             if changed.keys() == {"nodules"} and not replaced:
-                before = "others" if found.get("nodules") else "none"
+                before = "by another run, or other settings of it"
                 raise ValueError(
-                    f"{path}: of nodules, {before} were looked for; name the same run with "
-                    "--nodules (None for none), use --overwrite or another --result_dir"
+                    f"{path}: nodules were looked for "
+                    f"{before if found.get('nodules') else 'by no run'}; repeat that with "
+                    "--nodules RUN (None for no run), use --overwrite or another --result_dir"
                 )
             if changed and not replaced:
                 raise ValueError(
@@ -99,8 +103,11 @@ class Results:
         return self.folder / (f"{pid}.npz" if self.save_as == "numpy" else pid)
 
     def complete(self, pid: str) -> bool:
-        """Whether a scan's results are there, and their row in lungs.csv."""
-        return pid in self.rows and self.path(pid).exists()
+        """Whether all of a scan's results are there, and its row in lungs.csv."""
+        path = self.path(pid)
+        if self.save_as == "numpy":
+            return pid in self.rows and path.exists()
+        return pid in self.rows and all((path / name).exists() for name in self.names)
 
     def foreign(self, pid: str) -> str:
         """Why nothing may be written of a scan: something else has its name. "" if it may.
@@ -141,7 +148,9 @@ class Results:
             if self.save_as == "numpy":
                 write_arrays(partial, maps, labels, scan.grid, found)
             else:
-                write_niftis(partial, maps, labels, scan, self.save_as, found)
+                write_niftis(partial, maps, labels, scan, self.save_as)
+                if found is not None:
+                    write_found(partial, found, labels, scan, row.reason)
         if found is not None:
             self.nodules[row.pid] = [nodule_row(n, scan) for n in found.nodules]
             write_nodules(self.folder, self.nodules)
@@ -196,9 +205,8 @@ def write_niftis(
     labels: np.ndarray,
     scan: Scan,
     save_as: SaveAs,
-    found: Found | None,
 ) -> None:
-    """Writes mask.nii.gz and, unless only labels are asked for, the maps; and nodules."""
+    """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
 
     def write(name: str, values: np.ndarray) -> None:
         write_volume(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
@@ -208,11 +216,18 @@ def write_niftis(
         write("mean", maps.mean)
         write("std", maps.std)
         write("uncertainty", maps.mutual_information)
-    if found is not None:
-        write("nodules", found.labels)
-        picture = overview.draw(scan, labels, found.labels, found.nodules)
-        if not cv2.imwrite(str(folder / "overview.png"), picture):
-            raise OSError(f"{folder / 'overview.png'}: the picture was not written")
+
+
+def write_found(
+    folder: Path, found: Found, lung: np.ndarray, scan: Scan, reason: str
+) -> None:
+    """Writes nodules.nii.gz and overview.png, with the reason not to trust the lungs."""
+    path = folder / "nodules.nii.gz"
+    write_volume(path, found.labels, scan.grid, scan.source_grid)
+    picture = overview.draw(scan, lung, found.labels, found.nodules, warning=reason)
+    path = folder / "overview.png"
+    if not cv2.imwrite(str(path), picture):
+        raise OSError(f"{path}: the picture was not written")
 
 
 def write_arrays(

@@ -10,10 +10,11 @@ from typing import Any
 def import_quietly() -> None:
     """Imports TensorFlow without its banners and hints, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
-    TensorFlow writes some to stderr before it has read that variable, among them an error
-    where there is no GPU. Python's own errors come through.
+    TensorFlow writes some to stderr before it has read that variable. Among what it calls
+    errors are that there is no GPU, and that oneDNN knows no bool on this CPU. Python's own
+    errors come through.
     """
-    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if level < "2" or os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
         return
     sys.stderr.flush()

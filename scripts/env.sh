@@ -12,7 +12,7 @@ NAME=${NAME:-$CONFIG}              # name of the run
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}  # processes for scans, threads for batches
 PHANTOMS=${PHANTOMS:-12}           # how many phantoms are made
 NODULES=${NODULES:-4 8}            # fewest and most nodules of a phantom
-export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2} TF_ENABLE_ONEDNN_OPTS=${TF_ENABLE_ONEDNN_OPTS:-1}
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} TF_ENABLE_ONEDNN_OPTS=${TF_ENABLE_ONEDNN_OPTS:-1}
 
 if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 if [ -z "$DATA" ]; then DATA="$WORK/phantoms"; fi

@@ -369,7 +369,7 @@ def test_what_is_no_ct_is_refused(run, volume, tmp_path, spoil, message):
 def test_a_patient_that_was_trained_on_is_named(run, volume, tmp_path, caplog):
     path = save(tmp_path / "trained-on.nii.gz", volume)
     infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
-    assert "patient trained-on was trained on" in caplog.text
+    assert "patient trained-on was trained on (by hand)" in caplog.text
 
 
 def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
@@ -566,9 +566,13 @@ def test_nodules_are_found_in_the_lungs_measured_and_drawn(
     assert run_main(*command, "--nodules", nodule_run) == 0
     assert nodules_of(out) == [nodule]
     assert rows_of(out).keys() == {"ill", "well"}
+    # What was lost is made again.
+    (out / "ill/nodules.nii.gz").unlink()
+    assert run_main(*command, "--nodules", nodule_run) == 0
+    assert (out / "ill/nodules.nii.gz").exists()
     # Without nodules these are other results.
     assert run_main(*command, "--nodules", None) == 1
-    assert "(None for none)" in capsys.readouterr().err
+    assert "(None for no run)" in capsys.readouterr().err
     assert run_main(*command, "--nodules", None, "--overwrite") == 0
     assert not (out / "nodules.csv").exists()
     assert {file.name for file in (out / "ill").iterdir()} == {
@@ -587,6 +591,9 @@ def test_numpy_holds_nodules_too(run, nodule_run, ill_volume, tmp_path):
     full = ill_volume.shape
     assert labels[full[0] - 1 - 32, full[1] - 1 - 47, 16] == 1
     assert len(nodules_of(out)) == 1
+    arguments = evaluate.Arguments(out, tmp_path / "scores", part="all")
+    with pytest.raises(ValueError, match="saved as numpy"):
+        evaluate.evaluate(arguments)
 
 
 def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):

@@ -209,6 +209,22 @@ def test_without_lungs_nothing_is_found_and_without_a_mask_nothing_is_looked_for
         finder.find(replace(scan, lung=None))
 
 
+def test_pixels_that_the_seeded_network_does_not_know_keep_the_3d_outline(
+    make_nodule_run, tmp_path
+):
+    run, scan = make_nodule_run(tmp_path / "nodules"), tiny_scan()
+    finder, alone = NoduleFinder(run, run), NoduleFinder(run, None)
+    finder.seeded = Discs()
+    assert scan.spacing_mm[1] > nodule_finder.PIXEL_MM[1]
+    np.testing.assert_array_equal(finder.find(scan).labels, alone.find(scan).labels)
+    assert finder.seeded.patches is None
+    affine = scan.grid.affine.copy()
+    affine[:2, 1:3] *= 0.75
+    fine = replace(scan, grid=replace(scan.grid, affine=affine))
+    assert finder.find(fine).nodules
+    assert finder.seeded.patches is not None
+
+
 def test_passes_give_each_nodule_a_standard_deviation(make_nodule_run, tmp_path):
     experiment = make_nodule_run.keywords["experiment"]
     model = replace(experiment.model, dropout=0.5)

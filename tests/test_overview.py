@@ -74,3 +74,13 @@ def test_more_nodules_than_fit_are_counted_and_the_first_are_shown():
     )
     last = overview.draw(scan, scan.lung, labels, measured(scan, labels)[-10:])
     assert (picture != last)[2 * overview.CAPTION_PX :].any()
+
+
+def test_a_warning_stands_on_the_picture_in_red():
+    scan = tiny_scan()
+    labels = np.zeros_like(scan.nodule_labels)
+    plain = overview.draw(scan, scan.lung, labels, [])
+    warned = overview.draw(scan, scan.lung, labels, [], warning="no left lung")
+    assert len(warned) == len(plain) + overview.CAPTION_PX
+    strip = warned[2 * overview.CAPTION_PX : 3 * overview.CAPTION_PX].astype(int)
+    assert (strip[..., 2] > strip[..., 0] + 50).any()

@@ -72,24 +72,23 @@ def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
     assert metrics.dice(lung > 0, mask > 0) > 0.96
 
 
-def nodules_met(scan, folder):
-    """Of which reference nodules the found ones hold voxels; and how many hold none."""
+def nodules_met(source, folder):
+    """The scan in `source`, labels of its nodules that are found, and how many are false."""
+    from cohorts import lidc
+
+    infer.infer(
+        infer.SHIPPED, folder, input=source, lungs=ONE_LOOK, nodules=infer.NODULE3D
+    )
+    scan = lidc.load_scan(lidc.find_scans(source)[0])
     (path,) = folder.glob("*/nodules.nii.gz")
     labels = read_volume(path)[0]
     reference = np.asarray(scan.nodule_labels)
     false = [n for n in np.unique(labels)[1:] if not reference[labels == n].any()]
-    return set(np.unique(reference[labels > 0])) - {0}, len(false)
+    return scan, set(np.unique(reference[labels > 0])) - {0}, len(false)
 
 
 def test_large_nodules_of_a_phantom_never_seen_are_found(phantom, tmp_path):
-    from cohorts import lidc
-
-    nodules = {"nodules": infer.NODULE3D}
-    infer.infer(
-        infer.SHIPPED, tmp_path / "out", input=phantom, lungs=ONE_LOOK, **nodules
-    )
-    scan = lidc.load_scan(lidc.find_scans(phantom)[0])
-    met, false = nodules_met(scan, tmp_path / "out")
+    scan, met, false = nodules_met(phantom, tmp_path / "out")
     large = {n.label for n in scan.nodules if n.diameter_mm >= 10 and n.readers >= 3}
     assert large
     assert len(met & large) >= len(large) / 2
@@ -101,17 +100,7 @@ def test_nodules_of_a_real_scan_never_seen_are_found(tmp_path):
     folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
     if not folder.is_dir():
         pytest.skip(f"no {folder}; set LUNG_DATA")
-    from cohorts import lidc
-
-    infer.infer(
-        infer.SHIPPED,
-        tmp_path / "out",
-        input=folder,
-        lungs=ONE_LOOK,
-        nodules=infer.NODULE3D,
-    )
-    scan = lidc.load_scan(lidc.find_scans(folder)[0])
-    met, false = nodules_met(scan, tmp_path / "out")
+    scan, met, false = nodules_met(folder, tmp_path / "out")
     assert {n.label for n in scan.nodules if n.readers == 4} <= met
     assert false <= 3
 

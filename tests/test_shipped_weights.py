@@ -72,6 +72,15 @@ def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
     assert metrics.dice(lung > 0, mask > 0) > 0.96
 
 
+@pytest.fixture
+def real():
+    """The folder of LIDC-IDRI-0003, which tested lungs and nodules."""
+    folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}; set LUNG_DATA")
+    return folder
+
+
 def nodules_met(source, folder):
     """The scan in `source`, labels of its nodules that are found, and how many are false."""
     from cohorts import lidc
@@ -96,24 +105,18 @@ def test_large_nodules_of_a_phantom_never_seen_are_found(phantom, tmp_path):
 
 
 @pytest.mark.lidc
-def test_nodules_of_a_real_scan_never_seen_are_found(tmp_path):
-    folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; set LUNG_DATA")
-    scan, met, false = nodules_met(folder, tmp_path / "out")
+def test_nodules_of_a_real_scan_never_seen_are_found(real, tmp_path):
+    scan, met, false = nodules_met(real, tmp_path / "out")
     assert {n.label for n in scan.nodules if n.readers == 4} <= met
     assert false <= 3
 
 
 @pytest.mark.lidc
-def test_lungs_of_a_real_scan_never_seen(tmp_path):
-    folder = DATA / "LIDC-IDRI/LIDC-IDRI-0003"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}; set LUNG_DATA")
+def test_lungs_of_a_real_scan_never_seen(real, tmp_path):
     from cohorts import lidc
 
-    mask, _ = lungs_found(folder, tmp_path / "out", ONE_LOOK)
-    scan = lidc.load_scan(lidc.find_scans(folder)[0])
+    mask, _ = lungs_found(real, tmp_path / "out", ONE_LOOK)
+    scan = lidc.load_scan(lidc.find_scans(real)[0])
     classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
     assert metrics.dice(classical > 0, mask > 0) > 0.95
     assert (mask[np.asarray(scan.reader_bits) > 0] > 0).mean() > 0.95

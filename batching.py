@@ -19,6 +19,9 @@ SLICE_ORDER, SLICE_BATCH, SLICE_NOISE, VOLUME_ORDER, VOLUME_BATCH = 1, 2, 3, 4, 
 """First words of the seeds of orders, batches and noise. They stand first because NumPy
 takes the seeds (1, 2) and (1, 2, 0) for the same."""
 
+CANDIDATE_PX = (6, 6, 6)
+"""A candidate is a nodule if there is any within so many voxels in the middle of its crop."""
+
 
 class Generator(ABC):
     """Batches by number: `len(generator)`, `generator[index]`.
@@ -33,7 +36,7 @@ class Generator(ABC):
         seeds: Of a batch, before epoch and index.
         shuffle: False makes all epochs the same.
         with_slice_label: Give y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
-            "slice" is 1 if the sample holds any target.
+            "slice" is 1 if the sample holds any target; of candidates, if their middle does.
 
     Attributes:
         epoch: The epoch that batches are made for; set it to resume.
@@ -93,9 +96,16 @@ class Generator(ABC):
             x[position, ..., 0], mask = self.sample(row, rng)
             y[position] = augment.one_hot(mask)
         if self.with_slice_label:
-            present = [[(mask >= 0.5).any()] for mask in y[..., 1]]
+            present = [[self.holds_target(mask)] for mask in y[..., 1]]
             return x, {"mask": y, "slice": np.array(present, np.float32)}
         return x, y
+
+    def holds_target(self, mask: np.ndarray) -> bool:
+        """What "slice" says of a sample with this mask."""
+        if self.batches.crop == "candidate":
+            start = boxes.crop_at_centre(mask.shape, CANDIDATE_PX).start
+            mask = boxes.cut(mask, start, CANDIDATE_PX, fill=0)
+        return bool((mask >= 0.5).any())
 
     def on_epoch_end(self) -> None:
         """Goes on to the next epoch."""

@@ -102,6 +102,13 @@ def crop_around(focus, shape: Sequence[int], size: Sequence[int]) -> Crop:
     return Crop(_start(focus, pin, shape, size), pin)
 
 
+def crop_on(focus, size: Sequence[int]) -> Crop:
+    """The crop with a point in its middle, wherever the array ends."""
+    pin = centre(whole(size))
+    start = (round(at - place) for at, place in zip(focus, pin, strict=True))
+    return Crop(tuple(start), pin)
+
+
 def crop_near(focus, half, shape: Sequence[int], size: Sequence[int], share) -> Crop:
     """A crop that holds something whole, or its middle if it is larger; pinned to it.
 

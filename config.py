@@ -115,11 +115,12 @@ class Batches:
     input_px: tuple[int, ...] = (400, 400)
     """Size of the crop that enters the network: (y, x) of a slice, or (z, y, x) of the
     table's volumes."""
-    crop: Literal["centre", "lung", "nodule", "seed"] = "centre"
+    crop: Literal["centre", "lung", "nodule", "seed", "candidate"] = "centre"
     """Centre of a training crop: of the slice, of its lungs, or near a nodule; of a volume,
     a random point of the box around the lungs for `lung`. Validation and whole scans are
     covered by tiles of `input_px`. seed: slices are patches around a nodule, whose middle is
-    cut out everywhere."""
+    cut out everywhere. candidate: of a volume, a nodule, or whatever else in the lungs is
+    as dense, such as a vessel; for the false-positive network."""
     pixel_mm: float = 0.0
     """Bring slices to pixels of this size, so that a network sees all scanners alike and
     fewer pixels; 0 leaves them as they are. For lungs in slices."""
@@ -145,7 +146,8 @@ class Batches:
     batch_size: int = 4
     nodule_fraction: float = 0.5
     """Share of training rows drawn from slices with a nodule; 0 takes rows as they are. Of
-    volumes with crop=nodule, the share of crops near one; the others are `lung`."""
+    volumes with crop=nodule, the share of crops near one; the others are `lung`. With
+    crop=candidate, the share that are of one."""
 
     def __post_init__(self) -> None:
         size = self.input_px
@@ -168,6 +170,8 @@ class Batches:
         fits = not seeded or (of_readers and not self.lung_mask and len({*size}) == 1)
         expected = "another one of lungs, volumes, masked slices or crops not square"
         require(fits, "crop", self.crop, expected)
+        fits = self.crop != "candidate" or (self.target == "nodule" and len(size) == 3)
+        require(fits, "crop", self.crop, "another one but for nodules in volumes")
         pixel = self.pixel_mm
         in_slices = self.target == "lung" and len(size) == 2
         fits = pixel == 0 or (pixel > 0 and in_slices)
@@ -293,8 +297,8 @@ class Model:
     norm: Literal["instance", "batch"] = "instance"
     """Normalisation of the U-Nets."""
     seeded: bool = False
-    """Tell a 2-D network how far each pixel lies from the middle of its input; for patches
-    around a seed (batches.crop=seed)."""
+    """Tell the network how far each pixel lies from the middle of its input; for what is
+    around a seed or a candidate (batches.crop)."""
     deep_supervision: bool = False
     """Let unet3d also be trained on what its coarser levels predict."""
     mask_fraction: float = 0.0
@@ -314,7 +318,8 @@ class Model:
     squeeze_excite: bool = True
     dropout: float = 0.0
     slice_classifier: bool = False
-    """Add the slice classifier head of the false-positive network."""
+    """Add the classifier head of the false-positive network: whether a slice, or the middle
+    of a candidate's crop, is nodule."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
@@ -426,7 +431,7 @@ class Experiment:
             value = getattr(self.augment, name)
             require(not value, f"augment.{name}", value, "0: input_px is of slices")
         seeded, crop = self.model.seeded, self.batches.crop
-        fits = not seeded or crop == "seed"
+        fits = not seeded or crop in ("seed", "candidate")
         require(fits, "model.seeded", seeded, f"false with batches.crop={crop}")
 
 

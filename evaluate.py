@@ -201,8 +201,10 @@ def evaluate(arguments: Arguments) -> steps.Report:
     out = arguments.out
     sys.stdout.write(markdown(lines, facts) + "\n")
     named = ", ".join(str(out / name) for name in FIGURES)
+    scans = files.count_text(len(rows), "scan")
+    scored = files.count_text(len(nodules), "nodule")
     return steps.Report(
-        f"wrote {out}: {len(rows)} scans, {len(nodules)} nodules; figures {named}",
+        f"wrote {out}: {scans}, {scored}; figures {named}",
         failures,
     )
 

@@ -96,6 +96,11 @@ def write_json(path: Path, record: Any) -> None:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def count_text(count: int, noun: str) -> str:
+    """A number of things, e.g. '1 scan' or '3 scans'."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def size_text(num_bytes: float) -> str:
     """A size a person reads, e.g. '6.1 GB' (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):

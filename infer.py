@@ -112,6 +112,8 @@ class Arguments:
     nodules: Path | None = NODULE3D
     """Of a run for lungs: the run that looks for nodules in them, by default the weights
     that ship; None looks for none."""
+    reduction: Path | None = None
+    """The run that tells nodules from vessels among what was found; None keeps all."""
     batch_size: int = 8
     """Tiles of a 2-D network per call."""
     overwrite: bool = False
@@ -140,6 +142,7 @@ def infer(
     parts: Sequence[str] = ("validation", "test"),
     lungs: Lungs = USUAL,
     nodules: Path | None = None,
+    reduction: Path | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> steps.Report:
@@ -174,12 +177,8 @@ def infer(
     seen = {exp_dir.name: predictions.training_patients}
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
-        segment = functools.partial(segment_lungs, nodules=nodules)
-        if nodules is not None:
-            require_run(nodules)
-            for run_dir in (nodules, OUTLINES):
-                weights = run_dir / "best.weights.h5"
-                seen[run_dir.name] = tuple(runs.training_patients_of(weights))
+        segment = functools.partial(segment_lungs, nodules=nodules, reduction=reduction)
+        seen |= seen_for_nodules(nodules, reduction)
     everyone = sorted({patient for some in seen.values() for patient in some})
     predictions = replace(predictions, training_patients=tuple(everyone))
     warn_of_leaks(tasks, seen)
@@ -242,7 +241,8 @@ def segment_nodules(
     )
     done = without_failures(tasks, failures)
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
-    line = f"{len(done)} scans, {files.size_text(volume_bytes)}"
+    scans = files.count_text(len(done), "scan")
+    line = f"{scans}, {files.size_text(volume_bytes)}"
     return done, failures, line + (f" ({len(stood)} were there)" if stood else "")
 
 
@@ -254,6 +254,7 @@ def segment_lungs(
     lungs: Lungs,
     *,
     nodules: Path | None,
+    reduction: Path | None,
     start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
@@ -272,7 +273,7 @@ def segment_lungs(
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     finder = None
     if nodules is not None:
-        finder = nodule_finder(nodules, lungs)
+        finder = nodule_finder(nodules, reduction, lungs)
         made_by["nodules"] = finder.made_by
     results = Results(
         result_dir,
@@ -317,10 +318,11 @@ def segment_lungs(
     failures = [*foreign, *read_and_map(segment, missing, read_ct)]
     done = without_failures(tasks, failures)
     flagged = sum(results.rows[task.scan_id].flag for task in done)
-    line = f"lungs of {len(done)} scans, {flagged} of them not to be trusted"
+    scans = files.count_text(len(done), "scan")
+    line = f"lungs of {scans}, {flagged} of them not to be trusted"
     if finder:
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
-        line += f"; {found} nodules"
+        line += f"; {files.count_text(found, 'nodule')}"
     stood = len(tasks) - len(missing)
     return done, failures, line + (f" ({stood} were there)" if stood else "")
 
@@ -397,20 +399,35 @@ def nodule_predictor(
     return passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
 
 
-def require_run(run_dir: Path) -> None:
-    """Raises FileNotFoundError if there is no run for nodules."""
-    if not (run_dir / "config.json").exists():
-        raise FileNotFoundError(
-            f"no weights for nodules in {run_dir}; name a run directory with --nodules, or "
-            "look for none with --nodules None"
-        )
+def seen_for_nodules(
+    nodules: Path | None, reduction: Path | None
+) -> dict[str, tuple[str, ...]]:
+    """Whom the runs that look for nodules were trained on, by their names.
+
+    Raises:
+        FileNotFoundError: If one of them is missing.
+    """
+    if nodules is None:
+        return {}
+    for run_dir, option in ((nodules, "--nodules"), (reduction, "--reduction")):
+        if run_dir is not None and not (run_dir / "config.json").exists():
+            raise FileNotFoundError(
+                f"no weights for nodules in {run_dir}; name a run directory with {option}, "
+                f"or do without: {option} None"
+            )
+    used = [run for run in (nodules, OUTLINES, reduction) if run is not None]
+    return {
+        run.name: tuple(runs.training_patients_of(run / "best.weights.h5"))
+        for run in used
+    }
 
 
-def nodule_finder(run_dir: Path, lungs: Lungs) -> NoduleFinder:
+def nodule_finder(run_dir: Path, reduction: Path | None, lungs: Lungs) -> NoduleFinder:
     """What looks for nodules in lungs, with outlines by the weights of patches."""
     return NoduleFinder(
         run_dir,
         OUTLINES,
+        reduction_dir=reduction,
         seed=lungs.passes.seed,
         precision=lungs.precision,
         memory_gb=lungs.memory_gb,

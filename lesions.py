@@ -202,6 +202,7 @@ def simulate_nodules(
     rng: np.random.Generator,
     *,
     seen: Callable[[tuple[float, ...]], bool] = lambda _: True,
+    places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
 
@@ -215,6 +216,7 @@ def simulate_nodules(
         settings: `probability` counts.
         rng: Decides everything.
         seen: Whether the middle of a nodule may lie at a place (z, y, x).
+        places: (n, 3) places; one nodule is drawn, its middle at one of them.
 
     Returns:
         A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
@@ -222,13 +224,19 @@ def simulate_nodules(
     result, drawn = hu.copy(), np.zeros(hu.shape, bool)
     if rng.random() >= settings.probability or not lung.any():
         return result, drawn
+    if places is not None and not len(places):
+        return result, drawn
     mask = (lung > 0).view(np.uint8)
     rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
     own = lung_in(result, mask, rim, measured_grain(result), spacing_mm, rng)
-    for _ in range(rng.integers(1, MOST_NODULES + 1)):
+    most = MOST_NODULES if places is None else 1
+    for _ in range(rng.integers(1, most + 1)):
         shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM)
         diameter_mm = shape.diameter_mm * rng.uniform(0.85, 1.15)
-        centre = nodule_centre(own, diameter_mm, rng, seen)
+        if places is None:
+            centre = nodule_centre(own, diameter_mm, rng, seen)
+        else:
+            centre = tuple(places[rng.integers(len(places))].tolist())
         kind = rng.choice(phantom_nodules.KINDS, p=phantom_nodules.KIND_SHARES)
         solid_hu, hazy_hu = rng.uniform(*SOLID_HU), rng.uniform(*HAZY_HU)
         core = 1.0 if kind == "solid" else rng.uniform(0.3, 0.7)

@@ -1,7 +1,8 @@
-"""Nodules of whole scans: found by a 3-D network, outlined slice by slice by a seeded one.
+"""Nodules of whole scans: found by a 3-D network, judged by a second, outlined by a third.
 
-What slices cannot tell, a nodule from a vessel, the 3-D network knows; what three voxels of
-1.5 mm cannot show, the border of a small nodule, the network on the scan's own pixels does.
+The first marks candidates. The false-positive network looks at each by itself and tells
+nodules from vessels. What voxels of 1.5 mm cannot show, the border of a small nodule, the
+seeded network outlines slice by slice in the scan's own pixels.
 """
 
 import functools
@@ -18,6 +19,7 @@ import config
 import files
 import postprocess
 import runs
+from candidates import CandidateClassifier, tightened
 from monte_carlo import MEMORY_GB, Passes, VolumePredictor
 from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
@@ -45,8 +47,9 @@ class Found:
 
     Attributes:
         labels: (z, y, x), 0 or the number of the nodule; 1 has the highest score.
-        nodules: One for each label, in this order. Scores are those of the voxels that the
-            3-D network found, measures those of the outline.
+        nodules: One for each label, in this order. The score is the false-positive
+            network's probability, without one the mean probability of the voxels found;
+            measures are those of the outline.
     """
 
     labels: np.ndarray
@@ -54,12 +57,14 @@ class Found:
 
 
 class NoduleFinder:
-    """A run of 3-D nodules, and a seeded one for their outlines; each loads once.
+    """A run of 3-D nodules, one that judges them and one that outlines; each loads once.
 
     Args:
         run_dir: Of the 3-D network. If it was tuned, its values count, and it makes as many
             passes as they were tuned on.
         seeded_dir: Of the seeded network; None keeps the outlines of the 3-D one.
+        reduction_dir: Of the false-positive network, whose settings say how candidates are
+            found and which are kept; None keeps what the 3-D one finds.
         seed: Of the dropout, if there are several passes.
         precision: Keras' policy for the 3-D network.
         memory_gb: As for `VolumePredictor`.
@@ -78,6 +83,7 @@ class NoduleFinder:
         run_dir: Path,
         seeded_dir: Path | None,
         *,
+        reduction_dir: Path | None = None,
         seed: int = 0,
         precision: Precision = "float32",
         memory_gb: float = MEMORY_GB,
@@ -97,11 +103,16 @@ class NoduleFinder:
             memory_gb=memory_gb,
         )
         self.seeded_dir = seeded_dir
-        used = [run_dir] if seeded_dir is None else [run_dir, seeded_dir]
+        self.classifier = None
+        if reduction_dir is not None:
+            self.classifier = CandidateClassifier(reduction_dir, precision=precision)
+        used = [run for run in (run_dir, seeded_dir, reduction_dir) if run is not None]
         self.made_by: dict[str, Any] = {
             "weights_sha256": [files.sha256(run / "best.weights.h5") for run in used],
             "passes": n,
             "settings": config.to_json(self.settings),
+            "reduction": self.classifier
+            and config.to_json(self.classifier.postprocess),
         }
 
     @functools.cached_property
@@ -122,9 +133,7 @@ class NoduleFinder:
         if not scan.lung.any():
             return Found(np.zeros(scan.hu.shape, np.uint8), [])
         maps = self.predictor.maps(scan, self.settings.threshold)
-        labels, chances = label_nodules(
-            maps.mean, scan.grid, self.settings, lung=scan.lung
-        )
+        labels, chances = self.kept_candidates(scan, maps.mean)
         spreads = np.full(len(chances), None)
         if maps.n > 1:
             spreads = mean_by_label(maps.std, labels, len(chances))
@@ -138,6 +147,29 @@ class NoduleFinder:
         )
         spread_of = zip(nodules, spreads.tolist(), strict=True)
         return Found(labels, [replace(n, score_std=spread) for n, spread in spread_of])
+
+    def kept_candidates(
+        self, scan: Scan, prob: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `label_nodules`, with the scores of the false-positive network, if any."""
+        if self.classifier is None:
+            return label_nodules(prob, scan.grid, self.settings, lung=scan.lung)
+        from scipy import ndimage
+
+        least = self.classifier.postprocess.min_score
+        every = replace(self.classifier.postprocess, min_score=0.0)
+        labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
+        if not len(chances):
+            return labels, chances
+        labels = tightened(labels, prob, self.settings.threshold)
+        numbers = np.arange(1, len(chances) + 1)
+        places = ndimage.center_of_mass(labels > 0, labels, numbers)
+        chances[:, 0] = self.classifier.probability(scan, places)
+        kept = np.argsort(-chances[:, 0], kind="stable")
+        kept = kept[chances[kept, 0] >= least]
+        renumber = np.zeros(len(chances) + 1, labels.dtype)
+        renumber[kept + 1] = np.arange(1, len(kept) + 1)
+        return renumber[labels], chances[kept]
 
 
 def mean_by_label(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:

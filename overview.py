@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 import boxes
+import files
 from nodules import FoundNodule
 from provenance import DISCLAIMER
 from scan import LEFT, RIGHT, Scan
@@ -55,7 +56,7 @@ def draw(
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     lines = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
     shown = min(len(nodules), MOST_NODULES)
-    text = f"{scan.scan_id}: {len(nodules)} nodules"
+    text = f"{scan.scan_id}: {files.count_text(len(nodules), 'nodule')}"
     if shown < len(nodules):
         text += f", {shown} of them enlarged"
     width = lines[0].shape[1]

@@ -100,8 +100,9 @@ def preprocess(
     steps.write_failures(failures, scans / "skipped.csv")
     made = len(tasks) - len(failures)
     return steps.Report(
-        f"wrote {scans}: {made} scans, {len(found) - len(tasks)} already there, "
-        f"{len(failures)} skipped, {files.size_text(folder_bytes(scans))}",
+        f"wrote {scans}: {files.count_text(made, 'scan')}, "
+        f"{len(found) - len(tasks)} already there, {len(failures)} skipped, "
+        f"{files.size_text(folder_bytes(scans))}",
         failures,
     )
 

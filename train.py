@@ -232,15 +232,14 @@ def open_data(
     import volumes
 
     batches, settings = experiment.batches, experiment.train
-    options: dict[str, Any] = {}
     if len(batches.input_px) == 3:
         rows_of, kind = slice_idx.scans_of_part, "scans"
-        training, tiles = volumes.VolumeGenerator, volumes.tiles_of_volumes
+        training, validation = volumes.VolumeGenerator, volumes.validation_of_volumes
     else:
         rows_of, kind = slice_idx.rows_of_part, "slices"
         training = data_generator.SliceGenerator
-        tiles = data_generator.validation_of_slices
-        options["with_slice_label"] = experiment.model.slice_classifier
+        validation = data_generator.validation_of_slices
+    options = {"with_slice_label": experiment.model.slice_classifier}
     rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
     if not len(rows["train"]):
         raise ValueError(
@@ -261,7 +260,9 @@ def open_data(
         log.warning("nobody validates: the last epoch counts as the best")
         return Data(made)
     most = settings.validation_tiles
-    return Data(made, tiles(table, rows["validation"], batches, most=most, **options))
+    return Data(
+        made, validation(table, rows["validation"], batches, most=most, **options)
+    )
 
 
 def start_run(

@@ -19,6 +19,7 @@ import config
 import lesions
 import synthesis
 from batching import (
+    CANDIDATE_PX,
     VOLUME_BATCH,
     VOLUME_ORDER,
     Generator,
@@ -31,8 +32,22 @@ from boxes import Box, Crop
 from scan import consensus
 from slice_table import SliceTable
 
-CACHE_BYTES = 2**30
-"""Most memory for volumes that are kept after use: two hundred chests at 3 mm."""
+CACHE_BYTES = 2**31
+"""Most memory for volumes that are kept after use: four hundred chests at 3 mm, fifty at
+1.5 mm."""
+
+DENSE_HU = -500
+"""From here on a voxel in the lungs is no air: vessels, airway walls, the pleura, nodules."""
+
+INNER_PX = 3
+"""Half of the dense voxels lie as far as this within the lungs, among vessels; of all, most
+lie at the pleura."""
+
+MOST_DENSE = 20_000
+"""Dense voxels of either kind that are kept of a volume, spread evenly over all."""
+
+CANDIDATES_PER_SCAN = 4
+"""Candidates drawn one after the other from a scan, which costs more to read than they."""
 
 TILE_MARGIN_PX = 4
 """How far the tiles of validation reach beyond the box around the lungs."""
@@ -47,16 +62,19 @@ class Volume:
         marks: (z, y, x) uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
         lung_box: Around the lungs; None without lungs.
         nodule_boxes: Around each connected part of a nodule target.
+        dense: Flat indices of dense voxels in the lungs, of all and of inner ones; of
+            volumes for candidates.
     """
 
     hu: np.ndarray
     marks: np.ndarray
     lung_box: Box | None
     nodule_boxes: tuple[Box, ...]
+    dense: tuple[np.ndarray, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.hu.nbytes + self.marks.nbytes
+        return sum(array.nbytes for array in (self.hu, self.marks, *self.dense))
 
 
 class VolumeCache:
@@ -109,6 +127,7 @@ class VolumeGenerator(Generator):
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
         shuffle: True draws a new order and new changes each epoch; False gives the scans
             in the order given and the same crops every epoch.
+        with_slice_label: As for `Generator`.
 
     Raises:
         ValueError: If no scan can be used, or the settings give the answer away.
@@ -125,11 +144,18 @@ class VolumeGenerator(Generator):
         pathology: config.Lesions | None = None,
         steps_per_epoch: int = 0,
         shuffle: bool = True,
+        with_slice_label: bool = False,
     ) -> None:
         self.table = table
         self.scans = usable_scans(table, scans, batches)
         steps = steps_per_epoch or batches_of(len(self.scans), batches)
-        super().__init__(batches, steps, seeds=(VOLUME_BATCH, seed), shuffle=shuffle)
+        super().__init__(
+            batches,
+            steps,
+            seeds=(VOLUME_BATCH, seed),
+            shuffle=shuffle,
+            with_slice_label=with_slice_label,
+        )
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
@@ -138,13 +164,15 @@ class VolumeGenerator(Generator):
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Scans of all batches of an epoch, each as often as any other or once more."""
+        each = CANDIDATES_PER_SCAN if self.batches.crop == "candidate" else 1
+        visits = -(-self.samples // each)
         if not self.shuffle:
-            return np.resize(self.scans, self.samples)
+            return np.resize(self.scans, visits).repeat(each)[: self.samples]
         orders = []
-        for turn in range(-(-self.samples // len(self.scans))):
+        for turn in range(-(-visits // len(self.scans))):
             rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
             orders.append(rng.permutation(self.scans))
-        return np.concatenate(orders)[: self.samples]
+        return np.concatenate(orders)[:visits].repeat(each)[: self.samples]
 
     def sample(
         self, row: int, rng: np.random.Generator
@@ -157,7 +185,8 @@ class VolumeGenerator(Generator):
         size = self.batches.volume_px
         warp = augment_volume.draw_warp(self.augmentation, crop, size, rng)
         if self.pathology is not None:
-            volume = self.with_lesions(volume, warp, self.pathology, rng.spawn(1)[0])
+            own = rng.spawn(1)[0]
+            volume, warp = self.with_lesions(volume, warp, self.pathology, own)
         return self.changed(volume, warp, self.augmentation, rng)
 
     def with_lesions(
@@ -166,21 +195,21 @@ class VolumeGenerator(Generator):
         warp: augment_volume.Warp,
         pathology: config.Lesions,
         rng: np.random.Generator,
-    ) -> Volume:
-        """The volume with lesions in it.
+    ) -> tuple[Volume, augment_volume.Warp]:
+        """The volume with lesions in it, and the warp that sees it as before.
 
         Nodules, if they are the target, are drawn where the warp looks, and added to the
-        reference.
+        reference; of the volume this part is left.
         """
         spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
         if self.batches.target == "lung":
             lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
             hu = lesions.simulate(volume.hu, lung, spacing_mm, pathology, rng)
-            return replace(volume, hu=hu)
+            return replace(volume, hu=hu), warp
         size, full = self.batches.volume_px, volume.hu.shape
         box = augment_volume.reach(warp, size, full)
         if box is None:
-            return volume
+            return volume, warp
         beyond = math.ceil(lesions.NODULE_MM[1] / 2 / spacing_mm[0])
         room = boxes.widened(box, beyond, full)
         start = np.array([part.start for part in room])
@@ -190,13 +219,24 @@ class VolumeGenerator(Generator):
             at = to_output @ (start + place - warp.matrix[:, 3])
             return bool(((at >= 0) & (at < size)).all())
 
-        hu, marks = volume.hu.copy(), volume.marks.copy()
-        lung = ((marks[room] & augment.LUNG_BIT) > 0).view(np.uint8)
-        hu[room], drawn = lesions.simulate_nodules(
-            hu[room], lung, spacing_mm, pathology, rng, seen=seen
+        marks = volume.marks[room]
+        lung = ((marks & augment.LUNG_BIT) > 0).view(np.uint8)
+        places = None
+        if self.batches.crop == "candidate":
+            middle = warp.matrix @ (*boxes.centre(boxes.whole(size)), 1) - start
+            places = lung_near(lung, middle)
+        hu, drawn = lesions.simulate_nodules(
+            volume.hu[room],
+            lung,
+            spacing_mm,
+            pathology,
+            rng,
+            seen=seen,
+            places=places,
         )
-        marks[room] |= drawn * np.uint8(augment.TARGET_BIT)
-        return replace(volume, hu=hu, marks=marks)
+        marks = marks | drawn * np.uint8(augment.TARGET_BIT)
+        matrix = np.column_stack((warp.matrix[:, :3], warp.matrix[:, 3] - start))
+        return replace(volume, hu=hu, marks=marks), replace(warp, matrix=matrix)
 
     def changed(
         self,
@@ -226,13 +266,56 @@ class VolumeGenerator(Generator):
         found = volume.nodule_boxes
         if self.batches.crop == "centre":
             return boxes.crop_around(boxes.centre(boxes.whole(full)), full, size)
-        wanted = self.batches.crop == "nodule" and near < self.batches.nodule_fraction
-        if wanted and found:
+        box = volume.lung_box or boxes.whole(full)
+        wanted = found and near < self.batches.nodule_fraction
+        if self.batches.crop == "candidate":
+            dense = [kind for kind in volume.dense if len(kind)]
+            if wanted:
+                point = boxes.centre(found[int(which * len(found))])
+            elif dense:
+                kind = dense[int(place[0] * len(dense))]
+                point = np.unravel_index(kind[int(which * len(kind))], full)
+            else:
+                point = boxes.point_in(box, place[3:])
+            return boxes.crop_on(point, size)
+        if wanted and self.batches.crop == "nodule":
             box = found[int(which * len(found))]
             half = [(part.stop - part.start) / 2 for part in box]
             return boxes.crop_near(boxes.centre(box), half, full, size, place[:3])
-        box = volume.lung_box or boxes.whole(full)
         return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
+
+
+def lung_near(lung: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(n, 3) voxels of the lungs so near to a place that it is a candidate's for them."""
+    reach = [length / 2 - 1 for length in CANDIDATE_PX]
+    box = boxes.near(place, reach, (1, 1, 1), boxes.whole(lung.shape))
+    return np.argwhere(lung[box]) + [part.start for part in box]
+
+
+def validation_of_volumes(
+    table: SliceTable,
+    scans: np.ndarray,
+    batches: config.Batches,
+    *,
+    most: int = 0,
+    **options: Any,
+) -> Generator:
+    """What validates: every tile of some volumes, or candidates, the same in each epoch.
+
+    Arguments as of `tiles_of_volumes`.
+    """
+    if batches.crop != "candidate":
+        return tiles_of_volumes(table, scans, batches, most=most, **options)
+    return VolumeGenerator(
+        table,
+        scans,
+        batches,
+        None,
+        seed=0,
+        steps_per_epoch=batches_of(most, batches),
+        shuffle=False,
+        **options,
+    )
 
 
 def tiles_of_volumes(
@@ -277,7 +360,22 @@ def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> 
         level=batches.consensus_level,
         min_readers=batches.min_readers,
     )
-    return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask))
+    dense = dense_voxels(hu, lung) if batches.crop == "candidate" else ()
+    return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask), dense)
+
+
+def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 flat indices of voxels in the lungs that are no air: of any, of inner ones."""
+    from scipy import ndimage
+
+    box = boxes.around(lung) or boxes.whole(lung.shape)
+    inner = np.zeros(lung.shape, bool)
+    inner[box] = ndimage.binary_erosion(lung[box] > 0, iterations=INNER_PX)
+    kinds = []
+    for within in (lung > 0, inner):
+        found = np.flatnonzero((hu >= DENSE_HU) & within).astype(np.int32)
+        kinds.append(found[:: len(found) // MOST_DENSE + 1])
+    return kinds[0], kinds[1]
 
 
 def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:

@@ -6,6 +6,13 @@ nodule, the others lie anywhere in the lungs; into half of all, further nodules 
 nothing was found after 400 steps, so nodule voxels weigh 20 times as much.
 
     CONFIG=nodule3d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
+
+`reduction3d` is the false-positive network, trained on the same table and split: crops of 32^3
+voxels (5 cm) with a nodule in the middle, real or drawn, or something else in the lungs that
+is as dense. One head outlines, the other says whether the middle is nodule. Candidates are
+what `nodule3d` gives at least `postprocess.threshold`; `postprocess.min_score` keeps them.
+
+    python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 """
 
 from dataclasses import replace
@@ -48,7 +55,30 @@ NODULE3D = replace(
     postprocess=Postprocess(method="tuned"),
 )
 
+REDUCTION3D = replace(
+    NODULE3D,
+    batches=replace(
+        NODULE3D.batches, input_px=(32, 32, 32), crop="candidate", batch_size=16
+    ),
+    augment=replace(NODULE3D.augment, shift_px=2.0),
+    model=Model(
+        name="unet3d",
+        filters=16,
+        depth=3,
+        norm="batch",
+        dropout=0.1,
+        seeded=True,
+        slice_classifier=True,
+    ),
+    loss=Loss(name="dice_cross_entropy"),
+    train=replace(NODULE3D.train, epochs=15, steps_per_epoch=100, validation_tiles=960),
+    postprocess=Postprocess(
+        method="fixed", threshold=0.1, min_volume_mm3=14.0, min_score=0.5
+    ),
+)
+
 CONFIGS = {
     "nodule3d": ("Nodules by a 3-D U-Net at 1.5 mm; for two cores.", NODULE3D),
+    "reduction3d": ("Nodule or not: the false-positive network.", REDUCTION3D),
 }
 """Name to (one line of help, experiment)."""

@@ -100,6 +100,8 @@ def build_model(
                 "depth": settings.depth,
                 "norm": settings.norm,
                 "deep_supervision": settings.deep_supervision,
+                "slice_classifier": settings.slice_classifier,
+                "seeded": settings.seeded,
                 "cube_px": settings.mask_cube_px,
                 "mask_fraction": settings.mask_fraction,
                 "mask_value": settings.mask_value,

@@ -19,17 +19,18 @@ class Nearness(layers.Layer):
 
     It is s / (s + distance) with s = `SEED_PX`, the same for every size of input.
 
-    Input shape: (batch, y, x, channels), y and x stated.
-    Output shape: (batch, y, x, channels + 1).
+    Input shape: (batch, y, x, channels) or (batch, z, y, x, channels), sizes stated.
+    Output shape: the same with one channel more.
     """
 
     def call(self, inputs):
-        height, width = inputs.shape[1:3]
-        y, x = (np.arange(size) - (size - 1) / 2 for size in (height, width))
-        near = SEED_PX / (SEED_PX + np.hypot(y[:, None], x))
-        plane = ops.convert_to_tensor(near[None, ..., None], dtype=inputs.dtype)
-        plane = ops.broadcast_to(plane, (ops.shape(inputs)[0], height, width, 1))
-        return ops.concatenate([inputs, plane], axis=-1)
+        size = inputs.shape[1:-1]
+        axes = (np.arange(length) - (length - 1) / 2 for length in size)
+        distance = np.sqrt(sum(axis**2 for axis in np.ix_(*axes)))
+        near = (SEED_PX / (SEED_PX + distance))[None, ..., None]
+        channel = ops.convert_to_tensor(near, dtype=inputs.dtype)
+        channel = ops.broadcast_to(channel, (ops.shape(inputs)[0], *size, 1))
+        return ops.concatenate([inputs, channel], axis=-1)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], input_shape[-1] + 1)
@@ -122,7 +123,10 @@ def mask_head(
 
 
 def slice_head(x: KerasTensor, dropout: float) -> KerasTensor:
-    """(batch, 1) probability that the slice has a nodule, from the encoder's last stage."""
-    x = layers.GlobalAveragePooling2D()(x)
+    """(batch, 1) probability of a nodule in a slice or crop, from the encoder's last stage."""
+    volumes = len(x.shape) == 5
+    x = (
+        layers.GlobalAveragePooling3D() if volumes else layers.GlobalAveragePooling2D()
+    )(x)
     x = layers.Dropout(dropout)(x)
     return layers.Dense(1, activation="sigmoid", dtype="float32", name="slice")(x)

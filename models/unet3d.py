@@ -5,7 +5,7 @@ from typing import Literal
 import keras
 from keras import KerasTensor, layers
 
-from models.layers import BATCH_NORM_MOMENTUM
+from models.layers import BATCH_NORM_MOMENTUM, Nearness, slice_head
 from models.masking import RandomCubeMasking, noise_size
 
 
@@ -24,6 +24,8 @@ def build(
     mask_value: float = 1.0,
     mask_varied: bool = False,
     noise_input: bool = False,
+    seeded: bool = False,
+    slice_classifier: bool = False,
 ) -> keras.Model:
     """U-Net: strided convolutions down, transposed convolutions up, two per level.
 
@@ -43,13 +45,16 @@ def build(
         mask_value: What replaces them.
         mask_varied: In training, mask a share drawn from 0 to `mask_fraction`.
         noise_input: Take the noise of the masks as a second input and mask in use too.
+        seeded: Add the channel of `layers.Nearness` to the input.
+        slice_classifier: Add a classifier of the whole input.
 
     Returns:
         From volumes (batch, z, y, x, channels) to probabilities (batch, z, y, x,
-        classes) float32.
+        classes) float32; with the classifier to {"mask": that, "slice": (batch, 1)}.
 
     Raises:
-        ValueError: If the shape is not static or not a multiple of 2^depth.
+        ValueError: If the shape is not static or not a multiple of 2^depth, or there are
+            both deep supervision and the classifier.
 
     Reference: Isensee et al. 2021 (nnU-Net), figure 2; Zhuang et al. 2025 (masking).
     """
@@ -58,6 +63,11 @@ def build(
         raise ValueError(
             f"unet3d: the input is {input_shape}; expected stated z, y and x that are "
             f"multiples of {stride} (depth {depth})"
+        )
+    if deep_supervision and slice_classifier:
+        raise ValueError(
+            "unet3d: model.deep_supervision and model.slice_classifier together; expected "
+            "one of them"
         )
     widths = [min(filters * 2**level, max_filters) for level in range(depth + 1)]
     inputs = {"volume": keras.Input(input_shape, name="volume")}
@@ -72,13 +82,15 @@ def build(
             x = masking(x, noise=inputs["noise"])
         else:
             x = masking(x)
+    if seeded:
+        x = Nearness()(x)
 
     skips = []
     for level, width in enumerate(widths):
         rate = dropout if level >= depth / 2 else 0.0
         x = block(x, width, norm, strides=2 if level else 1, dropout=rate)
         skips.append(x)
-    heads = []
+    deepest, heads = x, []
     for level in reversed(range(depth)):
         x = layers.Conv3DTranspose(widths[level], 2, strides=2, use_bias=False)(x)
         x = layers.Concatenate()([x, skips[level]])
@@ -87,6 +99,8 @@ def build(
         if level == 0 or (deep_supervision and level < depth - 1):
             heads.append(probability(x, num_classes, name=f"mask{level or ''}"))
     outputs = heads[::-1] if deep_supervision else heads[-1]
+    if slice_classifier:
+        outputs = {"mask": heads[-1], "slice": slice_head(deepest, dropout)}
     return keras.Model(
         inputs if noise_input else inputs["volume"], outputs, name="unet3d"
     )

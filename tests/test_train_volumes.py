@@ -13,6 +13,7 @@ import scan as scan_files
 import slice_idx
 import table
 import train
+from candidates import CandidateClassifier
 
 TINY = config.Experiment(
     batches=config.Batches(
@@ -196,3 +197,23 @@ def test_patience_begins_to_count_after_its_epochs():
     for epoch, dice in enumerate((0.5, 0.1, 0.1, 0.1, 0.1), start=1):
         progress.add({"val_dice": dice}, patience=2, patience_after=3)
         assert progress.stopped == (epoch == 5)
+
+
+def test_the_false_positive_network_trains_on_candidates(data):
+    experiment = replace(
+        TINY,
+        batches=replace(TINY.batches, target="nodule", crop="candidate", batch_size=4),
+        augment=config.Augment(tilt_deg=10, shift_px=1),
+        lesions=config.Lesions(probability=0.5, findings=("nodule",)),
+        model=config.Model(
+            "unet3d", filters=4, depth=2, seeded=True, slice_classifier=True
+        ),
+    )
+    run_dir = trained(data, "reduction", experiment)
+    assert len(history(run_dir)) == 2
+    assert {len(row) for row in history(run_dir)} != {0}
+    classifier = CandidateClassifier(run_dir)
+    found = classifier.probability(
+        scan_files.read_scan(scan_files.scan_files(data)[0]), [(5, 9, 9)]
+    )
+    assert 0 < found[0] < 1

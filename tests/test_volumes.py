@@ -437,3 +437,69 @@ def test_nodules_drawn_into_volumes_are_in_the_reference(table):
     near = ndimage.binary_dilation(drawn[1][..., 1], np.ones((1, 3, 5, 5)))
     # Their border is soft, so that a few voxels lie farther.
     assert np.count_nonzero(change[~near]) < 0.02 * np.count_nonzero(added)
+
+
+CANDIDATES = replace(NODULES, input_px=(16, 16, 16), crop="candidate", batch_size=8)
+STILL = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
+
+
+def test_candidates_are_nodules_or_as_dense_and_lie_in_the_middle(table):
+    generator = training(
+        table, CANDIDATES, STILL, with_slice_label=True, steps_per_epoch=6
+    )
+    labels = []
+    for index in range(6):
+        _, y = generator[index]
+        middle = y["mask"][:, 5:11, 5:11, 5:11, 1]
+        np.testing.assert_array_equal(
+            y["slice"][:, 0], middle.max(axis=(1, 2, 3)).astype(np.float32)
+        )
+        rows = generator.rows_of_batch(index)
+        np.testing.assert_array_equal(rows, np.repeat(rows[::4], 4))
+        labels += y["slice"][:, 0].tolist()
+    assert 0.3 < np.mean(labels) < 0.9
+    only = training(table, replace(CANDIDATES, nodule_fraction=1.0), STILL)
+    assert only[0][1][..., 1].any(axis=(1, 2, 3)).all()
+
+
+def test_other_candidates_are_dense_voxels_of_the_lungs(table):
+    none = replace(CANDIDATES, nodule_fraction=0.0)
+    generator = training(table, none, STILL)
+    for seed, row in enumerate(generator.scans.tolist()):
+        volume = generator.cache.read(row)
+        assert all(len(kind) for kind in volume.dense)
+        crop = generator.crop(volume, np.random.default_rng(seed))
+        place = tuple(s + round(p) for s, p in zip(crop.start, crop.pin, strict=True))
+        near = boxes.near(place, [1] * 3, [1] * 3, boxes.whole(volume.hu.shape))
+        inside = (volume.marks[near] & augment.LUNG_BIT) > 0
+        assert (inside & (volume.hu[near] >= volumes.DENSE_HU)).any()
+
+
+def test_nodules_drawn_for_candidates_lie_in_the_middle(table):
+    pathology = config.Lesions(probability=1.0, findings=("nodule",))
+    none = replace(CANDIDATES, nodule_fraction=0.0)
+    shares = []
+    for settings in (None, pathology):
+        generator = training(
+            table, none, STILL, pathology=settings, with_slice_label=True
+        )
+        shares.append(
+            np.mean([generator[i][1]["slice"] for i in range(len(generator))])
+        )
+    assert shares[1] > shares[0] + 0.3
+
+
+def test_candidates_validate_the_same_in_each_epoch(table):
+    scans = np.arange(5)
+    generator = volumes.validation_of_volumes(
+        table, scans, CANDIDATES, most=20, with_slice_label=True
+    )
+    assert len(generator) == 3
+    first = generator[1]
+    generator.on_epoch_end()
+    np.testing.assert_array_equal(generator[1][0], first[0])
+
+
+def test_candidates_of_slices_are_refused():
+    with pytest.raises(ValueError, match="crop is candidate"):
+        config.Batches(crop="candidate")

@@ -1,5 +1,7 @@
 r"""One page with the lungs of a scan in 3-D, coloured by where not to trust their surface.
 
+The nodules that were found are red within them, each with its measures.
+
 Reads what infer.py wrote of a scan with --save_as nifti, and writes one HTML file that a
 browser shows without a network: turn with the mouse, zoom with the wheel.
 
@@ -35,6 +37,11 @@ MARGIN = 4
 
 MAX_STD = 0.5
 """Largest standard deviation of values from 0 to 1; the same colours on every page."""
+
+LUNG_OPACITY = 0.4
+"""Of lungs with nodules in them; without any they hide what lies behind."""
+
+NODULE_COLOUR = "crimson"
 
 NAMES = {RIGHT: "right lung", LEFT: "left lung"}
 
@@ -173,8 +180,82 @@ def read_lungs(folder: Path) -> tuple[Row, np.ndarray, np.ndarray, Grid]:
     return rows[pid], labels, std, grid
 
 
+def read_nodules(
+    folder: Path, grid: Grid
+) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
+    """What infer.py found in a scan: (z, y, x) labels, and their rows of nodules.csv.
+
+    No rows where none was looked for, or none found.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or they do not fit each other.
+    """
+    folder = folder.absolute()
+    rows = scan_results.read_nodules(folder.parent / scan_results.NODULES)
+    by_id = {int(row["nodule_id"]): row for row in rows.get(folder.name, [])}
+    path = folder / "nodules.nii.gz"
+    if not by_id:
+        return np.zeros(grid.shape, np.uint8), {}
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no nodules.nii.gz, but {len(by_id)} rows in nodules.csv; run "
+            "infer.py again with this --result_dir"
+        )
+    labels, own_grid = read_volume(path)
+    check_same_grid(own_grid, grid, path)
+    drawn = set(np.unique(labels).astype(int).tolist()) - {0}
+    if drawn != set(by_id):
+        raise ValueError(
+            f"{path}: nodules {sorted(drawn)}, in nodules.csv {sorted(by_id)}; run infer.py "
+            "again with this --result_dir --overwrite"
+        )
+    return labels.astype(np.int32), by_id
+
+
+def add_nodules(
+    shown: Any, labels: np.ndarray, rows: dict[int, dict[str, Any]], grid: Grid
+) -> None:
+    """Adds a surface per nodule to a figure, and its measures to what the mouse shows."""
+    from scipy import ndimage
+
+    spacing_mm = min(grid.spacing_mm) / 2  # else small ones would have no surface
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        affine = grid.affine.copy()
+        start = np.array([part.start for part in box])
+        affine[:3, 3] = grid.index_to_ras_mm(start)
+        mask = labels[box] == number
+        mesh = surface(mask, Grid(mask.shape, affine), spacing_mm)
+        row = rows[number]
+        size = (
+            f"{float(row['long_axis_mm']):.1f} x {float(row['short_axis_mm']):.1f} mm"
+        )
+        volume = f"{float(row['volume_mm3']):.0f} mm3"
+        shown.add_mesh3d(
+            **triangles_of(mesh),
+            color=NODULE_COLOUR,
+            name=f"nodule {number}",
+            showlegend=True,
+            hovertemplate=f"nodule {number}, {row['side'] or 'no'} lung<br>{size}, {volume}"
+            f"<br>score {float(row['score']):.2f}<extra></extra>",
+        )
+
+
+def triangles_of(mesh: Mesh) -> dict[str, np.ndarray]:
+    """A mesh by the names of Plotly."""
+    x, y, z = mesh.points_ras_mm.astype(np.float32).T
+    i, j, k = mesh.faces.astype(np.int32).T
+    return {"x": x, "y": y, "z": z, "i": i, "j": j, "k": k}
+
+
 def figure_of(
-    labels: np.ndarray, std: np.ndarray, grid: Grid, spacing_mm: float
+    labels: np.ndarray,
+    std: np.ndarray,
+    grid: Grid,
+    spacing_mm: float,
+    *,
+    opacity: float = 1.0,
 ) -> Any:
     """The lungs as a Plotly figure, seen from the front with the head up.
 
@@ -183,6 +264,7 @@ def figure_of(
         std: (z, y, x) standard deviation of the probability of lung.
         grid: Where both lie.
         spacing_mm: As for `surface`.
+        opacity: Of the lungs.
     """
     from plotly import graph_objects
 
@@ -191,10 +273,9 @@ def figure_of(
         if not (labels == label).any():
             continue
         mesh = surface(labels == label, grid, spacing_mm)
-        x, y, z = mesh.points_ras_mm.astype(np.float32).T
-        i, j, k = mesh.faces.astype(np.int32).T
         shown.add_mesh3d(
-            **{"x": x, "y": y, "z": z, "i": i, "j": j, "k": k},
+            **triangles_of(mesh),
+            opacity=opacity,
             intensity=values_at(mesh.points_ras_mm, std, grid).astype(np.float32),
             coloraxis="coloraxis",
             name=name,
@@ -278,7 +359,10 @@ def write_page(arguments: Arguments) -> steps.Report:
     if out.exists() and not arguments.overwrite:
         raise ValueError(f"{out} exists; add --overwrite to replace it")
     try:
-        figure = figure_of(labels, std, grid, arguments.spacing_mm)
+        nodules, rows = read_nodules(arguments.scan, grid)
+        opacity = LUNG_OPACITY if rows else 1.0
+        figure = figure_of(labels, std, grid, arguments.spacing_mm, opacity=opacity)
+        add_nodules(figure, nodules, rows, grid)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{error.name} is not installed; run pip install -r requirements-viewers.txt"
@@ -287,7 +371,8 @@ def write_page(arguments: Arguments) -> steps.Report:
         partial.write_text(page_of(row, figure), encoding="utf-8")
     triangles = sum(len(mesh.i) for mesh in figure.data)
     size = files.size_text(out.stat().st_size)
-    return steps.Report(f"wrote {out}: {triangles} triangles, {size}")
+    found = f"{files.count_text(len(rows), 'nodule')}, " if rows else ""
+    return steps.Report(f"wrote {out}: {found}{triangles} triangles, {size}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

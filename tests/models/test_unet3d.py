@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from models import unet3d
+from models.layers import Nearness
 
 SHAPE = (16, 32, 24)
 SMALL = {"filters": 4, "depth": 3}
@@ -67,3 +68,22 @@ def test_it_learns_a_ball():
 def test_a_size_it_cannot_halve_is_refused_with_the_stride():
     with pytest.raises(ValueError, match="multiples of 8"):
         unet3d.build((16, 20, 24, 1), 2, **SMALL)
+
+
+def test_the_classifier_is_a_second_output_that_knows_the_middle():
+    network = unet3d.build((*SHAPE, 1), 2, seeded=True, slice_classifier=True, **SMALL)
+    assert network.output["slice"].shape == (None, 1)
+    assert network.output["mask"].shape == (None, *SHAPE, 2)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(1, *SHAPE, 1)).astype("float32")
+    plain = network.predict(inputs, verbose=0)["slice"]
+    assert 0 < plain[0, 0] < 1
+    nearness = next(x for x in network.layers if isinstance(x, Nearness))
+    near = np.asarray(nearness(inputs))[0, ..., 1]
+    assert near.shape == SHAPE
+    middle = np.unravel_index(near.argmax(), SHAPE)
+    assert all(abs(a - (n - 1) / 2) <= 0.5 for a, n in zip(middle, SHAPE, strict=True))
+    with pytest.raises(ValueError, match="expected one of them"):
+        unet3d.build(
+            (*SHAPE, 1), 2, deep_supervision=True, slice_classifier=True, **SMALL
+        )

@@ -7,11 +7,12 @@ import pytest
 
 import scan_results
 from geometry import Grid
+from nodules import NODULE_COLUMNS
 from scan import LEFT, RIGHT
 from scan_results import Row
 from tests.conftest import canonical_grid
 from viewers import lungs
-from volume_io import write_volume
+from volume_io import read_volume, write_volume
 
 ROW = Row("scan-1", 12, 900.0, 800.0, 0.97, 0, "", 3.0)
 RADIUS_MM = 40
@@ -109,6 +110,54 @@ def test_one_lung_alone_is_shown(folder):
     labels[labels == RIGHT] = 0
     (left,) = lungs.figure_of(labels, std, grid, 2.0).data
     assert left.name == "left lung"
+
+
+def add_found(folder, scan, ids=(1, 2)):
+    """Two nodules beside the lungs' results, as infer.py leaves them."""
+    source = read_volume(folder / "mask.nii.gz")[1]
+    found = np.zeros(scan.hu.shape, np.uint8)
+    found[5:9, 20:26, 12:18], found[7, 30, 44] = 1, 2
+    write_volume(folder / "nodules.nii.gz", found, scan.grid, source)
+    rows = [
+        dict.fromkeys(NODULE_COLUMNS, "7.5")
+        | {"case_id": "scan-1", "nodule_id": number, "side": "left", "score": "0.91"}
+        for number in ids
+    ]
+    scan_results.write_nodules(folder.parent, {"scan-1": rows})
+    return found
+
+
+def test_nodules_are_closed_surfaces_where_they_were_found(folder, scan, capsys):
+    found = add_found(folder, scan)
+    _, labels, std, grid = lungs.read_lungs(folder)
+    nodules, rows = lungs.read_nodules(folder, grid)
+    figure = lungs.figure_of(labels, std, grid, 2.0, opacity=0.4)
+    lungs.add_nodules(figure, nodules, rows, grid)
+    right, left, large, small = figure.data
+    assert right.opacity == left.opacity == 0.4
+    for mesh, number in ((large, 1), (small, 2)):
+        index = np.argwhere(found == number)
+        expected = scan.grid.index_to_ras_mm(
+            (index.min(axis=0) + index.max(axis=0)) / 2
+        )
+        middle = [(axis.min() + axis.max()) / 2 for axis in (mesh.x, mesh.y, mesh.z)]
+        assert np.allclose(middle, expected, atol=0.5)
+        assert f"nodule {number}, left lung" in mesh.hovertemplate
+        assert "7.5 x 7.5 mm" in mesh.hovertemplate
+    with pytest.raises(SystemExit, match="0"):
+        lungs.main([str(folder), "--spacing_mm", "2"])
+    assert "2 nodules" in capsys.readouterr().out
+
+
+def test_nodules_and_their_rows_fit(folder, scan):
+    grid = lungs.read_lungs(folder)[3]
+    assert lungs.read_nodules(folder, grid)[1] == {}
+    add_found(folder, scan, ids=(1,))
+    with pytest.raises(ValueError, match=r"nodules \[1, 2\], in nodules.csv \[1\]"):
+        lungs.read_nodules(folder, grid)
+    (folder / "nodules.nii.gz").unlink()
+    with pytest.raises(ValueError, match="no nodules.nii.gz, but 1 rows"):
+        lungs.read_nodules(folder, grid)
 
 
 class Loads(HTMLParser):

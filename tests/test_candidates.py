@@ -1,0 +1,150 @@
+"""Crops around candidates, and the network that judges them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import boxes
+import candidates
+import config
+import resample
+from candidates import CandidateClassifier, crops, tightened
+from nodule_finder import NoduleFinder
+from scan import AIR_HU
+from tests.conftest import tiny_scan
+
+SPACING_MM = 2.0
+SIZE = (8, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def classifier_run(make_nodule_run):
+    """classifier_run(folder, **postprocess): an untrained false-positive network."""
+    base = make_nodule_run.keywords["experiment"]
+    experiment = replace(
+        base,
+        table=replace(base.table, volume_spacing_mm=SPACING_MM),
+        batches=replace(base.batches, input_px=SIZE, crop="candidate"),
+        model=config.Model(
+            name="unet3d", filters=4, depth=2, seeded=True, slice_classifier=True
+        ),
+    )
+
+    def make(folder, **postprocess):
+        settings = config.Postprocess(method="fixed", **postprocess)
+        return make_nodule_run(
+            folder,
+            experiment=replace(experiment, postprocess=settings),
+            by_hand=False,
+        )
+
+    return make
+
+
+def test_crops_are_parts_of_the_volume_that_the_table_would_hold():
+    scan = tiny_scan()
+    weights, affine = resample.isotropic(scan.grid, SPACING_MM)
+    whole = resample.volume(scan.hu, weights)
+    middle = (np.array(scan.hu.shape) - 1) / 2
+    places = [middle, (0, 0, 0), np.array(scan.hu.shape) - 1, (3, 20.4, 7.7)]
+    found = crops(scan, places, SPACING_MM, SIZE)
+    assert len(found) == len(places)
+    from_ras = np.linalg.inv(affine)
+    for place, crop in zip(places, found, strict=True):
+        ras = scan.grid.index_to_ras_mm(np.asarray(place, float))
+        at = from_ras[:3, :3] @ ras + from_ras[:3, 3]
+        start = [round(a - (n - 1) / 2) for a, n in zip(at, SIZE, strict=True)]
+        expected = boxes.cut(whole, start, SIZE, fill=AIR_HU)
+        np.testing.assert_allclose(crop, expected, atol=0.01)
+    assert (found[1][0] == AIR_HU).all()
+
+
+def test_a_crop_wholly_beyond_the_scan_is_air():
+    scan = tiny_scan()
+    (crop,) = crops(scan, [(-500, 0, 0)], SPACING_MM, SIZE)
+    assert (crop == AIR_HU).all()
+
+
+def test_candidates_are_cut_to_their_outlines():
+    prob = np.array([[[0.1, 0.3, 0.9, 0.6, 0.0, 0.2, 0.12, 0.08, 0.0]]], np.float32)
+    labels = np.array([[[1, 1, 1, 1, 0, 2, 2, 2, 0]]], np.uint8)
+    # 0.9 reaches 0.5, so that counts; 0.2 does not, so half of it does.
+    expected = np.array([[[0, 0, 1, 1, 0, 2, 2, 0, 0]]], np.uint8)
+    np.testing.assert_array_equal(tightened(labels, prob, 0.5), expected)
+    assert labels[0, 0, 0] == 1
+    empty = np.zeros_like(labels)
+    np.testing.assert_array_equal(tightened(empty, prob, 0.5), empty)
+
+
+def test_the_probability_is_the_mean_of_the_mirror_images(classifier_run, tmp_path):
+    import augment
+
+    scan = tiny_scan()
+    classifier = CandidateClassifier(classifier_run(tmp_path / "run"))
+    places = [(6, 20, 20), (8, 30, 12), (4, 11, 33), (5, 25, 25), (7, 17, 29)]
+    found = classifier.probability(scan, places)
+    assert found.shape == (5,)
+    assert len(np.unique(found)) == 5
+    # Whoever else is judged beside it.
+    np.testing.assert_allclose(
+        classifier.probability(scan, places[3:4]), found[3:4], atol=1e-6
+    )
+    (crop,) = crops(scan, places[:1], SPACING_MM, SIZE)
+    image = augment.to_input(crop, None, classifier.batches)
+    mirrored = np.stack(
+        [image, image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]]
+    )
+    by_hand = classifier.network.predict(mirrored[..., None], verbose=0)["slice"]
+    assert found[0] == pytest.approx(float(by_hand.mean()), abs=1e-6)
+    assert classifier.probability(scan, []).shape == (0,)
+
+
+def test_other_runs_are_refused(make_nodule_run, tmp_path):
+    with pytest.raises(ValueError, match="expected candidate and True"):
+        CandidateClassifier(make_nodule_run(tmp_path / "nodules"))
+
+
+def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
+    make_nodule_run, classifier_run, tmp_path
+):
+    scan = tiny_scan()
+    run = make_nodule_run(tmp_path / "nodules")
+    reduction = classifier_run(tmp_path / "reduction", threshold=0.4)
+    alone = NoduleFinder(run, None).find(scan)
+    finder = NoduleFinder(run, None, reduction_dir=reduction)
+    every = finder.find(scan)
+    assert len(every.nodules) == len(alone.nodules) == 2
+    scores = [nodule.score for nodule in every.nodules]
+    places = [nodule.centre_zyx for nodule in every.nodules]
+    expected = finder.classifier.probability(scan, places)
+    assert scores == pytest.approx(expected.tolist(), abs=1e-6)
+    assert scores == sorted(scores, reverse=True)
+    assert [n.max_prob for n in every.nodules] != scores
+    assert finder.made_by["reduction"]["threshold"] == 0.4
+    assert len(finder.made_by["weights_sha256"]) == 2
+    # Between the two scores, the better one is left, with label 1.
+    settings = json.loads((reduction / "config.json").read_text())
+    settings["postprocess"]["min_score"] = sum(scores) / 2
+    (reduction / "config.json").write_text(json.dumps(settings))
+    better = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
+    assert [n.score for n in better.nodules] == pytest.approx(scores[:1])
+    np.testing.assert_array_equal(better.labels, np.where(every.labels == 1, 1, 0))
+    settings["postprocess"]["min_score"] = 0.999
+    (reduction / "config.json").write_text(json.dumps(settings))
+    none = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
+    assert not none.nodules
+    assert not none.labels.any()
+
+
+def test_padding_never_becomes_a_candidate(classifier_run, tmp_path):
+    """As many as fill a call, and one more."""
+    scan = tiny_scan()
+    classifier = CandidateClassifier(classifier_run(tmp_path / "run"))
+    count = candidates.CANDIDATES_AT_ONCE
+    places = [(6, 15 + 2 * i, 20) for i in range(count + 1)]
+    found = classifier.probability(scan, places)
+    np.testing.assert_allclose(
+        found[:count], classifier.probability(scan, places[:count]), atol=1e-6
+    )

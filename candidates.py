@@ -112,21 +112,24 @@ def crops(
 
 
 def tightened(labels: np.ndarray, prob: np.ndarray, threshold: float) -> np.ndarray:
-    """Candidates cut down to their outlines.
+    """A map cut down to the outlines of the candidates in it.
 
     A threshold that misses no candidate is too low for an outline. What counts of each is
     what reaches `threshold`, or half of its own largest probability if that is less.
 
     Args:
-        labels: (z, y, x) labels 1 to n; not changed.
+        labels: (z, y, x) labels 1 to n of the candidates.
         prob: (z, y, x) the map they were found in.
         threshold: Of an outline.
+
+    Returns:
+        (z, y, x) float32: `prob` in the outlines, else 0.
     """
     inside = labels > 0
     owners, chances = labels[inside], prob[inside]
     peaks = np.zeros(int(owners.max(initial=0)) + 1, np.float32)
     np.maximum.at(peaks, owners, chances)
     least = np.minimum(np.float32(threshold), peaks / 2)
-    result = np.zeros_like(labels)
-    result[inside] = np.where(chances >= least[owners], owners, 0)
+    result = np.zeros(prob.shape, np.float32)
+    result[inside] = np.where(chances >= least[owners], chances, 0)
     return result

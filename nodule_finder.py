@@ -158,10 +158,12 @@ class NoduleFinder:
 
         least = self.classifier.postprocess.min_score
         every = replace(self.classifier.postprocess, min_score=0.0)
+        wide, _ = label_nodules(prob, scan.grid, every, lung=scan.lung)
+        prob = tightened(wide, prob, self.settings.threshold)
+        # Once more: what a low threshold joined can be several things.
         labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
         if not len(chances):
             return labels, chances
-        labels = tightened(labels, prob, self.settings.threshold)
         numbers = np.arange(1, len(chances) + 1)
         places = ndimage.center_of_mass(labels > 0, labels, numbers)
         chances[:, 0] = self.classifier.probability(scan, places)

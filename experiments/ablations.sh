@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains and scores a base experiment and its ablations on one table, then makes the table
 # of differences: BASE=thesis bash experiments/ablations.sh [ablation ...]
-# Steps 1 and 2 must have run.
+# Steps 1 and 2 must have run. TRAIN holds more options of train.py, as in lung_ablations.sh.
 BASE=${BASE:-smoke}
 source "$(dirname "$0")/../scripts/env.sh"
 export DATA COHORT WORK WORKERS
@@ -17,7 +17,7 @@ for name in "$BASE" "${ablations[@]/#/$BASE-}"; do
     split="$WORK/split.json"
     if [ "$name" = "$BASE-slice-split" ]; then split="$WORK/split-by-slice.json"; fi
     run 3_slice_idx --out "$split"
-    run 5_train --split "$split"
+    run 5_train --split "$split" ${TRAIN:-}
     for step in 6_infer 7_postprocess 8_evaluate; do run "$step"; done
     scores+=("$WORK/scores/$name")
 done

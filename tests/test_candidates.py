@@ -71,11 +71,28 @@ def test_candidates_are_cut_to_their_outlines():
     prob = np.array([[[0.1, 0.3, 0.9, 0.6, 0.0, 0.2, 0.12, 0.08, 0.0]]], np.float32)
     labels = np.array([[[1, 1, 1, 1, 0, 2, 2, 2, 0]]], np.uint8)
     # 0.9 reaches 0.5, so that counts; 0.2 does not, so half of it does.
-    expected = np.array([[[0, 0, 1, 1, 0, 2, 2, 0, 0]]], np.uint8)
+    expected = np.array([[[0, 0, 0.9, 0.6, 0, 0.2, 0.12, 0, 0]]], np.float32)
     np.testing.assert_array_equal(tightened(labels, prob, 0.5), expected)
-    assert labels[0, 0, 0] == 1
     empty = np.zeros_like(labels)
-    np.testing.assert_array_equal(tightened(empty, prob, 0.5), empty)
+    np.testing.assert_array_equal(tightened(empty, prob, 0.5), np.zeros_like(prob))
+
+
+def test_what_a_low_threshold_joins_is_judged_one_by_one(
+    make_nodule_run, classifier_run, tmp_path
+):
+    scan = tiny_scan()
+    run = make_nodule_run(tmp_path / "nodules")
+    reduction = classifier_run(tmp_path / "reduction", threshold=0.1)
+    finder = NoduleFinder(run, None, reduction_dir=reduction)
+    prob = np.zeros(scan.hu.shape, np.float32)
+    z, y, x = np.argwhere(scan.lung)[len(np.argwhere(scan.lung)) // 2]
+    lung = replace(scan, lung=np.ones_like(scan.lung))
+    prob[z, y, x - 4 : x + 5] = 0.2
+    prob[z, y, x - 4 : x - 1] = prob[z, y, x + 2 : x + 5] = 0.9
+    labels, chances = finder.kept_candidates(lung, prob)
+    assert len(chances) == 2
+    np.testing.assert_array_equal(labels > 0, prob > 0.5)
+    assert labels[z, y, x - 3] != labels[z, y, x + 3]
 
 
 def test_the_probability_is_the_mean_of_the_mirror_images(classifier_run, tmp_path):

@@ -5,17 +5,20 @@ A run with a classifier, trained on crops around nodules and around what else is
 images: a candidate is judged by the mean.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import augment
 import boxes
+import config
 import monte_carlo
 import resample
 import runs
 from geometry import Grid
+from nodules import components
 from runs import Precision
 from scan import AIR_HU, Scan
 
@@ -68,19 +71,19 @@ class CandidateClassifier:
         Returns:
             (n,) float64.
         """
-        inputs = [
-            augment.to_input(crop, None, self.batches)
-            for crop in crops(scan, places, self.spacing_mm, self.batches.volume_px)
-        ]
-        mirrored = [np.flip(image, axes) for image in inputs for axes in MIRRORS]
-        found: list[float] = []
-        size = CANDIDATES_AT_ONCE * len(MIRRORS)
-        for start in range(0, len(mirrored), size):
-            batch = np.stack(mirrored[start : start + size])
-            batch = np.resize(batch, (size, *batch.shape[1:]))
-            output = self.network.predict_on_batch(batch[..., None])
-            found += np.asarray(output["slice"])[:, 0].tolist()
-        return np.reshape(found[: len(mirrored)], (-1, len(MIRRORS))).mean(axis=1)
+        size_px = self.batches.volume_px
+        found = np.zeros(len(places))
+        batch = np.zeros((CANDIDATES_AT_ONCE, len(MIRRORS), *size_px), np.float32)
+        cut = crops(scan, places, self.spacing_mm, size_px)
+        for start in range(0, len(places), CANDIDATES_AT_ONCE):
+            some = found[start : start + CANDIDATES_AT_ONCE]
+            for index, crop in enumerate(itertools.islice(cut, len(some))):
+                image = augment.to_input(crop, None, self.batches)
+                batch[index] = [np.flip(image, axes) for axes in MIRRORS]
+            inputs = batch.reshape(-1, *size_px, 1)
+            judged = np.asarray(self.network.predict_on_batch(inputs)["slice"])
+            some[:] = judged.reshape(len(batch), -1).mean(axis=1)[: len(some)]
+        return found
 
 
 def crops(
@@ -88,7 +91,7 @@ def crops(
     places: Sequence[Sequence[float]],
     spacing_mm: float,
     size: tuple[int, int, int],
-) -> list[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """(z, y, x) float32 HU around places of a scan in cubic voxels; beyond it is air.
 
     They are parts of the volume that the table would hold, without making all of it.
@@ -96,7 +99,6 @@ def crops(
     weights, affine = resample.isotropic(scan.grid, spacing_mm)
     shape = (len(weights[0]), len(weights[1]), len(weights[2]))
     cubic = Grid(shape, affine)
-    found = []
     for place in places:
         at = cubic.ras_mm_to_index(scan.grid.index_to_ras_mm(np.asarray(place)))
         inside, covered = boxes.overlap(boxes.crop_on(at, size).start, size, shape)
@@ -107,29 +109,37 @@ def crops(
             own = tuple(slice(int(used[0]), int(used[-1]) + 1) for used in read)
             inner = [row[:, part] for row, part in zip(rows, own, strict=True)]
             crop[covered] = resample.volume(scan.hu[own], inner)
-        found.append(crop)
-    return found
+        yield crop
 
 
-def tightened(labels: np.ndarray, prob: np.ndarray, threshold: float) -> np.ndarray:
-    """A map cut down to the outlines of the candidates in it.
+def candidate_map(
+    prob: np.ndarray, settings: config.Postprocess, threshold: float
+) -> np.ndarray:
+    """A map that holds candidates alone, each within its outline.
 
-    A threshold that misses no candidate is too low for an outline. What counts of each is
-    what reaches `threshold`, or half of its own largest probability if that is less.
+    Components from `threshold` on are outlined by it. Then it is halved, down to
+    `settings.threshold`, and components with nothing yet in them are added: what is less
+    probable has its own outline, and is joined to no other.
 
     Args:
-        labels: (z, y, x) labels 1 to n of the candidates.
-        prob: (z, y, x) the map they were found in.
-        threshold: Of an outline.
+        prob: (z, y, x) probability of nodule.
+        settings: `threshold` and `connectivity` count.
+        threshold: Of the outline of what is probable.
 
     Returns:
-        (z, y, x) float32: `prob` in the outlines, else 0.
+        (z, y, x) float32: `prob` in the candidates, else 0.
     """
-    inside = labels > 0
-    owners, chances = labels[inside], prob[inside]
-    peaks = np.zeros(int(owners.max(initial=0)) + 1, np.float32)
-    np.maximum.at(peaks, owners, chances)
-    least = np.minimum(np.float32(threshold), peaks / 2)
     result = np.zeros(prob.shape, np.float32)
-    result[inside] = np.where(chances >= least[owners], chances, 0)
+    box = boxes.around(prob >= np.float32(min(settings.threshold, threshold)))
+    if box is None:
+        return result
+    inner, taken = prob[box], np.zeros(prob[box].shape, bool)
+    while True:
+        parts = components(inner >= np.float32(threshold), settings.connectivity)
+        known = np.unique(parts[taken])
+        taken |= (parts > 0) & ~np.isin(parts, known[known > 0])
+        if threshold <= settings.threshold:
+            break
+        threshold = max(threshold / 2, settings.threshold)
+    result[box] = np.where(taken, inner, 0)
     return result

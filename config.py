@@ -427,6 +427,8 @@ class Experiment:
         fitting = "unet3d with (z, y, x), and another network with (y, x)"
         fits = (network == "unet3d") == on_volumes
         require(fits, f"batches.input_px of {network}", size, fitting)
+        both = self.model.deep_supervision and self.model.slice_classifier
+        require(not both, "model.deep_supervision", True, "false with a classifier")
         for name in () if on_volumes else VOLUME_CHANGES:
             value = getattr(self.augment, name)
             require(not value, f"augment.{name}", value, "0: input_px is of slices")

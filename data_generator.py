@@ -214,11 +214,13 @@ class SliceGenerator(Generator):
                 return boxes.crop_at_centre(mask.shape, size)
             case "lung":
                 return augment.crop_at_lungs(lung, size)
-            case _:  # nodule; candidates are of volumes
+            case "nodule":
                 shift_px = self.augmentation.shift_px if self.augmentation else 0
                 return augment.crop_near_nodule(
                     mask, lung, size, rng, margin_px=shift_px
                 )
+            case other:
+                raise ValueError(f"batches.crop is {other}; expected one of slices")
 
 
 class Readers:

@@ -174,7 +174,12 @@ def infer(
     tasks, misnamed = without_own_names(tasks)
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
-    seen = {exp_dir.name: predictions.training_patients}
+    if reduction is not None and (nodules is None or settings.batches.target != "lung"):
+        raise ValueError(
+            f"--reduction {reduction} with no run that looks for nodules in lungs; expected "
+            "a run for lungs, and --nodules"
+        )
+    seen = {str(exp_dir): predictions.training_patients}
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
         segment = functools.partial(segment_lungs, nodules=nodules, reduction=reduction)
@@ -402,7 +407,7 @@ def nodule_predictor(
 def seen_for_nodules(
     nodules: Path | None, reduction: Path | None
 ) -> dict[str, tuple[str, ...]]:
-    """Whom the runs that look for nodules were trained on, by their names.
+    """Whom the runs that look for nodules were trained on, by their directories.
 
     Raises:
         FileNotFoundError: If one of them is missing.
@@ -417,7 +422,7 @@ def seen_for_nodules(
             )
     used = [run for run in (nodules, OUTLINES, reduction) if run is not None]
     return {
-        run.name: tuple(runs.training_patients_of(run / "best.weights.h5"))
+        str(run): tuple(runs.training_patients_of(run / "best.weights.h5"))
         for run in used
     }
 
@@ -642,9 +647,13 @@ def write_predictions(
 
 
 def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
-    """Names the patients that one of the runs, by name, was trained on."""
+    """Names the patients that one of the runs, by directory, was trained on."""
     for task in tasks:
-        found = [run for run, patients in seen.items() if task.patient_id in patients]
+        found = [
+            Path(run).name
+            for run, patients in seen.items()
+            if task.patient_id in patients
+        ]
         if found:
             log.warning(
                 "patient %s was trained on (by %s); the result says nothing of new patients",

@@ -206,6 +206,11 @@ class VolumePredictor:
                 f"{run_dir}: table.volume_spacing_mm is 0, so the spacing of the network's "
                 "volumes is unknown; train it on a table with volumes"
             )
+        if settings.batches.crop == "candidate":
+            raise ValueError(
+                f"{run_dir}: the run judges candidates, not volumes; run infer.py with "
+                "--reduction RUN to use it on what another one finds"
+            )
         refuse_lung_masks(run_dir, settings.batches)
         self.run_dir = run_dir
         self.passes = passes

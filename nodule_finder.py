@@ -19,7 +19,7 @@ import config
 import files
 import postprocess
 import runs
-from candidates import CandidateClassifier, tightened
+from candidates import CandidateClassifier, candidate_map
 from monte_carlo import MEMORY_GB, Passes, VolumePredictor
 from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
@@ -111,9 +111,9 @@ class NoduleFinder:
             "weights_sha256": [files.sha256(run / "best.weights.h5") for run in used],
             "passes": n,
             "settings": config.to_json(self.settings),
-            "reduction": self.classifier
-            and config.to_json(self.classifier.postprocess),
         }
+        if self.classifier is not None:  # results of before, without one, still count
+            self.made_by["reduction"] = config.to_json(self.classifier.postprocess)
 
     @functools.cached_property
     def seeded(self) -> PatchPredictor | None:
@@ -158,14 +158,15 @@ class NoduleFinder:
 
         least = self.classifier.postprocess.min_score
         every = replace(self.classifier.postprocess, min_score=0.0)
-        wide, _ = label_nodules(prob, scan.grid, every, lung=scan.lung)
-        prob = tightened(wide, prob, self.settings.threshold)
-        # Once more: what a low threshold joined can be several things.
+        prob = candidate_map(prob, every, self.settings.threshold)
         labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
         if not len(chances):
             return labels, chances
-        numbers = np.arange(1, len(chances) + 1)
-        places = ndimage.center_of_mass(labels > 0, labels, numbers)
+        places = [
+            np.argwhere(labels[box] == number).mean(axis=0)
+            + [part.start for part in box]
+            for number, box in enumerate(ndimage.find_objects(labels), start=1)
+        ]
         chances[:, 0] = self.classifier.probability(scan, places)
         kept = np.argsort(-chances[:, 0], kind="stable")
         kept = kept[chances[kept, 0] >= least]

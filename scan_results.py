@@ -85,7 +85,8 @@ class Results:
                 raise ValueError(
                     f"{path}: nodules were looked for "
                     f"{before if found.get('nodules') else 'by no run'}; repeat that with "
-                    "--nodules RUN (None for no run), use --overwrite or another --result_dir"
+                    "--nodules RUN --reduction RUN (None for no run), use --overwrite or "
+                    "another --result_dir"
                 )
             if changed and not replaced:
                 raise ValueError(

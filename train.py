@@ -326,6 +326,7 @@ def fit(
             run_dir=directory,
             workers=workers,
             pictured=pictured_slices(data.validation or data.training),
+            by_slice=experiment.batches.crop == "candidate",
         )
     callbacks.write_weights(directory / "last.weights.h5", model)
     files.write_json(
@@ -335,7 +336,7 @@ def fit(
 
 
 def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A few slices or volumes for the pictures, with target where there are such.
+    """A few slices or volumes for the pictures, spread over all; with target if there are such.
 
     Returns:
         (slices, y, x, 1) input and (slices, y, x) uint8 reference; of volumes, z before y.
@@ -346,8 +347,9 @@ def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
         x, y = generator[int(index)]
         masks.extend((y["mask"] if isinstance(y, dict) else y)[..., 1] >= 0.5)
         images.extend(x)
-    order = sorted(range(len(masks)), key=lambda i: not masks[i].any())
-    shown = order[:PICTURED_SLICES]
+    found = [i for i, mask in enumerate(masks) if mask.any()] or range(len(masks))
+    spread = np.linspace(0, len(found) - 1, PICTURED_SLICES)
+    shown = [found[i] for i in np.unique(np.rint(spread).astype(int))]
     return np.stack([images[i] for i in shown]), np.stack([masks[i] for i in shown])
 
 

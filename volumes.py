@@ -32,9 +32,11 @@ from boxes import Box, Crop
 from scan import consensus
 from slice_table import SliceTable
 
-CACHE_BYTES = 2**31
-"""Most memory for volumes that are kept after use: four hundred chests at 3 mm, fifty at
-1.5 mm."""
+CACHE_BYTES = 2**30
+"""Most memory for volumes that are kept after use: two hundred chests at 3 mm."""
+
+CANDIDATES_CACHE_BYTES = 2**31
+"""The same for candidates, of which a batch holds many: fifty chests at 1.5 mm."""
 
 DENSE_HU = -500
 """From here on a voxel in the lungs is no air: vessels, airway walls, the pleura, nodules."""
@@ -45,6 +47,9 @@ lie at the pleura."""
 
 MOST_DENSE = 20_000
 """Dense voxels of either kind that are kept of a volume, spread evenly over all."""
+
+CANDIDATE_REACH = [length / 2 - 1 for length in CANDIDATE_PX]
+"""How far from the middle of a candidate's crop a nodule is drawn, along each axis."""
 
 CANDIDATES_PER_SCAN = 4
 """Candidates drawn one after the other from a scan, which costs more to read than they."""
@@ -148,7 +153,10 @@ class VolumeGenerator(Generator):
     ) -> None:
         self.table = table
         self.scans = usable_scans(table, scans, batches)
-        steps = steps_per_epoch or batches_of(len(self.scans), batches)
+        self.each = CANDIDATES_PER_SCAN if batches.crop == "candidate" else 1
+        own = len(self.scans) * self.each
+        self.samples = steps_per_epoch * batches.batch_size or own
+        steps = batches_of(self.samples, batches)
         super().__init__(
             batches,
             steps,
@@ -159,15 +167,17 @@ class VolumeGenerator(Generator):
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        self.samples = steps_per_epoch * batches.batch_size or len(self.scans)
-        self.cache = VolumeCache(table, batches)
+        most = CANDIDATES_CACHE_BYTES if self.each > 1 else CACHE_BYTES
+        self.cache = VolumeCache(table, batches, most)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Scans of all batches of an epoch, each as often as any other or once more."""
-        each = CANDIDATES_PER_SCAN if self.batches.crop == "candidate" else 1
+        each, count = self.each, len(self.scans)
         visits = -(-self.samples // each)
         if not self.shuffle:
-            return np.resize(self.scans, visits).repeat(each)[: self.samples]
+            spread = np.arange(visits)
+            spread = spread % count if visits >= count else spread * count // visits
+            return self.scans[spread].repeat(each)[: self.samples]
         orders = []
         for turn in range(-(-visits // len(self.scans))):
             rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
@@ -224,7 +234,12 @@ class VolumeGenerator(Generator):
         places = None
         if self.batches.crop == "candidate":
             middle = warp.matrix @ (*boxes.centre(boxes.whole(size)), 1) - start
-            places = lung_near(lung, middle)
+            box = boxes.near(
+                middle, CANDIDATE_REACH, (1, 1, 1), boxes.whole(lung.shape)
+            )
+            # A real nodule in the middle stays; elsewhere one may be drawn in the lungs.
+            taken = (marks[box] & augment.TARGET_BIT).any()
+            places = np.argwhere(lung[box] & ~taken) + [part.start for part in box]
         hu, drawn = lesions.simulate_nodules(
             volume.hu[room],
             lung,
@@ -236,7 +251,8 @@ class VolumeGenerator(Generator):
         )
         marks = marks | drawn * np.uint8(augment.TARGET_BIT)
         matrix = np.column_stack((warp.matrix[:, :3], warp.matrix[:, 3] - start))
-        return replace(volume, hu=hu, marks=marks), replace(warp, matrix=matrix)
+        part = Volume(hu, marks, None, ())
+        return part, replace(warp, matrix=matrix)
 
     def changed(
         self,
@@ -283,13 +299,6 @@ class VolumeGenerator(Generator):
             half = [(part.stop - part.start) / 2 for part in box]
             return boxes.crop_near(boxes.centre(box), half, full, size, place[:3])
         return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
-
-
-def lung_near(lung: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """(n, 3) voxels of the lungs so near to a place that it is a candidate's for them."""
-    reach = [length / 2 - 1 for length in CANDIDATE_PX]
-    box = boxes.near(place, reach, (1, 1, 1), boxes.whole(lung.shape))
-    return np.argwhere(lung[box]) + [part.start for part in box]
 
 
 def validation_of_volumes(

@@ -8,9 +8,10 @@ nothing was found after 400 steps, so nodule voxels weigh 20 times as much.
     CONFIG=nodule3d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
 
 `reduction3d` is the false-positive network, trained on the same table and split: crops of 32^3
-voxels (5 cm) with a nodule in the middle, real or drawn, or something else in the lungs that
-is as dense. One head outlines, the other says whether the middle is nodule. Candidates are
-what `nodule3d` gives at least `postprocess.threshold`; `postprocess.min_score` keeps them.
+voxels (5 cm) with a nodule in the middle, real (a third) or drawn (a sixth), or something else
+in the lungs that is as dense. One head outlines, the other says whether the middle is nodule.
+Candidates are what `nodule3d` gives at least `postprocess.threshold`; they are kept from
+`postprocess.min_score` on.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 """
@@ -58,8 +59,13 @@ NODULE3D = replace(
 REDUCTION3D = replace(
     NODULE3D,
     batches=replace(
-        NODULE3D.batches, input_px=(32, 32, 32), crop="candidate", batch_size=16
+        NODULE3D.batches,
+        input_px=(32, 32, 32),
+        crop="candidate",
+        batch_size=16,
+        nodule_fraction=0.35,
     ),
+    lesions=replace(NODULE3D.lesions, probability=0.25),
     augment=replace(NODULE3D.augment, shift_px=2.0),
     model=Model(
         name="unet3d",

@@ -36,10 +36,11 @@ class Progress:
 
     Attributes:
         epoch: Epochs done.
-        best_epoch: Epoch with the best validation Dice, counted from 1; 0 before the first.
-        best_dice: Its Dice; NaN without validation, and if there was nothing to find and
-            nothing was found.
-        best_loss: Its validation loss; NaN without validation.
+        best_epoch: The best by `add`, counted from 1; 0 before the first.
+        best_dice: Its validation Dice; NaN without validation, and if there was nothing to
+            find and nothing was found.
+        best_loss: Its validation loss, of the classifier if that decides; NaN without
+            validation.
         stopped: Whether `patience` ended the run early.
         history: One row of numbers per epoch.
     """
@@ -52,22 +53,29 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def add(
-        self, row: dict[str, float], patience: int, patience_after: int = 0
+        self,
+        row: dict[str, float],
+        patience: int,
+        patience_after: int = 0,
+        *,
+        by_slice: bool = False,
     ) -> bool:
         """Takes in an epoch's numbers; tells whether it is the best so far.
 
         The largest validation Dice is the best, then the smallest validation loss. A Dice
-        of NaN counts as 1: nothing was to be found, and nothing was found. Without
-        validation the last epoch is the best. Epochs up to `patience_after` never stop it.
+        of NaN counts as 1: nothing was to be found, and nothing was found. `by_slice`, the
+        smallest validation loss of the classifier alone is the best. Without validation
+        the last epoch is. Epochs up to `patience_after` never stop it.
         """
         self.epoch += 1
         self.history.append(row)
-        dice, loss = row.get("val_dice", math.nan), row.get("val_loss", math.nan)
-        better = (
-            not self.best_epoch
-            or "val_dice" not in row
-            or goodness(dice, loss) > goodness(self.best_dice, self.best_loss)
-        )
+        dice = row.get("val_dice", math.nan)
+        loss = row.get("val_slice_loss" if by_slice else "val_loss", math.nan)
+        ranks = [
+            goodness(math.nan if by_slice else score, its_loss)
+            for score, its_loss in ((dice, loss), (self.best_dice, self.best_loss))
+        ]
+        better = not self.best_epoch or "val_dice" not in row or ranks[0] > ranks[1]
         if better:
             self.best_epoch, self.best_dice, self.best_loss = self.epoch, dice, loss
         since = self.epoch - max(self.best_epoch, patience_after)
@@ -167,6 +175,7 @@ class Checkpoints(keras.callbacks.Callback):
         epochs: Epochs of the whole run.
         patience: Epochs without a better validation Dice before stopping; 0 for never.
         patience_after: Epochs before that count begins.
+        by_slice: As for `Progress.add`.
     """
 
     def __init__(
@@ -177,6 +186,7 @@ class Checkpoints(keras.callbacks.Callback):
         epochs: int,
         patience: int,
         patience_after: int = 0,
+        by_slice: bool = False,
     ):
         super().__init__()
         self.run_dir = run_dir
@@ -184,6 +194,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.epochs = epochs
         self.patience = patience
         self.patience_after = patience_after
+        self.by_slice = by_slice
         self.started = 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -202,7 +213,9 @@ class Checkpoints(keras.callbacks.Callback):
             ops.convert_to_numpy(self.model.optimizer.learning_rate)
         )
         row["seconds"] = round(time.monotonic() - self.started, 3)
-        if self.progress.add(row, self.patience, self.patience_after):
+        if self.progress.add(
+            row, self.patience, self.patience_after, by_slice=self.by_slice
+        ):
             write_weights(self.run_dir / "best.weights.h5", self.model)
         write_history(self.run_dir / "history.csv", self.progress.history)
         write_state(self.run_dir / STATE, self.model, self.progress)
@@ -232,6 +245,8 @@ def epoch_line(progress: Progress, epochs: int) -> str:
             f", validation Dice {row['val_dice']:.4f} (best {progress.best_dice:.4f}, "
             f"epoch {progress.best_epoch})"
         )
+    if "val_slice_auc" in row:
+        scores += f", of the classifier AUC {row['val_slice_auc']:.4f}"
     latest = [row["seconds"] for row in progress.history[-3:]]
     left = (epochs - progress.epoch) * sum(latest) / len(latest)
     return (

@@ -43,7 +43,9 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
         loss={"mask": mask_loss, "slice": "binary_crossentropy"}
         if heads
         else mask_loss,
-        metrics={"mask": dice} if heads else [dice],
+        metrics={"mask": dice, "slice": keras.metrics.AUC(name="auc")}
+        if heads
+        else [dice],
         jit_compile="auto" if on_gpu else False,
     )
     return model
@@ -118,6 +120,7 @@ def run_epochs(
     run_dir: Path,
     workers: int,
     pictured: tuple[np.ndarray, np.ndarray],
+    by_slice: bool = False,
 ) -> None:
     """Trains from the epoch that `progress` names to the last, or until it stops.
 
@@ -130,6 +133,7 @@ def run_epochs(
         run_dir: Gets history, weights, state, pictures and curves.
         workers: Threads that make batches.
         pictured: Images and masks for the pictures.
+        by_slice: Let the classifier's validation loss choose the epoch, not the Dice.
     """
     dataset = data_generator.as_pydataset(training, workers=workers)
     model.fit(
@@ -154,6 +158,7 @@ def run_epochs(
                 epochs=settings.epochs,
                 patience=settings.patience,
                 patience_after=settings.patience_after,
+                by_slice=by_slice,
             ),
         ],
     )

@@ -10,7 +10,7 @@ import boxes
 import candidates
 import config
 import resample
-from candidates import CandidateClassifier, crops, tightened
+from candidates import CandidateClassifier, candidate_map, crops
 from nodule_finder import NoduleFinder
 from scan import AIR_HU
 from tests.conftest import tiny_scan
@@ -49,7 +49,7 @@ def test_crops_are_parts_of_the_volume_that_the_table_would_hold():
     whole = resample.volume(scan.hu, weights)
     middle = (np.array(scan.hu.shape) - 1) / 2
     places = [middle, (0, 0, 0), np.array(scan.hu.shape) - 1, (3, 20.4, 7.7)]
-    found = crops(scan, places, SPACING_MM, SIZE)
+    found = list(crops(scan, places, SPACING_MM, SIZE))
     assert len(found) == len(places)
     from_ras = np.linalg.inv(affine)
     for place, crop in zip(places, found, strict=True):
@@ -67,32 +67,39 @@ def test_a_crop_wholly_beyond_the_scan_is_air():
     assert (crop == AIR_HU).all()
 
 
-def test_candidates_are_cut_to_their_outlines():
-    prob = np.array([[[0.1, 0.3, 0.9, 0.6, 0.0, 0.2, 0.12, 0.08, 0.0]]], np.float32)
-    labels = np.array([[[1, 1, 1, 1, 0, 2, 2, 2, 0]]], np.uint8)
-    # 0.9 reaches 0.5, so that counts; 0.2 does not, so half of it does.
-    expected = np.array([[[0, 0, 0.9, 0.6, 0, 0.2, 0.12, 0, 0]]], np.float32)
-    np.testing.assert_array_equal(tightened(labels, prob, 0.5), expected)
-    empty = np.zeros_like(labels)
-    np.testing.assert_array_equal(tightened(empty, prob, 0.5), np.zeros_like(prob))
+def test_candidates_have_outlines_of_their_own_and_none_is_lost():
+    prob = np.array(
+        [[[0.9, 0.9, 0.6, 0.12, 0.12, 0.3, 0.4, 0.3, 0.0, 0.2, 0.11, 0.05]]], np.float32
+    )
+    settings = config.Postprocess(method="fixed", threshold=0.1)
+    # From 0.5: the first. From 0.25: what 0.12 joins to it. From 0.125: the 0.2 alone.
+    expected = prob * [1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0]
+    found = candidate_map(prob, settings, 0.5)
+    np.testing.assert_allclose(found, expected)
+    nothing = candidate_map(np.zeros_like(prob), settings, 0.5)
+    np.testing.assert_array_equal(nothing, np.zeros_like(prob))
+    # A threshold above the usual one for outlines is the only one.
+    high = replace(settings, threshold=0.6)
+    kept = candidate_map(prob, high, 0.5)
+    np.testing.assert_allclose(kept, prob * (prob >= 0.5))
 
 
 def test_what_a_low_threshold_joins_is_judged_one_by_one(
     make_nodule_run, classifier_run, tmp_path
 ):
-    scan = tiny_scan()
     run = make_nodule_run(tmp_path / "nodules")
     reduction = classifier_run(tmp_path / "reduction", threshold=0.1)
     finder = NoduleFinder(run, None, reduction_dir=reduction)
+    scan = tiny_scan()
+    scan = replace(scan, lung=np.ones_like(scan.lung))
     prob = np.zeros(scan.hu.shape, np.float32)
-    z, y, x = np.argwhere(scan.lung)[len(np.argwhere(scan.lung)) // 2]
-    lung = replace(scan, lung=np.ones_like(scan.lung))
-    prob[z, y, x - 4 : x + 5] = 0.2
-    prob[z, y, x - 4 : x - 1] = prob[z, y, x + 2 : x + 5] = 0.9
-    labels, chances = finder.kept_candidates(lung, prob)
+    line = prob[prob.shape[0] // 2, prob.shape[1] // 2]
+    line[10:30] = 0.2
+    line[10:14], line[25:30] = 0.9, 0.4
+    labels, chances = finder.kept_candidates(scan, prob)
     assert len(chances) == 2
-    np.testing.assert_array_equal(labels > 0, prob > 0.5)
-    assert labels[z, y, x - 3] != labels[z, y, x + 3]
+    np.testing.assert_array_equal(labels > 0, prob > 0.3)
+    assert sorted(chances[:, 1].tolist()) == pytest.approx([0.4, 0.9])
 
 
 def test_the_probability_is_the_mean_of_the_mirror_images(classifier_run, tmp_path):
@@ -141,6 +148,7 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     assert [n.max_prob for n in every.nodules] != scores
     assert finder.made_by["reduction"]["threshold"] == 0.4
     assert len(finder.made_by["weights_sha256"]) == 2
+    assert "reduction" not in NoduleFinder(run, None).made_by
     # Between the two scores, the better one is left, with label 1.
     settings = json.loads((reduction / "config.json").read_text())
     settings["postprocess"]["min_score"] = sum(scores) / 2
@@ -162,6 +170,13 @@ def test_padding_never_becomes_a_candidate(classifier_run, tmp_path):
     count = candidates.CANDIDATES_AT_ONCE
     places = [(6, 15 + 2 * i, 20) for i in range(count + 1)]
     found = classifier.probability(scan, places)
+    assert found.shape == (count + 1,)
     np.testing.assert_allclose(
         found[:count], classifier.probability(scan, places[:count]), atol=1e-6
     )
+
+
+def test_it_is_no_network_for_whole_volumes(classifier_run, tmp_path):
+    run = classifier_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="judges candidates, not volumes"):
+        NoduleFinder(run, None)

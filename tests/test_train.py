@@ -372,6 +372,27 @@ def test_patience_counts_epochs_since_the_best():
     assert progress.stopped
 
 
+def test_the_classifier_alone_chooses_where_candidates_are_judged():
+    from models.callbacks import Progress
+
+    progress = Progress()
+    rows = [(0.9, 0.5, 0.4), (0.8, 0.6, 0.2), (0.95, 0.1, 0.3)]
+    best = [
+        progress.add(
+            {"val_dice": dice, "val_loss": loss, "val_slice_loss": slice_loss},
+            0,
+            by_slice=True,
+        )
+        for dice, loss, slice_loss in rows
+    ]
+    assert best == [True, True, False]
+    assert (progress.best_epoch, progress.best_dice, progress.best_loss) == (
+        2,
+        0.8,
+        0.2,
+    )
+
+
 def test_where_nothing_is_to_be_found_silence_is_best_and_loss_decides():
     from models.callbacks import Progress
 

@@ -475,29 +475,41 @@ def test_other_candidates_are_dense_voxels_of_the_lungs(table):
         assert (inside & (volume.hu[near] >= volumes.DENSE_HU)).any()
 
 
-def test_nodules_drawn_for_candidates_lie_in_the_middle(table):
+def test_nodules_drawn_for_candidates_lie_in_the_middle_where_none_is(table):
     pathology = config.Lesions(probability=1.0, findings=("nodule",))
-    none = replace(CANDIDATES, nodule_fraction=0.0)
-    shares = []
-    for settings in (None, pathology):
-        generator = training(
-            table, none, STILL, pathology=settings, with_slice_label=True
+    for fraction in (0.0, 1.0):
+        batches = replace(CANDIDATES, nodule_fraction=fraction)
+        plain, drawn = (
+            training(table, batches, STILL, pathology=settings, with_slice_label=True)
+            for settings in (None, pathology)
         )
-        shares.append(
-            np.mean([generator[i][1]["slice"] for i in range(len(generator))])
-        )
-    assert shares[1] > shares[0] + 0.3
+        assert len(plain) == -(-len(plain.scans) * 4 // 8)
+        for index in range(len(plain)):
+            (x, before), (same, after) = plain[index], drawn[index]
+            known = before["slice"][:, 0] > 0
+            # What is a nodule stays as it is; of the others most become one.
+            np.testing.assert_array_equal(x[known], same[known])
+            assert (
+                after["slice"][~known].mean() > 0.6 if (~known).any() else known.all()
+            )
 
 
-def test_candidates_validate_the_same_in_each_epoch(table):
+def test_candidates_validate_the_same_in_each_epoch_on_scans_spread_over_all(table):
     scans = np.arange(5)
     generator = volumes.validation_of_volumes(
-        table, scans, CANDIDATES, most=20, with_slice_label=True
+        table, scans, CANDIDATES, most=16, with_slice_label=True
     )
-    assert len(generator) == 3
+    assert len(generator) == 2
     first = generator[1]
     generator.on_epoch_end()
     np.testing.assert_array_equal(generator[1][0], first[0])
+    assert generator.order_of_epoch(0)[::4].tolist() == [0, 1, 2, 3]
+    every = volumes.validation_of_volumes(table, scans, CANDIDATES)
+    assert every.order_of_epoch(0).tolist() == np.repeat(scans, 4).tolist()
+    few = volumes.validation_of_volumes(
+        table, scans, replace(CANDIDATES, batch_size=4), most=8
+    )
+    assert few.order_of_epoch(0).tolist() == [0] * 4 + [2] * 4
 
 
 def test_candidates_of_slices_are_refused():

@@ -41,6 +41,9 @@ MAX_STD = 0.5
 LUNG_OPACITY = 0.4
 """Of lungs with nodules in them; without any they hide what lies behind."""
 
+FEW_VOXELS = 50
+"""Up to here a nodule is resampled to voxels of a quarter, larger ones of half the size."""
+
 NODULE_COLOUR = "crimson"
 
 NAMES = {RIGHT: "right lung", LEFT: "left lung"}
@@ -218,7 +221,6 @@ def add_nodules(
     """Adds a surface per nodule to a figure, and its measures to what the mouse shows."""
     from scipy import ndimage
 
-    spacing_mm = min(grid.spacing_mm) / 2  # else small ones would have no surface
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
@@ -226,7 +228,10 @@ def add_nodules(
         start = np.array([part.start for part in box])
         affine[:3, 3] = grid.index_to_ras_mm(start)
         mask = labels[box] == number
-        mesh = surface(mask, Grid(mask.shape, affine), spacing_mm)
+        # A few voxels that are smoothed as lungs are would have no surface.
+        finer = 2 if np.count_nonzero(mask) > FEW_VOXELS else 4
+        own = Grid(mask.shape, affine)
+        mesh = surface(mask, own, min(grid.spacing_mm) / finer)
         row = rows[number]
         size = (
             f"{float(row['long_axis_mm']):.1f} x {float(row['short_axis_mm']):.1f} mm"

@@ -69,7 +69,7 @@ REDUCTION3D = replace(
     augment=replace(NODULE3D.augment, shift_px=2.0),
     model=Model(
         name="unet3d",
-        filters=16,
+        filters=8,
         depth=3,
         norm="batch",
         dropout=0.1,

@@ -55,6 +55,9 @@ SHIPPED = Path(__file__).parent / "weights/lung3d"
 NODULE3D = Path(__file__).parent / "weights/nodule3d"
 """The run that looks for nodules in lungs if none is named."""
 
+REDUCTION3D = Path(__file__).parent / "weights/reduction3d"
+"""The run that tells nodules from what only looks like them if none is named."""
+
 NODULE2D = Path("weights/nodule2d")
 """The weights of `segment_patches`."""
 
@@ -112,8 +115,9 @@ class Arguments:
     nodules: Path | None = NODULE3D
     """Of a run for lungs: the run that looks for nodules in them, by default the weights
     that ship; None looks for none."""
-    reduction: Path | None = None
-    """The run that tells nodules from vessels among what was found; None keeps all."""
+    reduction: Path | None = REDUCTION3D
+    """The run that tells nodules from vessels among what was found, by default the weights
+    that ship; None keeps what `nodules` finds."""
     batch_size: int = 8
     """Tiles of a 2-D network per call."""
     overwrite: bool = False
@@ -174,7 +178,8 @@ def infer(
     tasks, misnamed = without_own_names(tasks)
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
-    if reduction is not None and (nodules is None or settings.batches.target != "lung"):
+    alone = nodules is None or settings.batches.target != "lung"
+    if alone and reduction not in (None, REDUCTION3D):
         raise ValueError(
             f"--reduction {reduction} with no run that looks for nodules in lungs; expected "
             "a run for lungs, and --nodules"

@@ -155,6 +155,15 @@ NODULE_RUN = replace(
 )
 """The same for nodules, of 20 HU."""
 
+REDUCTION_RUN = replace(
+    NODULE_RUN,
+    batches=replace(NODULE_RUN.batches, input_px=(8, 16, 16), crop="candidate"),
+    model=config.Model(
+        name="unet3d", filters=4, depth=2, seeded=True, slice_classifier=True
+    ),
+)
+"""A false-positive network, with weights as they are drawn."""
+
 
 def set_by_hand(network, hu=-850):
     """Makes a unet3d of depth 1 and 2 filters tell lung by a voxel's own value.
@@ -223,6 +232,18 @@ def make_lung_run():
 def make_nodule_run(make_lung_run):
     """make_nodule_run(folder): the same for nodules; what is near 20 HU is one."""
     return functools.partial(make_lung_run, experiment=NODULE_RUN, hu=20)
+
+
+@pytest.fixture(scope="session")
+def make_reduction_run(make_lung_run):
+    """make_reduction_run(folder, min_score=...): an untrained false-positive network."""
+
+    def make(folder, **postprocess):
+        settings = config.Postprocess(method="fixed", **postprocess)
+        experiment = replace(REDUCTION_RUN, postprocess=settings)
+        return make_lung_run(folder, experiment=experiment, by_hand=False)
+
+    return make
 
 
 @pytest.fixture(scope="session")

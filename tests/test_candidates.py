@@ -13,34 +13,10 @@ import resample
 from candidates import CandidateClassifier, candidate_map, crops
 from nodule_finder import NoduleFinder
 from scan import AIR_HU
-from tests.conftest import tiny_scan
+from tests.conftest import REDUCTION_RUN, tiny_scan
 
-SPACING_MM = 2.0
-SIZE = (8, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def classifier_run(make_nodule_run):
-    """classifier_run(folder, **postprocess): an untrained false-positive network."""
-    base = make_nodule_run.keywords["experiment"]
-    experiment = replace(
-        base,
-        table=replace(base.table, volume_spacing_mm=SPACING_MM),
-        batches=replace(base.batches, input_px=SIZE, crop="candidate"),
-        model=config.Model(
-            name="unet3d", filters=4, depth=2, seeded=True, slice_classifier=True
-        ),
-    )
-
-    def make(folder, **postprocess):
-        settings = config.Postprocess(method="fixed", **postprocess)
-        return make_nodule_run(
-            folder,
-            experiment=replace(experiment, postprocess=settings),
-            by_hand=False,
-        )
-
-    return make
+SPACING_MM = REDUCTION_RUN.table.volume_spacing_mm
+SIZE = REDUCTION_RUN.batches.volume_px
 
 
 def test_crops_are_parts_of_the_volume_that_the_table_would_hold():
@@ -85,10 +61,10 @@ def test_candidates_have_outlines_of_their_own_and_none_is_lost():
 
 
 def test_what_a_low_threshold_joins_is_judged_one_by_one(
-    make_nodule_run, classifier_run, tmp_path
+    make_nodule_run, make_reduction_run, tmp_path
 ):
     run = make_nodule_run(tmp_path / "nodules")
-    reduction = classifier_run(tmp_path / "reduction", threshold=0.1)
+    reduction = make_reduction_run(tmp_path / "reduction", threshold=0.1)
     finder = NoduleFinder(run, None, reduction_dir=reduction)
     scan = tiny_scan()
     scan = replace(scan, lung=np.ones_like(scan.lung))
@@ -102,11 +78,11 @@ def test_what_a_low_threshold_joins_is_judged_one_by_one(
     assert sorted(chances[:, 1].tolist()) == pytest.approx([0.4, 0.9])
 
 
-def test_the_probability_is_the_mean_of_the_mirror_images(classifier_run, tmp_path):
+def test_the_probability_is_the_mean_of_the_mirror_images(make_reduction_run, tmp_path):
     import augment
 
     scan = tiny_scan()
-    classifier = CandidateClassifier(classifier_run(tmp_path / "run"))
+    classifier = CandidateClassifier(make_reduction_run(tmp_path / "run"))
     places = [(6, 20, 20), (8, 30, 12), (4, 11, 33), (5, 25, 25), (7, 17, 29)]
     found = classifier.probability(scan, places)
     assert found.shape == (5,)
@@ -131,11 +107,11 @@ def test_other_runs_are_refused(make_nodule_run, tmp_path):
 
 
 def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
-    make_nodule_run, classifier_run, tmp_path
+    make_nodule_run, make_reduction_run, tmp_path
 ):
     scan = tiny_scan()
     run = make_nodule_run(tmp_path / "nodules")
-    reduction = classifier_run(tmp_path / "reduction", threshold=0.4)
+    reduction = make_reduction_run(tmp_path / "reduction", threshold=0.4)
     alone = NoduleFinder(run, None).find(scan)
     finder = NoduleFinder(run, None, reduction_dir=reduction)
     every = finder.find(scan)
@@ -163,10 +139,10 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     assert not none.labels.any()
 
 
-def test_padding_never_becomes_a_candidate(classifier_run, tmp_path):
+def test_padding_never_becomes_a_candidate(make_reduction_run, tmp_path):
     """As many as fill a call, and one more."""
     scan = tiny_scan()
-    classifier = CandidateClassifier(classifier_run(tmp_path / "run"))
+    classifier = CandidateClassifier(make_reduction_run(tmp_path / "run"))
     count = candidates.CANDIDATES_AT_ONCE
     places = [(6, 15 + 2 * i, 20) for i in range(count + 1)]
     found = classifier.probability(scan, places)
@@ -176,7 +152,7 @@ def test_padding_never_becomes_a_candidate(classifier_run, tmp_path):
     )
 
 
-def test_it_is_no_network_for_whole_volumes(classifier_run, tmp_path):
-    run = classifier_run(tmp_path / "run")
+def test_it_is_no_network_for_whole_volumes(make_reduction_run, tmp_path):
+    run = make_reduction_run(tmp_path / "run")
     with pytest.raises(ValueError, match="judges candidates, not volumes"):
         NoduleFinder(run, None)

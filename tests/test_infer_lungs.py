@@ -52,8 +52,9 @@ def write_list(path, rows):
 
 def run_main(*argv):
     """The exit code of the command; it looks for no nodules unless they are spoken of."""
-    if "--nodules" not in argv:
-        argv = (*argv, "--nodules", None)
+    for option in ("--nodules", "--reduction"):
+        if option not in argv:
+            argv = (*argv, option, None)
     with pytest.raises(SystemExit) as ended:
         infer.main([str(word) for word in argv])
     return ended.value.code
@@ -71,6 +72,13 @@ def read(path):
 @pytest.fixture(scope="module")
 def nodule_run(make_nodule_run, tmp_path_factory):
     return make_nodule_run(tmp_path_factory.mktemp("runs") / "nodules")
+
+
+@pytest.fixture(scope="module")
+def reduction_run(make_reduction_run, tmp_path_factory):
+    """A false-positive network that refuses everything."""
+    folder = tmp_path_factory.mktemp("runs") / "reduction"
+    return make_reduction_run(folder, threshold=0.5, min_score=0.99)
 
 
 @pytest.fixture(scope="module")
@@ -600,6 +608,40 @@ def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):
     source = save(tmp_path / "chest.nii.gz", volume)
     with pytest.raises(FileNotFoundError, match="--nodules None"):
         infer.infer(run, tmp_path / "OUT", input=source, nodules=tmp_path / "absent")
+
+
+def test_what_the_false_positive_network_refuses_is_no_nodule(
+    run, nodule_run, reduction_run, ill_volume, tmp_path, capsys
+):
+    source, out = save(tmp_path / "ill.nii.gz", ill_volume), tmp_path / "OUT"
+    command = (
+        *("--input", source, "--result_dir", out, "--exp_dir", run, "--n", 1),
+        *("--min_volume_mm3", 60_000, "--nodules", nodule_run),
+    )
+    assert run_main(*command) == 0
+    assert len(nodules_of(out)) == 1
+    assert run_main(*command, "--reduction", reduction_run) == 1
+    assert "--reduction RUN" in capsys.readouterr().err
+    assert run_main(*command, "--reduction", reduction_run, "--overwrite") == 0
+    assert nodules_of(out) == []
+    record = json.loads((out / "lungs.json").read_text())
+    assert record["nodules"]["reduction"]["min_score"] == 0.99
+    predictions = json.loads((out / "predictions.json").read_text())
+    assert "trained-on" in predictions["training_patients"]
+
+
+def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
+    run, nodule_run, reduction_run, volume, tmp_path
+):
+    source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
+    with pytest.raises(FileNotFoundError, match="--reduction None"):
+        infer.infer(
+            run, out, input=source, nodules=nodule_run, reduction=tmp_path / "absent"
+        )
+    with pytest.raises(ValueError, match="no run that looks for nodules"):
+        infer.infer(run, out, input=source, reduction=reduction_run)
+    with pytest.raises(ValueError, match="judges candidates, not volumes"):
+        infer.infer(run, out, input=source, nodules=reduction_run)
 
 
 def test_another_table_of_nodules_in_the_folder_is_refused(

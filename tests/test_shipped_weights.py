@@ -86,7 +86,12 @@ def nodules_met(source, folder):
     from cohorts import lidc
 
     infer.infer(
-        infer.SHIPPED, folder, input=source, lungs=ONE_LOOK, nodules=infer.NODULE3D
+        infer.SHIPPED,
+        folder,
+        input=source,
+        lungs=ONE_LOOK,
+        nodules=infer.NODULE3D,
+        reduction=infer.REDUCTION3D,
     )
     scan = lidc.load_scan(lidc.find_scans(source)[0])
     (path,) = folder.glob("*/nodules.nii.gz")

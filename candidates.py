@@ -37,8 +37,8 @@ class CandidateClassifier:
         precision: Keras' policy while the network is built.
 
     Attributes:
-        postprocess: How candidates are found; `min_score` is the least probability of one
-            that is kept.
+        postprocess: How candidates are found; `min_score` is the least score of one that
+            is kept, the probability times that of who found it.
 
     Raises:
         FileNotFoundError: If the run is missing.

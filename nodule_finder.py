@@ -48,8 +48,8 @@ class Found:
     Attributes:
         labels: (z, y, x), 0 or the number of the nodule; 1 has the highest score.
         nodules: One for each label, in this order. The score is the false-positive
-            network's probability, without one the mean probability of the voxels found;
-            measures are those of the outline.
+            network's probability times the largest of the 3-D one, without it the mean
+            probability of the voxels found; measures are those of the outline.
     """
 
     labels: np.ndarray
@@ -167,7 +167,8 @@ class NoduleFinder:
             + [part.start for part in box]
             for number, box in enumerate(ndimage.find_objects(labels), start=1)
         ]
-        chances[:, 0] = self.classifier.probability(scan, places)
+        # Both must agree: what the first hardly sees, the second may mistake.
+        chances[:, 0] = self.classifier.probability(scan, places) * chances[:, 1]
         kept = np.argsort(-chances[:, 0], kind="stable")
         kept = kept[chances[kept, 0] >= least]
         renumber = np.zeros(len(chances) + 1, labels.dtype)

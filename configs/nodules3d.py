@@ -10,8 +10,8 @@ nothing was found after 400 steps, so nodule voxels weigh 20 times as much.
 `reduction3d` is the false-positive network, trained on the same table and split: crops of 32^3
 voxels (5 cm) with a nodule in the middle, real (a third) or drawn (a sixth), or something else
 in the lungs that is as dense. One head outlines, the other says whether the middle is nodule.
-Candidates are what `nodule3d` gives at least `postprocess.threshold`; they are kept from
-`postprocess.min_score` on.
+Candidates are what `nodule3d` gives at least `postprocess.threshold`; they are kept if its
+probability times the classifier's is at least `postprocess.min_score`.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 """
@@ -79,7 +79,7 @@ REDUCTION3D = replace(
     loss=Loss(name="dice_cross_entropy"),
     train=replace(NODULE3D.train, epochs=15, steps_per_epoch=100, validation_tiles=960),
     postprocess=Postprocess(
-        method="fixed", threshold=0.1, min_volume_mm3=14.0, min_score=0.95
+        method="fixed", threshold=0.1, min_volume_mm3=14.0, min_score=0.87
     ),
 )
 

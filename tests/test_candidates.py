@@ -119,6 +119,7 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     scores = [nodule.score for nodule in every.nodules]
     places = [nodule.centre_zyx for nodule in every.nodules]
     expected = finder.classifier.probability(scan, places)
+    expected *= [nodule.max_prob for nodule in every.nodules]
     assert scores == pytest.approx(expected.tolist(), abs=1e-6)
     assert scores == sorted(scores, reverse=True)
     assert [n.max_prob for n in every.nodules] != scores

@@ -399,12 +399,13 @@ def lung_scores(
 def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     """Candidates, nodules that count and other nodules, as `froc.mark` takes them.
 
-    Nothing of patches, and of masks made elsewhere, without nodules.csv.
+    Nothing of patches, and of masks made elsewhere, without nodules.csv. Beside lungs,
+    candidates of any score count.
     """
     folder = job.arguments.predictions
     path = folder / job.scan_id / scan_results.NODULES
     if in_lungs(folder):
-        path = folder / scan_results.NODULES
+        path = folder / scan_results.CANDIDATES
     if not scan.whole or not path.exists():
         return {}
     columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
@@ -656,8 +657,12 @@ def protocol(
         else "No scored patient was trained on.",
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
-        "readers' mean diameter; nodules of too few readers are ignored), of what "
-        "postprocessing left.",
+        "readers' mean diameter; nodules of too few readers are ignored), of "
+        + (
+            "every candidate."
+            if in_lungs(arguments.predictions)
+            else "what postprocessing left."
+        ),
         DISCLAIMER,
     ]
 

@@ -299,7 +299,8 @@ def score(job: Job) -> Scored:
     """Scores one scan.
 
     Raises:
-        ScanError: If the mask or the scan file is missing, or nobody read the scan.
+        ScanError: If the mask or the scan file is missing, nobody read the scan, or the rows
+            of nodules.csv or the probability map cannot be of it.
     """
     arguments = job.arguments
     scan, labels = read_pair(job)
@@ -778,8 +779,16 @@ def draw_reliability(curve: metrics.Reliability, path: Path) -> None:
 
     figure = Figure(figsize=(5, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="votes as predicted")
-    upper.plot(curve.probability, curve.observed, "o-", color="0.2", label="found")
+    upper.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
+    upper.plot(
+        curve.probability,
+        curve.observed,
+        "o-",
+        color="0.2",
+        clip_on=False,
+        zorder=3,
+        label="predictions",
+    )
     upper.set(
         ylabel="share of readers who drew the voxel",
         xlim=(0, 1),
@@ -791,6 +800,7 @@ def draw_reliability(curve: metrics.Reliability, path: Path) -> None:
     middles = (np.arange(len(curve.voxels)) + 0.5) * width
     lower.bar(middles, curve.voxels, width, color="0.6", edgecolor="white")
     lower.set(xlabel="predicted probability", ylabel="voxels", yscale="log")
+    lower.set_ylim(bottom=0.5)  # or a bin of one voxel has no height
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

@@ -54,7 +54,7 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
             )
         point = [finite(row[name], f"{where}: {name}") for name in COLUMNS]
         check_inside(point, scan, where)
-        marks = [("place and score", tuple(point))]
+        marks: list[tuple[str, Any]] = [("place and score", tuple(point))]
         if row.get("nodule_id"):
             marks.append(("nodule_id", row["nodule_id"]))
         for mark in marks:

@@ -116,39 +116,36 @@ def nodule_rows(
     """
     from scipy.ndimage import find_objects
 
+    drawn, reader_bits = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
     lung = None if scan.lung is None else (scan.lung > 0) | (labels_ref > 0)
     place = {int(label): index for index, label in enumerate(match.labels_ref)}
-    boxes_read = find_objects(np.asarray(scan.nodule_labels), max_label=MAX_LABEL)
+    boxes_drawn = find_objects(drawn, max_label=MAX_LABEL)
     boxes_ref = find_objects(labels_ref, max_label=MAX_LABEL)
     boxes_pred = find_objects(labels_pred)
     rows = []
     for nodule in nodules:
         row = facts_of(nodule)
-        index = place.get(nodule.label)
-        if index is None:
-            rows.append(row)
+        rows.append(row)
+        near, own = boxes_drawn[nodule.label - 1], boxes_ref[nodule.label - 1]
+        if near is None or own is None:
             continue
-        read, own = boxes_read[nodule.label - 1], boxes_ref[nodule.label - 1]
         if lung is not None:
             row["pleura_distance_mm"] = pleura_distance_mm(
                 labels_ref[own] == nodule.label, own, lung, scan.grid
             )
-        touching = (
-            np.unique(labels_pred[read][scan.nodule_labels[read] == nodule.label])
-            if scan.whole
-            else match.labels_pred
-        )
-        touching = touching[touching > 0]
-        box = hull([read, *(boxes_pred[label - 1] for label in touching)])
+        touching = match.labels_pred
+        if scan.whole:
+            met = np.unique(labels_pred[near][drawn[near] == nodule.label])
+            touching = met[met > 0]
+        box = hull([near, *(boxes_pred[label - 1] for label in touching)])
+        index = place[nodule.label]
         component = int(match.component[index])
         surfaces = metrics.surface_distances(
             labels_ref[box] == nodule.label,
             (labels_pred[box] == component) & (component > 0),
             scan.spacing_mm,
         )
-        bits = np.where(
-            scan.nodule_labels[box] == nodule.label, scan.reader_bits[box], 0
-        )
+        bits = np.where(drawn[box] == nodule.label, reader_bits[box], 0)
         row |= {
             "hit": int(match.hit_by[index] > 0),
             "iou": float(match.iou[index]),
@@ -156,7 +153,6 @@ def nodule_rows(
             "surface_dice": surfaces.dice(tolerance_mm),
             **agreement_columns(bits, np.isin(labels_pred[box], touching)),
         }
-        rows.append(row)
     return rows
 
 

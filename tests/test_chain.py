@@ -17,8 +17,10 @@ import runs
 import slice_idx
 import table
 import train
+from geometry import flip_xy
 from scan import scan_path, write_scan
-from volume_io import read_volume
+from tests.conftest import tiny_scan
+from volume_io import read_volume, write_volume
 
 EXPERIMENT = config.Experiment(
     table=config.Table(size_px=(64, 64), slices="lung"),
@@ -290,6 +292,61 @@ def test_a_volume_of_luna16_is_scored_as_its_patient(work, tmp_path, make_scan):
     out = scored(tmp_path / "work", tmp_path, record, scans=tmp_path / "scans")
     assert read_leaks(out / "scores.csv") == {uid: {"1"}}
     assert read_leaks(out / "nodules.csv") == {uid: {"1"}}
+
+
+@pytest.mark.parametrize(
+    "name", ["small_nodules_lps_mm", "non_nodules_lps_mm", "excluded_lps_mm"]
+)
+def test_what_is_found_where_readers_left_a_point_is_not_false(tmp_path, name):
+    """Two nodules and two vessels are found; at one of the vessels readers left a point."""
+    scan = tiny_scan()
+    centres = [[*flip_xy(np.array(n.centre_ras_mm)).tolist()] for n in scan.nodules]
+    vessels = [(6, 20, 20), (18, 40, 40)]
+    labels = (scan.nodule_labels > 0).astype(np.uint8)
+    labels[scan.nodule_labels == 2] = 2
+    for number, (z, y, x) in enumerate(vessels, start=3):
+        labels[z, y - 1 : y + 2, x - 1 : x + 2] = number
+        at_ras_mm = scan.grid.index_to_ras_mm(np.array([z, y, x]))
+        centres.append(flip_xy(at_ras_mm).tolist())
+    facts = {name: [centres[2]]}
+    if name == "excluded_lps_mm":  # LUNA16's list, where -1 stands for 10 mm
+        facts = {
+            name: [[*centres[2], -1.0]],
+            "annotated_lps_mm": [[*centre, 10.0] for centre in centres[:2]],
+        }
+
+    def scores_with(folder, acquisition):
+        known = replace(scan, acquisition=acquisition)
+        write_scan(known, scan_path(folder / "scans", scan.scan_id), {})
+        predictions = folder / "predictions"
+        path = predictions / scan.scan_id / "mask.nii.gz"
+        write_volume(path, labels, scan.grid, scan.source_grid)
+        rows = [f"{x},{y},{z},{score}" for (x, y, z), score in found]
+        text = "\n".join(["x_lps_mm,y_lps_mm,z_lps_mm,score", *rows])
+        path.with_name("nodules.csv").write_text(text)
+        facts = {scan.scan_id: {"part": "test", "patient_id": "someone"}}
+        postprocess.Predictions("run", "0" * 64, "", (), facts).write(predictions)
+        evaluate.evaluate(
+            evaluate.Arguments(
+                predictions=predictions,
+                scans=folder / "scans",
+                out=folder / "scores",
+                draws=50,
+            )
+        )
+        record = json.loads((folder / "scores/scores.json").read_text())
+        return {line["name"]: line["interval"]["value"] for line in record["scores"]}
+
+    # The vessel with the point has the highest score, the other one the lowest.
+    found = list(zip(centres, (0.6, 0.7, 0.9, 0.1), strict=True))
+    plain = scores_with(tmp_path / "plain", {})
+    assert plain["False positives per scan"] == 2
+    # Nothing is hit before the first false positive: sensitivity is 0 at the rates 1/8,
+    # 1/4 and 1/2, and 1 at the four from 1 on.
+    assert plain["CPM (mean of these)"] == pytest.approx(4 / 7)
+    pointed = scores_with(tmp_path / "pointed", facts)
+    assert pointed["False positives per scan"] == 1
+    assert pointed["CPM (mean of these)"] == 1
 
 
 def test_a_missing_mask_is_a_skipped_scan_not_a_zero(work, tmp_path):

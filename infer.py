@@ -362,7 +362,8 @@ def segment_patches(
 ) -> np.ndarray:
     """Probability of the nodule in the middle of each patch: a click, a candidate.
 
-    The network is loaded once; calls after the first only compute.
+    The network is loaded once; calls after the first only compute. Whose patches they are
+    is not asked: `runs.training_patients_of` says of whom a result means nothing.
 
     Args:
         patches: (n, y, x) numbers on any linear scale of HU, each patch on its own. Pixels

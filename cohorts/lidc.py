@@ -152,13 +152,13 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
             source.scan_id,
         )
         return scan
-    if reading.findings:
+    if reading.findings or any(reading.marks.values()):
         check_not_straightened(source, series)
     return with_nodules(scan, reading, slices_of(series))
 
 
 def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
-    """Raises ScanError if outlines, drawn on tilted slices, would fall beside the nodules."""
+    """Raises ScanError if what readers drew on tilted slices would fall beside its place."""
     header = dicom.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
     columns, rows, _ = series.source_grid.shape

@@ -57,6 +57,19 @@ def test_the_default_weights_are_among_those_that_ship():
     assert used <= set(WEIGHTS)
 
 
+def test_all_networks_of_a_whole_scan_say_whom_they_have_seen():
+    seen = infer.seen_for_nodules(infer.NODULE3D, infer.REDUCTION3D)
+    split = slice_idx.read_split(infer.SHIPPED / "split.json")
+    predictions = infer.new_predictions(infer.SHIPPED, split)
+    seen[str(infer.SHIPPED)] = predictions.training_patients
+    used = (infer.SHIPPED, infer.NODULE3D, infer.REDUCTION3D, infer.OUTLINES)
+    assert set(seen) == {str(folder) for folder in used}
+    for folder in used:
+        split = slice_idx.read_split(folder / "split.json")
+        trained = slice_idx.patients_of_part(split, "train")
+        assert trained and set(trained) <= set(seen[str(folder)])
+
+
 @pytest.mark.parametrize("folder", WEIGHTS, ids=lambda folder: folder.name)
 def test_the_card_names_the_weights(folder):
     card = (folder / "README.md").read_text()

@@ -399,6 +399,11 @@ def test_outlines_on_straightened_slices_are_refused(series_dir, tmp_path):
     (source,) = lidc.find_scans(tmp_path)
     with pytest.raises(ScanError, match="its outlines were drawn on tilted slices"):
         lidc.load_scan(source, repair=("tilt",))
+    write_xml(tmp_path / "read.xml", non_nodule(5, 40, 12))
+    with pytest.raises(ScanError, match="its outlines were drawn on tilted slices"):
+        lidc.load_scan(source, repair=("tilt",))
+    write_xml(tmp_path / "read.xml", "")
+    assert lidc.load_scan(source, repair=("tilt",)).nodules == ()
 
 
 def test_sessions_end_where_the_ids_change_form_or_a_nodule_returns():

@@ -11,12 +11,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import calibration
 import config
 import files
 import froc
@@ -25,6 +27,7 @@ import metrics
 import nodule_scores
 import postprocess
 import provenance
+import runs
 import scan_results
 import steps
 from metrics import Interval
@@ -33,8 +36,7 @@ from scan import (
     Scan,
     ScanError,
     read_scan,
-    reader_votes,
-    readers_of_label,
+    scan_identity,
     scan_path,
 )
 from volume_io import check_same_grid, read_volume
@@ -69,8 +71,14 @@ AGREEMENT = {
 }
 """Columns of nodules.csv, in pairs of prediction and reader; see agreement.py."""
 
-LEAST_PROBABILITY = 0.01
-"""Calibration looks at voxels above it, and at those that a reader drew."""
+HEADLINE = (
+    "Dice per scan",
+    "Dice, pooled",
+    "Nodule sensitivity, all",
+    "False positives per scan",
+    "CPM (mean of these)",
+)
+"""Scores that are also given without patients that were trained on."""
 
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
@@ -122,7 +130,7 @@ class Scored:
     Attributes:
         row: Its row of the table.
         nodules: One row per reference nodule.
-        reliability: (bins, 3) of `metrics.reliability_counts` against the readers' votes;
+        reliability: (fine bins, 3) of `calibration.histogram`;
             None if the probability is not known.
         candidates, targets, irrelevant: For `froc.mark`; None of patches and of slices.
     """
@@ -165,18 +173,20 @@ def evaluate(arguments: Arguments) -> steps.Report:
     rows = [item.row for item in scored]
     nodules = [nodule for item in scored for nodule in item.nodules]
     lines = summary(rows, nodules, draws=arguments.draws)
-    lines += calibration_lines(scored, draws=arguments.draws)
+    known = [item.reliability for item in scored if item.reliability is not None]
+    temperature = temperature_of(predictions, arguments) if known else None
+    lines += calibration_lines(scored, temperature, draws=arguments.draws)
     curve = curve_of(scored, draws=arguments.draws)
     lines += froc_lines(curve, scored)
-    reliability = reliability_of(scored)
-    facts = protocol(arguments, predictions, rows)
+    seen = leak_text(scored, draws=arguments.draws)
+    facts = protocol(arguments, predictions, rows, seen, temperature)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
         postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
         if nodules:
             columns = nodule_scores.columns_of(nodules)
             postprocess.write_rows(nodules, columns, out / "nodules.csv")
-        (out / "scores.md").write_text(markdown(lines, facts))
+        (out / "scores.md").write_text(markdown(lines, facts, head=seen))
         (out / "scores.tex").write_text(latex(lines, facts))
         record = {
             "setting": setting(arguments, predictions),
@@ -190,11 +200,11 @@ def evaluate(arguments: Arguments) -> steps.Report:
         draw_figures(arguments, rows, nodules, out)
         if curve is not None:
             draw_froc(curve, out / "froc.png")
-        if reliability is not None:
-            write_reliability(reliability, out)
+        if known:
+            calibration.write_reliability(np.sum(known, axis=0), out)
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out
-    sys.stdout.write(markdown(lines, facts) + "\n")
+    sys.stdout.write(markdown(lines, facts, head=seen) + "\n")
     named = ", ".join(str(out / name) for name in FIGURES)
     scans = files.count_text(len(rows), "scan")
     scored = files.count_text(len(nodules), "nodule")
@@ -236,7 +246,7 @@ def by_slice(predictions: postprocess.Predictions) -> bool:
 
 
 def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[Job]:
-    """The predictions of the part; a patient that was trained on is named.
+    """The predictions of the part; patients that were trained on are named.
 
     Raises:
         ValueError: If there is none, the masks were made of other weights' maps, or are of
@@ -262,16 +272,8 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
             f"{path}: results were saved as numpy; expected nifti or nifti-labels; run "
             "infer.py with one of them and another --result_dir"
         )
-    trained = set(predictions.training_patients)
     jobs = [
-        Job(
-            scan_id,
-            predictions.scans[scan_id]["patient_id"],
-            predictions.scans[scan_id]["part"],
-            predictions.scans[scan_id]["patient_id"] in trained,
-            slices,
-            arguments,
-        )
+        job_of(scan_id, slices, predictions, arguments)
         for scan_id, slices in predictions.of_part(arguments.part).items()
     ]
     if not jobs:
@@ -293,6 +295,25 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
                 "patient %s was trained on; its row is marked leak", job.patient_id
             )
     return jobs
+
+
+def job_of(
+    scan_id: str,
+    slices: tuple[int, ...] | None,
+    predictions: postprocess.Predictions,
+    arguments: Arguments,
+) -> Job:
+    """One prediction to score; the patient is that of the scan file.
+
+    It leaks if by that file or by predictions.json its patient was trained on.
+    """
+    facts = predictions.scans[scan_id]
+    patient_id = facts["patient_id"]
+    with suppress(ScanError, OSError):  # `score` says what is wrong with the file
+        patient_id, _ = scan_identity(scan_path(arguments.scans, scan_id))
+    names = runs.names_of(scan_id, patient_id, facts["patient_id"])
+    leak = not names.isdisjoint(predictions.training_patients)
+    return Job(scan_id, patient_id, facts["part"], leak, slices, arguments)
 
 
 def score(job: Job) -> Scored:
@@ -338,7 +359,9 @@ def score(job: Job) -> Scored:
     surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
     known = nodule_scores.nodules_that_count(scan, arguments.min_readers)
     labels_ref = nodule_scores.reference_labels(scan, reference, known)
+    _, irrelevant = froc_points.spheres_of(scan, arguments.min_readers)
     marked = np.asarray(scan.reader_bits) > 0
+    marked |= froc_points.within_spheres(scan, irrelevant)
     match = metrics.match_nodules(labels_ref, labels, marked)
     row |= {
         "hd95_mm": surfaces.hausdorff_mm(),
@@ -476,26 +499,37 @@ def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
         return None
-    prob, grid = read_volume(path)
-    check_same_grid(grid, scan.grid, path)
-    check_probabilities(prob, path)
-    counts = readers_of_label(scan.nodules)[scan.nodule_labels]
-    votes = reader_votes(np.asarray(scan.reader_bits)) / np.maximum(counts, 1)
-    return metrics.reliability_counts(prob, votes, least=LEAST_PROBABILITY)
+    counts = calibration.histogram(path, scan)
+    return counts if counts.any() else None
 
 
-def check_probabilities(prob: np.ndarray, path: Path) -> None:
-    """Raises ScanError if a voxel is NaN or out of 0..1."""
-    undefined = int(np.isnan(prob).sum())
-    if undefined:
-        voxels = files.count_text(undefined, "voxel")
-        raise ScanError(f"{path}: NaN in {voxels}; expected 0 to 1")
-    low, high = float(prob.min()), float(prob.max())
-    # Integers scaled by a float32 slope may exceed 1 by rounding.
-    if low < 0 or high > 1 + 1e-6:
-        raise ScanError(
-            f"{path}: probabilities run from {low:.4g} to {high:.4g}; expected 0 to 1"
-        )
+def temperature_of(
+    predictions: postprocess.Predictions, arguments: Arguments
+) -> float | None:
+    """The temperature fitted on the validation scans of the predictions.
+
+    None without such scans, with a split by slice, and if validation itself is scored.
+    """
+    if arguments.part in ("validation", "all") or by_slice(predictions):
+        return None
+    jobs = [
+        job_of(scan_id, None, predictions, arguments)
+        for scan_id in predictions.of_part("validation")
+    ]
+    found, _ = steps.map_scans(
+        votes_of, jobs, workers=arguments.workers, label="temperature"
+    )
+    counts = [some for some in found if some is not None]
+    return calibration.fit_temperature(np.sum(counts, axis=0)) if counts else None
+
+
+def votes_of(job: Job) -> np.ndarray | None:
+    """`votes_met` of the scan of a job; None of a scan without readers' marks."""
+    path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
+    if not path.exists():
+        return None
+    scan = read_scan(scan_path(job.arguments.scans, job.scan_id))
+    return None if scan.reader_bits is None else votes_met(job, scan)
 
 
 def summary(
@@ -559,60 +593,29 @@ def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
     ]
 
 
-def calibration_lines(scored: Sequence[Scored], *, draws: int) -> list[Line]:
+def calibration_lines(
+    scored: Sequence[Scored], temperature: float | None, *, draws: int
+) -> list[Line]:
     """How far probabilities lie from the share of readers who drew the voxel."""
     known = [item for item in scored if item.reliability is not None]
     if not known:
         return []
-    counts = np.stack([np.asarray(item.reliability) for item in known])
-    shape = counts.shape[1:]
-
-    def ece(sums: np.ndarray) -> np.ndarray:
-        voxels, summed, votes = np.moveaxis(
-            sums.reshape(*sums.shape[:-1], *shape), -1, 0
-        )
-        return metrics.ratio(np.abs(summed - votes).sum(axis=-1), voxels.sum(axis=-1))
-
-    interval = metrics.bootstrap(
-        counts.reshape(len(counts), -1),
-        np.array([item.row["patient_id"] for item in known]),
-        ece,
-        n=draws,
-    )
+    counts = [np.asarray(item.reliability) for item in known]
+    patients = np.array([item.row["patient_id"] for item in known])
     text = "Calibration error (ECE) against readers' votes"
-    return [Line(text, interval, len(known), len(scored))]
-
-
-def reliability_of(scored: Sequence[Scored]) -> metrics.Reliability | None:
-    """The reliability curve of all scans; None if there is no voxel to make it of."""
-    counts = [item.reliability for item in scored if item.reliability is not None]
-    if not counts or not np.sum(counts, axis=0)[:, 0].any():
-        return None
-    return metrics.reliability(np.sum(counts, axis=0))
-
-
-def write_reliability(curve: metrics.Reliability, out: Path) -> None:
-    """Writes reliability.csv, one row per bin of probability, and reliability.png."""
-    bounds_of_bins = np.linspace(0, 1, len(curve.voxels) + 1)
-    rows = [
-        {
-            "low": low,
-            "high": high,
-            "voxels": int(voxels),
-            "mean_probability": probability,
-            "mean_vote": vote,
-        }
-        for low, high, voxels, probability, vote in zip(
-            bounds_of_bins[:-1].round(6),
-            bounds_of_bins[1:].round(6),
-            curve.voxels,
-            curve.probability,
-            curve.observed,
-            strict=True,
+    kinds = {text: counts}
+    if temperature is not None:
+        scaled = [calibration.scaled(some, temperature) for some in counts]
+        kinds[f"{text}, temperature scaled"] = scaled
+    return [
+        Line(
+            name,
+            calibration.ece(np.stack(some), patients, draws=draws),
+            len(known),
+            len(scored),
         )
+        for name, some in kinds.items()
     ]
-    postprocess.write_rows(rows, list(rows[0]), out / "reliability.csv")
-    draw_reliability(curve, out / "reliability.png")
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
@@ -623,15 +626,22 @@ def protocol(
     arguments: Arguments,
     predictions: postprocess.Predictions,
     rows: Sequence[dict[str, Any]],
+    seen: str,
+    temperature: float | None,
 ) -> list[str]:
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
-    leaks = {row["patient_id"] for row in rows if row["leak"]}
     what = "whole scans"
     if not any(row["whole"] for row in rows):
         what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
         what = "scans (only their slices in the part)"
+    fitted = ""
+    if temperature is not None:
+        fitted = f" Temperature {temperature:.3f}, fitted on the validation scans."
+    candidates = "what postprocessing left"
+    if in_lungs(arguments.predictions):
+        candidates = "every candidate"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
         f"{len(rows)} {what} of {len(patients)} patients, part {arguments.part}.",
@@ -644,26 +654,47 @@ def protocol(
         masks_made_by(arguments.predictions),
         f"Dice of readers: over all slices of a nodule; the majority of n others is at least "
         "n/2 of them. ECE: of voxels that a reader drew or with a probability above "
-        f"{LEAST_PROBABILITY:g}, in bins of 0.05.",
+        f"{calibration.LEAST_PROBABILITY:g}, in bins of 0.05." + fitted,
         f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
         f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus is all that "
         "any reader drew.",
         "Strata: diameter is the readers' mean, texture and subtlety their median rating "
         "(texture 1 ground glass, 2 and 3 part-solid, 4 and 5 solid); the distance to the "
         "pleura is that to the nearest voxel outside of lung mask and nodules.",
-        f"WARNING: {len(leaks)} of the patients were trained on."
-        if leaks
-        else "No scored patient was trained on.",
+        seen,
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
-        "readers' mean diameter; nodules of too few readers are ignored), of "
-        + (
-            "every candidate."
-            if in_lungs(arguments.predictions)
-            else "what postprocessing left."
-        ),
+        f"readers' mean diameter), of {candidates}. Neither hits nor false positives are "
+        f"nodules of too few readers and, {froc_points.UNKNOWN_MM:g} mm wide, nodules below "
+        "3 mm and non-nodules, where LIDC's XML marks them.",
         DISCLAIMER,
     ]
+
+
+def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
+    """How many patients were trained on, and the scores of `HEADLINE` without them."""
+    patients = {item.row["patient_id"] for item in scored}
+    leaks = {item.row["patient_id"] for item in scored if item.row["leak"]}
+    if not leaks:
+        return "No scored patient was trained on."
+    if leaks == patients:
+        return (
+            f"WARNING: every scored patient ({len(leaks)} of {len(patients)}) was trained "
+            "on; these scores say nothing of new patients."
+        )
+    others = [item for item in scored if item.row["patient_id"] not in leaks]
+    nodules = [nodule for item in others for nodule in item.nodules]
+    lines = summary([item.row for item in others], nodules, draws=draws)
+    lines += froc_lines(curve_of(others, draws=draws), others)
+    figures = "; ".join(
+        f"{line.name} {number(line.interval.value)} ({bounds(line.interval)})"
+        for line in lines
+        if line.name in HEADLINE
+    )
+    return (
+        f"WARNING: {len(leaks)} of {len(patients)} patients were trained on. Without "
+        f"them: {figures}."
+    )
 
 
 def masks_made_by(predictions: Path) -> str:
@@ -684,15 +715,16 @@ def masks_made_by(predictions: Path) -> str:
     return f"Masks: {postprocess.settings_text(used)}; {record['origin']}."
 
 
-def markdown(lines: Sequence[Line], facts: Sequence[str]) -> str:
-    """The table of scores in Markdown."""
+def markdown(lines: Sequence[Line], facts: Sequence[str], *, head: str) -> str:
+    """The table of scores in Markdown, with one of the facts above it."""
     table = ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
     table += [
         f"| {line.name} | {number(line.interval.value)} | {bounds(line.interval)} "
         f"| {line.defined} of {line.total} |"
         for line in lines
     ]
-    return "\n".join([*table, "", *facts, ""])
+    below = [fact for fact in facts if fact != head]
+    return "\n".join([head, "", *table, "", *below, ""])
 
 
 def latex(lines: Sequence[Line], facts: Sequence[str]) -> str:
@@ -774,38 +806,6 @@ def draw_froc(curve: froc.Froc, path: Path) -> None:
         ylim=(0, 1),
         title=f"FROC, CPM {number(curve.cpm.value)}",
     )
-    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def draw_reliability(curve: metrics.Reliability, path: Path) -> None:
-    """Share of readers against predicted probability, over the voxels of each bin."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5.5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
-    upper.plot(
-        curve.probability,
-        curve.observed,
-        "o-",
-        color="0.2",
-        clip_on=False,
-        zorder=3,
-        label="predictions",
-    )
-    upper.set(
-        ylabel="share of readers who drew the voxel",
-        xlim=(0, 1),
-        ylim=(0, 1),
-        title=f"Reliability, ECE {number(curve.ece)}",
-    )
-    upper.legend(loc="upper left")
-    width = 1 / len(curve.voxels)
-    middles = (np.arange(len(curve.voxels)) + 0.5) * width
-    lower.bar(middles, curve.voxels, width, color="0.6", edgecolor="white")
-    lower.set(xlabel="predicted probability", ylabel="voxels", yscale="log")
-    lower.set_ylim(bottom=0.5)  # or a bin of one voxel has no height
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

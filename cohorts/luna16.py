@@ -28,7 +28,7 @@ import boxes
 import geometry
 import outlines
 from boxes import Box
-from cohorts import dicom, lidc, nifti
+from cohorts import dicom, lidc, lidc_database, nifti
 from geometry import Grid
 from scan import LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
 
@@ -102,7 +102,7 @@ def find_scans(source: Path) -> list[ScanSource]:
         subset = path.parent.name
         scans[path.stem] = ScanSource(
             scan_id=path.stem,
-            patient_id=lidc.patient_of(path.stem) or path.stem,
+            patient_id=lidc_database.patient_of(path.stem) or path.stem,
             paths=(path,),
             annotations=lists,
             subset=subset if SUBSET.fullmatch(subset) else "",

@@ -3,7 +3,8 @@
 What `find_scans` takes:
 
     a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id;
-                 relative paths start at the list's folder
+                 relative paths start at the list's folder; without patient_id the patient
+                 is that of the DICOM header, or of LIDC-IDRI's series, else the pid
     a folder     with imagesTr or imagesTs: nnU-Net or Decathlon layout; else every volume
                  in it and below; else its DICOM series; not both
     a file       one volume
@@ -28,7 +29,7 @@ import files
 import geometry
 import outlines
 import volume_io
-from cohorts import dicom
+from cohorts import dicom, lidc_database
 from geometry import Grid
 from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
 
@@ -269,14 +270,39 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
     if not value["image_path"]:
         raise ValueError(f"{where}: image_path is empty; expected a file or folder")
     pid = files.checked_id(value["pid"], where=f"{where}, column pid")
-    patient_id = value.get("patient_id") or pid
+    image = folder / value["image_path"]
+    patient_id = value.get("patient_id") or patient_by_itself(image, pid) or pid
     return ScanSource(
         scan_id=pid,
         patient_id=files.checked_id(patient_id, where=f"{where}, column patient_id"),
-        paths=(folder / value["image_path"],),
+        paths=(image,),
         annotations=(folder / value["seg_path"],) if value.get("seg_path") else (),
         lung=folder / value["lung_path"] if value.get("lung_path") else None,
     )
+
+
+def patient_by_itself(image: Path, pid: str) -> str:
+    """Whose scan it is, where no list says so; "" if that is unknown.
+
+    A volume, or its pid, may be called after a series of LIDC-IDRI. The patient of a DICOM
+    file or folder is that of its header, as `dicom.safe_patient_id` makes it.
+    """
+    if is_volume(image) and not image.is_dir():
+        of_pid, of_file = map(lidc_database.known_patient, (pid, stem(image)))
+        return of_pid or of_file
+    path = dicom.first_ct_image(image) if image.is_dir() else image
+    found = dicom.identify(path) if path is not None and path.is_file() else None
+    if found is None or not found.ct_image:
+        return ""
+    try:
+        return lidc_database.known_patient(found.series_uid) or dicom.safe_patient_id(
+            found
+        )
+    except OSError as error:
+        log.warning(
+            "scan %s: no pseudonym for its patient, the pid counts: %s", pid, error
+        )
+        return ""
 
 
 def check_unique(named: Sequence[tuple[str, str]], where: Path) -> None:
@@ -316,7 +342,8 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
 
 def _volume_source(path: Path) -> ScanSource:
     scan_id = safe_id(path)
-    return ScanSource(scan_id, scan_id, (path,))
+    patient_id = lidc_database.known_patient(scan_id) or scan_id
+    return ScanSource(scan_id, patient_id, (path,))
 
 
 def safe_id(path: Path) -> str:
@@ -373,7 +400,8 @@ def _nnunet_part(folder: Path, part: str) -> Iterator[ScanSource]:
                 f"{case} with the suffix of a volume"
             )
         annotations = (labels[case],) if case in labels else ()
-        yield ScanSource(scan_id, scan_id, (image,), annotations, part)
+        patient_id = lidc_database.known_patient(scan_id) or scan_id
+        yield ScanSource(scan_id, patient_id, (image,), annotations, part)
 
 
 def _volumes_by_stem(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """The steps after preprocessing, as they are run, on scans small enough for seconds."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -16,8 +17,10 @@ import runs
 import slice_idx
 import table
 import train
+from geometry import flip_xy
 from scan import scan_path, write_scan
-from volume_io import read_volume
+from tests.conftest import tiny_scan
+from volume_io import read_volume, write_volume
 
 EXPERIMENT = config.Experiment(
     table=config.Table(size_px=(64, 64), slices="lung"),
@@ -197,22 +200,153 @@ def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
     assert "only their slices in the part" in scores["protocol"][0]
 
 
-def test_a_patient_that_was_trained_on_is_marked(work, tmp_path, caplog):
-    record = manifest(work)
-    scan_id, facts = next(iter(record["scans"].items()))
-    record["training_patients"].append(facts["patient_id"])
-    folder = tmp_path / "predictions"
-    folder.mkdir()
-    (folder / scan_id).symlink_to(work / "predictions" / scan_id)
-    record["scans"] = {scan_id: facts | {"part": "test"}}
-    (folder / "predictions.json").write_text(json.dumps(record))
+def read_leaks(path):
+    """Patient -> the values of the column leak in a table of scores."""
+    leaks = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            leaks.setdefault(row["patient_id"], set()).add(row["leak"])
+    return leaks
+
+
+def scored(work, folder, record, *, scans=None):
+    """The folder of scores of the test part of `record`, with the masks of `work`."""
+    for scan_id in record["scans"]:
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
+        (folder / "predictions" / scan_id).symlink_to(work / "predictions" / scan_id)
+    (folder / "predictions/predictions.json").write_text(json.dumps(record))
     evaluate.evaluate(
         evaluate.Arguments(
-            predictions=folder, scans=work / "scans", out=tmp_path / "scores", draws=50
+            predictions=folder / "predictions",
+            scans=scans or work / "scans",
+            out=folder / "scores",
+            draws=50,
         )
     )
-    assert "was trained on" in caplog.text
-    assert "WARNING: 1 of the patients" in (tmp_path / "scores/scores.md").read_text()
+    return folder / "scores"
+
+
+def test_a_patient_that_was_trained_on_is_marked(work, tmp_path, caplog):
+    record = manifest(work)
+    tested = sorted(
+        facts["patient_id"]
+        for facts in record["scans"].values()
+        if facts["part"] == "test"
+    )
+    record["training_patients"].append(tested[0])
+    out = scored(work, tmp_path / "one", record)
+    assert f"patient {tested[0]} was trained on" in caplog.text
+    expected = {tested[0]: {"1"}, tested[1]: {"0"}}
+    assert read_leaks(out / "scores.csv") == expected
+    assert read_leaks(out / "nodules.csv") == expected
+    head = (out / "scores.md").read_text().splitlines()[0]
+    assert head.startswith("WARNING: 1 of 2 patients were trained on. Without them: ")
+    with (out / "scores.csv").open(newline="") as file:
+        dice = {row["patient_id"]: row["dice"] for row in csv.DictReader(file)}
+    assert f"Dice per scan {float(dice[tested[1]]):.3f} (one patient);" in head
+    for text in ("Nodule sensitivity, all ", "False positives per scan ", "CPM "):
+        assert text in head
+    protocol = json.loads((out / "scores.json").read_text())["protocol"]
+    assert head in protocol
+    record["training_patients"] += tested
+    out = scored(work, tmp_path / "all", record)
+    head = (out / "scores.md").read_text().splitlines()[0]
+    assert head.startswith("WARNING: every scored patient (2 of 2) was trained on;")
+
+
+def test_the_patient_of_the_scan_file_counts_too(work, tmp_path, make_scan, caplog):
+    """predictions.json may know a patient by the id of a list, or a series' uid."""
+    record = manifest(work)
+    scan_id = next(s for s, f in record["scans"].items() if f["part"] == "test")
+    scan = make_scan(int(scan_id.rpartition("-")[2]))
+    scan = replace(scan, patient_id="LIDC-IDRI-0001")
+    write_scan(scan, scan_path(tmp_path / "scans", scan_id), {})
+    listed = record["scans"][scan_id] | {"patient_id": "case-7"}
+    record["scans"] = {scan_id: listed}
+    record["training_patients"] = ["LIDC-IDRI-0001"]
+    out = scored(work, tmp_path / "by file", record, scans=tmp_path / "scans")
+    assert read_leaks(out / "scores.csv") == {"LIDC-IDRI-0001": {"1"}}
+    assert read_leaks(out / "nodules.csv") == {"LIDC-IDRI-0001": {"1"}}
+    assert "patient LIDC-IDRI-0001 was trained on" in caplog.text
+    record["training_patients"] = ["case-7"]
+    out = scored(work, tmp_path / "by record", record, scans=tmp_path / "scans")
+    assert read_leaks(out / "scores.csv") == {"LIDC-IDRI-0001": {"1"}}
+    record["training_patients"] = ["LIDC-IDRI-0002"]
+    out = scored(work, tmp_path / "new", record, scans=tmp_path / "scans")
+    assert read_leaks(out / "scores.csv") == {"LIDC-IDRI-0001": {"0"}}
+    assert read_leaks(out / "nodules.csv") == {"LIDC-IDRI-0001": {"0"}}
+
+
+def test_a_volume_of_luna16_is_scored_as_its_patient(work, tmp_path, make_scan):
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+    record = manifest(work)
+    scan_id = next(s for s, f in record["scans"].items() if f["part"] == "test")
+    scan = make_scan(int(scan_id.rpartition("-")[2]))
+    scan = replace(scan, scan_id=uid, patient_id=uid)
+    write_scan(scan, scan_path(tmp_path / "scans", uid), {})
+    (tmp_path / "work/predictions").mkdir(parents=True)
+    source = work / "predictions" / scan_id
+    (tmp_path / "work/predictions" / uid).symlink_to(source)
+    record["scans"] = {uid: {"part": "test", "patient_id": uid}}
+    record["training_patients"] = ["LIDC-IDRI-0001"]
+    out = scored(tmp_path / "work", tmp_path, record, scans=tmp_path / "scans")
+    assert read_leaks(out / "scores.csv") == {uid: {"1"}}
+    assert read_leaks(out / "nodules.csv") == {uid: {"1"}}
+
+
+@pytest.mark.parametrize(
+    "name", ["small_nodules_lps_mm", "non_nodules_lps_mm", "excluded_lps_mm"]
+)
+def test_what_is_found_where_readers_left_a_point_is_not_false(tmp_path, name):
+    """Two nodules and two vessels are found; at one of the vessels readers left a point."""
+    scan = tiny_scan()
+    centres = [[*flip_xy(np.array(n.centre_ras_mm)).tolist()] for n in scan.nodules]
+    vessels = [(6, 20, 20), (18, 40, 40)]
+    labels = (scan.nodule_labels > 0).astype(np.uint8)
+    labels[scan.nodule_labels == 2] = 2
+    for number, (z, y, x) in enumerate(vessels, start=3):
+        labels[z, y - 1 : y + 2, x - 1 : x + 2] = number
+        at_ras_mm = scan.grid.index_to_ras_mm(np.array([z, y, x]))
+        centres.append(flip_xy(at_ras_mm).tolist())
+    facts = {name: [centres[2]]}
+    if name == "excluded_lps_mm":  # LUNA16's list, where -1 stands for 10 mm
+        facts = {
+            name: [[*centres[2], -1.0]],
+            "annotated_lps_mm": [[*centre, 10.0] for centre in centres[:2]],
+        }
+
+    def scores_with(folder, acquisition):
+        known = replace(scan, acquisition=acquisition)
+        write_scan(known, scan_path(folder / "scans", scan.scan_id), {})
+        predictions = folder / "predictions"
+        path = predictions / scan.scan_id / "mask.nii.gz"
+        write_volume(path, labels, scan.grid, scan.source_grid)
+        rows = [f"{x},{y},{z},{score}" for (x, y, z), score in found]
+        text = "\n".join(["x_lps_mm,y_lps_mm,z_lps_mm,score", *rows])
+        path.with_name("nodules.csv").write_text(text)
+        facts = {scan.scan_id: {"part": "test", "patient_id": "someone"}}
+        postprocess.Predictions("run", "0" * 64, "", (), facts).write(predictions)
+        evaluate.evaluate(
+            evaluate.Arguments(
+                predictions=predictions,
+                scans=folder / "scans",
+                out=folder / "scores",
+                draws=50,
+            )
+        )
+        record = json.loads((folder / "scores/scores.json").read_text())
+        return {line["name"]: line["interval"]["value"] for line in record["scores"]}
+
+    # The vessel with the point has the highest score, the other one the lowest.
+    found = list(zip(centres, (0.6, 0.7, 0.9, 0.1), strict=True))
+    plain = scores_with(tmp_path / "plain", {})
+    assert plain["False positives per scan"] == 2
+    # Nothing is hit before the first false positive: sensitivity is 0 at the rates 1/8,
+    # 1/4 and 1/2, and 1 at the four from 1 on.
+    assert plain["CPM (mean of these)"] == pytest.approx(4 / 7)
+    pointed = scores_with(tmp_path / "pointed", facts)
+    assert pointed["False positives per scan"] == 1
+    assert pointed["CPM (mean of these)"] == 1
 
 
 def test_a_missing_mask_is_a_skipped_scan_not_a_zero(work, tmp_path):

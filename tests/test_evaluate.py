@@ -2,17 +2,20 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import nibabel
 import numpy as np
 import pytest
 
+import calibration
 import config
 import evaluate
+import metrics
 import postprocess
 import scan_results
-from scan import Annotation, Nodule, scan_path, write_scan
+from scan import Annotation, Nodule, read_scan, scan_path, write_scan
 from tests.conftest import tiny_scan
 from volume_io import write_volume
 
@@ -241,6 +244,42 @@ def test_the_reliability_table_holds_probabilities_beside_votes(scan, tmp_path):
         "mean_vote": "nan",
     }
     assert (tmp_path / "scores/reliability.png").stat().st_size > 0
+
+
+def test_a_temperature_is_fitted_on_validation_and_told_on_test(scan, tmp_path):
+    other = tiny_scan(1)
+    write_predictions(tmp_path, [scan, other])
+    for some in (scan, other):  # 0.9 where all four drew it, 0.1 elsewhere
+        votes = np.bitwise_count(some.reader_bits)
+        prob = np.select([votes == 4, votes > 0], [0.9, 0.1], 0.0).astype(np.float32)
+        path = tmp_path / f"predictions/{some.scan_id}/prob.nii.gz"
+        write_volume(path, prob, some.grid, some.source_grid)
+    path = tmp_path / "predictions/predictions.json"
+    record = json.loads(path.read_text())
+    record["scans"]["scan-001"]["part"] = "validation"
+    path.write_text(json.dumps(record))
+    report, scores = evaluated(tmp_path)
+    assert not report.failures
+    text = "Calibration error (ECE) against readers' votes"
+    before, after = (
+        scores[name]["interval"]["value"]
+        for name in (text, f"{text}, temperature scaled")
+    )
+    facts = " ".join(
+        json.loads((tmp_path / "scores/scores.json").read_text())["protocol"]
+    )
+    (temperature,) = re.findall(
+        r"Temperature (\S+), fitted on the validation scans", facts
+    )
+    counts = calibration.histogram(
+        tmp_path / "predictions/scan-000/prob.nii.gz",
+        read_scan(scan_path(tmp_path / "scans", "scan-000")),
+    )
+    found = calibration.scaled(counts, float(temperature))
+    assert after == pytest.approx(
+        metrics.reliability(calibration.coarse(found)).ece, abs=1e-3
+    )
+    assert after != before
 
 
 def test_without_probabilities_there_is_no_reliability(scan, tmp_path):

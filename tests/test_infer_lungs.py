@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -378,6 +379,60 @@ def test_a_patient_that_was_trained_on_is_named(run, volume, tmp_path, caplog):
     path = save(tmp_path / "trained-on.nii.gz", volume)
     infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
     assert "patient trained-on was trained on (by hand)" in caplog.text
+
+
+def with_training_patients(run, folder, *patients):
+    """A copy of a run with other patients in the training part of its split."""
+    shutil.copytree(run, folder)
+    record = json.loads((folder / "split.json").read_text())
+    record["parts"]["train"] = list(patients)
+    (folder / "split.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplog):
+    trained = with_training_patients(run, tmp_path / "run", "LIDC-IDRI-0001")
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+    path = save(tmp_path / f"{uid}.nii.gz", volume)
+    infer.infer(trained, tmp_path / "a", input=path, lungs=infer.Lungs(Passes(n=1)))
+    assert "patient LIDC-IDRI-0001 was trained on (by run)" in caplog.text
+    caplog.clear()
+    scans = tmp_path / "scans.csv"
+    scans.write_text(f"pid,image_path,patient_id\n{uid},{path.name},someone\n")
+    infer.infer(trained, tmp_path / "b", csv_file=scans, lungs=infer.Lungs(Passes(n=1)))
+    assert "patient someone was trained on (by run)" in caplog.text
+
+
+def test_every_network_of_a_result_counts(
+    run, nodule_run, reduction_run, volume, tmp_path, monkeypatch, caplog
+):
+    runs_of = {"lungs": run, "nodules": nodule_run, "reduction": reduction_run}
+    trained = {
+        name: with_training_patients(made, tmp_path / name, f"of-{name}")
+        for name, made in runs_of.items()
+    }
+    monkeypatch.setattr(infer, "OUTLINES", tmp_path / "outlines")
+    with_training_patients(nodule_run, infer.OUTLINES, "of-outlines")
+    provenance = {"init_training_patients": ["of-before"]}
+    (trained["nodules"] / "provenance.json").write_text(json.dumps(provenance))
+    for name in ("lungs", "nodules", "reduction", "outlines", "before", "nobody"):
+        save(tmp_path / f"of-{name}.nii.gz", volume)
+    rows = [(f"{path.name[:-7]}", path.name) for path in tmp_path.glob("of-*.nii.gz")]
+    infer.infer(
+        trained["lungs"],
+        tmp_path / "OUT",
+        csv_file=write_list(tmp_path / "scans.csv", rows),
+        lungs=WITHOUT_SKIN,
+        nodules=trained["nodules"],
+        reduction=trained["reduction"],
+    )
+    for name in (*trained, "outlines"):
+        assert f"patient of-{name} was trained on (by {name})" in caplog.text
+    assert "patient of-before was trained on (by nodules)" in caplog.text
+    assert "of-nobody was trained on" not in caplog.text
+    record = json.loads((tmp_path / "OUT/predictions.json").read_text())
+    seen = {"of-lungs", "of-nodules", "of-reduction", "of-outlines", "of-before"}
+    assert set(record["training_patients"]) == seen
 
 
 def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):

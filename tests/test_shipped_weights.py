@@ -1,7 +1,9 @@
 """The weights that ship: what they find in a phantom and in real scans, and their card."""
 
 import itertools
+import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +40,108 @@ def lungs_found(source, folder, lungs, *, weights=infer.SHIPPED):
     )
 
 
-@pytest.mark.parametrize("name", ["lung2d", "lung3d", "nodule2d", "nodule3d"])
-def test_the_card_names_the_weights_and_their_patients(name):
-    folder = ROOT / "weights" / name
+WEIGHTS = sorted(path.parent for path in ROOT.glob("weights/*/README.md"))
+
+CLAIM = re.compile(
+    r"^\|\s*(?P<part>training|validation|test)\s*\|(?P<row>.*)\|"
+    r"|(?P<words>[^|:]*?)\b(?P<verb>trained|chose|tested)\b",
+    re.MULTILINE,
+)
+"""What a card says of its data: a row for each part, or who trained, chose, was tested."""
+
+PART_OF_VERB = {"trained": "train", "chose": "validation", "tested": "test"}
+
+
+def test_the_default_weights_are_among_those_that_ship():
+    used = {infer.SHIPPED, infer.NODULE3D, infer.REDUCTION3D, infer.OUTLINES}
+    assert used <= set(WEIGHTS)
+
+
+def test_all_networks_of_a_whole_scan_say_whom_they_have_seen():
+    seen = infer.seen_for_nodules(infer.NODULE3D, infer.REDUCTION3D)
+    split = slice_idx.read_split(infer.SHIPPED / "split.json")
+    predictions = infer.new_predictions(infer.SHIPPED, split)
+    seen[str(infer.SHIPPED)] = predictions.training_patients
+    used = (infer.SHIPPED, infer.NODULE3D, infer.REDUCTION3D, infer.OUTLINES)
+    assert set(seen) == {str(folder) for folder in used}
+    for folder in used:
+        split = slice_idx.read_split(folder / "split.json")
+        trained = slice_idx.patients_of_part(split, "train")
+        assert trained and set(trained) <= set(seen[str(folder)])
+
+
+@pytest.mark.parametrize("folder", WEIGHTS, ids=lambda folder: folder.name)
+def test_the_card_names_the_weights(folder):
     card = (folder / "README.md").read_text()
-    assert files.sha256(folder / "best.weights.h5")[:12] in card
+    (stated,) = re.findall(r"best\.weights\.h5`, sha256 ([0-9a-f]{12})", card)
+    assert files.sha256(folder / "best.weights.h5")[:12] == stated
     assert "not a medical device" in card
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+
+
+def claims_of(card):
+    """Part -> what the data section of a card says of it."""
+    section = card.partition("\n## Data\n")[2].partition("\n## ")[0]
+    section = re.sub(r"(?<![\w-])-(\d{4})\b", r"LIDC-IDRI-\1", section)  # "and -0003"
+    claims = {"train": "", "validation": "", "test": ""}
+    for found in CLAIM.finditer(section):
+        part = (found["part"] or PART_OF_VERB[found["verb"]]).replace(
+            "training", "train"
+        )
+        claims[part] += found["row"] or found[0]
+    return claims
+
+
+def numbers(pattern, text):
+    return [int(number) for number in re.findall(pattern, text)]
+
+
+@pytest.mark.parametrize("folder", WEIGHTS, ids=lambda folder: folder.name)
+def test_the_card_names_patients_in_the_part_they_are_in(folder):
+    split = slice_idx.read_split(folder / "split.json")
+    made_by = json.loads((folder / "provenance.json").read_text())
+    assert made_by["split_sha256"] == split["sha256"]
+    card = (folder / "README.md").read_text()
+    for stated in re.findall(r"split hash ([0-9a-f]+)", card):
+        assert split["sha256"].startswith(stated)
+    claims = claims_of(card)
+    assert claims["train"]
+    for part, text in claims.items():
+        patients = set(slice_idx.patients_of_part(split, part))
+        phantoms = [patient for patient in patients if patient.startswith("PHANTOM-")]
+        assert set(re.findall(r"LIDC-IDRI-\d{4}", text)) <= patients
+        for number in numbers(r"\b(\d+)\s+phantoms", text):
+            assert number == len(phantoms)
+        for number in numbers(
+            r"\b(\d+)\s+(?:patients\s+)?(?:were\s+)?(?:trained|chose|tested)", text
+        ):
+            assert number == len(patients)
+
+
+def test_what_cards_say_that_other_weights_have_seen_is_so():
+    seen = re.compile(
+        r"\]\(\.\./(\w+)/README\.md\), which has seen[^.;]*?(LIDC-IDRI-\d+)"
+    )
+    for folder in WEIGHTS:
+        for other, patient in seen.findall((folder / "README.md").read_text()):
+            weights = ROOT / "weights" / other / "best.weights.h5"
+            assert patient in runs.training_patients_of(weights), folder
+
+
+def test_a_claim_of_a_card_is_read():
+    card = (
+        "# x\n\n## Data\n\nOf 9 readers: LIDC-IDRI-0001 and -0003 and 4 phantoms trained, 12 "
+        "patients chose,\nLIDC-IDRI-0002 was tested.\n\n## Scores\n\nLIDC-IDRI-0004 trained"
+    )
+    train, validation, test = claims_of(card).values()
+    assert re.findall(r"LIDC-IDRI-\d{4}", train) == ["LIDC-IDRI-0001", "LIDC-IDRI-0003"]
+    assert numbers(r"(\d+) phantoms", train) == [4]
+    assert numbers(r"(\d+) patients", validation) == [12]
+    assert "LIDC-IDRI-0002" in test
+    rows = "## Data\n\n| part | scans |\n| training | LIDC-IDRI-0001 |\n| test | 3 phantoms |"
+    claims = claims_of(f"\n{rows}\n")
+    assert claims["train"].strip() == "LIDC-IDRI-0001"
+    assert claims["test"].strip() == "3 phantoms"
 
 
 @pytest.fixture(scope="module")

@@ -252,6 +252,49 @@ def test_points_are_counted_and_not_drawn(load):
     assert scan.acquisition["non_nodules"] == 2
 
 
+def non_nodule(k, x, y, *, z_mm=None):
+    return (
+        "<nonNodule><nonNoduleID>9</nonNoduleID>"
+        f"<imageZposition>{Z0_MM + k * STEP_MM if z_mm is None else z_mm} </imageZposition>"
+        f"<imageSOP_UID>{sop(SERIES, k)}</imageSOP_UID>"
+        f"<locus><xCoord>{x}</xCoord><yCoord>{y}</yCoord></locus></nonNodule>"
+    )
+
+
+def test_points_are_kept_in_patient_coordinates(load):
+    small = nodule(roi(3, [(20, 30)]), name="small")
+    scan = load(small + non_nodule(5, 40, 12), box_nodule() + non_nodule(11, 0, 47))
+    # Pixel (0, 0) of slice 0 lies at LPS (-20, -15, -30).
+    (mark,) = scan.acquisition["small_nodules_lps_mm"]
+    assert mark == pytest.approx([-20 + 20 * 0.8, -15 + 30 * 0.8, -30 + 3 * 2])
+    first, second = scan.acquisition["non_nodules_lps_mm"]
+    assert first == pytest.approx([-20 + 40 * 0.8, -15 + 12 * 0.8, -30 + 5 * 2])
+    assert second == pytest.approx([-20, -15 + 47 * 0.8, -30 + 11 * 2])
+    assert load("").acquisition["non_nodules_lps_mm"] == []
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_points_lie_on_their_voxels_however_the_patient_lies(tmp_path, name):
+    write_series(tmp_path / "ct", orientation=ORIENTATIONS[name])
+    write_xml(tmp_path / "read.xml", non_nodule(4, 40, 10) + non_nodule(6, 47, 14))
+    (source,) = lidc.find_scans(tmp_path)
+    scan = lidc.load_scan(source)
+    marks = np.array(scan.acquisition["non_nodules_lps_mm"])
+    at = scan.grid.ras_mm_to_index(marks * (-1, -1, 1))
+    corners = np.argwhere(scan.hu == 100)
+    assert np.rint(at).min(0).tolist() == corners.min(0).tolist()
+    assert np.rint(at).max(0).tolist() == corners.max(0).tolist()
+
+
+def test_a_point_on_no_slice_is_left_out_and_logged(load, caplog):
+    lost = non_nodule(5, 40, 12, z_mm=99).replace(sop(SERIES, 5), "1.9")
+    scan = load(lost + non_nodule(5, COLUMNS, 12), box_nodule())
+    assert scan.acquisition["non_nodules_lps_mm"] == []
+    assert scan.acquisition["non_nodules"] == 2
+    assert len(scan.nodules) == 1
+    assert caplog.text.count("a mark of a reader is left out") == 2
+
+
 def test_a_scan_read_without_findings_has_empty_masks(load):
     scan = load("", "", "", "")
     assert scan.nodules == ()
@@ -356,6 +399,11 @@ def test_outlines_on_straightened_slices_are_refused(series_dir, tmp_path):
     (source,) = lidc.find_scans(tmp_path)
     with pytest.raises(ScanError, match="its outlines were drawn on tilted slices"):
         lidc.load_scan(source, repair=("tilt",))
+    write_xml(tmp_path / "read.xml", non_nodule(5, 40, 12))
+    with pytest.raises(ScanError, match="its outlines were drawn on tilted slices"):
+        lidc.load_scan(source, repair=("tilt",))
+    write_xml(tmp_path / "read.xml", "")
+    assert lidc.load_scan(source, repair=("tilt",)).nodules == ()
 
 
 def test_sessions_end_where_the_ids_change_form_or_a_nodule_returns():
@@ -521,6 +569,29 @@ def test_xml_and_database_give_the_same_masks_and_nodules(real):
     assert np.array_equal(from_xml.reader_bits, from_database.reader_bits)
     assert np.array_equal(from_xml.nodule_labels, from_database.nodule_labels)
     assert from_xml.nodules == from_database.nodules
+
+
+@pytest.mark.lidc
+def test_points_of_real_readers_lie_on_something_dense(real):
+    source, scan = real
+    small, other = {"LIDC-IDRI-0001": (9, 13), "LIDC-IDRI-0003": (0, 38)}[
+        source.patient_id
+    ]
+    marks = [
+        scan.acquisition[name]
+        for name in ("small_nodules_lps_mm", "non_nodules_lps_mm")
+    ]
+    assert [len(points) for points in marks] == [small, other]
+    points_ras_mm = np.array([*marks[0], *marks[1]]) * (-1, -1, 1)
+    at = np.rint(scan.grid.ras_mm_to_index(points_ras_mm)).astype(int)
+    assert np.allclose(scan.grid.ras_mm_to_index(points_ras_mm), at, atol=1e-3)
+    # What readers mark is denser than lung, which has -850 HU.
+    near_hu = [scan.hu[c, b - 2 : b + 3, a - 2 : a + 3].max() for c, b, a in at]
+    assert np.median(near_hu) > -600 and np.mean(np.array(near_hu) > -700) > 0.9
+    assert (
+        "non_nodules_lps_mm"
+        not in lidc.load_scan(replace(source, annotations=())).acquisition
+    )
 
 
 @pytest.mark.lidc

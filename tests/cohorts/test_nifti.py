@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import nibabel
@@ -395,7 +396,7 @@ def test_a_list_may_name_dicom_folders(listed, series, saved, chest):
     saved(series())
     (source,) = listed("pid,image_path\ncase-1,series\n")
     scan = nifti.load_scan(source)
-    assert (scan.scan_id, scan.patient_id) == ("case-1", "case-1")
+    assert (scan.scan_id, scan.patient_id) == ("case-1", "LIDC-IDRI-0042")
     assert np.array_equal(scan.hu, chest())
     others = series()
     for image in others:
@@ -405,6 +406,45 @@ def test_a_list_may_name_dicom_folders(listed, series, saved, chest):
         ScanError, match=r"2 CT series \(1.2.3 \(8 files\).*expected one"
     ):
         nifti.load_scan(source)
+
+
+def test_the_patient_of_a_listed_series_is_that_of_its_header(
+    listed, series, saved, monkeypatch
+):
+    def patients(rows, columns="pid,image_path"):
+        return [s.patient_id for s in listed(f"{columns}\n{rows}")]
+
+    images = series()
+    for image in images:
+        image.PatientID = "Secret 1234567"
+    paths = saved(images)
+    (by_folder,) = (s.patient_id for s in nifti.find_scans(paths[0].parent))
+    assert re.fullmatch("p-[0-9a-f]{12}", by_folder)
+    rows = f"one,series\ntwo,series/{paths[3].name}\nthree,a.nii\n"
+    assert patients(rows) == [by_folder, by_folder, "three"]
+    assert patients("x,series,P1\n", "pid,image_path,patient_id") == ["P1"]
+
+    def unwritable(path):
+        raise PermissionError(f"{path}: read-only")
+
+    monkeypatch.setattr(nifti.dicom, "read_key", unwritable)
+    assert patients("x,series\n") == ["x"]
+
+
+def test_a_volume_called_after_a_series_of_lidc_has_its_patient(
+    listed, chest, tmp_path, monkeypatch, caplog
+):
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
+    path = save_nifti(chest().T, tmp_path / "luna" / f"{uid}.nii.gz")
+    (found,) = nifti.find_scans(path)
+    assert (found.scan_id, found.patient_id) == (uid, "LIDC-IDRI-0001")
+    rows = f"pid,image_path\nx,{path}\n{uid},a.nii\ny,b.nii\n"
+    patients = [source.patient_id for source in listed(rows)]
+    assert patients == ["LIDC-IDRI-0001", "LIDC-IDRI-0001", "y"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = nifti.find_scans(path)
+    assert found.patient_id == uid
+    assert "the package pylidc is not installed" in caplog.text
 
 
 def test_repairs_reach_dicom_series(series, saved, chest):

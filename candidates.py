@@ -2,7 +2,7 @@
 
 A run with a classifier, trained on crops around nodules and around what else is as dense
 (`batches.crop` candidate). It sees each candidate in the middle of a crop, and its mirror
-images: a candidate is judged by the mean.
+images: a candidate is judged by their mean.
 """
 
 import itertools
@@ -61,18 +61,20 @@ class CandidateClassifier:
             run_dir, settings, settings.batches.volume_px, precision=precision
         )
 
-    def probability(self, scan: Scan, places: Sequence[Sequence[float]]) -> np.ndarray:
-        """Probability that there is a nodule at places of a scan.
+    def probabilities(
+        self, scan: Scan, places: Sequence[Sequence[float]]
+    ) -> np.ndarray:
+        """Probability that there is a nodule at places of a scan, by every mirror image.
 
         Args:
             scan: The scan.
             places: (n, 3) indices (z, y, x) of its voxels, fractions allowed.
 
         Returns:
-            (n,) float64.
+            (n, mirrors) float64; a candidate is judged by the mean of its row.
         """
         size_px = self.batches.volume_px
-        found = np.zeros(len(places))
+        found = np.zeros((len(places), len(MIRRORS)))
         batch = np.zeros((CANDIDATES_AT_ONCE, len(MIRRORS), *size_px), np.float32)
         cut = crops(scan, places, self.spacing_mm, size_px)
         for start in range(0, len(places), CANDIDATES_AT_ONCE):
@@ -82,7 +84,7 @@ class CandidateClassifier:
                 batch[index] = [np.flip(image, axes) for axes in MIRRORS]
             inputs = batch.reshape(-1, *size_px, 1)
             judged = np.asarray(self.network.predict_on_batch(inputs)["slice"])
-            some[:] = judged.reshape(len(batch), -1).mean(axis=1)[: len(some)]
+            some[:] = judged.reshape(len(batch), -1)[: len(some)]
         return found
 
 

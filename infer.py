@@ -67,6 +67,7 @@ OUTLINES = Path(__file__).parent / NODULE2D
 OWN_NAMES = {
     scan_results.TABLE,
     scan_results.NODULES,
+    scan_results.CANDIDATES,
     scan_results.RECORD,
     postprocess.PREDICTIONS,
     postprocess.RECORD,

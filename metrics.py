@@ -211,6 +211,7 @@ class NoduleMatch:
         hit_by: (nodules,) label of the component that hit it; 0 for a miss.
         iou: (nodules,) IoU with that component, or with the best one for a miss.
         dice: (nodules,) Dice with the same component; 0 if none touches the nodule.
+        component: (nodules,) label of that component; 0 if none touches the nodule.
         labels_pred: (components,) labels of the components, rising.
         hits: (components,) label of the nodule it hit; 0 for none.
         false_positive: (components,) bool; a component may be neither a hit nor this.
@@ -220,6 +221,7 @@ class NoduleMatch:
     hit_by: np.ndarray
     iou: np.ndarray
     dice: np.ndarray
+    component: np.ndarray
     labels_pred: np.ndarray
     hits: np.ndarray
     false_positive: np.ndarray
@@ -263,11 +265,16 @@ def match_nodules(
     best = iou.argmax(axis=1) if len(preds) else np.zeros(len(refs), int)
     best[pairs[0]] = pairs[1]
     rows = np.arange(len(refs))
+    nothing = np.zeros(len(refs))
+    met = iou[rows, best] if len(preds) else nothing
     return NoduleMatch(
         labels_ref=refs,
         hit_by=hit_by,
-        iou=iou[rows, best] if len(preds) else np.zeros(len(refs)),
-        dice=(2 * shared / total)[rows, best] if len(preds) else np.zeros(len(refs)),
+        iou=met,
+        dice=(2 * shared / total)[rows, best] if len(preds) else nothing,
+        component=np.where(met > 0, preds[best], 0)
+        if len(preds)
+        else nothing.astype(int),
         labels_pred=preds,
         hits=hits,
         false_positive=(hits == 0) & (2 * marked_px[preds] < sizes_pred[preds]),
@@ -397,7 +404,7 @@ def reliability_counts(
     larger the field of view is, and all would look well calibrated.
 
     Args:
-        prob: Probabilities 0..1, any shape.
+        prob: Probabilities 0..1, any shape; not checked.
         mask_ref: bool, or the share of readers that drew each voxel; the same shape.
         bins: Bins of equal width.
         least: Voxels of at most this probability are left out too.

@@ -7,7 +7,7 @@ seeded network outlines slice by slice in the scan's own pixels.
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import files
 import postprocess
 import runs
 from candidates import CandidateClassifier, candidate_map
-from monte_carlo import MEMORY_GB, Passes, VolumePredictor
+from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
 from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
 from runs import Precision
@@ -41,6 +41,26 @@ SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """What the 3-D network marks, whether it is reported or not.
+
+    Attributes:
+        centre_zyx: Centre of its voxels in the canonical array.
+        score: As of `FoundNodule`.
+        score_std: Standard deviation of the score; None of one pass and no classifier.
+        max_prob: Largest probability of the 3-D network.
+        nodule_id: Of the nodule it became; 0 if its score was too low, or another
+            candidate has the same outline.
+    """
+
+    centre_zyx: tuple[float, float, float]
+    score: float
+    score_std: float | None
+    max_prob: float
+    nodule_id: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """What was found in a scan.
@@ -50,10 +70,12 @@ class Found:
         nodules: One for each label, in this order. The score is the false-positive
             network's probability times the largest of the 3-D one, without it the mean
             probability of the voxels found; measures are those of the outline.
+        candidates: By falling score, with those that are not reported.
     """
 
     labels: np.ndarray
     nodules: list[FoundNodule]
+    candidates: list[Candidate] = field(default_factory=list)
 
 
 class NoduleFinder:
@@ -133,54 +155,87 @@ class NoduleFinder:
         if not scan.lung.any():
             return Found(np.zeros(scan.hu.shape, np.uint8), [])
         maps = self.predictor.maps(scan, self.settings.threshold)
-        labels, chances = self.kept_candidates(scan, maps.mean)
-        spreads = np.full(len(chances), None)
-        if maps.n > 1:
-            spreads = mean_by_label(maps.std, labels, len(chances))
+        labels, every = self.candidates(scan, maps)
+        reported = sum(candidate.score >= self.min_score for candidate in every)
+        labels[labels > reported] = 0
+        kept = list(range(reported))
         low, high = PIXEL_MM
         known = all(low <= step <= high for step in scan.spacing_mm[1:])
-        if len(chances) and known and self.seeded is not None:
+        if reported and known and self.seeded is not None:
             labels, kept = outlined(scan.hu, labels, self.seeded)
-            chances, spreads = chances[kept], spreads[kept]
+        chances = np.array([(every[k].score, every[k].max_prob) for k in kept])
         nodules = measure_nodules(
-            labels, chances, scan.grid, lung=scan.lung, hu=scan.hu
+            labels, chances.reshape(-1, 2), scan.grid, lung=scan.lung, hu=scan.hu
         )
-        spread_of = zip(nodules, spreads.tolist(), strict=True)
-        return Found(labels, [replace(n, score_std=spread) for n, spread in spread_of])
+        nodules = [
+            replace(nodule, score_std=every[k].score_std)
+            for nodule, k in zip(nodules, kept, strict=True)
+        ]
+        for nodule_id, k in enumerate(kept, start=1):
+            every[k] = replace(every[k], nodule_id=nodule_id)
+        return Found(labels, nodules, every)
 
-    def kept_candidates(
-        self, scan: Scan, prob: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `label_nodules`, with the scores of the false-positive network, if any."""
+    @property
+    def min_score(self) -> float:
+        """The least score of a candidate that is reported."""
         if self.classifier is None:
-            return label_nodules(prob, scan.grid, self.settings, lung=scan.lung)
+            return self.settings.min_score
+        return self.classifier.postprocess.min_score
+
+    def candidates(self, scan: Scan, maps: Maps) -> tuple[np.ndarray, list[Candidate]]:
+        """What the 3-D network marks, judged by the false-positive network, if any.
+
+        Args:
+            scan: With lungs.
+            maps: Of the 3-D network's passes.
+
+        Returns:
+            (z, y, x) labels, and the candidates in their order, by falling score.
+        """
         from scipy import ndimage
 
-        least = self.classifier.postprocess.min_score
-        every = replace(self.classifier.postprocess, min_score=0.0)
-        prob = candidate_map(prob, every, self.settings.threshold)
-        labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
-        if not len(chances):
-            return labels, chances
-        places = [
-            np.argwhere(labels[box] == number).mean(axis=0)
-            + [part.start for part in box]
-            for number, box in enumerate(ndimage.find_objects(labels), start=1)
+        if self.classifier is None:
+            labels, chances = label_nodules(
+                maps.mean, scan.grid, self.settings, lung=scan.lung
+            )
+        else:
+            every = replace(self.classifier.postprocess, min_score=0.0)
+            prob = candidate_map(maps.mean, every, self.settings.threshold)
+            labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
+        numbers = np.arange(1, len(chances) + 1)
+        if not len(numbers):
+            return labels, []
+        centres = ndimage.center_of_mass(labels > 0, labels, numbers)
+        scores, peaks = chances.T
+        spreads: list[float | None] = [None] * len(numbers)
+        if self.classifier is not None:
+            judged = self.classifier.probabilities(scan, centres)
+            of_peaks = np.zeros(len(numbers))
+            if maps.n > 1:
+                at = ndimage.maximum_position(prob, labels, numbers)
+                of_peaks = np.array([maps.std[place] for place in at])
+            # Both must agree: what the first hardly sees, the second may mistake.
+            scores = judged.mean(axis=1) * peaks
+            spreads = std_of_product(
+                judged.mean(axis=1), judged.std(axis=1), peaks, of_peaks
+            ).tolist()
+        elif maps.n > 1:
+            spreads = ndimage.mean(maps.std, labels, numbers).tolist()
+        order = np.argsort(-scores, kind="stable")
+        renumber = np.zeros(len(numbers) + 1, labels.dtype)
+        renumber[order + 1] = numbers
+        found = [
+            Candidate(tuple(centres[k]), float(scores[k]), spreads[k], float(peaks[k]))
+            for k in order.tolist()
         ]
-        # Both must agree: what the first hardly sees, the second may mistake.
-        chances[:, 0] = self.classifier.probability(scan, places) * chances[:, 1]
-        kept = np.argsort(-chances[:, 0], kind="stable")
-        kept = kept[chances[kept, 0] >= least]
-        renumber = np.zeros(len(chances) + 1, labels.dtype)
-        renumber[kept + 1] = np.arange(1, len(kept) + 1)
-        return renumber[labels], chances[kept]
+        return renumber[labels], found
 
 
-def mean_by_label(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """(count,) mean of the values at labels 1 to `count`."""
-    from scipy import ndimage
-
-    return np.asarray(ndimage.mean(values, labels, np.arange(1, count + 1)))
+def std_of_product(
+    mean_a: np.ndarray, std_a: np.ndarray, mean_b: np.ndarray, std_b: np.ndarray
+) -> np.ndarray:
+    """Standard deviation of the product of two independent values (Goodman, 1960)."""
+    return np.sqrt((mean_a * std_b) ** 2 + (mean_b * std_a) ** 2 + (std_a * std_b) ** 2)
 
 
 def outlined(

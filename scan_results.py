@@ -13,8 +13,8 @@ import numpy as np
 import files
 import overview
 import provenance
-from geometry import Grid
-from nodule_finder import Found
+from geometry import Grid, flip_xy
+from nodule_finder import Candidate, Found
 from nodules import NODULE_COLUMNS, nodule_row
 from postprocess import write_rows
 from scan import Scan
@@ -22,15 +22,33 @@ from volume_io import write_volume
 
 SaveAs = Literal["nifti", "numpy", "nifti-labels"]
 
-TABLE, NODULES, RECORD = "lungs.csv", "nodules.csv", "lungs.json"
+TABLE, RECORD = "lungs.csv", "lungs.json"
+NODULES, CANDIDATES = "nodules.csv", "candidates.csv"
+CANDIDATE_COLUMNS = (
+    "case_id",
+    "series_uid",
+    "nodule_id",
+    "score",
+    "score_std",
+    "max_prob",
+    "x_lps_mm",
+    "y_lps_mm",
+    "z_lps_mm",
+)
+"""Columns of candidates.csv; docs/layout.md says what each holds."""
+COLUMNS = {NODULES: NODULE_COLUMNS, CANDIDATES: CANDIDATE_COLUMNS}
+
+ScanRows = dict[str, list[dict[str, Any]]]
+"""Rows of a table by the id of their scan."""
+
 LABELS = {"mask.nii.gz"}
 OF_PASSES = {"mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
 OF_NODULES = {"nodules.nii.gz", "overview.png"}
 MAPS = LABELS | OF_PASSES | OF_NODULES
 """What is written into the folder of a scan: always, unless only labels are asked for, and
 where nodules were looked for."""
-FORMAT_VERSION = 1
-"""Of lungs.json."""
+FORMAT_VERSION = 2
+"""Of lungs.json; 2: with candidates.csv."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class Results:
                 )
             remove(folder, found["save_as"], None if changed else replaced)
         self.rows = {row.pid: row for row in read_table(folder / TABLE)}
-        self.nodules = read_nodules(folder / NODULES)
+        self.tables = {name: read_rows(folder / name) for name in COLUMNS}
         if not path.exists():
             files.write_json(path, made_by | {"provenance": provenance.record()})
 
@@ -126,7 +144,7 @@ class Results:
         )
 
     def number_of_nodules(self, pid: str) -> int:
-        return len(self.nodules.get(pid, ()))
+        return len(self.tables[NODULES].get(pid, ()))
 
     def write(
         self,
@@ -153,8 +171,13 @@ class Results:
                 if found is not None:
                     write_found(partial, found, labels, scan, row.reason)
         if found is not None:
-            self.nodules[row.pid] = [nodule_row(n, scan) for n in found.nodules]
-            write_nodules(self.folder, self.nodules)
+            rows = {
+                NODULES: [nodule_row(n, scan) for n in found.nodules],
+                CANDIDATES: [candidate_row(c, scan) for c in found.candidates],
+            }
+            for name, table in self.tables.items():
+                table[row.pid] = rows[name]
+                write_scan_rows(self.folder / name, table)
         # Last: it marks the scan as done.
         self.rows[row.pid] = row
         write_table(self.folder / TABLE, list(self.rows.values()))
@@ -190,14 +213,15 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
         if (folder / row.pid).is_dir() and not any((folder / row.pid).iterdir()):
             (folder / row.pid).rmdir()
     if pids is None:
-        for name in (TABLE, NODULES, RECORD):
+        for name in (TABLE, NODULES, CANDIDATES, RECORD):
             files.remove(folder / name)
         return
     write_table(folder / TABLE, kept)
-    if (folder / NODULES).exists():
-        rows = read_nodules(folder / NODULES)
-        left = {pid: some for pid, some in rows.items() if pid not in pids}
-        write_nodules(folder, left)
+    for name in COLUMNS:
+        if (folder / name).exists():
+            rows = read_rows(folder / name)
+            left = {pid: some for pid, some in rows.items() if pid not in pids}
+            write_scan_rows(folder / name, left)
 
 
 def write_niftis(
@@ -301,20 +325,21 @@ def write_table(path: Path, rows: list[Row]) -> None:
         table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
 
 
-def read_nodules(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of nodules.csv by scan; none if there is no such file.
+def read_rows(path: Path) -> ScanRows:
+    """The rows of nodules.csv or candidates.csv by scan; none if there is no such file.
 
     Raises:
         ValueError: If it is another table.
     """
     if not path.exists():
         return {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: ScanRows = {}
+    columns = COLUMNS[path.name]
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != NODULE_COLUMNS:
+        if tuple(table.fieldnames or ()) != columns:
             raise ValueError(
-                f"{path}: columns {table.fieldnames}; expected {list(NODULE_COLUMNS)}; "
+                f"{path}: columns {table.fieldnames}; expected {list(columns)}; "
                 "choose another --result_dir"
             )
         for row in table:
@@ -322,10 +347,30 @@ def read_nodules(path: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def write_nodules(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes nodules.csv, sorted by scan."""
+def write_scan_rows(path: Path, rows: ScanRows) -> None:
+    """Writes nodules.csv or candidates.csv, sorted by scan."""
     some = [row for pid in sorted(rows) for row in rows[pid]]
-    write_rows(some, NODULE_COLUMNS, folder / NODULES)
+    write_rows(some, COLUMNS[path.name], path)
+
+
+def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
+    """One row of candidates.csv."""
+    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(candidate.centre_zyx))
+    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
+    numbers = {
+        "score": candidate.score,
+        "score_std": candidate.score_std,
+        "max_prob": candidate.max_prob,
+        "x_lps_mm": x_mm,
+        "y_lps_mm": y_mm,
+        "z_lps_mm": z_mm,
+    }
+    return {
+        "case_id": scan.scan_id,
+        "series_uid": scan.series_uid,
+        "nodule_id": candidate.nodule_id or "",
+        **{name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()},
+    }
 
 
 def row_of(pid: str, n: int, verdict: Any, seconds: float) -> Row:

@@ -68,3 +68,27 @@ def test_a_reader_who_drew_on_another_slice_only_is_a_reader():
 @pytest.mark.parametrize(("readers", "votes"), [(4, 2), (3, 2), (2, 1), (1, 1), (0, 1)])
 def test_votes_that_make_half(readers, votes):
     assert agreement.half(readers) == votes
+
+
+def test_two_readers_by_hand():
+    bits = bits_of([1, 1, 0, 0], [0, 1, 1, 0])
+    found = agreement.agreement(bits, np.array([1, 1, 1, 0], bool))
+    # One of two is half, so the consensus is all three pixels that anyone drew.
+    assert found.consensus == 1
+    assert found.reader_consensus == pytest.approx(2 * 2 / (3 + 2))
+    # The only other reader is the majority of the others.
+    assert found.others == found.readers == pytest.approx(2 * 2 / (2 + 3))
+    assert found.reader_others == found.reader_reader == 2 * 1 / (2 + 2)
+
+
+def test_two_readers_of_one_pixel():
+    found = agreement.agreement(bits_of([1, 0], [1, 0]), np.array([1, 1], bool))
+    assert found.consensus == found.others == found.readers == 2 / 3
+    assert found.reader_consensus == found.reader_others == found.reader_reader == 1
+
+
+def test_two_readers_who_drew_one_pixel_each_apart():
+    found = agreement.agreement(bits_of([1, 0], [0, 1]), np.array([1, 0], bool))
+    assert found.consensus == found.reader_consensus == 2 / 3
+    assert found.others == found.readers == 1 / 2  # one reader's pixel, not the other's
+    assert found.reader_others == found.reader_reader == 0

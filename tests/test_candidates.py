@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import candidates
 import config
 import resample
 from candidates import CandidateClassifier, candidate_map, crops
-from nodule_finder import NoduleFinder
+from nodule_finder import NoduleFinder, std_of_product
 from scan import AIR_HU
 from tests.conftest import REDUCTION_RUN, tiny_scan
 
@@ -72,24 +73,24 @@ def test_what_a_low_threshold_joins_is_judged_one_by_one(
     line = prob[prob.shape[0] // 2, prob.shape[1] // 2]
     line[10:30] = 0.2
     line[10:14], line[25:30] = 0.9, 0.4
-    labels, chances = finder.kept_candidates(scan, prob)
-    assert len(chances) == 2
+    labels, found = finder.candidates(scan, SimpleNamespace(mean=prob, n=1))
+    assert len(found) == 2
     np.testing.assert_array_equal(labels > 0, prob > 0.3)
-    assert sorted(chances[:, 1].tolist()) == pytest.approx([0.4, 0.9])
+    assert sorted(c.max_prob for c in found) == pytest.approx([0.4, 0.9])
 
 
-def test_the_probability_is_the_mean_of_the_mirror_images(make_reduction_run, tmp_path):
+def test_each_mirror_image_is_judged(make_reduction_run, tmp_path):
     import augment
 
     scan = tiny_scan()
     classifier = CandidateClassifier(make_reduction_run(tmp_path / "run"))
     places = [(6, 20, 20), (8, 30, 12), (4, 11, 33), (5, 25, 25), (7, 17, 29)]
-    found = classifier.probability(scan, places)
-    assert found.shape == (5,)
-    assert len(np.unique(found)) == 5
+    found = classifier.probabilities(scan, places)
+    assert found.shape == (5, 4)
+    assert len(np.unique(found)) == 20
     # Whoever else is judged beside it.
     np.testing.assert_allclose(
-        classifier.probability(scan, places[3:4]), found[3:4], atol=1e-6
+        classifier.probabilities(scan, places[3:4]), found[3:4], atol=1e-6
     )
     (crop,) = crops(scan, places[:1], SPACING_MM, SIZE)
     image = augment.to_input(crop, None, classifier.batches)
@@ -97,8 +98,8 @@ def test_the_probability_is_the_mean_of_the_mirror_images(make_reduction_run, tm
         [image, image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]]
     )
     by_hand = classifier.network.predict(mirrored[..., None], verbose=0)["slice"]
-    assert found[0] == pytest.approx(float(by_hand.mean()), abs=1e-6)
-    assert classifier.probability(scan, []).shape == (0,)
+    np.testing.assert_allclose(found[0], by_hand.ravel(), atol=1e-6)
+    assert classifier.probabilities(scan, []).shape == (0, 4)
 
 
 def test_other_runs_are_refused(make_nodule_run, tmp_path):
@@ -118,9 +119,17 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     assert len(every.nodules) == len(alone.nodules) == 2
     scores = [nodule.score for nodule in every.nodules]
     places = [nodule.centre_zyx for nodule in every.nodules]
-    expected = finder.classifier.probability(scan, places)
-    expected *= [nodule.max_prob for nodule in every.nodules]
+    judged = finder.classifier.probabilities(scan, places)
+    peaks = np.array([nodule.max_prob for nodule in every.nodules])
+    expected = judged.mean(axis=1) * peaks
     assert scores == pytest.approx(expected.tolist(), abs=1e-6)
+    # One pass: what varies is the classifier over the mirror images.
+    spreads = [nodule.score_std for nodule in every.nodules]
+    assert spreads == pytest.approx((judged.std(axis=1) * peaks).tolist(), abs=1e-6)
+    assert min(spreads) > 0
+    assert [(c.nodule_id, c.score) for c in every.candidates] == [
+        (n.nodule_id, n.score) for n in every.nodules
+    ]
     assert scores == sorted(scores, reverse=True)
     assert [n.max_prob for n in every.nodules] != scores
     assert finder.made_by["reduction"]["threshold"] == 0.4
@@ -133,11 +142,22 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     better = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
     assert [n.score for n in better.nodules] == pytest.approx(scores[:1])
     np.testing.assert_array_equal(better.labels, np.where(every.labels == 1, 1, 0))
+    assert [c.nodule_id for c in better.candidates] == [1, 0]
+    assert [c.score for c in better.candidates] == pytest.approx(scores)
     settings["postprocess"]["min_score"] = 0.999
     (reduction / "config.json").write_text(json.dumps(settings))
     none = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
     assert not none.nodules
     assert not none.labels.any()
+    assert [c.nodule_id for c in none.candidates] == [0, 0]
+
+
+def test_the_spread_of_a_product():
+    assert std_of_product(0.5, 0.0, 0.8, 0.1) == pytest.approx(0.05)
+    assert std_of_product(0.5, 0.2, 0.8, 0.0) == pytest.approx(0.16)
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.7, 0.2, 200_000), rng.normal(0.4, 0.3, 200_000)
+    assert std_of_product(0.7, 0.2, 0.4, 0.3) == pytest.approx(np.std(a * b), rel=0.02)
 
 
 def test_padding_never_becomes_a_candidate(make_reduction_run, tmp_path):
@@ -146,10 +166,10 @@ def test_padding_never_becomes_a_candidate(make_reduction_run, tmp_path):
     classifier = CandidateClassifier(make_reduction_run(tmp_path / "run"))
     count = candidates.CANDIDATES_AT_ONCE
     places = [(6, 15 + 2 * i, 20) for i in range(count + 1)]
-    found = classifier.probability(scan, places)
-    assert found.shape == (count + 1,)
+    found = classifier.probabilities(scan, places)
+    assert found.shape == (count + 1, 4)
     np.testing.assert_allclose(
-        found[:count], classifier.probability(scan, places[:count]), atol=1e-6
+        found[:count], classifier.probabilities(scan, places[:count]), atol=1e-6
     )
 
 

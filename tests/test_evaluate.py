@@ -1,70 +1,323 @@
-"""What step 8 takes for nodules, candidates and irrelevant findings."""
+"""Step 8 through files: a bad prediction is one clear failure, the other scans are scored."""
 
+import csv
+import json
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 
+import config
 import evaluate
+import postprocess
+import scan_results
+from scan import Annotation, Nodule, scan_path, write_scan
 from tests.conftest import tiny_scan
+from volume_io import write_volume
+
+COLUMNS = (
+    "case_id",
+    "series_uid",
+    "nodule_id",
+    "score",
+    "x_lps_mm",
+    "y_lps_mm",
+    "z_lps_mm",
+)
 
 
-def test_nodules_of_too_few_readers_are_irrelevant():
-    scan = tiny_scan()  # nodule 1 by four readers, nodule 2 by two
-    counted, others = evaluate.spheres_of(scan, min_readers=3)
-    assert (len(counted), len(others)) == (1, 1)
-    x, y, z = scan.nodules[0].centre_ras_mm
-    assert counted[0] == pytest.approx([-x, -y, z, scan.nodules[0].diameter_mm])
-    counted, others = evaluate.spheres_of(scan, min_readers=1)
-    assert (len(counted), len(others)) == (2, 0)
-    assert others.shape == (0, 4)
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """Leaves out dice.png and overlays.png, which take longest; test_chain draws them."""
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
 
 
-def test_a_nodule_without_extent_is_no_target():
-    scan = tiny_scan()
-    flat = replace(
-        scan.nodules[1],
-        annotations=tuple(
-            replace(a, diameter_mm=0.0) for a in scan.nodules[1].annotations
-        ),
+@pytest.fixture
+def scan():
+    return replace(tiny_scan(0), series_uid="1.2.3")
+
+
+def found_in(scan):
+    """A row of nodules.csv per nodule, at the readers' centre."""
+    rows = []
+    for nodule in scan.nodules:
+        x, y, z = nodule.centre_ras_mm
+        place = {"x_lps_mm": -x, "y_lps_mm": -y, "z_lps_mm": z}
+        row = {"case_id": scan.scan_id, "series_uid": scan.series_uid}
+        rows.append(row | {"nodule_id": nodule.label, "score": 0.9} | place)
+    return rows
+
+
+def labels_of(scan):
+    """The readers' consensus, as a mask of nodules."""
+    mask = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    return (scan.nodule_labels * mask).astype(np.uint8)
+
+
+def write_predictions(folder, scans, *, labels=None):
+    """The scans, and what a perfect prediction of them is in files."""
+    for scan in scans:
+        write_scan(scan, scan_path(folder / "scans", scan.scan_id), {})
+        drawn = labels_of(scan) if labels is None else labels
+        path = folder / "predictions" / scan.scan_id / "mask.nii.gz"
+        write_volume(path, drawn, scan.grid, scan.source_grid)
+        write_found(path.with_name("nodules.csv"), found_in(scan))
+    record = {s.scan_id: {"part": "test", "patient_id": s.patient_id} for s in scans}
+    predictions = postprocess.Predictions("run", "a" * 64, "b" * 64, (), record)
+    predictions.write(folder / "predictions")
+
+
+def write_found(path, rows):
+    postprocess.write_rows(rows, [n for n in COLUMNS if n in rows[0]], path)
+
+
+def evaluated(folder):
+    """The report, and the values of scores.json by name."""
+    report = evaluate.evaluate(
+        evaluate.Arguments(
+            predictions=folder / "predictions",
+            scans=folder / "scans",
+            out=folder / "scores",
+            draws=20,
+        )
     )
-    scan = replace(scan, nodules=(scan.nodules[0], flat))
-    assert [len(spheres) for spheres in evaluate.spheres_of(scan, 1)] == [1, 0]
+    scores = json.loads((folder / "scores/scores.json").read_text())["scores"]
+    return report, {line["name"]: line for line in scores}
 
 
-def test_points_of_lidc_are_irrelevant_and_10_mm_wide():
-    points = {
-        "small_nodules_lps_mm": [[1.0, 2.0, 3.0]],
-        "non_nodules_lps_mm": [[4.0, 5.0, 6.0], [7.0, 8.0, 9.0]],
+def table(folder, name):
+    with (folder / "scores" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"case_id": "scan-9"}, "line 3: case_id 'scan-9'; expected 'scan-000'"),
+        ({"series_uid": "9.9"}, "line 3: series_uid '9.9'; expected '1.2.3'"),
+        ({"score": "nan"}, "line 3: score is 'nan'; expected a finite number"),
+        ({"score": ""}, "line 3: score is ''; expected a finite number"),
+        ({"z_lps_mm": "inf"}, "line 3: z_lps_mm is 'inf'"),
+        ({"x_lps_mm": 500.0}, "expected within (0, 0, 0) and (23, 63, 63) of scan"),
+        (
+            {"nodule_id": 1},
+            "line 3: nodule_id 1 as in line 2; expected each nodule once",
+        ),
+    ],
+)
+def test_a_bad_row_is_a_failure_of_its_scan_alone(scan, tmp_path, change, message):
+    write_predictions(tmp_path, [scan, tiny_scan(1)])
+    path = tmp_path / "predictions/scan-000/nodules.csv"
+    first, second = found_in(scan)
+    write_found(path, [first, second | change])
+    report, _ = evaluated(tmp_path)
+    (failure,) = report.failures
+    assert failure.scan_id == "scan-000"
+    assert str(path) in failure.reason and message in failure.reason
+    assert [row["scan_id"] for row in table(tmp_path, "scores.csv")] == ["scan-001"]
+
+
+def test_a_candidate_that_stands_twice_is_a_failure_of_its_scan(scan, tmp_path):
+    write_predictions(tmp_path, [scan, tiny_scan(1)])
+    path = tmp_path / "predictions/scan-000/nodules.csv"
+    first, _ = found_in(scan)
+    write_found(path, [first, first | {"nodule_id": 2}])
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert f"{path}, line 3: place and score" in failure.reason
+
+
+def test_a_table_without_scores_is_a_failure_of_its_scan(scan, tmp_path):
+    write_predictions(tmp_path, [scan, tiny_scan(1)])
+    path = tmp_path / "predictions/scan-000/nodules.csv"
+    rows = [{k: v for k, v in row.items() if k != "score"} for row in found_in(scan)]
+    write_found(path, rows)
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert "lack score" in failure.reason
+
+
+def test_a_nodule_of_luna16_without_a_place_is_a_failure_of_its_scan(scan, tmp_path):
+    lists = {"annotated_lps_mm": [[1.0, 2.0, None, 6.5]], "excluded_lps_mm": []}
+    bad = replace(scan, acquisition=lists)
+    write_predictions(tmp_path, [bad, tiny_scan(1)])
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert failure.reason == "scan scan-000: nodules of scan-000 hold NaN or infinity"
+
+
+def write_shared(folder, rows):
+    """The predictions as infer.py writes them beside lungs: one table for all scans."""
+    record = {"settings": config.to_json(config.Postprocess()), "passes": 1}
+    record |= {"weights_sha256": ["c" * 64]}
+    text = json.dumps({"save_as": "nifti", "nodules": record})
+    (folder / scan_results.RECORD).write_text(text)
+    write_found(folder / scan_results.CANDIDATES, rows)
+    for path in folder.glob("*/mask.nii.gz"):
+        path.rename(path.with_name("nodules.nii.gz"))
+
+
+def test_a_row_of_no_scan_is_warned_of_and_does_not_count(scan, tmp_path, caplog):
+    other = tiny_scan(1)
+    write_predictions(tmp_path, [scan, other])
+    rows = found_in(scan) + found_in(other)
+    stray = rows[0] | {"case_id": "scan-9"}
+    write_shared(tmp_path / "predictions", [*rows, stray])
+    report, scores = evaluated(tmp_path)
+    assert not report.failures
+    assert "line 6: case_id 'scan-9' is no scan of the predictions" in caplog.text
+    assert scores["CPM (mean of these)"]["interval"]["value"] == 1
+
+
+def test_a_bad_row_of_a_shared_table_is_a_failure_of_its_scan_alone(scan, tmp_path):
+    other = tiny_scan(1)
+    write_predictions(tmp_path, [scan, other])
+    first, second = found_in(scan)
+    rows = [first, second | {"score": "nan"}, *found_in(other)]
+    write_shared(tmp_path / "predictions", rows)
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert failure.scan_id == "scan-000"
+    assert "candidates.csv, line 3: score is 'nan'" in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "prob.nii.gz: NaN in 1 voxel; expected 0 to 1"),
+        (1.5, "prob.nii.gz: probabilities run from 0 to 1.5; expected 0 to 1"),
+        (-0.25, "prob.nii.gz: probabilities run from -0.25 to 0; expected 0 to 1"),
+    ],
+)
+def test_a_map_of_no_probabilities_is_a_failure_of_its_scan(
+    scan, tmp_path, value, message
+):
+    write_predictions(tmp_path, [scan, tiny_scan(1)])
+    prob = np.zeros(scan.hu.shape, np.float32)
+    prob[3, 4, 5] = value
+    path = tmp_path / "predictions/scan-000/prob.nii.gz"
+    write_volume(path, prob, scan.grid, scan.source_grid, exact=True)
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert str(path) in failure.reason and message in failure.reason
+
+
+def test_a_map_of_another_grid_is_a_failure_of_its_scan(scan, tmp_path):
+    write_predictions(tmp_path, [scan, tiny_scan(1)])
+    path = tmp_path / "predictions/scan-000/prob.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), path)
+    (failure,) = evaluated(tmp_path)[0].failures
+    assert "is not the scan's" in failure.reason
+
+
+def test_integers_scaled_to_one_are_probabilities(scan, tmp_path):
+    write_predictions(tmp_path, [scan])
+    prob = (255 * (scan.nodule_labels > 0)).astype(np.uint8)
+    path = tmp_path / "predictions/scan-000/prob.nii.gz"
+    write_volume(path, prob, scan.grid, scan.source_grid)
+    image = nibabel.load(path)
+    image = nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    image.header.set_slope_inter(1 / 255, 0)
+    nibabel.save(image, path)
+    assert not evaluated(tmp_path)[0].failures
+
+
+def test_the_reliability_table_holds_probabilities_beside_votes(scan, tmp_path):
+    write_predictions(tmp_path, [scan])
+    prob = np.zeros(scan.hu.shape, np.float32)
+    prob[scan.nodule_labels == 2] = 0.72  # both of its readers drew every voxel
+    alone = np.argwhere(scan.reader_bits == 0b1000)  # one of the four of nodule 1
+    prob[tuple(alone.T)] = 0.22
+    path = tmp_path / "predictions/scan-000/prob.nii.gz"
+    write_volume(path, prob, scan.grid, scan.source_grid)
+    evaluated(tmp_path)
+    rows = {row["low"]: row for row in table(tmp_path, "reliability.csv")}
+    assert len(rows) == 20
+    assert rows["0.2"]["voxels"] == str(len(alone))
+    assert float(rows["0.2"]["mean_probability"]) == pytest.approx(0.22)
+    assert float(rows["0.2"]["mean_vote"]) == 0.25
+    assert float(rows["0.7"]["mean_vote"]) == 1
+    assert rows["0.5"] == {
+        "low": "0.5",
+        "high": "0.55",
+        "voxels": "0",
+        "mean_probability": "nan",
+        "mean_vote": "nan",
     }
-    scan = replace(tiny_scan(), acquisition=points)
-    counted, others = evaluate.spheres_of(scan, min_readers=1)
-    assert len(counted) == 2
-    assert others.tolist() == [[1, 2, 3, 10], [4, 5, 6, 10], [7, 8, 9, 10]]
-    assert len(evaluate.spheres_of(scan, min_readers=3)[1]) == 4
+    assert (tmp_path / "scores/reliability.png").stat().st_size > 0
 
 
-def test_a_sphere_holds_the_voxels_nearer_than_its_radius():
-    scan = tiny_scan()
-    centre_zyx = np.array([0.3, 20.0, 62.5])  # at the border, which cuts it
-    x, y, z = scan.grid.index_to_ras_mm(centre_zyx)
-    inside = evaluate.within_spheres(scan, np.array([[-x, -y, z, 10.0]]))
-    apart = (np.indices(scan.hu.shape).T - centre_zyx) * scan.spacing_mm
-    expected = (np.linalg.norm(apart, axis=-1) < 5).T
-    assert expected.any()
-    assert np.array_equal(inside, expected)
-    assert not evaluate.within_spheres(scan, np.zeros((0, 4))).any()
+def test_without_probabilities_there_is_no_reliability(scan, tmp_path):
+    write_predictions(tmp_path, [scan])
+    evaluated(tmp_path)
+    assert not list((tmp_path / "scores").glob("reliability*"))
 
 
-def test_lists_of_luna16_come_before_the_masks():
-    lists = {
-        "annotated_lps_mm": [[1.0, 2.0, 3.0, 6.5]],
-        "excluded_lps_mm": [[4.0, 5.0, 6.0, -1.0], [7.0, 8.0, 9.0, 3.0]],
-    }
-    scan = replace(tiny_scan(), acquisition=lists)
-    counted, others = evaluate.spheres_of(scan, min_readers=3)
-    assert counted.tolist() == [[1, 2, 3, 6.5]]
-    assert others[:, 3].tolist() == [10, 3]
-    empty = replace(scan, acquisition={"annotated_lps_mm": [], "excluded_lps_mm": []})
-    assert [s.shape for s in evaluate.spheres_of(empty, 1)] == [(0, 4), (0, 4)]
-    assert np.isfinite(others).all()
+def rated(scan, texture):
+    """The scan, both of its nodules rated alike by every reader."""
+    nodules = tuple(
+        replace(
+            nodule,
+            annotations=tuple(
+                replace(a, characteristics={"texture": texture, "subtlety": 3})
+                for a in nodule.annotations
+            ),
+        )
+        for nodule in scan.nodules
+    )
+    return replace(scan, nodules=nodules)
+
+
+def test_nodules_are_scored_by_stratum(scan, tmp_path):
+    solid, hazy = rated(scan, 5), rated(tiny_scan(1), 1)
+    write_predictions(tmp_path, [solid, hazy])
+    empty = np.zeros(hazy.hu.shape, np.uint8)
+    path = tmp_path / "predictions/scan-001/mask.nii.gz"
+    write_volume(path, empty, hazy.grid, hazy.source_grid)
+    _, scores = evaluated(tmp_path)
+    for name, value in (("solid", 1), ("ground glass", 0)):
+        for score in ("Nodule sensitivity", "Dice per nodule"):
+            line = scores[f"{score}, {name}"]
+            assert line["interval"]["value"] == value
+            assert (line["defined"], line["total"]) == (2, 4)
+    assert scores["Nodule sensitivity, subtlety 3"]["interval"]["value"] == 0.5
+    assert "Nodule sensitivity, part-solid" not in scores
+    rows = table(tmp_path, "nodules.csv")
+    assert [row["texture"] for row in rows] == ["5.0", "5.0", "1.0", "1.0"]
+    assert [row["dice_reader4"] == "" for row in rows] == [False, True] * 2
+
+
+def test_strata_of_what_nobody_rated_are_not_written(scan, tmp_path):
+    write_predictions(tmp_path, [replace(scan, lung=None)])
+    text = " ".join(evaluated(tmp_path)[1])
+    assert "mm" in text
+    assert not [w for w in ("solid", "subtlety", "pleura") if w in text]
+
+
+def test_a_nodule_without_consensus_counts_in_table_and_froc(scan, tmp_path):
+    places = [(10, 30, 18), (10, 30, 19), (10, 30, 20)]
+    bits = np.zeros(scan.hu.shape, np.uint8)
+    for reader, place in enumerate(places):
+        bits[place] = 1 << reader
+    centre = tuple(scan.grid.index_to_ras_mm(np.array(places[1])).tolist())
+    annotations = tuple(Annotation(reader, 5.6, 5.0) for reader in range(3))
+    apart = replace(
+        scan,
+        reader_bits=bits,
+        nodule_labels=(bits > 0).astype(np.uint8),
+        nodules=(Nodule(1, centre, annotations),),
+    )
+    labels = (bits > 0).astype(np.uint8)
+    write_predictions(tmp_path, [apart], labels=labels)
+    _, scores = evaluated(tmp_path)
+    (row,) = table(tmp_path, "nodules.csv")
+    assert (row["hit"], row["dice"], row["dice_consensus"]) == ("1", "1.0", "0.0")
+    assert scores["CPM (mean of these)"]["interval"]["value"] == 1
+    (row,) = table(tmp_path, "scores.csv")
+    assert (row["nodules"], row["nodules_hit"], row["dice"]) == ("1", "1", "nan")
+
+
+def test_sensitivities_of_one_patient_say_so(scan, tmp_path):
+    write_predictions(tmp_path, [scan])
+    evaluated(tmp_path)
+    text = (tmp_path / "scores/scores.md").read_text()
+    lines = [line for line in text.splitlines() if "false positives per scan |" in line]
+    assert len(lines) == 7
+    assert all("| one patient |" in line for line in lines)
+    assert "| CPM (mean of these) | 1.000 | one patient | 1 of 1 |" in text

@@ -155,3 +155,14 @@ def test_a_scan_that_stands_twice_and_no_nodule_at_all_are_refused():
         mark(["a", "a"], {}, NODULE)
     with pytest.raises(ValueError, match="no nodule"):
         froc(mark(["a"], {}, {}))
+
+
+def test_one_patient_with_nodules_has_no_interval():
+    found = {"a": rows((0, 0, 0, 0.9)), "b": rows((90, 0, 0, 0.4))}
+    marks = mark(["a", "b"], found, NODULE)
+    curve = froc(marks, ["p", "q"], draws=50)
+    assert curve.cpm.value == 1
+    assert np.isnan([curve.cpm.low, *(rate.high for rate in curve.at_rates)]).all()
+    both = mark(["a", "b"], found, {**NODULE, "b": rows((0, 0, 0, 4))})
+    assert np.isnan(froc(both, ["p", "p"], draws=50).cpm.low)
+    assert froc(both, ["p", "q"], draws=50).cpm.low < 1

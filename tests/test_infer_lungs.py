@@ -587,9 +587,14 @@ def test_a_call_that_is_killed_has_said_whose_results_these_are(
     assert record["scans"] == {}
 
 
-def nodules_of(folder):
-    with (folder / "nodules.csv").open(newline="") as file:
+def nodules_of(folder, table="nodules.csv"):
+    with (folder / table).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def scores_of(folder):
+    record = json.loads((folder / "scores.json").read_text())
+    return {line["name"]: line["interval"]["value"] for line in record["scores"]}
 
 
 def test_nodules_are_found_in_the_lungs_measured_and_drawn(
@@ -679,6 +684,9 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert "--reduction RUN" in capsys.readouterr().err
     assert run_main(*command, "--reduction", reduction_run, "--overwrite") == 0
     assert nodules_of(out) == []
+    (candidate,) = nodules_of(out, "candidates.csv")
+    assert (candidate["case_id"], candidate["nodule_id"]) == ("ill", "")
+    assert 0 < float(candidate["score"]) < 0.99
     record = json.loads((out / "lungs.json").read_text())
     assert record["nodules"]["reduction"]["min_score"] == 0.99
     predictions = json.loads((out / "predictions.json").read_text())
@@ -712,7 +720,7 @@ def test_another_table_of_nodules_in_the_folder_is_refused(
 
 
 def test_nodules_in_lungs_are_scored_as_those_of_a_run(
-    run, nodule_run, chest_scan, tmp_path
+    run, nodule_run, reduction_run, chest_scan, tmp_path
 ):
     z, y, x = np.ogrid[tuple(slice(n) for n in chest_scan.hu.shape)]
     apart_mm2 = ((z - 16) * 5) ** 2 + ((y - 95) * 1.5) ** 2 + ((x - 65) * 1.5) ** 2
@@ -742,7 +750,19 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
     assert nodule["hit"] == "1"
     assert float(nodule["dice"]) > 0.8
     record = json.loads((arguments.out / "scores.json").read_text())
-    scores = {line["name"]: line["interval"]["value"] for line in record["scores"]}
-    assert scores["CPM (mean of these)"] == 1
+    assert scores_of(arguments.out)["CPM (mean of these)"] == 1
     (made_by,) = (line for line in record["protocol"] if "found in the run's" in line)
     assert files.sha256(nodule_run / "best.weights.h5")[:12] in made_by
+    # What is not reported is missed, and still a candidate of the FROC curve.
+    infer.infer(
+        run,
+        arguments.predictions,
+        nodules=nodule_run,
+        reduction=reduction_run,
+        overwrite=True,
+        **options,
+    )
+    evaluate.evaluate(arguments)
+    scores = scores_of(arguments.out)
+    assert scores["Nodule sensitivity, all"] == 0
+    assert scores["CPM (mean of these)"] == 1

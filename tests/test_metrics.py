@@ -241,6 +241,15 @@ def test_a_finding_that_does_not_count_is_not_a_false_positive():
     assert len(match.labels_ref) == 0
 
 
+def test_the_component_of_a_miss_is_the_one_it_is_compared_with():
+    reference = labels(n1=box((0, 4), (0, 4), (0, 4)), n2=box((8, 9), (8, 9), (8, 9)))
+    match = match_nodules(reference, labels(n3=box((3, 10), (0, 10), (3, 10))))
+    assert match.hit_by.tolist() == [0, 0]
+    assert match.component.tolist() == [3, 3]
+    match = match_nodules(reference, labels(n3=box((0, 4), (0, 4), (0, 4))))
+    assert match.component.tolist() == [3, 0]
+
+
 def test_nothing_predicted_misses_every_nodule():
     match = match_nodules(labels(n2=box((0, 2), (0, 2), (0, 2))), labels())
     assert (match.hit_by.tolist(), match.iou.tolist()) == ([0], [0.0])

@@ -219,5 +219,5 @@ def test_the_false_positive_network_trains_on_candidates(data):
     assert best == np.argmin(losses) + 1
     scan = scan_files.read_scan(scan_files.scan_files(data)[0])
     classifier = CandidateClassifier(run_dir)
-    found = classifier.probability(scan, [(5, 9, 9), (9, 20, 30)])
-    assert found[0] != found[1]
+    found = classifier.probabilities(scan, [(5, 9, 9), (9, 20, 30)])
+    assert (found[0] != found[1]).all()

@@ -194,7 +194,7 @@ def read_nodules(
         ValueError: If a file is missing or damaged, or they do not fit each other.
     """
     folder = folder.absolute()
-    rows = scan_results.read_nodules(folder.parent / scan_results.NODULES)
+    rows = scan_results.read_rows(folder.parent / scan_results.NODULES)
     by_id = {int(row["nodule_id"]): row for row in rows.get(folder.name, [])}
     path = folder / "nodules.nii.gz"
     if not by_id:

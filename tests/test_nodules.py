@@ -1,11 +1,14 @@
 """Measures of nodules on shapes whose measures are known."""
 
+import time
+
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from config import Postprocess
 from geometry import Grid
-from nodules import find_nodules, pleura_distance_mm
+from nodules import axes_mm, find_nodules, pleura_distance_mm
 
 SETTINGS = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 
@@ -82,3 +85,104 @@ def test_every_nodule_has_its_distance_and_without_lungs_none():
     assert [n.pleura_distance_mm for n in found] == [2.0, 7.0]
     _, found = find_nodules(prob, grid, SETTINGS)
     assert [n.pleura_distance_mm for n in found] == [None, None]
+
+
+def axes_of(image, spacing_yx_mm=(1.0, 1.0)):
+    return axes_mm(np.asarray(image)[None], spacing_yx_mm)
+
+
+def test_axes_of_one_voxel_are_its_pixel():
+    assert axes_of(np.ones((1, 1), bool), (0.6, 0.9)) == pytest.approx((0.9, 0.6))
+
+
+def test_axes_of_a_row_are_its_length_and_the_height_of_its_pixels():
+    image = block((9, 20), (4, 5), (3, 13))
+    assert axes_of(image, (2.0, 0.5)) == pytest.approx((5.0, 2.0))
+    assert axes_of(image.T, (0.5, 2.0)) == pytest.approx((5.0, 2.0))
+
+
+def test_axes_of_an_empty_mask_are_zero():
+    assert axes_of(np.zeros((3, 3), bool)) == (0, 0)
+
+
+def test_axes_of_a_rectangle_are_its_diagonal_and_what_lies_across():
+    long_mm, short_mm = axes_of(block((20, 40), (5, 8), (5, 35)))
+    assert long_mm == pytest.approx(np.hypot(30, 2))
+    assert short_mm == pytest.approx(3 * np.hypot(30, 2) / 30, abs=0.2)
+
+
+@pytest.mark.parametrize("turned_deg", [0, 17, 30, 45, 71, 90])
+def test_axes_of_a_turned_ellipse_are_its_own_within_a_pixel(turned_deg):
+    y, x = np.ogrid[-30:31, -30:31]
+    cos, sin = np.cos(np.radians(turned_deg)), np.sin(np.radians(turned_deg))
+    image = ((x * cos + y * sin) / 25) ** 2 + ((y * cos - x * sin) / 11) ** 2 <= 1
+    assert axes_of(image, (0.6, 0.6)) == pytest.approx((30.0, 13.2), abs=0.6)
+
+
+def test_axes_of_an_ellipse_are_its_own_where_pixels_are_not_square():
+    y, x = np.ogrid[-30:31, -30:31]
+    image = (x * 0.5 / 6) ** 2 + (y * 1.0 / 12) ** 2 <= 1
+    assert axes_of(image, (1.0, 0.5)) == pytest.approx((24.0, 12.0), abs=1.0)
+
+
+def test_the_long_axis_of_an_l_does_not_cut_its_corner():
+    image = block((30, 30), (0, 30), (0, 4)) | block((30, 30), (26, 30), (0, 30))
+    long_mm, short_mm = axes_of(image)
+    # Down the one arm from corner to corner; across it lies the other. Tip to tip is 41.
+    assert long_mm == pytest.approx(np.hypot(30, 3), abs=0.5)
+    assert short_mm == pytest.approx(30, abs=1)
+
+
+def test_axes_of_a_crescent_lie_within_it():
+    y, x = np.ogrid[-32:33, -32:33]
+    image = (x**2 + y**2 <= 30**2) & ((x - 12) ** 2 + y**2 > 30**2)
+    long_mm, short_mm = axes_of(image)
+    # Tangent to the inner circle: 2 sqrt(30^2 - 18^2); the tips are 59 apart. Across a
+    # line that is upright it is everywhere 12, more if it leans; the hull is 36 wide.
+    assert long_mm == pytest.approx(48, abs=1)
+    assert 12 <= short_mm < 26
+
+
+def test_axes_of_a_c_are_its_back_and_an_arm():
+    image = block((40, 40), (5, 35), (5, 25)) & ~block((40, 40), (9, 31), (9, 40))
+    # Tip to tip is 30 too, but through the opening.
+    assert axes_of(image) == pytest.approx((np.hypot(30, 3), 20), abs=0.6)
+
+
+def test_the_slice_with_the_longest_diameter_counts():
+    mask = np.zeros((3, 20, 20), bool)
+    mask[0, :6, :6] = True
+    mask[1, 2:4, 1:11] = True
+    mask[2, 2:12, 2:5] = True
+    long_mm, short_mm = axes_mm(mask, (1.0, 1.0))
+    assert long_mm == pytest.approx(np.hypot(10, 2))
+    assert short_mm == pytest.approx(3, abs=0.2)
+
+
+def test_two_parts_in_a_slice_are_not_bridged():
+    image = block((9, 30), (2, 5), (2, 6)) | block((9, 30), (2, 5), (9, 20))
+    assert axes_of(image)[0] == pytest.approx(np.hypot(11, 2))
+
+
+def test_the_short_axis_is_never_longer_and_both_turn_with_the_nodule():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        image = gaussian_filter(rng.random((24, 24)), 2) > 0.5
+        long_mm, short_mm = axes_of(image, (0.7, 0.7))
+        assert 0 < short_mm <= long_mm
+        assert axes_of(image[::-1], (0.7, 0.7))[0] == pytest.approx(long_mm, abs=0.36)
+
+
+def test_axes_of_many_candidates_take_seconds():
+    large, small = (
+        np.hypot(*np.ogrid[-n : n + 1, -n : n + 1])[None] ** 2
+        + np.ogrid[-n : n + 1, 0:1, 0:1][0] ** 2
+        <= n**2
+        for n in (25, 6)
+    )
+    started = time.perf_counter()
+    for _ in range(10):
+        axes_mm(large, (0.6, 0.6))  # 30 mm
+    for _ in range(100):
+        axes_mm(small, (0.6, 0.6))
+    assert time.perf_counter() - started < 6

@@ -18,6 +18,7 @@ from pydicom import uid
 from scipy.sparse import csgraph
 
 from cohorts import lidc, lidc_database
+from nodules import axes_mm
 from scan import ScanError, ScanSource, consensus, readers_of_label
 
 ROOT = Path(__file__).parents[2]
@@ -613,6 +614,24 @@ def test_nodules_volumes_and_diameters_are_pylidcs(real):
             short_mm = annotation.outline_diameter_mm - annotation.diameter_mm
             assert 0 < short_mm < 2 * pixel_mm
             assert 0.75 < annotation.volume_mm3 / annotation.outline_volume_mm3 < 1
+
+
+@pytest.mark.lidc
+def test_the_long_axis_of_a_readers_mask_is_its_diameter(real):
+    _, scan = real
+    pixel_mm = scan.spacing_mm[1]
+    for nodule in scan.nodules:
+        for annotation in nodule.annotations:
+            mask = scan.nodule_labels == nodule.label
+            mask &= scan.reader_bits >> annotation.reader & 1 > 0
+            rows, columns = (
+                np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1))
+            )
+            box = mask[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            long_mm, short_mm = axes_mm(box, scan.spacing_mm[1:])
+            # Less only where the diameter leaves the nodule, which pylidc allows.
+            assert -pixel_mm < long_mm - annotation.diameter_mm <= 0.01
+            assert 0 < short_mm <= long_mm
 
 
 @pytest.mark.lidc

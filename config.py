@@ -393,6 +393,11 @@ class Postprocess:
     min_volume_mm3: float = 14.0
     """Smaller components are removed; 14 is a ball of 3 mm, the least that LIDC's readers
     outlined."""
+    min_voxels: int = 0
+    """Components of fewer voxels are removed, however large a voxel is."""
+    fill_holes: bool = False
+    """Fill what a component encloses on all sides, such as a cavity, before sizes and scores
+    are taken."""
     min_score: float = 0.0
     """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
@@ -403,6 +408,7 @@ class Postprocess:
     def __post_init__(self) -> None:
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.erosion_px >= 0, "erosion_px", self.erosion_px, "0 or more")
+        require(self.min_voxels >= 0, "min_voxels", self.min_voxels, "0 or more")
         require(0 <= self.min_score < 1, "min_score", self.min_score, "0 to below 1")
 
 
@@ -472,6 +478,11 @@ def from_json(kind: type, record: dict[str, Any]) -> Any:
             value = tuple(value)
         values[name] = value
     return kind(**values)
+
+
+def with_defaults(kind: type, record: dict[str, Any]) -> dict[str, Any]:
+    """What `to_json` wrote of a section, with the settings it lacks; see `from_json`."""
+    return to_json(from_json(kind, record))
 
 
 def choices(literal: Any) -> tuple[str, ...]:

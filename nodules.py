@@ -130,7 +130,7 @@ def label_nodules(
     box = boxes.around(mask)
     if box is None:
         return np.zeros(prob.shape, np.uint8), np.zeros((0, 2))
-    parts = components(erode(mask[box], settings.erosion_px), settings.connectivity)
+    parts = connected(mask[box], settings)
     if within is not None:
         parts[~within_lung(parts, within[box])[parts]] = 0
     kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
@@ -198,6 +198,24 @@ def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
     return np.stack(eroded).astype(bool)
 
 
+def connected(mask: np.ndarray, settings: config.Postprocess) -> np.ndarray:
+    """(z, y, x) uint32 components of a bool mask, once it is eroded and its holes filled.
+
+    What lies in a hole of another component becomes part of it.
+    """
+    mask = erode(mask, settings.erosion_px)
+    return components(
+        filled(mask) if settings.fill_holes else mask, settings.connectivity
+    )
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """A (z, y, x) bool mask with its holes, what no path by faces joins to the border."""
+    from scipy.ndimage import binary_fill_holes
+
+    return np.asarray(binary_fill_holes(mask))
+
+
 def components(mask: np.ndarray, connectivity: Connectivity) -> np.ndarray:
     """(z, y, x) uint32 labels of the connected components of a bool mask."""
     import cc3d
@@ -236,6 +254,7 @@ def _kept_components(
     peaks = np.zeros(len(sizes), np.float32)
     np.maximum.at(peaks, owners, chances)
     stays = sizes * grid.voxel_mm3 >= settings.min_volume_mm3
+    stays &= sizes >= settings.min_voxels
     stays &= scores >= settings.min_score
     stays &= (peaks >= np.float32(settings.threshold)) & (sizes > 0)
     return np.flatnonzero(stays), scores, peaks

@@ -23,13 +23,12 @@ import files
 import provenance
 import runs
 import steps
+from configs.rules import RULES, Rule
 from geometry import Grid
 from metrics import Counts
 from nodules import (
     NODULE_COLUMNS,
-    Connectivity,
-    components,
-    erode,
+    connected,
     find_nodules,
     nodule_row,
     within_lung,
@@ -247,7 +246,7 @@ def count_for_tuning(job: Job) -> np.ndarray:
         prob,
         reference,
         scan.grid,
-        job.settings.connectivity,
+        job.settings,
         within=lung_of(scan) > 0 if job.settings.within_lung else None,
         slices=job.slices,
     )
@@ -266,12 +265,14 @@ def tuning_counts(
     prob: np.ndarray,
     reference: np.ndarray,
     grid: Grid,
-    connectivity: Connectivity,
+    settings: config.Postprocess,
     *,
     within: np.ndarray | None = None,
     slices: Sequence[int] | None = None,
 ) -> np.ndarray:
     """See `count_for_tuning`; each component is found once for all volumes and scores.
+
+    Of `settings` counts what is not tuned: connectivity, `min_voxels`, `fill_holes`.
 
     Components and their volumes are those of the whole scan, but only voxels and
     components in `slices` are counted.
@@ -290,11 +291,11 @@ def tuning_counts(
         counted = np.isin(np.arange(len(prob)) + box[0].start, list(slices))
     for t, threshold in enumerate(THRESHOLDS):
         for e, erosion_px in enumerate(EROSIONS_PX):
-            mask = erode(prob >= np.float32(threshold), erosion_px)
-            parts = components(mask, connectivity)
+            tried = replace(settings, erosion_px=erosion_px)
+            parts = connected(prob >= np.float32(threshold), tried)
             if within is not None:
                 parts[~within_lung(parts, within[box])[parts]] = 0
-                mask = parts > 0
+            mask = parts > 0
             owners = parts[mask]
             voxels = np.bincount(owners, minlength=1)
             scores = np.bincount(owners, weights=prob[mask], minlength=1)
@@ -304,7 +305,7 @@ def tuning_counts(
             shared = np.bincount(parts[mask & reference], minlength=len(sizes))
             for v, s in np.ndindex(len(MIN_VOLUMES_MM3), len(MIN_SCORES)):
                 kept = (sizes > 0) & (voxels * grid.voxel_mm3 >= MIN_VOLUMES_MM3[v])
-                kept &= scores >= MIN_SCORES[s]
+                kept &= (voxels >= settings.min_voxels) & (scores >= MIN_SCORES[s])
                 tp, size = shared[kept].sum(), sizes[kept].sum()
                 false = np.count_nonzero(shared[kept] == 0)
                 counts[t, e, v, s] = tp, size - tp, total_ref - tp, false
@@ -376,6 +377,8 @@ class Arguments:
     """Folder that infer.py wrote."""
     run: Path
     """Run directory whose configuration holds; tuned values are kept there."""
+    rule: Rule | None = None
+    """Use this rule instead of the run's: voxels-150, components of 150 voxels or more."""
     scans: Path = Path("work/scans")
     """Folder that preprocess.py wrote."""
     tune: bool = False
@@ -458,13 +461,19 @@ def settings_of_run(
     arguments: Arguments, predictions: Predictions, experiment: config.Experiment
 ) -> tuple[config.Postprocess, str]:
     """The settings to use, and a phrase that says where they come from."""
+    if arguments.rule is not None:
+        if arguments.tune:
+            raise ValueError(f"--rule {arguments.rule} and --tune; expected one")
+        return RULES[arguments.rule], f"rule {arguments.rule}"
     base = experiment.postprocess
     if base.method != "tuned" and not arguments.tune:
         return base, f"method {base.method} of the run"
     path = arguments.run / RECORD
     if path.exists() and not arguments.tune:
         record = json.loads(path.read_text())
-        if record.get("tuned_on") == tuned_on(predictions, experiment):
+        # Records of before these could be set.
+        before = {"min_voxels": 0, "fill_holes": False} | record.get("tuned_on", {})
+        if before == tuned_on(predictions, experiment):
             settings = config.from_json(config.Postprocess, record["settings"])
             return settings, record["origin"]
         log.warning(
@@ -511,6 +520,8 @@ def tuned_on(predictions: Predictions, experiment: config.Experiment) -> dict[st
         "min_readers": batches.min_readers,
         "within_lung": base.within_lung,
         "connectivity": base.connectivity,
+        "min_voxels": base.min_voxels,
+        "fill_holes": base.fill_holes,
     }
 
 
@@ -575,10 +586,11 @@ def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
     if not path.exists() or not any(folder.glob("*/nodules.csv")):
         return
     before = json.loads(path.read_text())
+    settings = config.with_defaults(config.Postprocess, before["settings"])
     changed = [
-        f"{name} was {before['settings'].get(name)}, is {value}"
+        f"{name} was {settings[name]}, is {value}"
         for name, value in record["settings"].items()
-        if before["settings"].get(name) != value
+        if settings[name] != value
     ]
     if before["weights_sha256"] != record["weights_sha256"]:
         changed.append("the weights are others")
@@ -596,11 +608,13 @@ def settings_text(settings: config.Postprocess) -> str:
         if settings.method == "kmeans"
         else f"threshold {settings.threshold:g}"
     )
-    return (
-        f"{threshold}, erosion {settings.erosion_px} px, "
-        f"at least {settings.min_volume_mm3:g} mm3 and mean probability "
-        f"{settings.min_score:g}"
-    )
+    text = f"{threshold}, erosion {settings.erosion_px} px, "
+    if settings.fill_holes:
+        text += "holes filled, "
+    text += f"at least {settings.min_volume_mm3:g} mm3"
+    if settings.min_voxels:
+        text += f", {settings.min_voxels} voxels"
+    return f"{text} and mean probability {settings.min_score:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+import config
 import files
 import overview
 import provenance
@@ -96,7 +97,7 @@ class Results:
         made_by = {"format_version": FORMAT_VERSION, "save_as": save_as, **made_by}
         path = folder / RECORD
         if path.exists():
-            found = json.loads(path.read_text())
+            found = read_record(path)
             changed = differing(found, made_by)
             if changed.keys() == {"nodules"} and not replaced:
                 before = "by another run, or other settings of it"
@@ -181,6 +182,16 @@ class Results:
         # Last: it marks the scan as done.
         self.rows[row.pid] = row
         write_table(self.folder / TABLE, list(self.rows.values()))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """lungs.json, with the settings that are newer than it."""
+    record = json.loads(path.read_text())
+    nodules = record.get("nodules") or {}
+    for name in ("settings", "reduction"):
+        if name in nodules:
+            nodules[name] = config.with_defaults(config.Postprocess, nodules[name])
+    return record
 
 
 def differing(found: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:

@@ -147,13 +147,12 @@ def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
     """
     path = run_dir / "config.json"
     record = json.loads(path.read_text())
-    before, now = record["postprocess"], config.to_json(settings)
+    before = config.with_defaults(config.Postprocess, record["postprocess"])
+    now = config.to_json(settings)
     if before == now:
         return ""
     files.write_json(path, record | {"postprocess": now})
-    changed = (
-        f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v
-    )
+    changed = (f"{k} {before[k]} -> {v}" for k, v in now.items() if before[k] != v)
     return f"; postprocessing changed: {', '.join(changed)}"
 
 

@@ -8,7 +8,8 @@ import pytest
 import config
 import postprocess
 from config import Experiment, Postprocess
-from nodules import axes_mm, erode, find_nodules, kmeans_threshold
+from configs.rules import RULES, Rule
+from nodules import axes_mm, components, erode, find_nodules, kmeans_threshold
 from postprocess import (
     Arguments,
     Predictions,
@@ -70,6 +71,52 @@ def test_voxels_that_share_an_edge_are_one_from_connectivity_18(connectivity, ex
     prob[5, 5, 5] = prob[5, 6, 6] = 0.9
     settings = replace(FIXED, connectivity=connectivity)
     assert len(find_nodules(prob, canonical_grid(), settings)[1]) == expected
+
+
+@pytest.mark.parametrize(("connectivity", "expected"), [(6, 2), (18, 2), (26, 1)])
+def test_voxels_that_share_a_corner_are_one_only_with_26(connectivity, expected):
+    prob = prob_of()
+    prob[5, 5, 5] = prob[6, 6, 6] = 0.9
+    settings = replace(FIXED, connectivity=connectivity)
+    assert len(find_nodules(prob, canonical_grid(), settings)[1]) == expected
+
+
+def test_small_components_are_removed_by_their_voxels():
+    prob = prob_of()
+    prob[5, 5, :10] = prob[9, 5, :9] = 0.9
+    labels, nodules = find_nodules(
+        prob, canonical_grid(), replace(FIXED, min_voxels=10)
+    )
+    assert len(nodules) == 1
+    assert np.count_nonzero(labels) == 10
+
+
+def test_holes_are_filled_and_count_but_not_what_is_open():
+    prob = prob_of()
+    prob[5:10, 5:10, 5:10] = prob[15:20, 5:10, 5:10] = 0.9
+    prob[6:9, 6:9, 6:9] = prob[16:20, 6:9, 6:9] = 0.3
+    plain, _ = find_nodules(prob, canonical_grid(), FIXED)
+    settings = replace(FIXED, fill_holes=True, min_voxels=100)
+    labels, (nodule,) = find_nodules(prob, canonical_grid(), settings)
+    assert labels[5:10, 5:10, 5:10].all()
+    assert not labels[15:].any()  # 89 voxels, open to the head
+    assert nodule.volume_mm3 == pytest.approx(125 * VOXEL_MM3)
+    assert nodule.score == pytest.approx((98 * 0.9 + 27 * 0.3) / 125)
+    assert np.count_nonzero(plain) == 98 + 89
+
+
+def test_a_component_in_the_hole_of_another_becomes_part_of_it():
+    prob = prob_of()
+    prob[5:12, 5:12, 5:12] = 0.9
+    prob[6:11, 6:11, 6:11] = 0.0
+    prob[8, 8, 8] = 0.9
+    assert len(find_nodules(prob, canonical_grid(), FIXED)[1]) == 2
+    settings = replace(FIXED, fill_holes=True)
+    assert len(find_nodules(prob, canonical_grid(), settings)[1]) == 1
+
+
+def test_the_rules_that_can_be_named_are_those_there_are():
+    assert set(config.choices(Rule)) == set(RULES)
 
 
 def test_components_that_lie_half_in_the_lung_are_kept_whole():
@@ -186,8 +233,9 @@ def test_axes_of_an_ellipse_are_its_own():
     assert short_mm == pytest.approx(30 * 0.7, abs=0.8)
 
 
+@pytest.mark.parametrize("others", [{}, {"min_voxels": 40, "fill_holes": True}])
 @pytest.mark.parametrize("within_lung", [False, True])
-def test_tuning_counts_are_those_of_the_settings_themselves(within_lung):
+def test_tuning_counts_are_those_of_the_settings_themselves(within_lung, others):
     rng = np.random.default_rng(0)
     from scipy.ndimage import gaussian_filter
 
@@ -197,11 +245,11 @@ def test_tuning_counts_are_those_of_the_settings_themselves(within_lung):
     lung = np.zeros(SHAPE, np.uint8)
     lung[:, 12:40] = 1
     within = lung > 0 if within_lung else None
-    counts = tuning_counts(prob, reference, canonical_grid(), 26, within=within)
+    base = replace(FIXED, within_lung=within_lung, **others)
+    counts = tuning_counts(prob, reference, canonical_grid(), base, within=within)
     for t, e, v, s in ((6, 0, 0, 0), (5, 1, 2, 0), (7, 0, 1, 1), (4, 2, 3, 0)):
         settings = replace(
-            FIXED,
-            within_lung=within_lung,
+            base,
             threshold=postprocess.THRESHOLDS[t],
             erosion_px=postprocess.EROSIONS_PX[e],
             min_volume_mm3=postprocess.MIN_VOLUMES_MM3[v],
@@ -273,7 +321,7 @@ def test_scans_without_nodule_count_by_what_is_falsely_found_and_not_by_silence(
 
 def test_a_validation_scan_without_nodule_asks_for_silence():
     prob = prob_of((ball((8, 20, 20), 4.0), 0.6))
-    counts = tuning_counts(prob, np.zeros(SHAPE, bool), canonical_grid(), 26)
+    counts = tuning_counts(prob, np.zeros(SHAPE, bool), canonical_grid(), FIXED)
     settings, reached = best_of_grid(counts[None], Postprocess())
     assert reached["mean_dice"] is None
     assert not find_nodules(
@@ -284,7 +332,7 @@ def test_a_validation_scan_without_nodule_asks_for_silence():
 def test_of_some_slices_components_keep_their_whole_volume():
     ball_mask = ball((8, 20, 20), 4.0)
     prob = prob_of((ball_mask, 0.9))
-    counts = tuning_counts(prob, ball_mask, canonical_grid(), 26, slices=[8])
+    counts = tuning_counts(prob, ball_mask, canonical_grid(), FIXED, slices=[8])
     largest = len(postprocess.MIN_VOLUMES_MM3) - 1
     assert counts[5, 0, largest, 0].tolist() == [ball_mask[8].sum(), 0, 0, 0]
 
@@ -419,6 +467,46 @@ def test_masks_of_other_settings_are_not_mixed(work):
     labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
     scan = read_scan(work / "scans/scan-001.h5")
     assert np.array_equal(labels > 0, scan.nodule_labels > 0)
+
+
+def without_newer(path, *names):
+    """Takes the settings that are newer than min_score out of a record."""
+    record = json.loads(path.read_text())
+    for name in names:
+        for setting in ("min_voxels", "fill_holes"):
+            del record[name][setting]
+    path.write_text(json.dumps(record))
+
+
+def test_records_without_the_newer_settings_still_count(work):
+    postprocess_predictions(arguments(work))
+    without_newer(work / "run/config.json", "postprocess")
+    without_newer(work / "run/postprocess.json", "settings", "tuned_on")
+    without_newer(work / "predictions/postprocess.json", "settings")
+    before = (work / "run/postprocess.json").read_bytes()
+    (work / "predictions/scan-002/nodules.csv").unlink()
+    report = postprocess_predictions(arguments(work))
+    assert "in 1 scans (2 were done before)" in report.line
+    assert (work / "run/postprocess.json").read_bytes() == before  # not tuned again
+
+
+def test_a_rule_is_used_instead_of_the_runs_settings(work):
+    report = postprocess_predictions(arguments(work, rule="voxels-150"))
+    assert "at least 0 mm3, 150 voxels" in report.line
+    assert "rule voxels-150" in report.line
+    assert not (work / "run/postprocess.json").exists()
+    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    sizes = np.bincount(labels.ravel())[1:]
+    prob, _ = read_volume(work / "predictions/scan-001/prob.nii.gz")
+    every = components(prob >= np.float32(0.5), 26)
+    every = np.bincount(every.ravel())[1:]
+    assert sorted(sizes) == sorted(every[every >= 150])
+    assert sizes.sum() < every.sum()
+
+
+def test_a_rule_is_not_tuned(work):
+    with pytest.raises(ValueError, match="--rule voxels-150 and --tune; expected one"):
+        postprocess_predictions(arguments(work, rule="voxels-150", tune=True))
 
 
 def test_values_tuned_for_other_weights_do_not_count(work):

@@ -7,6 +7,7 @@ DICOM, ITK and LUNA16 speak LPS mm; such values end in `_lps_mm`, and only `flip
 converts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,28 @@ class Grid:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Grid":
         return cls(tuple(record["shape"]), np.array(record["affine"], np.float64))
+
+
+def canonical_grid(shape: Sequence[int], spacing_mm: Sequence[float]) -> Grid:
+    """The grid of an array in canonical orientation whose place nobody knows.
+
+    Args:
+        shape: (z, y, x).
+        spacing_mm: (z, y, x); the first voxel's centre is at 0.
+
+    Raises:
+        ValueError: If these are not three positive spacings of three axes.
+    """
+    spacings = np.asarray(spacing_mm, np.float64)
+    if spacings.shape != (3,) or not (np.isfinite(spacings) & (spacings > 0)).all():
+        raise ValueError(f"spacing_mm is {spacing_mm}; expected (z, y, x) mm above 0")
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"shape {tuple(shape)}; expected (z, y, x) above 0")
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2] = spacings * (1, -1, -1)
+    affine[3, 3] = 1
+    z, y, x = shape
+    return Grid((z, y, x), affine)
 
 
 def flip_xy(points_mm: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ import scan_results
 import slice_idx
 import steps
 from lung_map import LungMap
-from monte_carlo import CONVERGED_DICE, MEMORY_GB, Passes, VolumePredictor
+from monte_carlo import CONVERGED_DICE, MEMORY_GB, Maps, Passes, VolumePredictor
 from nodule_finder import NoduleFinder
 from patches import PatchPredictor
 from postprocess import Predictions
@@ -303,22 +303,7 @@ def segment_lungs(
 
     def segment(task: Task, scan: Scan) -> None:
         started = time.monotonic()
-        maps = predictor.maps(scan, lungs.labels.thresh)
-        mean = maps.mean
-        labels = lung_map.lung_labels(
-            mean,
-            scan.spacing_mm,
-            lungs.labels,
-            middle_x=lung_mask.body_middle_x(scan.hu),
-        )
-        verdict = lung_map.judge(labels, mean, maps.std, scan)
-        if reach_mm and labels.any():
-            classical = lung_mask.lung_labels(
-                scan.hu, scan.spacing_mm, config.LungMask()
-            )
-            labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
-            right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
-            verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
+        maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
         found = finder.find(replace(scan, lung=labels)) if finder else None
         seconds = time.monotonic() - started
         row = scan_results.row_of(task.scan_id, maps.n, verdict, seconds)
@@ -336,6 +321,104 @@ def segment_lungs(
         line += f"; {files.count_text(found, 'nodule')}"
     stood = len(tasks) - len(missing)
     return done, failures, line + (f" ({stood} were there)" if stood else "")
+
+
+def lungs_of(
+    scan: Scan,
+    predictor: VolumePredictor | Predictor,
+    settings: LungMap,
+    reach_mm: float,
+) -> tuple[Maps, np.ndarray, lung_map.Verdict]:
+    """Maps of the lungs of a scan, its (z, y, x) uint8 lung labels, and what they are worth.
+
+    Args:
+        scan: The scan.
+        predictor: The network for lungs.
+        settings: How maps become labels.
+        reach_mm: Labels follow the classical mask if its border is as near as this.
+    """
+    maps = predictor.maps(scan, settings.thresh)
+    labels = lung_map.lung_labels(
+        maps.mean,
+        scan.spacing_mm,
+        settings,
+        middle_x=lung_mask.body_middle_x(scan.hu),
+    )
+    verdict = lung_map.judge(labels, maps.mean, maps.std, scan)
+    if reach_mm and labels.any():
+        classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
+        labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
+        right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
+        verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
+    return maps, labels, verdict
+
+
+def predict(
+    image: str | Path | np.ndarray,
+    spacing_mm: Sequence[float] | None = None,
+    *,
+    exp_dir: Path = SHIPPED,
+    lungs: Lungs = USUAL,
+    nodules: Path = NODULE3D,
+    reduction: Path | None = REDUCTION3D,
+) -> np.ndarray:
+    """The nodules of one CT, as the command line finds them; see `postprocess.predict`.
+
+    The networks are loaded once; calls after the first only compute.
+
+    Args:
+        image: A volume, a DICOM folder, or (z, y, x) HU in canonical orientation.
+        spacing_mm: (z, y, x) of an array; files say their own.
+        exp_dir: Run for lungs.
+        lungs: How it is used.
+        nodules: Run that looks for nodules in them.
+        reduction: Run that tells nodules from vessels; None for none.
+
+    Returns:
+        (z, y, x) labels, canonical: 0, or the number of the nodule.
+
+    Raises:
+        FileNotFoundError: If a run is missing.
+        ValueError: If the image is not one CT, or the run segments no lungs.
+    """
+    from cohorts import nifti
+
+    if isinstance(image, np.ndarray):
+        if spacing_mm is None:
+            raise ValueError(
+                "spacing_mm is missing; expected (z, y, x) mm of the array"
+            )
+        scan = nifti.scan_of_array(image, spacing_mm)
+    else:
+        if spacing_mm is not None:
+            raise ValueError(f"spacing_mm is {spacing_mm}, but {image} says its own")
+        sources = nifti.find_scans(Path(image))
+        if len(sources) != 1:
+            raise ValueError(f"{image}: {len(sources)} scans; expected one")
+        scan = nifti.load_scan(sources[0])
+    predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules, reduction)
+    patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))
+    seen = {str(exp_dir): patients, **seen_for_nodules(nodules, reduction)}
+    warn_of_leaks([Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))], seen)
+    _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
+    for reason in verdict.reasons:
+        log.warning("%s: not to be trusted: %s", scan.scan_id, reason)
+    return finder.find(replace(scan, lung=labels)).labels
+
+
+@functools.lru_cache(maxsize=1)
+def scan_networks(
+    exp_dir: Path, lungs: Lungs, nodules: Path, reduction: Path | None
+) -> tuple[VolumePredictor | Predictor, float, NoduleFinder]:
+    """What `predict` computes with: the network for lungs, its reach in mm, the finder."""
+    settings = runs.read_settings(exp_dir)
+    if settings.batches.target != "lung":
+        raise ValueError(
+            f"{exp_dir}: the run segments {settings.batches.target}; expected one for lungs"
+        )
+    predictor = passes_predictor(exp_dir, settings, lungs, batch_size=8)
+    reach_mm = lungs.labels.snap * runs.seen_mm(settings)
+    return predictor, reach_mm, nodule_finder(nodules, reduction, lungs)
 
 
 class SeededPredictor:

@@ -115,8 +115,17 @@ def label_nodules(
     settings: config.Postprocess,
     *,
     lung: np.ndarray | None = None,
+    marked: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`find_nodules` without the measuring.
+
+    Args:
+        prob: As there.
+        grid: As there.
+        settings: As there.
+        lung: As there.
+        marked: (z, y, x) bool, or integers of which neighbours that differ are never one
+            nodule: what is not 0 is looked at, instead of what reaches the threshold.
 
     Returns:
         The labels, and the (n, 2) float mean and largest probability of each.
@@ -126,11 +135,13 @@ def label_nodules(
             "no lung mask; expected one with within_lung (--postprocess.within_lung)"
         )
     within = lung > 0 if settings.within_lung and lung is not None else None
-    mask = prob >= threshold_of(prob if within is None else prob[within], settings)
-    box = boxes.around(mask)
+    if marked is None:
+        inside = prob if within is None else prob[within]
+        marked = prob >= threshold_of(inside, settings)
+    box = boxes.around(marked)
     if box is None:
         return np.zeros(prob.shape, np.uint8), np.zeros((0, 2))
-    parts = connected(mask[box], settings)
+    parts = connected(marked[box], settings)
     if within is not None:
         parts[~within_lung(parts, within[box])[parts]] = 0
     kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
@@ -198,30 +209,44 @@ def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
     return np.stack(eroded).astype(bool)
 
 
-def connected(mask: np.ndarray, settings: config.Postprocess) -> np.ndarray:
-    """(z, y, x) uint32 components of a bool mask, once it is eroded and its holes filled.
+def connected(marked: np.ndarray, settings: config.Postprocess) -> np.ndarray:
+    """(z, y, x) uint32 components, once the mask is eroded and its holes are filled.
 
-    What lies in a hole of another component becomes part of it.
+    Args:
+        marked: (z, y, x) bool, or integers of which only equal neighbours are connected.
+            They are eroded as one mask, and a hole of one of them is what is 0.
+        settings: Erosion, holes and connectivity count.
     """
-    mask = erode(mask, settings.erosion_px)
-    return components(
-        filled(mask) if settings.fill_holes else mask, settings.connectivity
-    )
+    if settings.erosion_px > 1:
+        marked = marked * erode(marked > 0, settings.erosion_px)
+    if settings.fill_holes:
+        marked = filled(marked)
+    return components(marked, settings.connectivity)
 
 
-def filled(mask: np.ndarray) -> np.ndarray:
-    """A (z, y, x) bool mask with its holes, what no path by faces joins to the border."""
-    from scipy.ndimage import binary_fill_holes
+def filled(marked: np.ndarray) -> np.ndarray:
+    """A mask or labels with their holes filled: what no path by faces joins to the border.
 
-    return np.asarray(binary_fill_holes(mask))
+    What lies in a hole of a bool mask becomes part of what surrounds it.
+    """
+    from scipy.ndimage import binary_fill_holes, find_objects
+
+    if marked.dtype == bool:
+        return np.asarray(binary_fill_holes(marked))
+    result = marked.copy()
+    for number, box in enumerate(find_objects(marked), start=1):
+        if box is not None:
+            holes = binary_fill_holes(marked[box] == number) & (result[box] == 0)
+            result[box][holes] = number
+    return result
 
 
-def components(mask: np.ndarray, connectivity: Connectivity) -> np.ndarray:
-    """(z, y, x) uint32 labels of the connected components of a bool mask."""
+def components(marked: np.ndarray, connectivity: Connectivity) -> np.ndarray:
+    """(z, y, x) uint32 labels of the connected components of a mask, or of equal labels."""
     import cc3d
 
     return cc3d.connected_components(
-        mask, connectivity=connectivity, out_dtype=np.uint32
+        marked, connectivity=connectivity, out_dtype=np.uint32
     )
 
 

@@ -24,12 +24,14 @@ import provenance
 import runs
 import steps
 from configs.rules import RULES, Rule
-from geometry import Grid
+from geometry import Grid, canonical_grid
 from metrics import Counts
 from nodules import (
     NODULE_COLUMNS,
     connected,
     find_nodules,
+    label_nodules,
+    measure_nodules,
     nodule_row,
     within_lung,
 )
@@ -61,6 +63,81 @@ MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
 
 FALSE_PRICE = 0.02
 """What a false component costs, in Dice of its scan."""
+
+
+def predict(
+    image: str | Path | np.ndarray, spacing_mm: Sequence[float] | None = None
+) -> np.ndarray:
+    """The nodules of one CT by the weights that ship; `infer.predict` takes others.
+
+    It loads the networks when it is first called: seconds, and minutes per scan.
+
+    Args:
+        image: A volume or a folder of DICOM files; or (z, y, x) HU, z rising to the head, y
+            to the back and x to the patient's left.
+        spacing_mm: (z, y, x) of an array; files say their own.
+
+    Returns:
+        (z, y, x) labels in that orientation: 0, or the number of the nodule; 1 has the
+        highest score. Whole lungs are looked for first, and nodules only in them.
+
+    Raises:
+        ValueError: If it is no CT that can be used; as ScanError if the reason is in it.
+    """
+    import infer  # which imports this module
+
+    return infer.predict(image, spacing_mm)
+
+
+def postprocess(
+    marked: np.ndarray,
+    spacing_mm: Sequence[float],
+    *,
+    settings: config.Postprocess = RULES["voxels-150"],
+    lung: np.ndarray | None = None,
+    hu: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Instances of a mask, of labels or of a map of probability, and a table of them.
+
+    Every label of labels stays apart, even from one it touches; parts of it that do not
+    touch each other become two. A mask without nodules gives labels of 0 and no row.
+
+    Args:
+        marked: (z, y, x), z rising to the head: a bool mask; integers, labels from 1 or a
+            mask of 0 and 1; or floats, probabilities.
+        spacing_mm: (z, y, x).
+        settings: By default components of 150 voxels or more, of probabilities of 0.5 or
+            more; `replace(settings, min_voxels=0)` keeps all.
+        lung: (z, y, x) labels, 1 right and 2 left: for sides, distances to the pleura, and
+            `settings.within_lung`.
+        hu: (z, y, x) int16, for the mean HU.
+
+    Returns:
+        (z, y, x) labels, uint8 or the smallest unsigned type that holds them, and a
+        row for each, as `FoundNodule` has them. 1 has the highest score; of equal ones,
+        as all of a mask are, that which comes first in the array.
+
+    Raises:
+        ValueError: If shapes differ, a spacing is not above 0, integers are below 0 or
+            floats are not within 0 and 1.
+    """
+    grid = canonical_grid(marked.shape, spacing_mm)
+    for other in (lung, hu):
+        if other is not None and other.shape != marked.shape:
+            raise ValueError(f"shapes {marked.shape} and {other.shape}; expected one")
+    is_map = marked.dtype.kind == "f"
+    low, high = marked.min(), marked.max()
+    if not low >= 0 or (is_map and not high <= 1):
+        raise ValueError(
+            f"values run from {low:g} to {high:g}; expected probabilities of 0 to 1, or a "
+            "mask or labels of a whole-number type"
+        )
+    prob = marked.astype(np.float32) if is_map else (marked > 0).astype(np.float32)
+    labels, chances = label_nodules(
+        prob, grid, settings, lung=lung, marked=None if is_map else marked
+    )
+    nodules = measure_nodules(labels, chances, grid, lung=lung, hu=hu)
+    return labels, [asdict(nodule) for nodule in nodules]
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,32 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     return dataclasses.replace(scan, **known)
 
 
+def scan_of_array(array: np.ndarray, spacing_mm: Sequence[float]) -> Scan:
+    """A scan of an array in memory, called "array".
+
+    Args:
+        array: (z, y, x) HU, z rising to the head, y to the back, x to the patient's left.
+        spacing_mm: (z, y, x).
+
+    Raises:
+        ValueError: If these are not the voxels and spacings of a volume; as ScanError if
+            its values or size are not those of a CT.
+    """
+    name = Path("array")
+    if array.ndim != 3 or min(array.shape) < 2 or array.dtype.kind not in "iuf":
+        raise ScanError(
+            f"{name}: {array.dtype} of shape {array.shape}; expected (z, y, x) HU of two or "
+            "more slices"
+        )
+    grid = geometry.canonical_grid(array.shape, spacing_mm)
+    hu = to_hu(array, name)
+    dicom.check_field(grid, str(name))
+    dicom.check_hu(hu, str(name))
+    return Scan(
+        scan_id=name.name, patient_id=name.name, hu=hu, grid=grid, source_grid=grid
+    )
+
+
 def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
     paths = source.paths
     if not paths[0].exists():

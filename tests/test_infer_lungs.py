@@ -1,6 +1,7 @@
 """infer.py with a run for lungs: W1's command line, in this process, on small scans."""
 
 import csv
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -12,9 +13,11 @@ import pytest
 import SimpleITK
 from scipy import ndimage
 
+import config
 import evaluate
 import files
 import infer
+import postprocess
 import runs
 from lung_map import LungMap
 from monte_carlo import Passes
@@ -665,6 +668,62 @@ def test_numpy_holds_nodules_too(run, nodule_run, ill_volume, tmp_path):
     arguments = evaluate.Arguments(out, tmp_path / "scores", part="all")
     with pytest.raises(ValueError, match="saved as numpy"):
         evaluate.evaluate(arguments)
+
+
+def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
+    run, nodule_run, ill_volume, tmp_path
+):
+    source = save(tmp_path / "ill.nii.gz", ill_volume)
+    out = tmp_path / "OUT"
+    infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=nodule_run)
+    expected = read(out / "ill/nodules.nii.gz").transpose(2, 1, 0)  # rises to S, P, L
+    assert expected.any()
+    options = {"exp_dir": run, "nodules": nodule_run, "reduction": None}
+    predict = functools.partial(infer.predict, lungs=WITHOUT_SKIN, **options)
+    assert np.array_equal(predict(source), expected)
+    array = np.ascontiguousarray(ill_volume.transpose(2, 1, 0))
+    labels = predict(array, (5, 3, 3))
+    assert np.array_equal(labels, expected)
+    every = config.Postprocess(min_volume_mm3=0, within_lung=False)
+    instances, rows = postprocess.postprocess(labels, (5, 3, 3), settings=every)
+    assert np.array_equal(instances, expected)
+    assert len(rows) == len(nodules_of(out))
+    assert float(nodules_of(out)[0]["long_axis_mm"]) == pytest.approx(
+        rows[0]["long_axis_mm"], abs=1e-3
+    )
+    infer.scan_networks.cache_clear()
+
+
+def test_predict_names_a_patient_that_was_trained_on(
+    run, nodule_run, volume, tmp_path, caplog
+):
+    source = save(tmp_path / "trained-on.nii.gz", volume)
+    options = {"exp_dir": run, "nodules": nodule_run, "reduction": None}
+    assert not infer.predict(source, lungs=WITHOUT_SKIN, **options).any()
+    assert "patient trained-on was trained on (by hand, nodules)" in caplog.text
+    infer.scan_networks.cache_clear()
+
+
+def test_predict_of_postprocess_is_that_of_infer(monkeypatch):
+    monkeypatch.setattr(infer, "predict", lambda *arguments: arguments)
+    assert postprocess.predict("ct.nii.gz") == ("ct.nii.gz", None)
+
+
+def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
+    with pytest.raises(ValueError, match="spacing_mm is missing"):
+        infer.predict(volume)
+    with pytest.raises(ValueError, match=r"array: .* expected \(z, y, x\) HU"):
+        infer.predict(volume[0], (1, 1, 1))
+    with pytest.raises(ValueError, match="no Hounsfield units"):
+        infer.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.nii.gz", volume)
+    with pytest.raises(ValueError, match="says its own"):
+        infer.predict(tmp_path / "a.nii.gz", (1, 1, 1))
+    with pytest.raises(ValueError, match="2 scans; expected one"):
+        infer.predict(tmp_path)
+    with pytest.raises(ValueError, match="segments nodule; expected one for lungs"):
+        infer.predict(tmp_path / "a.nii.gz", exp_dir=nodule_run)
 
 
 def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):

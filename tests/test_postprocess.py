@@ -337,6 +337,122 @@ def test_of_some_slices_components_keep_their_whole_volume():
     assert counts[5, 0, largest, 0].tolist() == [ball_mask[8].sum(), 0, 0, 0]
 
 
+ALL = replace(RULES["voxels-150"], min_voxels=0)
+
+
+def test_a_mask_becomes_instances_of_150_voxels_and_a_table():
+    mask = np.zeros(SHAPE, bool)
+    mask[2:8, 5:10, 5:10] = mask[12:16, 30:36, 30:36] = mask[20, 50:55, 50:55] = True
+    labels, rows = postprocess.postprocess(mask, SPACING_MM)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(np.unique(labels), [0, 1])
+    assert (labels[2:8, 5:10, 5:10] == 1).all()  # 150 voxels; the second has 144
+    (row,) = rows
+    assert row["nodule_id"] == 1
+    assert row["centre_zyx"] == (4.5, 7, 7)
+    assert row["volume_mm3"] == pytest.approx(150 * VOXEL_MM3)
+    assert row["side"] == ""
+    assert row["pleura_distance_mm"] is None
+
+
+def test_a_map_becomes_instances_by_falling_score():
+    prob = prob_of((ball((8, 20, 20), 7.0), 0.7), (ball((16, 40, 40), 7.0), 0.9))
+    labels, rows = postprocess.postprocess(prob, SPACING_MM)
+    assert [row["score"] for row in rows] == pytest.approx([0.9, 0.7])
+    assert labels[16, 40, 40] == 1
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 4, 4)])
+def test_nothing_marked_gives_no_row(kind, shape):
+    labels, rows = postprocess.postprocess(np.zeros(shape, kind), SPACING_MM)
+    assert labels.shape == shape
+    assert not labels.any()
+    assert rows == []
+
+
+def test_one_voxel_at_a_corner_is_a_nodule_if_size_does_not_matter():
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[-1, -1, -1] = 1
+    assert postprocess.postprocess(mask, SPACING_MM)[1] == []
+    labels, (row,) = postprocess.postprocess(mask, SPACING_MM, settings=ALL)
+    assert np.array_equal(labels, mask)
+    assert (row["long_axis_mm"], row["short_axis_mm"]) == pytest.approx((1.5, 1.5))
+
+
+def test_what_is_all_marked_is_one_nodule():
+    labels, rows = postprocess.postprocess(np.ones((6, 6, 6), bool), (1, 1, 1))
+    assert (labels == 1).all()
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"fill_holes": True}])
+def test_labels_that_touch_stay_apart_and_each_is_kept(changes):
+    given = np.zeros(SHAPE, np.uint16)
+    given[5:10, 5:10, 5:10] = 7
+    given[5:10, 5:10, 10:15] = 300
+    given[5:10, 5:10, 15] = 2
+    settings = replace(ALL, **changes)
+    labels, rows = postprocess.postprocess(given, SPACING_MM, settings=settings)
+    assert len(rows) == 3
+    for number in (2, 7, 300):
+        (own,) = np.unique(labels[given == number])
+        assert np.array_equal(labels == own, given == number)
+
+
+def test_a_hole_of_a_label_is_filled_but_no_other_label():
+    given = np.zeros(SHAPE, np.uint8)
+    given[5:12, 5:12, 5:12] = 3
+    given[6:8, 6:8, 6:8] = 0
+    given[9:11, 9:11, 9:11] = 1
+    settings = replace(ALL, fill_holes=True)
+    labels, rows = postprocess.postprocess(given, SPACING_MM, settings=settings)
+    assert len(rows) == 2
+    assert np.count_nonzero(labels == labels[5, 5, 5]) == 7**3 - 8
+    assert np.count_nonzero(labels == labels[9, 9, 9]) == 8
+
+
+def test_labels_are_eroded_as_one_mask():
+    given = np.zeros(SHAPE, np.uint8)
+    given[8, 10:20, 10:15], given[8, 10:20, 15:20] = 1, 2
+    settings = replace(ALL, erosion_px=3)
+    labels, rows = postprocess.postprocess(given, SPACING_MM, settings=settings)
+    assert len(rows) == 2
+    assert np.array_equal(labels > 0, erode(given > 0, 3))
+
+
+def test_sides_and_hu_are_told_if_lungs_and_hu_are_given():
+    scan = tiny_scan()
+    labels, rows = postprocess.postprocess(
+        scan.nodule_labels, SPACING_MM, settings=ALL, lung=scan.lung, hu=scan.hu
+    )
+    assert {row["side"] for row in rows} == {"right", "left"}
+    assert rows[0]["mean_hu"] == pytest.approx(scan.hu[labels == 1].mean())
+
+
+@pytest.mark.parametrize(
+    ("marked", "spacing_mm", "message"),
+    [
+        (np.full((2, 2, 2), 2.0), (1, 1, 1), "values run from 2 to 2; expected prob"),
+        (np.full((2, 2, 2), np.nan), (1, 1, 1), "values run from nan"),
+        (np.full((2, 2, 2), -1), (1, 1, 1), "values run from -1 to -1"),
+        (np.zeros((2, 2, 2), bool), (1, 1), r"spacing_mm is \(1, 1\); expected"),
+        (np.zeros((2, 2, 2), bool), (1, 0, 1), "expected .* above 0"),
+        (np.zeros((2, 2), bool), (1, 1, 1), r"shape \(2, 2\); expected \(z, y, x\)"),
+        (np.zeros((0, 2, 2), bool), (1, 1, 1), r"expected \(z, y, x\) above 0"),
+    ],
+)
+def test_what_is_no_mask_is_refused(marked, spacing_mm, message):
+    with pytest.raises(ValueError, match=message):
+        postprocess.postprocess(marked, spacing_mm)
+
+
+def test_lungs_of_another_shape_are_refused():
+    lung = np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"shapes \(2, 2, 2\) and \(2, 2, 3\)"):
+        postprocess.postprocess(np.zeros((2, 2, 2), bool), (1, 1, 1), lung=lung)
+
+
 @pytest.fixture
 def work(tmp_path):
     """Three scans, a run and its probability maps: 0.6 in the reference, 0.3 around."""

@@ -267,9 +267,10 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
                 "--overwrite"
             )
     path = arguments.predictions / scan_results.RECORD
-    if path.exists() and json.loads(path.read_text())["save_as"] == "numpy":
+    save_as = json.loads(path.read_text())["save_as"] if path.exists() else "nifti"
+    if save_as in scan_results.FILES:
         raise ValueError(
-            f"{path}: results were saved as numpy; expected nifti or nifti-labels; run "
+            f"{path}: results were saved as {save_as}; expected nifti or nifti-labels; run "
             "infer.py with one of them and another --result_dir"
         )
     jobs = [

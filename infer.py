@@ -3,6 +3,7 @@
 Example:
     python infer.py --exp_dir work/runs/smoke --result_dir work/predictions/smoke
     python infer.py --csv_file scans.csv --result_dir OUT --n 100 --thresh 0.55
+    python infer.py --input imagesTs --result_dir OUT --save_as nnunet
 
 Segments scan files of the validation and test patients, or with --input or --csv_file any
 CT: a DICOM folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
@@ -78,13 +79,14 @@ OWN_NAMES = {
 
 @dataclass(frozen=True)
 class Lungs:
-    """How a run for lungs is used; for nodules, labels and save_as do not matter."""
+    """How a run for lungs is used; for nodules, labels do not matter, nor how it is saved."""
 
     passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
     labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
     save_as: SaveAs = "nifti"
     """nifti: maps and mask on the source's grid; numpy: the same in one .npz per scan, in
-    RAS order, no picture; nifti-labels: masks and picture, no maps."""
+    RAS order, no picture; nifti-labels: masks and picture, no maps; nnunet: PID.nii.gz with
+    the nodules' numbers, or without --nodules the lungs, and the tables."""
     precision: Precision = "float32"
     """mixed_bfloat16 is faster on CPUs that have it (AVX512_BF16, AMX)."""
     memory_gb: float = MEMORY_GB
@@ -228,6 +230,11 @@ def segment_nodules(
 
     Of `lungs`, passes and precision count; of several passes std.nii.gz is written too.
     """
+    if lungs.save_as == "nnunet":
+        raise ValueError(
+            f"--save_as nnunet, but {exp_dir} gives probabilities of nodule; expected a run "
+            "for lungs, in which --nodules are looked for"
+        )
     predictor = nodule_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     if overwrite:
         remove_nodules(result_dir)

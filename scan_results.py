@@ -21,7 +21,10 @@ from postprocess import write_rows
 from scan import Scan
 from volume_io import write_volume
 
-SaveAs = Literal["nifti", "numpy", "nifti-labels"]
+SaveAs = Literal["nifti", "numpy", "nifti-labels", "nnunet"]
+
+FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
+"""Suffixes where a scan has one file, and no folder."""
 
 TABLE, RECORD = "lungs.csv", "lungs.json"
 NODULES, CANDIDATES = "nodules.csv", "candidates.csv"
@@ -72,7 +75,7 @@ class Results:
     Args:
         folder: The result directory.
         save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: a
-            folder without the maps.
+            folder without the maps; nnunet: one label volume per scan.
         made_by: What decides the results, JSON-ready.
         replaced: Scans whose results are removed. If there are any, so are all results
             that were made otherwise.
@@ -119,13 +122,13 @@ class Results:
             files.write_json(path, made_by | {"provenance": provenance.record()})
 
     def path(self, pid: str) -> Path:
-        """What is written of a scan: a folder, or a file with numpy."""
-        return self.folder / (f"{pid}.npz" if self.save_as == "numpy" else pid)
+        """What is written of a scan: a folder, or a file with numpy and nnunet."""
+        return self.folder / (pid + FILES.get(self.save_as, ""))
 
     def complete(self, pid: str) -> bool:
         """Whether all of a scan's results are there, and its row in lungs.csv."""
         path = self.path(pid)
-        if self.save_as == "numpy":
+        if self.save_as in FILES:
             return pid in self.rows and path.exists()
         return pid in self.rows and all((path / name).exists() for name in self.names)
 
@@ -164,13 +167,18 @@ class Results:
             labels: (z, y, x) uint8 lung labels.
             found: Its nodules; None where none were looked for.
         """
-        with files.written_whole(self.path(scan.scan_id)) as partial:
-            if self.save_as == "numpy":
-                write_arrays(partial, maps, labels, scan.grid, found)
-            else:
-                write_niftis(partial, maps, labels, scan, self.save_as)
-                if found is not None:
-                    write_found(partial, found, labels, scan, row.reason)
+        path = self.path(scan.scan_id)
+        if self.save_as == "nnunet":
+            shown = labels if found is None else found.labels
+            write_volume(path, shown, scan.grid, scan.source_grid)
+        else:
+            with files.written_whole(path) as partial:
+                if self.save_as == "numpy":
+                    write_arrays(partial, maps, labels, scan.grid, found)
+                else:
+                    write_niftis(partial, maps, labels, scan, self.save_as)
+                    if found is not None:
+                        write_found(partial, found, labels, scan, row.reason)
         if found is not None:
             rows = {
                 NODULES: [nodule_row(n, scan) for n in found.nodules],
@@ -216,8 +224,8 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
         if pids is not None and row.pid not in pids:
             kept.append(row)
             continue
-        if save_as == "numpy":
-            files.remove(folder / f"{row.pid}.npz")
+        if save_as in FILES:
+            files.remove(folder / (row.pid + FILES[save_as]))
             continue
         for name in MAPS:
             files.remove(folder / row.pid / name)

@@ -186,9 +186,14 @@ def is_volume(path: Path) -> bool:
 
 def stem(path: Path) -> str:
     """The file's name without suffix and without nnU-Net's channel mark."""
+    return _bare(path).removesuffix(CHANNEL)
+
+
+def _bare(path: Path) -> str:
+    """The file's name without suffix."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)].removesuffix(CHANNEL)
+            return path.name[: -len(suffix)]
     return path.stem
 
 
@@ -361,9 +366,26 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
             f"(first {ct_image}); expected one kind. Name a folder that holds one, or list "
             "the scans in a CSV"
         )
+    _refuse_channels(volumes)
     sources = [_volume_source(path) for path in volumes]
     check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
     return sources
+
+
+def _refuse_channels(volumes: Sequence[Path]) -> None:
+    """Raises ValueError if a volume is nnU-Net's second channel of one beside it.
+
+    A name that ends in a number is no channel where there is no CASE_0000: LUNG_0001.
+    """
+    first = {(p.parent, stem(p)) for p in volumes if _bare(p).endswith(CHANNEL)}
+    for path in volumes:
+        case, mark, number = _bare(path).rpartition("_")
+        further = mark and re.fullmatch(r"\d{4}", number) and f"_{number}" != CHANNEL
+        if further and (path.parent, case) in first:
+            raise ValueError(
+                f"{path}: a second volume of case {case}, beside its {case}{CHANNEL}; "
+                "expected one channel, CT; list the scans in a CSV if these are two"
+            )
 
 
 def _volume_source(path: Path) -> ScanSource:

@@ -670,6 +670,98 @@ def test_numpy_holds_nodules_too(run, nodule_run, ill_volume, tmp_path):
         evaluate.evaluate(arguments)
 
 
+def rotation_z(radians):
+    turn = np.eye(4)
+    cos, sin = np.cos(radians), np.sin(radians)
+    turn[:2, :2] = (cos, -sin), (sin, cos)
+    return turn
+
+
+def test_nnunets_names_in_give_nnunets_names_out(
+    run, nodule_run, ill_volume, volume, tmp_path, capsys
+):
+    turned = np.float64(np.float32(rotation_z(0.1) @ AFFINE + [[0, 0, 0, 1 / 3]] * 4))
+    turned[3] = 0, 0, 0, 1
+    source, out = tmp_path / "images", tmp_path / "OUT"
+    source.mkdir()
+    save(source / "ill_0000.nii.gz", ill_volume, turned)
+    save(source / "well_0000.nii.gz", volume[:, :, ::-1], np.diag([-3.0, -3, -5, 1]))
+    command = (
+        *("--input", source, "--result_dir", out, "--save_as", "nnunet"),
+        *("--exp_dir", run, "--n", 1, "--min_volume_mm3", 60_000, "--snap", 0),
+        *("--nodules", nodule_run),
+    )
+    assert run_main(*command) == 0
+    tables = {"lungs.csv", "nodules.csv", "candidates.csv", "lungs.json"}
+    assert {path.name for path in out.iterdir()} == tables | {
+        *("ill.nii.gz", "well.nii.gz", "predictions.json"),
+    }
+    for case in ("ill", "well"):
+        given, image = (
+            nibabel.load(folder / name)
+            for folder, name in (
+                (source, f"{case}_0000.nii.gz"),
+                (out, f"{case}.nii.gz"),
+            )
+        )
+        assert image.shape == given.shape
+        assert np.array_equal(image.affine, given.affine)
+        assert image.get_data_dtype() == np.uint8
+    labels = read(out / "ill.nii.gz")
+    (nodule,) = nodules_of(out)
+    assert nodule["case_id"] == "ill"
+    assert np.unique(labels).tolist() == [0, int(nodule["nodule_id"])]
+    assert labels[32, 47, 16] == 1
+    assert not read(out / "well.nii.gz").any()
+    assert rows_of(out).keys() == {"ill", "well"}
+    with pytest.raises(ValueError, match="saved as nnunet"):
+        evaluate.evaluate(evaluate.Arguments(out, tmp_path / "scores", part="all"))
+    save(source / "ill_0001.nii.gz", ill_volume, turned)
+    assert run_main(*command[:2], "--result_dir", tmp_path / "other") == 1
+    assert "a second volume of case ill" in capsys.readouterr().err
+
+
+def test_nnunets_files_hold_the_lungs_where_no_nodules_are_looked_for(
+    run, volume, tmp_path
+):
+    source, out = save(tmp_path / "chest_0000.nii.gz", volume), tmp_path / "OUT"
+
+    def segment(save_as, **options):
+        lungs = replace(WITHOUT_SKIN, save_as=save_as)
+        return infer.infer(run, out, input=source, lungs=lungs, **options).line
+
+    segment("nnunet")
+    labels = read(out / "chest.nii.gz")
+    assert np.unique(labels).tolist() == [0, 1, 2]
+    assert "(1 were there)" in segment("nnunet")
+    (out / "chest.nii.gz").unlink()
+    segment("nnunet")  # what is lost is made again
+    assert np.array_equal(read(out / "chest.nii.gz"), labels)
+    with pytest.raises(ValueError, match="made otherwise"):
+        segment("nifti")
+    segment("nifti-labels", overwrite=True)
+    assert not (out / "chest.nii.gz").exists()
+    assert np.array_equal(read(out / "chest/mask.nii.gz"), labels)
+
+
+def test_a_case_is_not_written_over_its_own_image(run, volume, tmp_path):
+    lungs = replace(WITHOUT_SKIN, save_as="nnunet")
+    source = save(tmp_path / "chest.nii.gz", volume)
+    before = source.read_bytes()
+    report = infer.infer(run, tmp_path, input=source, lungs=lungs, overwrite=True)
+    assert "is not infer.py's" in report.failures[0].reason
+    assert source.read_bytes() == before
+
+
+def test_probabilities_of_nodules_have_no_nnunet_form(nodule_run, volume, tmp_path):
+    source = save(tmp_path / "chest.nii.gz", volume)
+    lungs = replace(WITHOUT_SKIN, save_as="nnunet")
+    with pytest.raises(
+        ValueError, match="gives probabilities of nodule; expected a run"
+    ):
+        infer.infer(nodule_run, tmp_path / "OUT", input=source, lungs=lungs)
+
+
 def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
     run, nodule_run, ill_volume, tmp_path
 ):

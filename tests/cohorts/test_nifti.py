@@ -541,6 +541,26 @@ def test_a_header_without_end_is_refused(tmp_path):
         nifti.read_volume(tmp_path / "a.mhd")
 
 
+def test_a_second_channel_in_a_plain_folder_is_no_second_patient(chest, tmp_path):
+    save_nifti(chest().T, tmp_path / "c1_0000.nii.gz")
+    save_nifti(chest().T, tmp_path / "c2_0000.nii.gz")
+    assert [s.scan_id for s in nifti.find_scans(tmp_path)] == ["c1", "c2"]
+    save_nifti(chest().T, tmp_path / "c1_0001.nii.gz")
+    with pytest.raises(
+        ValueError, match=r"c1_0001.nii.gz: a second volume of case c1, .* one channel"
+    ):
+        nifti.find_scans(tmp_path)
+
+
+def test_names_that_end_in_a_number_are_patients_where_there_is_no_channel(
+    chest, tmp_path
+):
+    for name in ("LUNG_0001", "LUNG_0002", "0001", "other/x_0000", "y_0001"):
+        save_nifti(chest().T, tmp_path / f"{name}.nii.gz")
+    found = [s.scan_id for s in nifti.find_scans(tmp_path)]
+    assert sorted(found) == ["0001", "LUNG_0001", "LUNG_0002", "x", "y_0001"]
+
+
 def test_an_unknown_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         nifti.find_scans(tmp_path / "absent")

@@ -192,8 +192,6 @@ class NoduleFinder:
         Returns:
             (z, y, x) labels, and the candidates in their order, by falling score.
         """
-        from scipy import ndimage
-
         if self.classifier is None:
             labels, chances = label_nodules(
                 maps.mean, scan.grid, self.settings, lung=scan.lung
@@ -202,17 +200,17 @@ class NoduleFinder:
             every = replace(self.classifier.postprocess, min_score=0.0)
             prob = candidate_map(maps.mean, every, self.settings.threshold)
             labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
-        numbers = np.arange(1, len(chances) + 1)
-        if not len(numbers):
+        if not len(chances):
             return labels, []
-        centres = ndimage.center_of_mass(labels > 0, labels, numbers)
+        voxels = voxels_of(labels)
+        centres = [tuple(some.mean(axis=0).tolist()) for some in voxels]
         scores, peaks = chances.T
-        spreads: list[float | None] = [None] * len(numbers)
+        spreads: list[float | None] = [None] * len(voxels)
         if self.classifier is not None:
             judged = self.classifier.probabilities(scan, centres)
-            of_peaks = np.zeros(len(numbers))
+            of_peaks = np.zeros(len(voxels))
             if maps.n > 1:
-                at = ndimage.maximum_position(prob, labels, numbers)
+                at = [tuple(s[maps.mean[tuple(s.T)].argmax()]) for s in voxels]
                 of_peaks = np.array([maps.std[place] for place in at])
             # Both must agree: what the first hardly sees, the second may mistake.
             scores = judged.mean(axis=1) * peaks
@@ -220,15 +218,25 @@ class NoduleFinder:
                 judged.mean(axis=1), judged.std(axis=1), peaks, of_peaks
             ).tolist()
         elif maps.n > 1:
-            spreads = ndimage.mean(maps.std, labels, numbers).tolist()
+            spreads = [float(maps.std[tuple(some.T)].mean()) for some in voxels]
         order = np.argsort(-scores, kind="stable")
-        renumber = np.zeros(len(numbers) + 1, labels.dtype)
-        renumber[order + 1] = numbers
+        renumber = np.zeros(len(voxels) + 1, labels.dtype)
+        renumber[order + 1] = np.arange(1, len(voxels) + 1)
         found = [
-            Candidate(tuple(centres[k]), float(scores[k]), spreads[k], float(peaks[k]))
+            Candidate(centres[k], float(scores[k]), spreads[k], float(peaks[k]))
             for k in order.tolist()
         ]
         return renumber[labels], found
+
+
+def voxels_of(labels: np.ndarray) -> list[np.ndarray]:
+    """(n, 3) indices (z, y, x) of the voxels of each label, from 1 on."""
+    from scipy.ndimage import find_objects
+
+    return [
+        np.argwhere(labels[box] == number) + [part.start for part in box]
+        for number, box in enumerate(find_objects(labels), start=1)
+    ]
 
 
 def std_of_product(

@@ -1,0 +1,104 @@
+"""Where the time goes from a CT to its nodules, with the weights that ship.
+
+    python -m benchmarks.scan [--image ../shared/data/LIDC-IDRI/LIDC-IDRI-0001]
+
+Seconds of each stage and their share, in one process from its start, imports included, as
+infer.py takes them; a phantom is read if there is no image. Memory is the most that was held.
+"""
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+STARTED = time.perf_counter()
+
+
+@dataclass
+class Stages:
+    """Seconds by the name of a stage, in the order they came."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def watch(self, owner: Any, name: str, stage: str) -> None:
+        """Takes the seconds of every call of a function of an object or module."""
+        function = getattr(owner, name)
+
+        def timed(*values: Any, **options: Any) -> Any:
+            with self(stage):
+                return function(*values, **options)
+
+        setattr(owner, name, timed)
+
+    def lines(self) -> Iterator[str]:
+        total = sum(self.seconds.values())
+        for name, seconds in self.seconds.items():
+            yield f"{name}: {seconds:.1f} s, {seconds / total:.0%}"
+        yield f"all: {total:.1f} s"
+
+
+def main(
+    image: Path = Path("../shared/data/LIDC-IDRI/LIDC-IDRI-0001"), n: int = 0
+) -> None:
+    """Prints the seconds of each stage.
+
+    Args:
+        image: A DICOM folder or a volume.
+        n: Passes of the lung network; 0 makes as many as are enough.
+    """
+    stages = Stages()
+    with stages("imports"):
+        import keras  # noqa: F401 - what infer.py imports when a network is loaded
+
+        import infer
+        import nodule_finder
+        import scan_results
+        from cohorts import nifti, phantom
+        from lung_map import LungMap
+        from monte_carlo import Passes
+
+    with stages("reading"):
+        if image.exists():
+            scan = nifti.load_scan(nifti.find_scans(image)[0])
+        else:
+            scan = phantom.to_scan(phantom.make_phantom(1))
+    lungs = infer.Lungs(passes=Passes(n=n or "auto"), labels=LungMap())
+    with stages("loading networks"):
+        predictor, reach_mm, finder = infer.scan_networks(
+            infer.SHIPPED, lungs, infer.NODULE3D, infer.REDUCTION3D
+        )
+    with stages("lungs"):
+        maps, labels, _ = infer.lungs_of(scan, predictor, lungs.labels, reach_mm)
+    stages.watch(finder.predictor, "maps", "nodules: 3-D network")
+    stages.watch(finder, "candidates", "nodules: candidates judged")
+    stages.watch(nodule_finder, "outlined", "nodules: outlines")
+    stages.watch(nodule_finder, "measure_nodules", "nodules: measures")
+    found = finder.find(replace(scan, lung=labels))
+    with stages("writing"), tempfile.TemporaryDirectory() as folder:
+        scan_results.write_niftis(Path(folder), maps, labels, scan, "nifti")
+        scan_results.write_found(Path(folder), found, labels, scan, "")
+    memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = time.perf_counter() - STARTED - sum(stages.seconds.values())
+    sys.stdout.write(
+        f"{scan.scan_id}: {scan.hu.shape[0]} slices, {maps.n} passes, {len(found.candidates)} "
+        f"candidates, {len(found.nodules)} nodules\n"
+    )
+    sys.stdout.writelines(f"{line}\n" for line in stages.lines())
+    sys.stdout.write(f"elsewhere {before:.1f} s; at most {memory_gb:.2f} GiB\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

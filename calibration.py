@@ -62,20 +62,27 @@ def check_probabilities(prob: np.ndarray, path: Path) -> None:
         )
 
 
-def fit_temperature(counts: np.ndarray) -> float:
+def fit_temperature(counts: np.ndarray) -> float | None:
     """The temperature with the least cross-entropy between probabilities and votes.
+
+    Of voxels above `LEAST_PROBABILITY`, whoever drew them: below, only those are known that
+    a reader drew.
 
     Args:
         counts: (fine bins, 3), summed over the scans it is fitted on.
 
     Returns:
-        Above 1 if the network is too sure of itself; within `TEMPERATURES`.
+        Above 1 if the network is too sure of itself; None if there is none within
+        `TEMPERATURES`.
 
     Reference: Guo et al. 2017, On calibration of modern neural networks, section 4.2.
     """
     from scipy.optimize import minimize_scalar
 
-    voxels, summed, votes = counts[counts[:, 0] > 0].T
+    above = counts[round(LEAST_PROBABILITY * FINE_BINS) :]
+    voxels, summed, votes = above[above[:, 0] > 0].T
+    if not len(voxels):
+        return None
     probability = summed / voxels
 
     def cross_entropy(log_temperature: float) -> float:
@@ -85,7 +92,8 @@ def fit_temperature(counts: np.ndarray) -> float:
 
     bounds = np.log(TEMPERATURES)
     found = minimize_scalar(cross_entropy, bounds=bounds, method="bounded")
-    return float(np.exp(found.x))
+    inside = bounds[0] + 0.01 < found.x < bounds[1] - 0.01
+    return float(np.exp(found.x)) if inside else None
 
 
 def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
@@ -93,7 +101,7 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
     least = 0.5 / FINE_BINS
     inner = np.clip(probability, least, 1 - least)
     logit = np.log(inner) - np.log1p(-inner)
-    return 1 / (1 + np.exp(-logit / temperature))
+    return np.clip(1 / (1 + np.exp(-logit / temperature)), 1e-12, 1 - 1e-12)
 
 
 def scaled(counts: np.ndarray, temperature: float) -> np.ndarray:

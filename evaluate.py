@@ -174,12 +174,14 @@ def evaluate(arguments: Arguments) -> steps.Report:
     nodules = [nodule for item in scored for nodule in item.nodules]
     lines = summary(rows, nodules, draws=arguments.draws)
     known = [item.reliability for item in scored if item.reliability is not None]
-    temperature = temperature_of(predictions, arguments) if known else None
+    temperature, fitted = (
+        temperature_of(predictions, arguments) if known else (None, "")
+    )
     lines += calibration_lines(scored, temperature, draws=arguments.draws)
     curve = curve_of(scored, draws=arguments.draws)
     lines += froc_lines(curve, scored)
     seen = leak_text(scored, draws=arguments.draws)
-    facts = protocol(arguments, predictions, rows, seen, temperature)
+    facts = protocol(arguments, predictions, rows, seen, fitted)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
         postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
@@ -287,8 +289,8 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
             f"{arguments.predictions} has no scan of the part {arguments.part!r}, only of "
             f"{parts}; choose another --part"
         )
-    path = arguments.predictions / scan_results.CANDIDATES
-    if path.exists():
+    if in_lungs(arguments.predictions):
+        path = arguments.predictions / scan_results.CANDIDATES
         froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
         if job.leak:
@@ -506,13 +508,13 @@ def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
 
 def temperature_of(
     predictions: postprocess.Predictions, arguments: Arguments
-) -> float | None:
-    """The temperature fitted on the validation scans of the predictions.
+) -> tuple[float | None, str]:
+    """The temperature fitted on the validation scans of the predictions, and a sentence.
 
     None without such scans, with a split by slice, and if validation itself is scored.
     """
     if arguments.part in ("validation", "all") or by_slice(predictions):
-        return None
+        return None, ""
     jobs = [
         job_of(scan_id, None, predictions, arguments)
         for scan_id in predictions.of_part("validation")
@@ -521,7 +523,11 @@ def temperature_of(
         votes_of, jobs, workers=arguments.workers, label="temperature"
     )
     counts = [some for some in found if some is not None]
-    return calibration.fit_temperature(np.sum(counts, axis=0)) if counts else None
+    value = calibration.fit_temperature(np.sum(counts, axis=0)) if counts else None
+    if value is None:
+        return None, ""
+    scans = f"{len(counts)} of {files.count_text(len(jobs), 'validation scan')}"
+    return value, f" Temperature {value:.3f}, fitted on {scans}."
 
 
 def votes_of(job: Job) -> np.ndarray | None:
@@ -529,7 +535,10 @@ def votes_of(job: Job) -> np.ndarray | None:
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
         return None
-    scan = read_scan(scan_path(job.arguments.scans, job.scan_id))
+    scan_file = scan_path(job.arguments.scans, job.scan_id)
+    if not scan_file.exists():
+        raise ScanError(f"{scan_file} is missing; run preprocess.py first")
+    scan = read_scan(scan_file)
     return None if scan.reader_bits is None else votes_met(job, scan)
 
 
@@ -628,7 +637,7 @@ def protocol(
     predictions: postprocess.Predictions,
     rows: Sequence[dict[str, Any]],
     seen: str,
-    temperature: float | None,
+    fitted: str,
 ) -> list[str]:
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
@@ -637,9 +646,6 @@ def protocol(
         what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
         what = "scans (only their slices in the part)"
-    fitted = ""
-    if temperature is not None:
-        fitted = f" Temperature {temperature:.3f}, fitted on the validation scans."
     candidates = "what postprocessing left"
     if in_lungs(arguments.predictions):
         candidates = "every candidate"
@@ -703,10 +709,18 @@ def masks_made_by(predictions: Path) -> str:
     found = in_lungs(predictions)
     if found:
         used = config.from_json(config.Postprocess, found["settings"])
+        how = postprocess.settings_text(used)
+        if "reduction" in found:
+            kept = config.from_json(config.Postprocess, found["reduction"])
+            how = (
+                f"outlined from {used.threshold:g} on, candidates from {kept.threshold:g}, at "
+                f"least {kept.min_volume_mm3:g} mm3, and a probability of both networks "
+                f"together of {kept.min_score:g}"
+            )
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "
-            f"{found['passes']} pass(es); {postprocess.settings_text(used)}."
+            f"{found['passes']} pass(es); {how}."
         )
     path = predictions / postprocess.RECORD
     if not path.exists():
@@ -751,6 +765,8 @@ def number(value: float) -> str:
 
 
 def bounds(interval: Interval) -> str:
+    if np.isnan(interval.value):
+        return "-"
     if np.isnan(interval.low):
         return "one patient"
     return f"{interval.low:.3f} to {interval.high:.3f}"

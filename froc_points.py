@@ -33,7 +33,8 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
     Args:
         path: nodules.csv, or candidates.csv.
         scan: The scan they were found in.
-        shared: Rows of other scans stand in the file too, and are passed over.
+        shared: Rows of other scans stand in the file too, and are passed over; and of
+            candidates that became one nodule the first counts, the most probable.
 
     Returns:
         (n, 4) LPS x, y, z in mm and score.
@@ -58,9 +59,12 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
             )
         point = [finite(row[name], f"{where}: {name}") for name in COLUMNS]
         check_inside(point, scan, where)
+        nodule = ("nodule_id", row.get("nodule_id"))
+        if shared and nodule in first_line:
+            continue
         marks: list[tuple[str, Any]] = [("place and score", tuple(point))]
         if row.get("nodule_id"):
-            marks.append(("nodule_id", row["nodule_id"]))
+            marks.append(nodule)
         for mark in marks:
             if mark in first_line:
                 raise ScanError(
@@ -123,9 +127,18 @@ def check_inside(point: list[float], scan: Scan, where: str) -> None:
 def warn_of_unknown_cases(path: Path, known: Collection[str]) -> None:
     """Warns of rows whose case is none of the predictions'; they count nowhere.
 
+    And if there is no such file, since then there is no FROC.
+
     Raises:
         ScanError: If the file has no column case_id.
     """
+    if not path.exists():
+        log.warning(
+            "%s is missing: no FROC. It was written by a version without candidates; run "
+            "infer.py again",
+            path,
+        )
+        return
     for line, row in rows_of(path, ("case_id",)):
         if row["case_id"] not in known:
             log.warning(

@@ -50,8 +50,8 @@ class Candidate:
         score: As of `FoundNodule`.
         score_std: Standard deviation of the score; None of one pass and no classifier.
         max_prob: Largest probability of the 3-D network.
-        nodule_id: Of the nodule it became; 0 if its score was too low, or another
-            candidate has the same outline.
+        nodule_id: Of the nodule it became, or became a part of; 0 if its score was too
+            low.
     """
 
     centre_zyx: tuple[float, float, float]
@@ -158,11 +158,12 @@ class NoduleFinder:
         labels, every = self.candidates(scan, maps)
         reported = sum(candidate.score >= self.min_score for candidate in every)
         labels[labels > reported] = 0
-        kept = list(range(reported))
+        became = list(range(1, reported + 1))
         low, high = PIXEL_MM
         known = all(low <= step <= high for step in scan.spacing_mm[1:])
         if reported and known and self.seeded is not None:
-            labels, kept = outlined(scan.hu, labels, self.seeded)
+            labels, became = outlined(scan.hu, labels, self.seeded)
+        kept = [became.index(n) for n in range(1, max(became, default=0) + 1)]
         chances = np.array([(every[k].score, every[k].max_prob) for k in kept])
         nodules = measure_nodules(
             labels, chances.reshape(-1, 2), scan.grid, lung=scan.lung, hu=scan.hu
@@ -171,7 +172,7 @@ class NoduleFinder:
             replace(nodule, score_std=every[k].score_std)
             for nodule, k in zip(nodules, kept, strict=True)
         ]
-        for nodule_id, k in enumerate(kept, start=1):
+        for k, nodule_id in enumerate(became):
             every[k] = replace(every[k], nodule_id=nodule_id)
         return Found(labels, nodules, every)
 
@@ -193,9 +194,8 @@ class NoduleFinder:
             (z, y, x) labels, and the candidates in their order, by falling score.
         """
         if self.classifier is None:
-            labels, chances = label_nodules(
-                maps.mean, scan.grid, self.settings, lung=scan.lung
-            )
+            every = replace(self.settings, min_score=0.0)
+            labels, chances = label_nodules(maps.mean, scan.grid, every, lung=scan.lung)
         else:
             every = replace(self.classifier.postprocess, min_score=0.0)
             prob = candidate_map(maps.mean, every, self.settings.threshold)
@@ -262,7 +262,7 @@ def outlined(
         seeded: A `PatchPredictor`, or what outlines like one.
 
     Returns:
-        The new labels 1 to m, and which of the n nodules they are, counted from 0.
+        The new labels 1 to m, and which of them each of the n nodules became.
     """
     from scipy.ndimage import find_objects
 
@@ -328,7 +328,7 @@ def dilated(mask: np.ndarray) -> np.ndarray:
 def renumbered(
     labels: np.ndarray, sizes: Counter[int], shared: dict[int, Counter[int]]
 ) -> tuple[np.ndarray, list[int]]:
-    """Labels without those that are one with another; and which they are, from 0.
+    """Labels without those that are one with another; and what each became.
 
     Args:
         labels: (z, y, x) labels; some may have lost all voxels to others.
@@ -347,4 +347,4 @@ def renumbered(
     new = np.zeros(max(sizes) + 1, labels.dtype)
     for label, first in root.items():
         new[label] = kept.index(first) + 1
-    return new[labels], [label - 1 for label in kept]
+    return new[labels], new[sorted(root)].tolist()

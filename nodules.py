@@ -51,8 +51,9 @@ class FoundNodule:
 
     Attributes:
         nodule_id: Its value in the mask; 1 has the highest score.
-        score: Mean probability of its voxels.
-        score_std: Mean standard deviation of its voxels over passes; None of one pass.
+        score: Mean probability of its voxels; of a `NoduleFinder` see `Found`.
+        score_std: Mean standard deviation of its voxels over passes, None of one pass; of
+            a `NoduleFinder` see `Candidate`.
         max_prob: Largest probability.
         centre_zyx: Centre of mass in voxels of the canonical array.
         volume_mm3: Voxels times voxel volume.
@@ -409,7 +410,7 @@ def axes_mm(
     As they are measured for RECIST: both are straight lines within the nodule. A line that
     leaves it does not count, so of a crescent neither is the distance of its tips, nor does
     either bridge two parts. pylidc's `diameter` has no such rule; of convex nodules it is
-    the same. "Across" is perpendicular within half a pixel.
+    the same. "Across" is perpendicular within half a pixel; the two need not cross.
 
     Lines run between the middles of the outer pixel edges, so that a row of n pixels is n
     pixels long, and one pixel as long and wide as it is; pixel centres would make it n - 1,

@@ -132,7 +132,7 @@ def postprocess(
             f"values run from {low:g} to {high:g}; expected probabilities of 0 to 1, or a "
             "mask or labels of a whole-number type"
         )
-    prob = marked.astype(np.float32) if is_map else (marked > 0).astype(np.float32)
+    prob = marked.astype(np.float32) if is_map else np.ones(marked.shape, np.float32)
     labels, chances = label_nodules(
         prob, grid, settings, lung=lung, marked=None if is_map else marked
     )

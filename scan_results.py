@@ -52,7 +52,7 @@ MAPS = LABELS | OF_PASSES | OF_NODULES
 """What is written into the folder of a scan: always, unless only labels are asked for, and
 where nodules were looked for."""
 FORMAT_VERSION = 2
-"""Of lungs.json; 2: with candidates.csv."""
+"""Of lungs.json; with nodules 2, since there is candidates.csv, without 1."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Results:
         self.save_as: SaveAs = save_as
         self.names = LABELS | (OF_PASSES if save_as == "nifti" else set())
         self.names |= OF_NODULES if made_by.get("nodules") else set()
-        made_by = {"format_version": FORMAT_VERSION, "save_as": save_as, **made_by}
+        version = FORMAT_VERSION if made_by.get("nodules") else 1
+        made_by = {"format_version": version, "save_as": save_as, **made_by}
         path = folder / RECORD
         if path.exists():
             found = read_record(path)
@@ -138,7 +139,7 @@ class Results:
         What a call wrote that was killed before it listed it is not foreign.
         """
         path = self.path(pid)
-        if pid in self.rows or not path.exists():
+        if pid in self.rows or not path.exists() or self.started(pid).exists():
             return ""
         if path.is_dir() and {file.name for file in path.iterdir()} <= MAPS:
             return ""
@@ -146,6 +147,10 @@ class Results:
             f"{path.name} exists in {self.folder.name} and is not infer.py's; choose "
             "another --result_dir"
         )
+
+    def started(self, pid: str) -> Path:
+        """A file that is there while a scan's results are written."""
+        return self.folder / f".{pid}.started"
 
     def number_of_nodules(self, pid: str) -> int:
         return len(self.tables[NODULES].get(pid, ()))
@@ -168,6 +173,7 @@ class Results:
             found: Its nodules; None where none were looked for.
         """
         path = self.path(scan.scan_id)
+        self.started(scan.scan_id).touch()
         if self.save_as == "nnunet":
             shown = labels if found is None else found.labels
             write_volume(path, shown, scan.grid, scan.source_grid)
@@ -190,6 +196,7 @@ class Results:
         # Last: it marks the scan as done.
         self.rows[row.pid] = row
         write_table(self.folder / TABLE, list(self.rows.values()))
+        self.started(row.pid).unlink()
 
 
 def read_record(path: Path) -> dict[str, Any]:

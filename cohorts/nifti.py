@@ -458,12 +458,12 @@ def _volumes_by_stem(folder: Path) -> dict[str, Path]:
     volumes = sorted(
         p for p in folder.iterdir() if is_volume(p) and not p.name.startswith(".")
     )
+    _refuse_channels(volumes)
     by_stem: dict[str, Path] = {}
     for path in volumes:
-        if stem(path) in by_stem or stem(path).endswith("_0001"):
+        if stem(path) in by_stem:
             raise ValueError(
-                f"{path}: a second volume of case {stem(path).removesuffix('_0001')}; "
-                "expected one channel, CT"
+                f"{path}: a second volume of case {stem(path)}; expected one channel, CT"
             )
         by_stem[stem(path)] = path
     return by_stem

@@ -44,6 +44,24 @@ def test_a_temperature_by_hand():
     assert 0.999 < calibration.with_temperature(np.array([1.0]), 1.0)[0] < 1
 
 
+def test_a_map_that_is_right_has_temperature_1_whatever_lies_below_the_least():
+    rng = np.random.default_rng(1)
+    logit = np.concatenate([rng.normal(-7, 1, 200_000), rng.normal(0, 2, 20_000)])
+    prob = 1 / (1 + np.exp(-logit))
+    drawn_by_one = (rng.uniform(size=prob.size) < prob).astype(float)
+    counts = metrics.reliability_counts(
+        prob, drawn_by_one, bins=calibration.FINE_BINS, least=0.01
+    )
+    assert calibration.fit_temperature(counts) == pytest.approx(1, abs=0.03)
+
+
+def test_without_an_inner_optimum_there_is_no_temperature():
+    nothing = np.zeros((calibration.FINE_BINS, 3))
+    assert calibration.fit_temperature(nothing) is None
+    certain = drawn(np.full(50, 0.9), np.ones(50))
+    assert calibration.fit_temperature(certain) is None
+
+
 def test_scaling_moves_voxels_and_keeps_them(shares):
     counts = drawn(sure(shares, 2.0), shares)
     np.testing.assert_array_equal(calibration.scaled(counts, 1.0), counts)

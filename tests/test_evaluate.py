@@ -147,10 +147,10 @@ def test_a_nodule_of_luna16_without_a_place_is_a_failure_of_its_scan(scan, tmp_p
     assert failure.reason == "scan scan-000: nodules of scan-000 hold NaN or infinity"
 
 
-def write_shared(folder, rows):
+def write_shared(folder, rows, **more):
     """The predictions as infer.py writes them beside lungs: one table for all scans."""
     record = {"settings": config.to_json(config.Postprocess()), "passes": 1}
-    record |= {"weights_sha256": ["c" * 64]}
+    record |= {"weights_sha256": ["c" * 64], **more}
     text = json.dumps({"save_as": "nifti", "nodules": record})
     (folder / scan_results.RECORD).write_text(text)
     write_found(folder / scan_results.CANDIDATES, rows)
@@ -168,6 +168,38 @@ def test_a_row_of_no_scan_is_warned_of_and_does_not_count(scan, tmp_path, caplog
     assert not report.failures
     assert "line 6: case_id 'scan-9' is no scan of the predictions" in caplog.text
     assert scores["CPM (mean of these)"]["interval"]["value"] == 1
+
+
+def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
+    write_predictions(tmp_path, [scan])
+    first, second = found_in(scan)
+    beside = {"z_lps_mm": second["z_lps_mm"] + 15.0, "score": 0.8}
+    rows = [first, second, second | beside]
+    rules = config.to_json(config.Postprocess(threshold=0.1, min_score=0.87))
+    write_shared(tmp_path / "predictions", rows, reduction=rules)
+    report, scores = evaluated(tmp_path)
+    assert not report.failures
+    assert scores["CPM (mean of these)"]["interval"]["value"] == 1
+    text = (tmp_path / "scores/scores.md").read_text()
+    assert "candidates from 0.1, at least 14 mm3" in text
+    assert "both networks together of 0.87" in text
+    # As a candidate of its own it is a false positive.
+    table_path = tmp_path / "predictions" / scan_results.CANDIDATES
+    write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])
+    _, scores = evaluated(tmp_path)
+    assert (
+        scores["Sensitivity at 0.125 false positives per scan"]["interval"]["value"]
+        == 1
+    )
+
+
+def test_predictions_of_before_candidates_have_no_froc(scan, tmp_path, caplog):
+    write_predictions(tmp_path, [scan])
+    write_shared(tmp_path / "predictions", found_in(scan))
+    (tmp_path / "predictions" / scan_results.CANDIDATES).unlink()
+    _, scores = evaluated(tmp_path)
+    assert "CPM (mean of these)" not in scores
+    assert "candidates.csv is missing: no FROC" in caplog.text
 
 
 def test_a_bad_row_of_a_shared_table_is_a_failure_of_its_scan_alone(scan, tmp_path):
@@ -269,7 +301,7 @@ def test_a_temperature_is_fitted_on_validation_and_told_on_test(scan, tmp_path):
         json.loads((tmp_path / "scores/scores.json").read_text())["protocol"]
     )
     (temperature,) = re.findall(
-        r"Temperature (\S+), fitted on the validation scans", facts
+        r"Temperature (\S+), fitted on 1 of 1 validation scan", facts
     )
     counts = calibration.histogram(
         tmp_path / "predictions/scan-000/prob.nii.gz",

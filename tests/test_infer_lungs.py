@@ -847,6 +847,29 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert "trained-on" in predictions["training_patients"]
 
 
+def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tmp_path):
+    source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
+    lungs = replace(WITHOUT_SKIN, save_as="nnunet")
+    infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    assert {path.name for path in out.iterdir()} == {
+        "chest.nii.gz",
+        "lungs.csv",
+        "lungs.json",
+        "predictions.json",
+    }
+    # Killed before it was listed.
+    lines = (out / "lungs.csv").read_text().splitlines(keepends=True)
+    (out / "lungs.csv").write_text(lines[0])
+    (out / ".chest.started").touch()
+    infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    assert rows_of(out).keys() == {"chest"}
+    assert not (out / ".chest.started").exists()
+    # Without that mark it is another's.
+    (out / "lungs.csv").write_text(lines[0])
+    report = infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    assert "is not infer.py's" in report.failures[0].reason
+
+
 def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
     run, nodule_run, reduction_run, volume, tmp_path
 ):

@@ -49,18 +49,18 @@ def found_in(hu, *places):
 
 
 def outlined_by_discs(hu, labels):
-    result, kept = outlined(hu, labels, Discs())
+    result, became = outlined(hu, labels, Discs())
     assert result.dtype == labels.dtype
-    assert set(np.unique(result)) - {0} == set(range(1, len(kept) + 1))
-    return result, kept
+    assert set(np.unique(result)) - {0} == set(became)
+    return result, became
 
 
 def test_outlines_grow_to_what_the_seeded_network_sees_in_the_slices_found():
     hu = lung_with(((6, 70, 80), 5))
     labels = found_in(hu, ((6, 70, 80), 1))
     seeded = Discs()
-    result, kept = outlined(hu, labels, seeded)
-    assert kept == [0]
+    result, became = outlined(hu, labels, seeded)
+    assert became == [1]
     assert seeded.patches.shape == (3, nodule_finder.PATCH_PX, nodule_finder.PATCH_PX)
     # The nodule lies in the middle of each patch.
     assert (seeded.patches[:, 64, 64] == 40).all()
@@ -116,8 +116,8 @@ def test_two_finds_with_one_outline_are_one_nodule():
     labels[6, 68:70, 78:80] = 1
     labels[6, 72:74, 82:84] = 2
     labels[6, 20:24, 20:24] = 3
-    result, kept = outlined_by_discs(hu, labels)
-    assert kept == [0, 2]
+    result, became = outlined_by_discs(hu, labels)
+    assert became == [1, 1, 2]
     assert ((result == 1)[6] == (hu[6] > -300)).all()
     assert (result[6, 20:24, 20:24] == 2).all()
 
@@ -126,20 +126,20 @@ def test_a_find_whose_outline_others_share_among_them_is_not_lost():
     sizes = Counter({1: 100, 2: 100, 3: 40})
     shared = {1: Counter(), 2: Counter(), 3: Counter({1: 19, 2: 18})}
     labels = np.repeat(np.array([1, 2, 3], np.uint8), (100, 100, 3)).reshape(1, 1, -1)
-    result, kept = renumbered(labels, sizes, shared)
-    assert kept == [0, 1, 2]
+    result, became = renumbered(labels, sizes, shared)
+    assert became == [1, 2, 3]
     np.testing.assert_array_equal(result, labels)
     # With nothing left it belongs to the one that has most of it.
-    result, kept = renumbered(labels[..., :200], sizes, shared)
-    assert kept == [0, 1]
+    result, became = renumbered(labels[..., :200], sizes, shared)
+    assert became == [1, 2, 1]
     np.testing.assert_array_equal(result, labels[..., :200])
 
 
 def test_neighbours_that_only_touch_stay_two():
     hu = lung_with(((6, 70, 60), 6), ((6, 70, 74), 6))
     labels = found_in(hu, ((6, 70, 60), 3), ((6, 70, 74), 3))
-    result, kept = outlined_by_discs(hu, labels)
-    assert kept == [0, 1]
+    result, became = outlined_by_discs(hu, labels)
+    assert became == [1, 2]
     np.testing.assert_array_equal((result > 0)[6], hu[6] > -300)
 
 
@@ -163,8 +163,8 @@ def test_more_than_255_nodules_are_told_apart():
                 hu[z, y : y + 3, x : x + 3] = 40
                 labels[z, y : y + 3, x : x + 3] = number
     assert number > 300
-    result, kept = outlined_by_discs(hu, labels)
-    assert len(kept) == number
+    result, became = outlined_by_discs(hu, labels)
+    assert became == list(range(1, number + 1))
     np.testing.assert_array_equal(result, labels)
 
 

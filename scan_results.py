@@ -103,7 +103,8 @@ class Results:
         if path.exists():
             found = read_record(path)
             changed = differing(found, made_by)
-            if changed.keys() == {"nodules"} and not replaced:
+            others = changed.keys() - {"format_version"}
+            if others == {"nodules"} and not replaced:
                 before = "by another run, or other settings of it"
                 raise ValueError(
                     f"{path}: nodules were looked for "

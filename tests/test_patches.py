@@ -228,8 +228,10 @@ def test_scores_stand_beside_those_of_the_readers(work):
     scores = json.loads((work / "scores/scores.json").read_text())["scores"]
     names = [line["name"] for line in scores]
     assert "Dice with the 50 % consensus, nodules of 3 or more readers" in names
-    (ece,) = [line for line in scores if line["name"].startswith("Calibration")]
-    assert 0 <= ece["interval"]["value"] < 0.5
+    errors = [line for line in scores if line["name"].startswith("Calibration")]
+    # Validation was predicted too: a temperature is fitted on it.
+    assert len(errors) == 2
+    assert all(0 <= line["interval"]["value"] < 0.5 for line in errors)
 
 
 def readers_dice(radius):

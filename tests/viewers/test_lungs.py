@@ -123,7 +123,8 @@ def add_found(folder, scan, ids=(1, 2)):
         | {"case_id": "scan-1", "nodule_id": number, "side": "left", "score": "0.91"}
         for number in ids
     ]
-    scan_results.write_nodules(folder.parent, {"scan-1": rows})
+    path = folder.parent / scan_results.NODULES
+    scan_results.write_scan_rows(path, {"scan-1": rows})
     return found
 
 

@@ -54,7 +54,7 @@ PER_SCAN = {
     "hd95_mm": "HD95 (mm)",
     "surface_dice": "Surface Dice",
     "lung_dice": "Lung mask Dice",
-    "lung_inclusion": "Consensus nodule voxels inside the lung mask",
+    "lung_inclusion": "Consensus nodule voxels inside the scan file's lung mask",
 }
 """Columns of scores.csv that are averaged over scans, and their names in the tables."""
 
@@ -666,8 +666,9 @@ def protocol(
         f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus is all that "
         "any reader drew.",
         "Strata: diameter is the readers' mean, texture and subtlety their median rating "
-        "(texture 1 ground glass, 2 and 3 part-solid, 4 and 5 solid); the distance to the "
-        "pleura is that to the nearest voxel outside of lung mask and nodules.",
+        "(texture 1 ground glass, 2 and 3 part-solid, 4 and 5 solid; 3.5 counts as 3); the "
+        "distance to the pleura is that to the nearest voxel outside of the scan file's lung "
+        "mask and nodules.",
         seen,
         "Sensitivities at rates of false positives (FROC): hits and false positives are told "
         "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "

@@ -86,7 +86,7 @@ class Lungs:
     save_as: SaveAs = "nifti"
     """nifti: maps and mask on the source's grid; numpy: the same in one .npz per scan, in
     RAS order, no picture; nifti-labels: masks and picture, no maps; nnunet: PID.nii.gz with
-    the nodules' numbers, or without --nodules the lungs, and the tables."""
+    the nodules' numbers, or with --nodules None the lungs, and the tables."""
     precision: Precision = "float32"
     """mixed_bfloat16 is faster on CPUs that have it (AVX512_BF16, AMX)."""
     memory_gb: float = MEMORY_GB

@@ -466,7 +466,8 @@ def _inventory(identities: Sequence[Identity]) -> str:
     if not identities:
         return (
             "no DICOM file at all; expected CT images with DICM at byte 128 (NIfTI, NRRD "
-            "and other volumes, and CSV lists, need --cohort nifti)"
+            "and other volumes, and CSV lists, are read by infer.py and by preprocess.py "
+            "--cohort nifti)"
         )
     kinds = Counter(
         "damaged or without a SeriesInstanceUID of digits and dots"

@@ -519,18 +519,32 @@ class LinesWithin:
         return np.asarray(self.within[y, x].all(axis=0))
 
 
+def score_and_place(found: Any, scan: Scan) -> dict[str, str]:
+    """How sure and where, of a nodule or a candidate; columns of their tables."""
+    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(found.centre_zyx))
+    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
+    return numbers_text(
+        {
+            "score": found.score,
+            "score_std": found.score_std,
+            "max_prob": found.max_prob,
+            "x_lps_mm": x_mm,
+            "y_lps_mm": y_mm,
+            "z_lps_mm": z_mm,
+        }
+    )
+
+
+def numbers_text(numbers: dict[str, float | None]) -> dict[str, str]:
+    """Numbers as tables hold them; "" for None."""
+    return {name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()}
+
+
 def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
     """One row of nodules.csv."""
     centre_ras_mm = scan.grid.index_to_ras_mm(np.array(nodule.centre_zyx))
-    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
     i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
     numbers = {
-        "score": nodule.score,
-        "score_std": nodule.score_std,
-        "max_prob": nodule.max_prob,
-        "x_lps_mm": x_mm,
-        "y_lps_mm": y_mm,
-        "z_lps_mm": z_mm,
         "i_source": i,
         "j_source": j,
         "k_source": k,
@@ -541,12 +555,12 @@ def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
         "mean_hu": nodule.mean_hu,
         "pleura_distance_mm": nodule.pleura_distance_mm,
     }
-    row = {name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()}
     return {
         "case_id": scan.scan_id,
         "series_uid": scan.series_uid,
         "nodule_id": nodule.nodule_id,
         "z_slice": round(nodule.centre_zyx[0]),
         "side": nodule.side,
-        **row,
+        **score_and_place(nodule, scan),
+        **numbers_text(numbers),
     }

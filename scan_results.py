@@ -14,9 +14,9 @@ import config
 import files
 import overview
 import provenance
-from geometry import Grid, flip_xy
+from geometry import Grid
 from nodule_finder import Candidate, Found
-from nodules import NODULE_COLUMNS, nodule_row
+from nodules import NODULE_COLUMNS, nodule_row, score_and_place
 from postprocess import write_rows
 from scan import Scan
 from volume_io import write_volume
@@ -28,18 +28,8 @@ FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
 
 TABLE, RECORD = "lungs.csv", "lungs.json"
 NODULES, CANDIDATES = "nodules.csv", "candidates.csv"
-CANDIDATE_COLUMNS = (
-    "case_id",
-    "series_uid",
-    "nodule_id",
-    "score",
-    "score_std",
-    "max_prob",
-    "x_lps_mm",
-    "y_lps_mm",
-    "z_lps_mm",
-)
-"""Columns of candidates.csv; docs/layout.md says what each holds."""
+CANDIDATE_COLUMNS = NODULE_COLUMNS[: NODULE_COLUMNS.index("z_lps_mm") + 1]
+"""Columns of candidates.csv: who, how sure, and where, as of a nodule."""
 COLUMNS = {NODULES: NODULE_COLUMNS, CANDIDATES: CANDIDATE_COLUMNS}
 
 ScanRows = dict[str, list[dict[str, Any]]]
@@ -382,21 +372,11 @@ def write_scan_rows(path: Path, rows: ScanRows) -> None:
 
 def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
     """One row of candidates.csv."""
-    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(candidate.centre_zyx))
-    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
-    numbers = {
-        "score": candidate.score,
-        "score_std": candidate.score_std,
-        "max_prob": candidate.max_prob,
-        "x_lps_mm": x_mm,
-        "y_lps_mm": y_mm,
-        "z_lps_mm": z_mm,
-    }
     return {
         "case_id": scan.scan_id,
         "series_uid": scan.series_uid,
         "nodule_id": candidate.nodule_id or "",
-        **{name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()},
+        **score_and_place(candidate, scan),
     }
 
 

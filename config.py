@@ -148,6 +148,9 @@ class Batches:
     """Share of training rows drawn from slices with a nodule; 0 takes rows as they are. Of
     volumes with crop=nodule, the share of crops near one; the others are `lung`. With
     crop=candidate, the share that are of one."""
+    real_fraction: float = 0.0
+    """Of volumes, the share of training samples from scans that are no phantoms, where
+    there are both; 0 draws every scan as often as any other."""
 
     def __post_init__(self) -> None:
         size = self.input_px
@@ -160,6 +163,9 @@ class Batches:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         share = self.nodule_fraction
         require(0 <= share <= 1, "nodule_fraction", share, "0 to 1")
+        real = self.real_fraction
+        fits = real == 0 or (0 < real < 1 and len(size) == 3)
+        require(fits, "real_fraction", real, "0, or below 1 of volumes")
         of_readers = self.target == "nodule" and len(size) == 2
         plain = self.reference == "consensus"
         require(plain or of_readers, "reference", self.reference, "consensus here")

@@ -641,7 +641,7 @@ def protocol(
 ) -> list[str]:
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
-    what = "whole scans"
+    what = "whole scan" if len(rows) == 1 else "whole scans"
     if not any(row["whole"] for row in rows):
         what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
@@ -651,7 +651,8 @@ def protocol(
         candidates = "every candidate"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
-        f"{len(rows)} {what} of {len(patients)} patients, part {arguments.part}.",
+        f"{len(rows)} {what} of {len(patients)} "
+        f"{'patient' if len(patients) == 1 else 'patients'}, part {arguments.part}.",
         f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
         f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
         f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "

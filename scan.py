@@ -37,6 +37,9 @@ RIGHT, LEFT = 1, 2
 AIR_HU = -1024
 """Value outside the body and outside the field of view."""
 
+PHANTOM = "PHANTOM-"
+"""How the patient ids of phantoms begin; no patient is called so."""
+
 
 class ScanError(ValueError):
     """A series cannot be used; the message says which, what was found and expected."""

@@ -29,14 +29,15 @@ from batching import (
     usable,
 )
 from boxes import Box, Crop
-from scan import consensus
+from scan import PHANTOM, consensus
 from slice_table import SliceTable
 
-CACHE_BYTES = 2**30
-"""Most memory for volumes that are kept after use: two hundred chests at 3 mm."""
+CACHE_BYTES = 2**32
+"""Most memory for volumes that are kept after use: a hundred chests at 1.5 mm."""
 
-CANDIDATES_CACHE_BYTES = 2**31
-"""The same for candidates, of which a batch holds many: fifty chests at 1.5 mm."""
+LEAST_VOXELS = 4
+"""Crops are laid around parts of nodules of at least so many voxels: what is left of smaller
+ones after a turn is hardly a nodule."""
 
 DENSE_HU = -500
 """From here on a voxel in the lungs is no air: vessels, airway walls, the pleura, nodules."""
@@ -66,7 +67,7 @@ class Volume:
         hu: (z, y, x) int16.
         marks: (z, y, x) uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
         lung_box: Around the lungs; None without lungs.
-        nodule_boxes: Around each connected part of a nodule target.
+        nodule_boxes: Around the connected parts of a nodule target; see `nodule_boxes`.
         dense: Flat indices of dense voxels in the lungs, of all and of inner ones; of
             volumes for candidates.
     """
@@ -153,6 +154,8 @@ class VolumeGenerator(Generator):
     ) -> None:
         self.table = table
         self.scans = usable_scans(table, scans, batches)
+        patients = table.scans["patient_id"][self.scans].tolist()
+        self.phantoms = np.array([name.startswith(PHANTOM) for name in patients], bool)
         self.each = CANDIDATES_PER_SCAN if batches.crop == "candidate" else 1
         own = len(self.scans) * self.each
         self.samples = steps_per_epoch * batches.batch_size or own
@@ -167,22 +170,21 @@ class VolumeGenerator(Generator):
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        most = CANDIDATES_CACHE_BYTES if self.each > 1 else CACHE_BYTES
-        self.cache = VolumeCache(table, batches, most)
+        self.cache = VolumeCache(table, batches)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Scans of all batches of an epoch, each as often as any other or once more."""
+        """Scans of all batches of an epoch; see `drawn_scans`."""
         each, count = self.each, len(self.scans)
         visits = -(-self.samples // each)
         if not self.shuffle:
             spread = np.arange(visits)
             spread = spread % count if visits >= count else spread * count // visits
             return self.scans[spread].repeat(each)[: self.samples]
-        orders = []
-        for turn in range(-(-visits // len(self.scans))):
-            rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch, turn))
-            orders.append(rng.permutation(self.scans))
-        return np.concatenate(orders)[:visits].repeat(each)[: self.samples]
+        rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch))
+        visited = drawn_scans(
+            self.scans, self.phantoms, visits, self.batches.real_fraction, rng
+        )
+        return visited.repeat(each)[: self.samples]
 
     def sample(
         self, row: int, rng: np.random.Generator
@@ -301,6 +303,37 @@ class VolumeGenerator(Generator):
         return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
 
 
+def drawn_scans(
+    scans: np.ndarray,
+    phantoms: np.ndarray,
+    count: int,
+    real_fraction: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Scans of an epoch in random order.
+
+    Args:
+        scans: (n,) indices, each drawn as often as any other of its kind, or once more.
+        phantoms: (n,) bool.
+        count: How many are drawn.
+        real_fraction: Share of those that are no phantoms, to the nearest scan; 0, or one
+            kind alone, makes one kind of all.
+        rng: Decides the order, and which are drawn once more.
+    """
+    kinds, counts = [scans], [count]
+    if real_fraction and 0 < phantoms.sum() < len(scans):
+        real = round(real_fraction * count)
+        kinds, counts = [scans[~phantoms], scans[phantoms]], [real, count - real]
+    drawn = [
+        np.concatenate([rng.permutation(kind) for _ in range(-(-most // len(kind)))])[
+            :most
+        ]
+        for kind, most in zip(kinds, counts, strict=True)
+        if most
+    ]
+    return drawn[0] if len(drawn) == 1 else rng.permutation(np.concatenate(drawn))
+
+
 def validation_of_volumes(
     table: SliceTable,
     scans: np.ndarray,
@@ -388,11 +421,15 @@ def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
-    """The box around each connected part of a (z, y, x) bool mask."""
+    """The boxes around connected parts of a (z, y, x) bool mask, of `LEAST_VOXELS` or more."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    return tuple(ndimage.find_objects(labels))
+    return tuple(
+        box
+        for number, box in enumerate(ndimage.find_objects(labels), start=1)
+        if np.count_nonzero(labels[box] == number) >= LEAST_VOXELS
+    )
 
 
 def usable_scans(

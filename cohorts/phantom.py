@@ -34,7 +34,7 @@ from cohorts.phantom_anatomy import Body, Chest, Mesh
 from cohorts.phantom_nodules import PlacedNodule, Reading
 from geometry import Grid
 from outlines import READERS, diameter_mm, volume_mm3
-from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, write_scan
+from scan import AIR_HU, LEFT, PHANTOM, RIGHT, Annotation, Nodule, Scan, write_scan
 
 FORMAT = 3
 """Part of every UID: raised when the same seed makes another phantom than before."""
@@ -145,7 +145,7 @@ class Phantom:
 
 
 def patient_id(seed: int) -> str:
-    return f"PHANTOM-{seed:04}"
+    return f"{PHANTOM}{seed:04}"
 
 
 def series_uid(seed: int, settings: Settings) -> str:

@@ -515,3 +515,45 @@ def test_candidates_validate_the_same_in_each_epoch_on_scans_spread_over_all(tab
 def test_candidates_of_slices_are_refused():
     with pytest.raises(ValueError, match="crop is candidate"):
         config.Batches(crop="candidate")
+
+
+def test_crops_are_laid_around_parts_of_four_voxels_or_more():
+    mask = np.zeros((6, 8, 8), bool)
+    mask[1, 1, 1:4] = True  # three voxels
+    mask[3, 4:6, 4:6] = True  # four
+    mask[5, 7, 7] = True
+    assert volumes.nodule_boxes(mask) == ((slice(3, 4), slice(4, 6), slice(4, 6)),)
+
+
+def test_scans_are_drawn_alike_or_by_the_share_of_real_ones():
+    scans = np.array([4, 5, 6, 7, 9])
+    phantoms = np.array([True, True, False, True, True])
+
+    def counts(fraction, kinds=phantoms):
+        rng = np.random.default_rng(0)
+        drawn = volumes.drawn_scans(scans, kinds, 22, fraction, rng)
+        return dict(zip(*np.unique(drawn, return_counts=True), strict=True))
+
+    assert sorted(counts(0.0).values()) == [4, 4, 4, 5, 5]
+    assert counts(0.5)[6] == 11
+    assert sorted(counts(0.5).values()) == [2, 3, 3, 3, 11]
+    assert counts(0.5, np.ones(5, bool)) == counts(0.0)
+
+
+def test_a_generator_tells_phantoms_from_patients(tmp_path):
+    for index, patient in enumerate(("PHANTOM-0001", "PHANTOM-0002", "A")):
+        scan = replace(tiny_scan(index), patient_id=patient)
+        write_scan(scan, tmp_path / "scans" / f"{scan.scan_id}.h5", {})
+    settings = config.Table(slices="none", volume_spacing_mm=SPACING_MM)
+    write_table(tmp_path / "scans", tmp_path / "table.h5", settings)
+    with SliceTable(tmp_path / "table.h5") as table:
+        mixed = training(table, replace(LUNGS, real_fraction=0.75), steps_per_epoch=4)
+        real = int(np.flatnonzero(table.scans["patient_id"] == "A")[0])
+        assert mixed.order_of_epoch(0).tolist().count(real) == 6
+        assert mixed.order_of_epoch(0).tolist() != mixed.order_of_epoch(1).tolist()
+
+
+@pytest.mark.parametrize("size, share", [((8, 8, 8), 1.0), ((8, 8), 0.5)])
+def test_the_share_of_real_scans_is_checked(size, share):
+    with pytest.raises(ValueError, match="real_fraction"):
+        config.Batches(input_px=size, real_fraction=share)

@@ -390,9 +390,10 @@ class Train:
 class Postprocess:
     """From a probability map to nodules."""
 
-    method: Literal["fixed", "kmeans", "tuned"] = "tuned"
+    method: Literal["fixed", "kmeans", "expected_dice", "tuned"] = "tuned"
     """fixed: `threshold`; kmeans: between the two clusters of the map, as in the thesis;
-    tuned: the values that postprocess.py found best on the validation part."""
+    expected_dice: where Dice can be expected to be highest, of maps whose values are
+    chances; tuned: the values that postprocess.py found best on the validation part."""
     threshold: float = 0.5
     erosion_px: int = 0
     """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
@@ -407,6 +408,9 @@ class Postprocess:
     min_score: float = 0.0
     """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
+    largest_only: bool = False
+    """Of what is left keep the component with the largest sum of probability: where there is
+    one nodule, as in patches around it."""
     within_lung: bool = True
     """Keep components of which at least half lies in the lung mask. They are kept whole:
     the mask may lack the outer part of a nodule at the pleura."""

@@ -445,7 +445,7 @@ class SeededPredictor:
                 f"scan {scan.scan_id} is a whole one, and the run outlines nodules in the "
                 "middle of patches; see infer.segment_patches, or use another run"
             )
-        return self.predictor.probability(scan.hu)
+        return self.predictor.nodule_probability(scan.hu)
 
 
 def segment_patches(
@@ -467,7 +467,8 @@ def segment_patches(
 
     Returns:
         (n, y, x) float32: of weights trained on votes, the share of readers that would draw
-        the pixel. With those that ship, the nodule is what has 0.43 or more.
+        the pixel. The nodule is what reaches `nodules.expected_dice_threshold` of all its
+        slices together, 0.4 or so.
 
     Raises:
         FileNotFoundError: If there is no such run.

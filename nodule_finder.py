@@ -21,7 +21,13 @@ import postprocess
 import runs
 from candidates import CandidateClassifier, candidate_map
 from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
-from nodules import FoundNodule, components, label_nodules, measure_nodules
+from nodules import (
+    FoundNodule,
+    components,
+    expected_dice_threshold,
+    label_nodules,
+    measure_nodules,
+)
 from patches import PatchPredictor
 from runs import Precision
 from scan import Scan, ScanError
@@ -252,7 +258,8 @@ def outlined(
     """The nodules as a seeded network outlines them, in the slices they were found in.
 
     Around the middle of each nodule in each of its slices a patch is cut out. Of what the
-    network outlines there counts what touches, or nearly, what was found; what it does
+    network outlines, from the threshold on at which Dice is expected to be highest over the
+    slices of the nodule, there counts what touches, or nearly, what was found; what it does
     not come near stays as it was found. Pixels of two outlines are those of the higher
     score, and where they are mostly the same, the two nodules are one.
 
@@ -280,7 +287,10 @@ def outlined(
             for (_, z), start in zip(places, starts, strict=True)
         ]
     )
-    masks = seeded.probability(patches) >= seeded.threshold
+    prob = seeded.probability(patches)
+    owner = np.array([label for label, _ in places])
+    limits = {n: expected_dice_threshold(prob[owner == n]) for n in set(owner.tolist())}
+    masks = [image >= limits[n] for image, (n, _) in zip(prob, places, strict=True)]
     result = np.zeros_like(labels)
     sizes: Counter[int] = Counter()
     shared: dict[int, Counter[int]] = {}

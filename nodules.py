@@ -41,6 +41,10 @@ NODULE_COLUMNS = (
 )
 """Columns of nodules.csv; docs/layout.md says what each holds."""
 
+LEAST_CHANCE = 0.02
+"""Lower probabilities are none: of a patch's 16,000 pixels, 0.005 each would be a nodule of 80
+pixels where none is."""
+
 PLEURA_MARGIN_MM = 20.0
 """How far around a nodule the pleura is looked for at first."""
 
@@ -161,6 +165,8 @@ def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
     """
     if settings.method == "kmeans":
         return np.float32(kmeans_threshold(prob))
+    if settings.method == "expected_dice":
+        return expected_dice_threshold(prob)
     return np.float32(settings.threshold)
 
 
@@ -191,6 +197,31 @@ def kmeans_threshold(prob: np.ndarray) -> float:
     # Least spread within the clusters is largest spread between them.
     best = np.argmax(below * above * (centre_high - centre_low) ** 2)
     return float(centre_low[best] + centre_high[best]) / 2 / PROBABILITY_STEPS
+
+
+def expected_dice_threshold(prob: np.ndarray) -> np.float32:
+    """The threshold at which Dice is expected to be highest.
+
+    If pixel i is nodule with the chance p_i, the mask {p >= t} and the nodule share the sum
+    of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) / (pixels in the mask
+    + sum(p_i)). The best t is half of the best value: below 0.5, and the lower, the less
+    sure the map is of its nodule. One fixed threshold draws faint nodules too small.
+
+    Args:
+        prob: Chances, any shape. Those below `LEAST_CHANCE` are taken for 0.
+
+    Returns:
+        The threshold, a value of the map; infinity if none is as large as `LEAST_CHANCE`.
+
+    Reference: Lipton et al. 2014, theorem 1 (F1, which is Dice).
+    """
+    chances = prob[prob >= np.float32(LEAST_CHANCE)]
+    if not chances.size:
+        return np.float32(np.inf)
+    falling = np.sort(chances)[::-1]
+    shared = np.cumsum(falling, dtype=np.float64)
+    pixels = np.arange(1, len(falling) + 1)
+    return falling[np.argmax(shared / (pixels + shared[-1]))]
 
 
 def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
@@ -271,7 +302,7 @@ def _kept_components(
     """Labels of the components that stay, and every label's mean and largest probability.
 
     K-means splits noise as well as nodules, so its components need one voxel that
-    reaches the fixed threshold; for the other methods each voxel does.
+    reaches the fixed threshold. So do masks that were given.
     """
     inside = parts > 0
     owners, chances = parts[inside], prob[inside]
@@ -282,8 +313,12 @@ def _kept_components(
     stays = sizes * grid.voxel_mm3 >= settings.min_volume_mm3
     stays &= sizes >= settings.min_voxels
     stays &= scores >= settings.min_score
-    stays &= (peaks >= np.float32(settings.threshold)) & (sizes > 0)
-    return np.flatnonzero(stays), scores, peaks
+    if settings.method != "expected_dice":
+        stays &= peaks >= np.float32(settings.threshold)
+    kept = np.flatnonzero(stays & (sizes > 0))
+    if settings.largest_only and len(kept):
+        kept = kept[[np.argmax((scores * sizes)[kept])]]
+    return kept, scores, peaks
 
 
 def measure_nodules(

@@ -2,7 +2,7 @@
 
 The middle of a patch is the seed: a click, a candidate. The network looks at the middle at the
 resolution of the patch; a nodule that reaches the border of what it sees is looked at again
-from twice as far.
+from twice as far, and one that lies off the middle of its slices from above its own middle.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,16 @@ import augment
 import boxes
 import config
 import runs
+from nodules import components, expected_dice_threshold
 
 BORDER_PX = 2
 """A nodule as near as this to the border of what was seen may go on beyond it."""
 
 FURTHER = 2
 """How many pixels become one along each axis when a patch is seen from further away."""
+
+OFF_MIDDLE_PX = 4
+"""A nodule whose middle is as far as this from that of its patches is looked at again."""
 
 TURNS = 8
 """Quarter turns of a patch and of its mirror image."""
@@ -88,6 +92,38 @@ class PatchPredictor:
         for i, image in zip(again, self.look(far), strict=True):
             prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
         return prob
+
+    def nodule_probability(self, slices: np.ndarray) -> np.ndarray:
+        """Probability of one nodule in patches of its slices.
+
+        The network takes what lies in the middle for the nodule, in each slice by itself. If
+        what it finds in all slices together lies elsewhere, it looks again from there.
+
+        Args:
+            slices: (n, y, x) numbers, consecutive slices cut out at one place.
+
+        Returns:
+            (n, y, x) float32; 0 where it was not looked.
+
+        Raises:
+            ValueError: As `probability` does.
+        """
+        prob = self.probability(slices)
+        middle_yx = middle_of_largest(prob)
+        if middle_yx is None:
+            return prob
+        off = middle_yx - (np.array(prob.shape[1:]) - 1) / 2
+        if np.hypot(*off) < OFF_MIDDLE_PX:
+            return prob
+        y, x = np.rint(off).astype(int).tolist()
+        size = (prob.shape[1], prob.shape[2])
+        moved = [
+            boxes.cut(image, (y, x), size, fill=float(image.min())) for image in slices
+        ]
+        result = np.zeros_like(prob)
+        for image, found in zip(result, self.probability(np.stack(moved)), strict=True):
+            boxes.add(image, found, (y, x))
+        return result
 
     def look(self, images: list[np.ndarray]) -> np.ndarray:
         """(n, y, x) float32 probability of images of the network's size."""
@@ -162,6 +198,15 @@ def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
     inner = np.zeros(prob.shape[1:], bool)
     inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
     return prob[:, ~inner].max(axis=1, initial=0) >= threshold
+
+
+def middle_of_largest(prob: np.ndarray) -> np.ndarray | None:
+    """(y, x) of the middle of the likeliest component of a nodule's slices; None of none."""
+    parts = components(prob >= expected_dice_threshold(prob), 26)
+    if not parts.any():
+        return None
+    sums = np.bincount(parts.ravel(), weights=prob.ravel())
+    return np.argwhere(parts == 1 + np.argmax(sums[1:]))[:, 1:].mean(axis=0)
 
 
 def turn(image: np.ndarray, number: int) -> np.ndarray:

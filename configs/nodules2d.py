@@ -61,7 +61,12 @@ NODULE2D = Experiment(
         ema=0.998,
         epochs=22,
     ),
-    postprocess=Postprocess(method="fixed", min_volume_mm3=0.0, within_lung=False),
+    postprocess=Postprocess(
+        method="expected_dice",
+        min_volume_mm3=0.0,
+        largest_only=True,
+        within_lung=False,
+    ),
 )
 
 

@@ -1,14 +1,22 @@
 """Measures of nodules on shapes whose measures are known."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+import metrics
 from config import Postprocess
 from geometry import Grid
-from nodules import axes_mm, find_nodules, pleura_distance_mm
+from nodules import (
+    axes_mm,
+    expected_dice_threshold,
+    find_nodules,
+    label_nodules,
+    pleura_distance_mm,
+)
 
 SETTINGS = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 
@@ -186,3 +194,41 @@ def test_axes_of_many_candidates_take_seconds():
     for _ in range(100):
         axes_mm(small, (0.6, 0.6))
     assert time.perf_counter() - started < 6
+
+
+def test_the_threshold_of_the_highest_expected_dice():
+    # Dice of the likeliest one, two and three: 0.643, 0.789 and 0.75.
+    prob = np.array([[0.6, 0.3], [0.9, 0.0]], np.float32)
+    assert expected_dice_threshold(prob) == np.float32(0.6)
+    assert expected_dice_threshold(prob[:, 1:]) == np.float32(0.3)
+    assert np.isinf(expected_dice_threshold(np.full((9, 9), 0.01, np.float32)))
+    assert np.isinf(expected_dice_threshold(np.zeros(0, np.float32)))
+
+
+def test_that_threshold_is_half_of_the_dice_it_gives():
+    rng = np.random.default_rng(0)
+    found = []
+    for sure in (0.3, 1.0, 3.0):
+        prob = rng.beta(sure / 2, sure, 200_000).astype(np.float32)
+        truth = rng.random(prob.shape) < prob
+        threshold = expected_dice_threshold(prob)
+        dice = metrics.dice(truth, prob >= threshold)
+        assert threshold == pytest.approx(dice / 2, abs=0.01)
+        tried = [metrics.dice(truth, prob >= t) for t in np.arange(0.05, 0.9, 0.05)]
+        assert dice > max(tried) - 0.003
+        found.append(threshold)
+    assert found[0] > found[1] > found[2]  # the less sure, the lower
+
+
+def test_a_faint_nodule_is_kept_at_that_threshold_and_the_largest_alone():
+    prob = np.zeros((3, 12, 12), np.float32)
+    prob[1, 2:5, 2:5] = 0.3
+    prob[1, 8:10, 8:10] = 0.25
+    settings = replace(SETTINGS, method="expected_dice")
+    grid = grid_of(prob.shape, (1.0, 1.0, 1.0))
+    labels, chances = label_nodules(prob, grid, settings)
+    assert labels.max() == 2
+    only = replace(settings, largest_only=True)
+    labels, chances = label_nodules(prob, grid, only)
+    assert np.array_equal(labels > 0, prob == np.float32(0.3))
+    assert chances.shape == (1, 2)

@@ -11,6 +11,7 @@ import config
 import evaluate
 import export
 import infer
+import metrics
 import patches
 import postprocess
 import preprocess
@@ -239,3 +240,33 @@ def readers_dice(radius):
     sizes = [np.count_nonzero(disc(radius + change)) for change in (-1, 0, 1)]
     inner, middle, outer = sizes
     return np.mean([2 * inner / (inner + middle), 1, 2 * middle / (middle + outer)])
+
+
+def test_a_nodule_off_the_middle_is_looked_at_again_from_its_own(predictor, some):
+    assert np.array_equal(
+        predictor.nodule_probability(some[1:2]), predictor.probability(some[1:2])
+    )
+    rng = np.random.default_rng(1)
+    image = np.clip(rng.normal(60, 8, (2, SIZE, SIZE)), 0, 255)
+    off = np.roll(disc(6), (7, -8), (0, 1))
+    image[:, off] = 180
+    prob = predictor.nodule_probability(image)
+    centred = predictor.probability(np.roll(image, (-7, 8), (1, 2)))
+    inner = (slice(None), slice(16, -16), slice(16, -16))
+    assert np.allclose(prob[inner], np.roll(centred, (7, -8), (1, 2))[inner], atol=0.1)
+    assert metrics.dice(np.stack([off, off]), prob >= 0.5) > 0.85
+    assert (prob[:, :7] == 0).all()  # beyond what was looked at
+
+
+def test_patches_that_show_nothing_are_looked_at_once(predictor):
+    flat = np.full((2, SIZE, SIZE), 7)
+    prob = predictor.nodule_probability(flat)
+    assert np.isfinite(prob).all()
+    assert patches.middle_of_largest(np.zeros((2, 8, 8), np.float32)) is None
+
+
+def test_the_middle_is_that_of_the_likeliest_component():
+    prob = np.zeros((2, 9, 9), np.float32)
+    prob[:, 1:3, 1:3] = 0.9  # 7.2 in all
+    prob[0, 5:9, 5:9] = 0.6  # 9.6
+    assert patches.middle_of_largest(prob).tolist() == [6.5, 6.5]

@@ -36,9 +36,11 @@ import runs
 import scan_results
 import slice_idx
 import steps
+from geometry import Grid
 from lung_map import LungMap
 from monte_carlo import CONVERGED_DICE, MEMORY_GB, Maps, Passes, VolumePredictor
 from nodule_finder import NoduleFinder
+from nodules import label_nodules
 from patches import PatchPredictor
 from postprocess import Predictions
 from predictor import Predictor
@@ -474,10 +476,42 @@ def segment_patches(
         FileNotFoundError: If there is no such run.
         ValueError: If the patches are no such array, or there are no such turns.
     """
+    return patch_predictor(own_path(weights), turns).probability(patches)
+
+
+def segment_nodule(
+    slices: np.ndarray, weights: str | Path = NODULE2D
+) -> tuple[np.ndarray, np.ndarray]:
+    """One nodule, in patches of the slices that show it.
+
+    All slices decide together: which component is the nodule, where its middle is, and from
+    which probability on a pixel belongs to it.
+
+    Args:
+        slices: (n, y, x) as of `segment_patches`; consecutive slices, cut out at one place.
+        weights: As there.
+
+    Returns:
+        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where the
+        network sees no nodule.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        ValueError: If the slices are no such array.
+    """
+    predictor = patch_predictor(own_path(weights), 1)
+    prob = predictor.nodule_probability(slices)
+    grid = Grid(prob.shape, np.eye(4))
+    labels, _ = label_nodules(prob, grid, predictor.postprocess)
+    return labels > 0, prob
+
+
+def own_path(weights: str | Path) -> Path:
+    """A run directory, from the working directory or else from this file's."""
     path = Path(weights)
     if not path.is_absolute() and not path.exists():
         path = Path(__file__).parent / path
-    return patch_predictor(path.resolve(), turns).probability(patches)
+    return path.resolve()
 
 
 @functools.lru_cache(maxsize=4)

@@ -41,6 +41,9 @@ class PatchPredictor:
             TensorFlow traces it once.
         turns: How many of the `TURNS` are averaged; 1 is the patch as it is.
 
+    Attributes:
+        postprocess: From the probabilities of a nodule's slices to its mask.
+
     Raises:
         ValueError: If the run is not of patches.
     """
@@ -62,7 +65,7 @@ class PatchPredictor:
         self.batches = settings.batches
         self.batch_size = batch_size
         self.turns = turns
-        self.threshold = settings.postprocess.threshold
+        self.postprocess = settings.postprocess
         self.network: Any = runs.load_network(
             run_dir, settings, settings.batches.slice_px
         )
@@ -87,7 +90,7 @@ class PatchPredictor:
         if not beyond or not len(patches):
             return prob.reshape(patches.shape)
         wide = tuple(FURTHER * length for length in size)
-        again = np.flatnonzero(reaches_border(near, self.threshold))
+        again = np.flatnonzero(reaches_border(near, self.postprocess.threshold))
         far = [shrunk(middle(patches[i], wide)) for i in again]
         for i, image in zip(again, self.look(far), strict=True):
             prob[i] = placed(cv2.resize(image, wide[::-1]), shape)

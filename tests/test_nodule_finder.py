@@ -19,8 +19,6 @@ from tests.conftest import tiny_scan
 class Discs:
     """Outlines everything brighter than soft tissue's edge in a patch, as a network would."""
 
-    threshold = 0.5
-
     def __init__(self):
         self.patches = None
 

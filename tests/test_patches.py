@@ -270,3 +270,11 @@ def test_the_middle_is_that_of_the_likeliest_component():
     prob[:, 1:3, 1:3] = 0.9  # 7.2 in all
     prob[0, 5:9, 5:9] = 0.6  # 9.6
     assert patches.middle_of_largest(prob).tolist() == [6.5, 6.5]
+
+
+def test_segment_nodule_decides_over_all_slices(work, some):
+    nodule = np.stack([some[1], some[1], some[1]])
+    mask, prob = infer.segment_nodule(nodule, work / "run")
+    assert np.array_equal(prob, infer.segment_patches(nodule, work / "run"))
+    assert mask.dtype == bool
+    assert metrics.dice(np.stack([disc(7)] * 3), mask) > 0.8

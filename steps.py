@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 DONE, FAILED, USAGE, SOME_SKIPPED = 0, 1, 2, 3
 """Exit codes of every step."""
 
+TOLD_EVERY_S = 60.0
+"""How long a step works without a word where there is no terminal."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -207,9 +210,23 @@ def _map_by_dask(
 
 
 def _progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    """A bar in a terminal; in the log of a cluster's job a line now and then."""
+    if not sys.stderr.isatty():
+        return _told(items, total, label)
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=label, unit="scan", disable=None)
+    return tqdm(items, total=total, desc=label, unit="scan")
+
+
+def _told(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    begun = told = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - told >= TOLD_EVERY_S:
+            spent = duration_text(now - begun)
+            log.info("%s: %d of %d scans, %s", label, done, total, spent)
+            told = now
+        yield item
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:

@@ -1,5 +1,8 @@
 """What a step answers to a command line that cannot be meant."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 
 import infer
@@ -26,3 +29,21 @@ def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown and "dummy" not in shown
+
+
+def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):
+    scans = [SimpleNamespace(scan_id=name) for name in "abc"]
+
+    def work(scan):
+        return scan.scan_id
+
+    with caplog.at_level(logging.INFO, "steps"):
+        steps.map_scans(work, scans, workers=1, label="masks")
+        assert not caplog.messages  # not for what is done in a moment
+        monkeypatch.setattr(steps, "TOLD_EVERY_S", 0.0)
+        found, _ = steps.map_scans(work, scans, workers=1, label="masks")
+    assert found == ["a", "b", "c"]
+    assert [text.rsplit(",", 1)[0] for text in caplog.messages] == [
+        "masks: 1 of 3 scans",
+        "masks: 2 of 3 scans",
+    ]

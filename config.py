@@ -395,6 +395,8 @@ class Postprocess:
     expected_dice: where Dice can be expected to be highest, of maps whose values are
     chances; tuned: the values that postprocess.py found best on the validation part."""
     threshold: float = 0.5
+    """Of `fixed`. A nodule that reaches it near the border of what a network of patches sees
+    is looked at again from further away, whatever the method."""
     erosion_px: int = 0
     """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
     min_volume_mm3: float = 14.0
@@ -408,9 +410,9 @@ class Postprocess:
     min_score: float = 0.0
     """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
-    largest_only: bool = False
-    """Of what is left keep the component with the largest sum of probability: where there is
-    one nodule, as in patches around it."""
+    one_nodule: bool = False
+    """Keep the component with the largest sum of probability and what lies above or below
+    it, as one: in patches around a nodule."""
     within_lung: bool = True
     """Keep components of which at least half lies in the lung mask. They are kept whole:
     the mask may lack the outer part of a nodule at the pleura."""
@@ -418,6 +420,8 @@ class Postprocess:
     def __post_init__(self) -> None:
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.erosion_px >= 0, "erosion_px", self.erosion_px, "0 or more")
+        fits = not (self.one_nodule and self.method == "tuned")
+        require(fits, "one_nodule", True, "false with method tuned")
         require(self.min_voxels >= 0, "min_voxels", self.min_voxels, "0 or more")
         require(0 <= self.min_score < 1, "min_score", self.min_score, "0 to below 1")
 

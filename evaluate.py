@@ -641,18 +641,18 @@ def protocol(
 ) -> list[str]:
     """What the scores mean, in sentences that stand in every output."""
     patients = {row["patient_id"] for row in rows}
-    what = "whole scan" if len(rows) == 1 else "whole scans"
+    what = files.count_text(len(rows), "whole scan")
     if not any(row["whole"] for row in rows):
-        what = "nodules, each in patches of its slices whose pixels count as 1 mm,"
+        what = files.count_text(len(rows), "nodule")
+        what += ", each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
-        what = "scans (only their slices in the part)"
+        what = f"{files.count_text(len(rows), 'scan')} (only their slices in the part)"
     candidates = "what postprocessing left"
     if in_lungs(arguments.predictions):
         candidates = "every candidate"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
-        f"{len(rows)} {what} of {len(patients)} "
-        f"{'patient' if len(patients) == 1 else 'patients'}, part {arguments.part}.",
+        f"{what} of {files.count_text(len(patients), 'patient')}, part {arguments.part}.",
         f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
         f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
         f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "
@@ -715,10 +715,11 @@ def masks_made_by(predictions: Path) -> str:
         if "reduction" in found:
             kept = config.from_json(config.Postprocess, found["reduction"])
             how = (
-                f"outlined from {used.threshold:g} on, candidates from {kept.threshold:g}, at "
-                f"least {kept.min_volume_mm3:g} mm3, and a probability of both networks "
-                f"together of {kept.min_score:g}"
+                f"candidates from {kept.threshold:g}, at least {kept.min_volume_mm3:g} mm3, "
+                f"and a probability of both networks together of {kept.min_score:g}"
             )
+        if found.get("outlines") == "expected_dice":
+            how += "; outlines at the threshold of the highest expected Dice"
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "

@@ -469,8 +469,7 @@ def segment_patches(
 
     Returns:
         (n, y, x) float32: of weights trained on votes, the share of readers that would draw
-        the pixel. The nodule is what reaches `nodules.expected_dice_threshold` of all its
-        slices together, 0.4 or so.
+        the pixel. For the mask of a nodule see `segment_nodule`.
 
     Raises:
         FileNotFoundError: If there is no such run.
@@ -488,12 +487,12 @@ def segment_nodule(
     which probability on a pixel belongs to it.
 
     Args:
-        slices: (n, y, x) as of `segment_patches`; consecutive slices, cut out at one place.
+        slices: (n, y, x) as of `segment_patches`, in their order, cut out at one place.
         weights: As there.
 
     Returns:
-        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where the
-        network sees no nodule.
+        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where no
+        more than a Dice of 0.3 can be expected.
 
     Raises:
         FileNotFoundError: If there is no such run.

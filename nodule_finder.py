@@ -24,7 +24,7 @@ from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
 from nodules import (
     FoundNodule,
     components,
-    expected_dice_threshold,
+    highest_expected_dice,
     label_nodules,
     measure_nodules,
 )
@@ -42,6 +42,9 @@ NEAR_PX = 2
 """An outline counts if it comes as near as this to what the 3-D network found, and is at
 least `LEAST_SHARE` as large."""
 LEAST_SHARE = 0.25
+
+FAINT = 0.1
+"""Of the seeded network's map counts what hangs together with what was found from here on."""
 
 SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
@@ -140,6 +143,8 @@ class NoduleFinder:
             "passes": n,
             "settings": config.to_json(self.settings),
         }
+        if seeded_dir is not None:  # before, one threshold for all
+            self.made_by["outlines"] = "expected_dice"
         if self.classifier is not None:  # results of before, without one, still count
             self.made_by["reduction"] = config.to_json(self.classifier.postprocess)
 
@@ -288,8 +293,13 @@ def outlined(
         ]
     )
     prob = seeded.probability(patches)
+    for image, (label, z), start in zip(prob, places, starts, strict=True):
+        own = boxes.cut(labels[z] == label, start, size, fill=False)
+        image *= touching(image >= FAINT, own)
     owner = np.array([label for label, _ in places])
-    limits = {n: expected_dice_threshold(prob[owner == n]) for n in set(owner.tolist())}
+    limits = {
+        n: highest_expected_dice(prob[owner == n])[0] for n in set(owner.tolist())
+    }
     masks = [image >= limits[n] for image, (n, _) in zip(prob, places, strict=True)]
     result = np.zeros_like(labels)
     sizes: Counter[int] = Counter()
@@ -319,14 +329,16 @@ def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
         outline: (y, x) bool, of the seeded network.
         own: (y, x) bool, of the 3-D network.
     """
-    near = dilated(own)
-    parts = components(outline[None], 26)[0]
-    kept = np.isin(parts, np.setdiff1d(parts[near], 0))
+    kept = touching(outline, own)
     if np.count_nonzero(kept) < LEAST_SHARE * np.count_nonzero(own):
         return own
-    own_parts = components(own[None], 26)[0]
-    met = np.isin(own_parts, own_parts[dilated(kept)])
-    return kept | (own & ~met)
+    return kept | (own & ~touching(own, kept))
+
+
+def touching(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(y, x) bool: the parts of a mask that touch another, or nearly."""
+    parts = components(mask[None], 26)[0]
+    return mask & np.isin(parts, parts[dilated(other)])
 
 
 def dilated(mask: np.ndarray) -> np.ndarray:

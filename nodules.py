@@ -42,8 +42,11 @@ NODULE_COLUMNS = (
 """Columns of nodules.csv; docs/layout.md says what each holds."""
 
 LEAST_CHANCE = 0.02
-"""Lower probabilities are none: of a patch's 16,000 pixels, 0.005 each would be a nodule of 80
-pixels where none is."""
+"""Lower probabilities are none: there are too many of them to count as nodule in their sum."""
+
+LEAST_EXPECTED_DICE = 0.3
+"""Where no more can be expected there is no nodule. In 170 nodules of patients that chose, the
+least was 0.46; in patches of noise it is below 0.2."""
 
 PLEURA_MARGIN_MM = 20.0
 """How far around a nodule the pleura is looked for at first."""
@@ -149,6 +152,8 @@ def label_nodules(
     parts = connected(marked[box], settings)
     if within is not None:
         parts[~within_lung(parts, within[box])[parts]] = 0
+    if settings.one_nodule:
+        parts = likeliest(parts, prob[box])
     kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
     order = np.argsort(-scores[kept], kind="stable")
     renumber = np.zeros(len(scores), np.min_scalar_type(max(len(kept), 255)))
@@ -166,7 +171,7 @@ def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
     if settings.method == "kmeans":
         return np.float32(kmeans_threshold(prob))
     if settings.method == "expected_dice":
-        return expected_dice_threshold(prob)
+        return np.float32(highest_expected_dice(prob)[0])
     return np.float32(settings.threshold)
 
 
@@ -199,8 +204,8 @@ def kmeans_threshold(prob: np.ndarray) -> float:
     return float(centre_low[best] + centre_high[best]) / 2 / PROBABILITY_STEPS
 
 
-def expected_dice_threshold(prob: np.ndarray) -> np.float32:
-    """The threshold at which Dice is expected to be highest.
+def highest_expected_dice(prob: np.ndarray) -> tuple[float, float]:
+    """The threshold at which Dice is expected to be highest, and that Dice.
 
     If pixel i is nodule with the chance p_i, the mask {p >= t} and the nodule share the sum
     of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) / (pixels in the mask
@@ -208,20 +213,26 @@ def expected_dice_threshold(prob: np.ndarray) -> np.float32:
     sure the map is of its nodule. One fixed threshold draws faint nodules too small.
 
     Args:
-        prob: Chances, any shape. Those below `LEAST_CHANCE` are taken for 0.
+        prob: Chances, any shape, in steps of 1e-4. Those below `LEAST_CHANCE` are taken for 0.
 
     Returns:
-        The threshold, a value of the map; infinity if none is as large as `LEAST_CHANCE`.
+        The threshold, infinity if no more than `LEAST_EXPECTED_DICE` can be expected; and the
+        Dice, 0 if there is nothing.
 
     Reference: Lipton et al. 2014, theorem 1 (F1, which is Dice).
     """
-    chances = prob[prob >= np.float32(LEAST_CHANCE)]
-    if not chances.size:
-        return np.float32(np.inf)
-    falling = np.sort(chances)[::-1]
-    shared = np.cumsum(falling, dtype=np.float64)
-    pixels = np.arange(1, len(falling) + 1)
-    return falling[np.argmax(shared / (pixels + shared[-1]))]
+    found = prob[prob >= np.float32(LEAST_CHANCE)]
+    steps_of = np.rint(found * np.float32(PROBABILITY_STEPS)).astype(np.int32)
+    counts = np.bincount(steps_of, minlength=PROBABILITY_STEPS + 1)
+    pixels = np.cumsum(counts[::-1])[::-1]
+    chances = counts * (np.arange(len(counts)) / PROBABILITY_STEPS)
+    shared = np.cumsum(chances[::-1])[::-1]
+    dice = 2 * shared / np.maximum(pixels + shared[0], 1e-9)
+    # The last of equal ones: a step that some pixel has.
+    best = len(dice) - 1 - int(np.argmax(dice[::-1]))
+    if dice[best] < LEAST_EXPECTED_DICE:
+        return float("inf"), float(dice[best])
+    return (best - 0.5) / PROBABILITY_STEPS, float(dice[best])
 
 
 def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
@@ -282,6 +293,27 @@ def components(marked: np.ndarray, connectivity: Connectivity) -> np.ndarray:
     )
 
 
+def likeliest(parts: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    """The component with the largest sum of probability, and what lies above or below it.
+
+    So a nodule that was missed in one slice stays whole.
+
+    Args:
+        parts: (z, y, x) labels of components.
+        prob: (z, y, x).
+
+    Returns:
+        (z, y, x) 0 and 1, of the type of `parts`.
+    """
+    sums = np.bincount(parts.ravel(), weights=prob.ravel())
+    sums[0] = 0
+    if not sums.any():
+        return np.zeros_like(parts)
+    shadow = (parts == sums.argmax()).any(axis=0)
+    nodule = np.unique(parts[:, shadow])
+    return np.isin(parts, nodule[nodule > 0]).astype(parts.dtype)
+
+
 def within_lung(parts: np.ndarray, lung: np.ndarray) -> np.ndarray:
     """(labels,) bool: of which components at least `WITHIN_SHARE` lies in the lungs.
 
@@ -302,7 +334,8 @@ def _kept_components(
     """Labels of the components that stay, and every label's mean and largest probability.
 
     K-means splits noise as well as nodules, so its components need one voxel that
-    reaches the fixed threshold. So do masks that were given.
+    reaches the fixed threshold, and so do masks that were given; not at the threshold of
+    the highest expected Dice, which is there to be lower.
     """
     inside = parts > 0
     owners, chances = parts[inside], prob[inside]
@@ -315,10 +348,7 @@ def _kept_components(
     stays &= scores >= settings.min_score
     if settings.method != "expected_dice":
         stays &= peaks >= np.float32(settings.threshold)
-    kept = np.flatnonzero(stays & (sizes > 0))
-    if settings.largest_only and len(kept):
-        kept = kept[[np.argmax((scores * sizes)[kept])]]
-    return kept, scores, peaks
+    return np.flatnonzero(stays & (sizes > 0)), scores, peaks
 
 
 def measure_nodules(

@@ -16,7 +16,7 @@ import augment
 import boxes
 import config
 import runs
-from nodules import components, expected_dice_threshold
+from nodules import components, highest_expected_dice, likeliest
 
 BORDER_PX = 2
 """A nodule as near as this to the border of what was seen may go on beyond it."""
@@ -100,10 +100,12 @@ class PatchPredictor:
         """Probability of one nodule in patches of its slices.
 
         The network takes what lies in the middle for the nodule, in each slice by itself. If
-        what it finds in all slices together lies elsewhere, it looks again from there.
+        what it finds in all slices together lies elsewhere, it looks again from there, and
+        the look of which the higher Dice is expected counts.
 
         Args:
-            slices: (n, y, x) numbers, consecutive slices cut out at one place.
+            slices: (n, y, x) numbers, slices in their order cut out at one place; some may
+                be left out.
 
         Returns:
             (n, y, x) float32; 0 where it was not looked.
@@ -111,22 +113,24 @@ class PatchPredictor:
         Raises:
             ValueError: As `probability` does.
         """
-        prob = self.probability(slices)
-        middle_yx = middle_of_largest(prob)
+        slices = checked(slices)
+        first = self.probability(slices)
+        middle_yx = middle_of_nodule(first)
         if middle_yx is None:
-            return prob
-        off = middle_yx - (np.array(prob.shape[1:]) - 1) / 2
+            return first
+        off = middle_yx - (np.array(first.shape[1:]) - 1) / 2
         if np.hypot(*off) < OFF_MIDDLE_PX:
-            return prob
+            return first
         y, x = np.rint(off).astype(int).tolist()
-        size = (prob.shape[1], prob.shape[2])
+        size = (first.shape[1], first.shape[2])
         moved = [
             boxes.cut(image, (y, x), size, fill=float(image.min())) for image in slices
         ]
-        result = np.zeros_like(prob)
-        for image, found in zip(result, self.probability(np.stack(moved)), strict=True):
+        second = np.zeros_like(first)
+        for image, found in zip(second, self.probability(np.stack(moved)), strict=True):
             boxes.add(image, found, (y, x))
-        return result
+        surer = highest_expected_dice(second)[1] > highest_expected_dice(first)[1]
+        return second if surer else first
 
     def look(self, images: list[np.ndarray]) -> np.ndarray:
         """(n, y, x) float32 probability of images of the network's size."""
@@ -203,13 +207,11 @@ def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
     return prob[:, ~inner].max(axis=1, initial=0) >= threshold
 
 
-def middle_of_largest(prob: np.ndarray) -> np.ndarray | None:
-    """(y, x) of the middle of the likeliest component of a nodule's slices; None of none."""
-    parts = components(prob >= expected_dice_threshold(prob), 26)
-    if not parts.any():
-        return None
-    sums = np.bincount(parts.ravel(), weights=prob.ravel())
-    return np.argwhere(parts == 1 + np.argmax(sums[1:]))[:, 1:].mean(axis=0)
+def middle_of_nodule(prob: np.ndarray) -> np.ndarray | None:
+    """(y, x) of the middle of the nodule in its slices' probabilities; None of none."""
+    parts = components(prob >= highest_expected_dice(prob)[0], 26)
+    nodule = np.argwhere(likeliest(parts, prob))
+    return nodule[:, 1:].mean(axis=0) if len(nodule) else None
 
 
 def turn(image: np.ndarray, number: int) -> np.ndarray:

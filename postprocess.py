@@ -687,8 +687,8 @@ def settings_text(settings: config.Postprocess) -> str:
     text = f"{threshold}, erosion {settings.erosion_px} px, "
     if settings.fill_holes:
         text += "holes filled, "
-    if settings.largest_only:
-        text += "the largest component, "
+    if settings.one_nodule:
+        text += "the likeliest component, "
     text += f"at least {settings.min_volume_mm3:g} mm3"
     if settings.min_voxels:
         text += f", {settings.min_voxels} voxels"

@@ -24,7 +24,7 @@ DONE, FAILED, USAGE, SOME_SKIPPED = 0, 1, 2, 3
 """Exit codes of every step."""
 
 TOLD_EVERY_S = 60.0
-"""How long a step works without a word where there is no terminal."""
+"""Where there is no terminal, the next scan that is done after so long is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _map_by_dask(
 
 def _progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     """A bar in a terminal; in the log of a cluster's job a line now and then."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return _told(items, total, label)
     from tqdm import tqdm
 

@@ -208,15 +208,26 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         key: (found.get(key), wanted[key])
         for key in ("table_sha256", "split_sha256", "init_sha256")
     }
+    before = known_settings(found["settings"])
     for section in TRAINED_BY:
-        before = found["settings"].get(section, {})
         for name, value in wanted["settings"][section].items():
-            pairs[f"{section}.{name}"] = (before.get(name), value)
+            pairs[f"{section}.{name}"] = (before[section].get(name), value)
     return [
         f"{name} was {before}, is {now}"
         for name, (before, now) in pairs.items()
         if before != now
     ]
+
+
+def known_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment's settings, with the defaults of those that the record is older than.
+
+    Settings that exist no more stay in it as they are.
+    """
+    result = {}
+    for name, now in config.to_json(config.Experiment()).items():
+        result[name] = json.loads(json.dumps(now)) | record.get(name, {})
+    return result
 
 
 def open_data(

@@ -180,9 +180,12 @@ class VolumeGenerator(Generator):
             spread = np.arange(visits)
             spread = spread % count if visits >= count else spread * count // visits
             return self.scans[spread].repeat(each)[: self.samples]
-        rng = np.random.default_rng((VOLUME_ORDER, self.seed, epoch))
         visited = drawn_scans(
-            self.scans, self.phantoms, visits, self.batches.real_fraction, rng
+            self.scans,
+            self.phantoms,
+            visits,
+            self.batches.real_fraction,
+            (VOLUME_ORDER, self.seed, epoch),
         )
         return visited.repeat(each)[: self.samples]
 
@@ -308,7 +311,7 @@ def drawn_scans(
     phantoms: np.ndarray,
     count: int,
     real_fraction: float,
-    rng: np.random.Generator,
+    seeds: tuple[int, ...],
 ) -> np.ndarray:
     """Scans of an epoch in random order.
 
@@ -318,20 +321,21 @@ def drawn_scans(
         count: How many are drawn.
         real_fraction: Share of those that are no phantoms, to the nearest scan; 0, or one
             kind alone, makes one kind of all.
-        rng: Decides the order, and which are drawn once more.
+        seeds: Decide the order, and which are drawn once more.
     """
-    kinds, counts = [scans], [count]
-    if real_fraction and 0 < phantoms.sum() < len(scans):
-        real = round(real_fraction * count)
-        kinds, counts = [scans[~phantoms], scans[phantoms]], [real, count - real]
-    drawn = [
-        np.concatenate([rng.permutation(kind) for _ in range(-(-most // len(kind)))])[
-            :most
+
+    def turns(kind: np.ndarray, most: int) -> np.ndarray:
+        orders = [
+            np.random.default_rng((*seeds, turn)).permutation(kind)
+            for turn in range(-(-most // len(kind)))
         ]
-        for kind, most in zip(kinds, counts, strict=True)
-        if most
-    ]
-    return drawn[0] if len(drawn) == 1 else rng.permutation(np.concatenate(drawn))
+        return np.concatenate([kind[:0], *orders])[:most]
+
+    if not real_fraction or not 0 < phantoms.sum() < len(scans):
+        return turns(scans, count)
+    real = round(real_fraction * count)
+    mixed = [turns(scans[~phantoms], real), turns(scans[phantoms], count - real)]
+    return np.random.default_rng((*seeds, count)).permutation(np.concatenate(mixed))
 
 
 def validation_of_volumes(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ import preprocess
 import slice_idx
 import table
 import train
+from nodules import highest_expected_dice
 from scan import ScanError, read_scan, scan_files
 
 SIZE, SEEN = 64, 32
@@ -242,39 +244,55 @@ def readers_dice(radius):
     return np.mean([2 * inner / (inner + middle), 1, 2 * middle / (middle + outer)])
 
 
+def off_middle(y, x, radius_px=6, slices=2):
+    """Slices of noise with a disc off their middle, and its (n, y, x) mask."""
+    rng = np.random.default_rng(1)
+    image = np.clip(rng.normal(60, 8, (slices, SIZE, SIZE)), 0, 255)
+    mask = np.broadcast_to(np.roll(disc(radius_px), (y, x), (0, 1)), image.shape)
+    image[mask] = 180
+    return image, mask
+
+
 def test_a_nodule_off_the_middle_is_looked_at_again_from_its_own(predictor, some):
     assert np.array_equal(
         predictor.nodule_probability(some[1:2]), predictor.probability(some[1:2])
     )
-    rng = np.random.default_rng(1)
-    image = np.clip(rng.normal(60, 8, (2, SIZE, SIZE)), 0, 255)
-    off = np.roll(disc(6), (7, -8), (0, 1))
-    image[:, off] = 180
-    prob = predictor.nodule_probability(image)
-    centred = predictor.probability(np.roll(image, (-7, 8), (1, 2)))
-    inner = (slice(None), slice(16, -16), slice(16, -16))
-    assert np.allclose(prob[inner], np.roll(centred, (7, -8), (1, 2))[inner], atol=0.1)
-    assert metrics.dice(np.stack([off, off]), prob >= 0.5) > 0.85
-    assert (prob[:, :7] == 0).all()  # beyond what was looked at
+    image, mask = off_middle(7, -14)  # cut off by the border of what is seen at first
+    first = predictor.probability(image)
+    prob = predictor.nodule_probability(image.tolist())
+    assert highest_expected_dice(prob)[1] > highest_expected_dice(first)[1]
+    assert metrics.dice(mask, prob >= 0.5) > max(0.85, metrics.dice(mask, first >= 0.5))
+    centred = predictor.probability(np.roll(image, (-7, 14), (1, 2)))
+    seen = (slice(None), slice(24, 56), slice(4, 32))
+    assert np.allclose(prob[seen], np.roll(centred, (7, -14), (1, 2))[seen], atol=0.1)
 
 
-def test_patches_that_show_nothing_are_looked_at_once(predictor):
-    flat = np.full((2, SIZE, SIZE), 7)
-    prob = predictor.nodule_probability(flat)
-    assert np.isfinite(prob).all()
-    assert patches.middle_of_largest(np.zeros((2, 8, 8), np.float32)) is None
+def test_patches_that_show_nothing_are_looked_at_once(predictor, monkeypatch):
+    looks = []
+    look = predictor.look
+    monkeypatch.setattr(predictor, "look", lambda i: looks.append(len(i)) or look(i))
+    predictor.nodule_probability(np.full((2, SIZE, SIZE), 7))
+    assert looks[0] == 2 and sum(looks[1:]) == 0
+    assert patches.middle_of_nodule(np.zeros((2, 8, 8), np.float32)) is None
 
 
 def test_the_middle_is_that_of_the_likeliest_component():
     prob = np.zeros((2, 9, 9), np.float32)
     prob[:, 1:3, 1:3] = 0.9  # 7.2 in all
     prob[0, 5:9, 5:9] = 0.6  # 9.6
-    assert patches.middle_of_largest(prob).tolist() == [6.5, 6.5]
+    assert patches.middle_of_nodule(prob).tolist() == [6.5, 6.5]
 
 
-def test_segment_nodule_decides_over_all_slices(work, some):
-    nodule = np.stack([some[1], some[1], some[1]])
-    mask, prob = infer.segment_nodule(nodule, work / "run")
-    assert np.array_equal(prob, infer.segment_patches(nodule, work / "run"))
-    assert mask.dtype == bool
-    assert metrics.dice(np.stack([disc(7)] * 3), mask) > 0.8
+def test_segment_nodule_decides_over_all_slices(work, tmp_path, some):
+    run = tmp_path / "run"
+    shutil.copytree(work / "run", run)
+    record = json.loads((run / "config.json").read_text())
+    record["postprocess"] |= {"method": "expected_dice", "one_nodule": True}
+    (run / "config.json").write_text(json.dumps(record))
+    nodule = np.stack([some[1], some[1], np.full_like(some[1], 60)])
+    mask, prob = infer.segment_nodule(nodule, run)
+    assert np.array_equal(prob, infer.segment_patches(nodule, run))
+    assert metrics.dice(np.stack([disc(7)] * 2), mask[:2]) > 0.8
+    threshold, _ = highest_expected_dice(prob)
+    assert mask.dtype == bool and mask.any(axis=(1, 2))[:2].all()
+    assert not (mask & (prob < threshold)).any()

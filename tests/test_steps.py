@@ -37,6 +37,7 @@ def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):
     def work(scan):
         return scan.scan_id
 
+    monkeypatch.setattr(steps.sys, "stderr", None)  # no terminal, as under a service
     with caplog.at_level(logging.INFO, "steps"):
         steps.map_scans(work, scans, workers=1, label="masks")
         assert not caplog.messages  # not for what is done in a moment

@@ -491,3 +491,15 @@ def test_the_line_of_an_epoch_tells_scores_and_time_left():
         "epoch 2 of 4: loss 1.0000, Dice 0.1250, validation Dice 0.2500 "
         "(best 0.5000, epoch 1), 10 s, 40 s left"
     )
+
+
+def test_a_run_older_than_a_setting_had_its_default():
+    settings = config.to_json(config.Experiment())
+    keys = {"table_sha256": "a", "split_sha256": "b", "init_sha256": ""}
+    wanted = {**keys, "settings": json.loads(json.dumps(settings))}
+    older = json.loads(json.dumps(wanted))
+    del older["settings"]["batches"]["real_fraction"]
+    del older["settings"]["lesions"]
+    assert train.differing(older, wanted) == []
+    wanted["settings"]["batches"]["real_fraction"] = 0.5
+    assert train.differing(older, wanted) == ["batches.real_fraction was 0.0, is 0.5"]

@@ -390,13 +390,10 @@ class Train:
 class Postprocess:
     """From a probability map to nodules."""
 
-    method: Literal["fixed", "kmeans", "expected_dice", "tuned"] = "tuned"
+    method: Literal["fixed", "kmeans", "tuned"] = "tuned"
     """fixed: `threshold`; kmeans: between the two clusters of the map, as in the thesis;
-    expected_dice: where Dice can be expected to be highest, of maps whose values are
-    chances; tuned: the values that postprocess.py found best on the validation part."""
+    tuned: the values that postprocess.py found best on the validation part."""
     threshold: float = 0.5
-    """Of `fixed`. A nodule that reaches it near the border of what a network of patches sees
-    is looked at again from further away, whatever the method."""
     erosion_px: int = 0
     """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
     min_volume_mm3: float = 14.0

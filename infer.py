@@ -469,7 +469,8 @@ def segment_patches(
 
     Returns:
         (n, y, x) float32: of weights trained on votes, the share of readers that would draw
-        the pixel. For the mask of a nodule see `segment_nodule`.
+        the pixel. With those that ship, the nodule is what has 0.43 or more; see
+        `segment_nodule`.
 
     Raises:
         FileNotFoundError: If there is no such run.
@@ -483,16 +484,15 @@ def segment_nodule(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One nodule, in patches of the slices that show it.
 
-    All slices decide together: which component is the nodule, where its middle is, and from
-    which probability on a pixel belongs to it.
+    All slices decide together which component is the nodule, and where its middle is.
 
     Args:
         slices: (n, y, x) as of `segment_patches`, in their order, cut out at one place.
         weights: As there.
 
     Returns:
-        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where no
-        more than a Dice of 0.3 can be expected.
+        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where the
+        network sees no nodule.
 
     Raises:
         FileNotFoundError: If there is no such run.

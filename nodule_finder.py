@@ -21,13 +21,7 @@ import postprocess
 import runs
 from candidates import CandidateClassifier, candidate_map
 from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
-from nodules import (
-    FoundNodule,
-    components,
-    highest_expected_dice,
-    label_nodules,
-    measure_nodules,
-)
+from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
 from runs import Precision
 from scan import Scan, ScanError
@@ -42,9 +36,6 @@ NEAR_PX = 2
 """An outline counts if it comes as near as this to what the 3-D network found, and is at
 least `LEAST_SHARE` as large."""
 LEAST_SHARE = 0.25
-
-FAINT = 0.1
-"""Of the seeded network's map counts what hangs together with what was found from here on."""
 
 SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
@@ -143,8 +134,6 @@ class NoduleFinder:
             "passes": n,
             "settings": config.to_json(self.settings),
         }
-        if seeded_dir is not None:  # before, one threshold for all
-            self.made_by["outlines"] = "expected_dice"
         if self.classifier is not None:  # results of before, without one, still count
             self.made_by["reduction"] = config.to_json(self.classifier.postprocess)
 
@@ -263,8 +252,7 @@ def outlined(
     """The nodules as a seeded network outlines them, in the slices they were found in.
 
     Around the middle of each nodule in each of its slices a patch is cut out. Of what the
-    network outlines, from the threshold on at which Dice is expected to be highest over the
-    slices of the nodule, there counts what touches, or nearly, what was found; what it does
+    network outlines there counts what touches, or nearly, what was found; what it does
     not come near stays as it was found. Pixels of two outlines are those of the higher
     score, and where they are mostly the same, the two nodules are one.
 
@@ -292,15 +280,7 @@ def outlined(
             for (_, z), start in zip(places, starts, strict=True)
         ]
     )
-    prob = seeded.probability(patches)
-    for image, (label, z), start in zip(prob, places, starts, strict=True):
-        own = boxes.cut(labels[z] == label, start, size, fill=False)
-        image *= touching(image >= FAINT, own)
-    owner = np.array([label for label, _ in places])
-    limits = {
-        n: highest_expected_dice(prob[owner == n])[0] for n in set(owner.tolist())
-    }
-    masks = [image >= limits[n] for image, (n, _) in zip(prob, places, strict=True)]
+    masks = seeded.probability(patches) >= seeded.threshold
     result = np.zeros_like(labels)
     sizes: Counter[int] = Counter()
     shared: dict[int, Counter[int]] = {}
@@ -329,16 +309,14 @@ def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
         outline: (y, x) bool, of the seeded network.
         own: (y, x) bool, of the 3-D network.
     """
-    kept = touching(outline, own)
+    near = dilated(own)
+    parts = components(outline[None], 26)[0]
+    kept = np.isin(parts, np.setdiff1d(parts[near], 0))
     if np.count_nonzero(kept) < LEAST_SHARE * np.count_nonzero(own):
         return own
-    return kept | (own & ~touching(own, kept))
-
-
-def touching(mask: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(y, x) bool: the parts of a mask that touch another, or nearly."""
-    parts = components(mask[None], 26)[0]
-    return mask & np.isin(parts, parts[dilated(other)])
+    own_parts = components(own[None], 26)[0]
+    met = np.isin(own_parts, own_parts[dilated(kept)])
+    return kept | (own & ~met)
 
 
 def dilated(mask: np.ndarray) -> np.ndarray:

@@ -41,13 +41,6 @@ NODULE_COLUMNS = (
 )
 """Columns of nodules.csv; docs/layout.md says what each holds."""
 
-LEAST_CHANCE = 0.02
-"""Lower probabilities are none: there are too many of them to count as nodule in their sum."""
-
-LEAST_EXPECTED_DICE = 0.3
-"""Where no more can be expected there is no nodule. In 170 nodules of patients that chose, the
-least was 0.46; in patches of noise it is below 0.2."""
-
 PLEURA_MARGIN_MM = 20.0
 """How far around a nodule the pleura is looked for at first."""
 
@@ -170,8 +163,6 @@ def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
     """
     if settings.method == "kmeans":
         return np.float32(kmeans_threshold(prob))
-    if settings.method == "expected_dice":
-        return np.float32(highest_expected_dice(prob)[0])
     return np.float32(settings.threshold)
 
 
@@ -202,37 +193,6 @@ def kmeans_threshold(prob: np.ndarray) -> float:
     # Least spread within the clusters is largest spread between them.
     best = np.argmax(below * above * (centre_high - centre_low) ** 2)
     return float(centre_low[best] + centre_high[best]) / 2 / PROBABILITY_STEPS
-
-
-def highest_expected_dice(prob: np.ndarray) -> tuple[float, float]:
-    """The threshold at which Dice is expected to be highest, and that Dice.
-
-    If pixel i is nodule with the chance p_i, the mask {p >= t} and the nodule share the sum
-    of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) / (pixels in the mask
-    + sum(p_i)). The best t is half of the best value: below 0.5, and the lower, the less
-    sure the map is of its nodule. One fixed threshold draws faint nodules too small.
-
-    Args:
-        prob: Chances, any shape, in steps of 1e-4. Those below `LEAST_CHANCE` are taken for 0.
-
-    Returns:
-        The threshold, infinity if no more than `LEAST_EXPECTED_DICE` can be expected; and the
-        Dice, 0 if there is nothing.
-
-    Reference: Lipton et al. 2014, theorem 1 (F1, which is Dice).
-    """
-    found = prob[prob >= np.float32(LEAST_CHANCE)]
-    steps_of = np.rint(found * np.float32(PROBABILITY_STEPS)).astype(np.int32)
-    counts = np.bincount(steps_of, minlength=PROBABILITY_STEPS + 1)
-    pixels = np.cumsum(counts[::-1])[::-1]
-    chances = counts * (np.arange(len(counts)) / PROBABILITY_STEPS)
-    shared = np.cumsum(chances[::-1])[::-1]
-    dice = 2 * shared / np.maximum(pixels + shared[0], 1e-9)
-    # The last of equal ones: a step that some pixel has.
-    best = len(dice) - 1 - int(np.argmax(dice[::-1]))
-    if dice[best] < LEAST_EXPECTED_DICE:
-        return float("inf"), float(dice[best])
-    return (best - 0.5) / PROBABILITY_STEPS, float(dice[best])
 
 
 def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
@@ -334,8 +294,7 @@ def _kept_components(
     """Labels of the components that stay, and every label's mean and largest probability.
 
     K-means splits noise as well as nodules, so its components need one voxel that
-    reaches the fixed threshold, and so do masks that were given; not at the threshold of
-    the highest expected Dice, which is there to be lower.
+    reaches the fixed threshold; for the other methods each voxel does.
     """
     inside = parts > 0
     owners, chances = parts[inside], prob[inside]
@@ -346,9 +305,8 @@ def _kept_components(
     stays = sizes * grid.voxel_mm3 >= settings.min_volume_mm3
     stays &= sizes >= settings.min_voxels
     stays &= scores >= settings.min_score
-    if settings.method != "expected_dice":
-        stays &= peaks >= np.float32(settings.threshold)
-    return np.flatnonzero(stays & (sizes > 0)), scores, peaks
+    stays &= (peaks >= np.float32(settings.threshold)) & (sizes > 0)
+    return np.flatnonzero(stays), scores, peaks
 
 
 def measure_nodules(

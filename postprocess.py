@@ -680,10 +680,11 @@ def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
 
 def settings_text(settings: config.Postprocess) -> str:
     """The settings in a phrase."""
-    threshold = {
-        "kmeans": "K-means threshold",
-        "expected_dice": "threshold of the highest expected Dice",
-    }.get(settings.method, f"threshold {settings.threshold:g}")
+    threshold = (
+        "K-means threshold"
+        if settings.method == "kmeans"
+        else f"threshold {settings.threshold:g}"
+    )
     text = f"{threshold}, erosion {settings.erosion_px} px, "
     if settings.fill_holes:
         text += "holes filled, "

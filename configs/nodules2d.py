@@ -7,8 +7,7 @@ each image on the scale of its own range, so that patches of any intensity can b
     CONFIG=nodule2d COHORT=patches DATA=/data/lidc_crops.zip bash scripts/all.sh
 
 Dice drives what is uncertain to 0 or 1. `nodule2d-calibrated` goes on from there with
-cross-entropy alone, to a probability that is the share of readers, so that the threshold of the
-highest expected Dice can be told. Its last weights ship, as
+cross-entropy alone, to a probability that is the share of readers. Its last weights ship, as
 weights/nodule2d/best.weights.h5; Dice alone would choose those of the first epoch.
 
     python train.py nodule2d-calibrated --name calibrated \
@@ -77,12 +76,7 @@ CONFIGS = {
         changed(
             loss=Loss(name="weighted_cross_entropy", class_weights=(1.0, 1.0)),
             train=replace(NODULE2D.train, learning_rate=5e-4, epochs=6),
-            postprocess=replace(
-                NODULE2D.postprocess,
-                method="expected_dice",
-                threshold=0.43,
-                one_nodule=True,
-            ),
+            postprocess=replace(NODULE2D.postprocess, threshold=0.43, one_nodule=True),
         ),
     ),
     "nodule2d-nasnet": (

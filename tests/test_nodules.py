@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-import metrics
 from config import Postprocess
 from geometry import Grid
 from nodules import (
     axes_mm,
     find_nodules,
-    highest_expected_dice,
     label_nodules,
     pleura_distance_mm,
 )
@@ -194,52 +192,6 @@ def test_axes_of_many_candidates_take_seconds():
     for _ in range(100):
         axes_mm(small, (0.6, 0.6))
     assert time.perf_counter() - started < 6
-
-
-def test_the_threshold_of_the_highest_expected_dice():
-    # Dice of the likeliest one, two and three: 0.643, 0.789 and 0.75.
-    prob = np.array([[0.6, 0.3], [0.9, 0.0]], np.float32)
-    threshold, dice = highest_expected_dice(prob)
-    assert 0.3 < threshold <= np.float32(0.6) and threshold == pytest.approx(
-        0.6, abs=1e-3
-    )
-    assert dice == pytest.approx(3 / 3.8, abs=1e-4)
-    assert ((prob >= threshold) == (prob >= 0.5)).all()
-
-
-@pytest.mark.parametrize("chance", [0.0, 0.01, 0.03, 0.1])
-def test_of_what_is_hardly_likely_anywhere_no_nodule_is_made(chance):
-    prob = np.full((2, 40, 40), chance, np.float32)
-    assert np.isinf(highest_expected_dice(prob)[0])
-    settings = replace(SETTINGS, method="expected_dice", one_nodule=True)
-    labels, _ = label_nodules(prob, grid_of(prob.shape, (1, 1, 1)), settings)
-    assert not labels.any()
-    assert highest_expected_dice(prob[:0]) == (np.inf, 0.0)
-
-
-def test_that_threshold_is_half_of_the_dice_it_gives():
-    rng = np.random.default_rng(0)
-    found = []
-    for sure in (0.5, 1.0, 3.0):
-        prob = rng.beta(sure / 2, sure, 200_000).astype(np.float32)
-        truth = rng.random(prob.shape) < prob
-        threshold, expected = highest_expected_dice(prob)
-        dice = metrics.dice(truth, prob >= threshold)
-        assert dice == pytest.approx(expected, abs=0.01)
-        assert threshold == pytest.approx(dice / 2, abs=0.01)
-        tried = [metrics.dice(truth, prob >= t) for t in np.arange(0.05, 0.9, 0.05)]
-        assert dice > max(tried) - 0.003
-        found.append(threshold)
-    assert found[0] > found[1] > found[2]  # the less sure, the lower
-
-
-def test_a_faint_nodule_is_kept_at_that_threshold_but_not_at_a_fixed_one():
-    prob = np.zeros((3, 12, 12), np.float32)
-    prob[1, 2:6, 2:6] = 0.35
-    grid = grid_of(prob.shape, (1.0, 1.0, 1.0))
-    assert not label_nodules(prob, grid, SETTINGS)[0].any()
-    labels, _ = label_nodules(prob, grid, replace(SETTINGS, method="expected_dice"))
-    assert np.array_equal(labels > 0, prob > 0)
 
 
 def test_one_nodule_is_the_likeliest_and_what_lies_above_or_below_it():

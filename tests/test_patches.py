@@ -19,7 +19,6 @@ import preprocess
 import slice_idx
 import table
 import train
-from nodules import highest_expected_dice
 from scan import ScanError, read_scan, scan_files
 
 SIZE, SEEN = 64, 32
@@ -260,7 +259,7 @@ def test_a_nodule_off_the_middle_is_looked_at_again_from_its_own(predictor, some
     image, mask = off_middle(7, -14)  # cut off by the border of what is seen at first
     first = predictor.probability(image)
     prob = predictor.nodule_probability(image.tolist())
-    assert highest_expected_dice(prob)[1] > highest_expected_dice(first)[1]
+    assert patches.expected_dice(prob) > patches.expected_dice(first)
     assert metrics.dice(mask, prob >= 0.5) > max(0.85, metrics.dice(mask, first >= 0.5))
     centred = predictor.probability(np.roll(image, (-7, 14), (1, 2)))
     seen = (slice(None), slice(24, 56), slice(4, 32))
@@ -273,26 +272,37 @@ def test_patches_that_show_nothing_are_looked_at_once(predictor, monkeypatch):
     monkeypatch.setattr(predictor, "look", lambda i: looks.append(len(i)) or look(i))
     predictor.nodule_probability(np.full((2, SIZE, SIZE), 7))
     assert looks[0] == 2 and sum(looks[1:]) == 0
-    assert patches.middle_of_nodule(np.zeros((2, 8, 8), np.float32)) is None
+    assert patches.middle_of_nodule(np.zeros((2, 8, 8), np.float32), 0.5) is None
 
 
 def test_the_middle_is_that_of_the_likeliest_component():
     prob = np.zeros((2, 9, 9), np.float32)
     prob[:, 1:3, 1:3] = 0.9  # 7.2 in all
     prob[0, 5:9, 5:9] = 0.6  # 9.6
-    assert patches.middle_of_nodule(prob).tolist() == [6.5, 6.5]
+    assert patches.middle_of_nodule(prob, 0.5).tolist() == [6.5, 6.5]
 
 
 def test_segment_nodule_decides_over_all_slices(work, tmp_path, some):
     run = tmp_path / "run"
     shutil.copytree(work / "run", run)
     record = json.loads((run / "config.json").read_text())
-    record["postprocess"] |= {"method": "expected_dice", "one_nodule": True}
+    record["postprocess"] |= {"one_nodule": True}
     (run / "config.json").write_text(json.dumps(record))
     nodule = np.stack([some[1], some[1], np.full_like(some[1], 60)])
     mask, prob = infer.segment_nodule(nodule, run)
     assert np.array_equal(prob, infer.segment_patches(nodule, run))
     assert metrics.dice(np.stack([disc(7)] * 2), mask[:2]) > 0.8
-    threshold, _ = highest_expected_dice(prob)
     assert mask.dtype == bool and mask.any(axis=(1, 2))[:2].all()
-    assert not (mask & (prob < threshold)).any()
+    assert not (mask & (prob < 0.5)).any()
+
+
+def test_the_expected_dice_of_chances():
+    # Of the likeliest one, two and three pixels: 0.643, 0.789 and 0.75.
+    prob = np.array([[0.6, 0.3], [0.9, 0.0]], np.float32)
+    assert patches.expected_dice(prob) == pytest.approx(3 / 3.8)
+    assert patches.expected_dice(np.full((9, 9), 0.01, np.float32)) == 0
+    rng = np.random.default_rng(0)
+    chances = rng.beta(0.5, 1.0, 200_000).astype(np.float32)
+    truth = rng.random(chances.shape) < chances
+    reached = [metrics.dice(truth, chances >= t) for t in np.arange(0.05, 0.9, 0.02)]
+    assert patches.expected_dice(chances) == pytest.approx(max(reached), abs=0.005)

@@ -11,9 +11,10 @@ patients and phantoms, three samples in ten are of patients, however few they ar
 
 `reduction3d` is the false-positive network, trained on the same table and split: crops of 32^3
 voxels (5 cm) with a nodule in the middle, real (a third) or drawn (a sixth), or something else
-in the lungs that is as dense; scans are drawn and changed as for `nodule3d`. One head outlines, the other says whether the middle is nodule.
-Candidates are what `nodule3d` gives at least `postprocess.threshold`; they are kept if its
-probability times the classifier's is at least `postprocess.min_score`.
+in the lungs that is as dense; scans are drawn and changed as for `nodule3d`. One head outlines,
+the other says whether the middle is nodule. Candidates are what `nodule3d` gives at
+least `postprocess.threshold`; they are kept if its probability times the classifier's is at
+least `postprocess.min_score`.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 """

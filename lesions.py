@@ -64,8 +64,8 @@ AT_PLEURA = 0.4
 sample at most, and which share lies at the pleura."""
 HAZY_HU, SOLID_HU = (-750.0, -300.0), (-60.0, 80.0)
 DRAWN_SHARES = (0.55, 0.15, 0.3)
-"""How often they are of `phantom_nodules.KINDS`. LIDC's readers rated fewer ground glass (0.07),
-too few to learn it from."""
+"""How often they are of `phantom_nodules.KINDS`. LIDC's readers rated 0.07 ground glass, too
+few to learn it from."""
 
 TRIES = 12
 """Points drawn for a place in the lung before all its voxels are listed."""

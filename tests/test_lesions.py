@@ -219,7 +219,7 @@ def test_nodules_that_shall_be_found_are_where_their_mask_says():
     np.testing.assert_array_equal(hu, before)
     assert len(raised) > 8
     assert min(raised) > 100
-    assert max(raised) > 500  # a solid one among them
+    assert np.median(raised) > 500
     assert max(sizes) > 4 * min(sizes)
 
 
@@ -253,7 +253,7 @@ def test_the_middle_of_a_nodule_lies_where_it_may():
 def test_ground_glass_nodules_hide_no_vessel(monkeypatch):
     hu, lung = chest(12)
     hu[:, 70:74, 30:90] = 60
-    monkeypatch.setattr(lesions, "DRAWN_SHARES", (0.0, 0.0, 1.0))
+    monkeypatch.setattr(lesions.phantom_nodules, "KIND_SHARES", (0.0, 0.0, 1.0))
     hazed = 0
     for seed in range(20):
         after, drawn = nodules(hu, lung, seed)

@@ -460,8 +460,8 @@ def segment_patches(
 
     Args:
         patches: (n, y, x) numbers on any linear scale of HU, each patch on its own. Pixels
-            as the scanner made them (0.5 to 1 mm), nodules in the middle. Below 64 x 64 they
-            are filled up with their least value, which no network was trained on.
+            as the scanner made them (0.5 to 1 mm), nodules in the middle. Below 64 x 64
+            their border pixels are repeated, which no network was trained on.
         weights: Run directory of patches, relative to the working directory or to this
             file's.
         turns: Turned and mirrored copies that are averaged, 1 to 8. With the weights that

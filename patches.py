@@ -91,7 +91,7 @@ class PatchPredictor:
         """
         patches = checked(patches)
         shape, size = patches.shape[1:], self.batches.slice_px
-        near = self.look([middle(patch, size) for patch in patches])
+        near = self.look([middle(filled_up(patch, size), size) for patch in patches])
         prob = np.stack([placed(image, shape) for image in near]) if len(near) else near
         beyond = any(full > part for full, part in zip(shape, size, strict=True))
         if not beyond or not len(patches):
@@ -122,7 +122,7 @@ class PatchPredictor:
         """
         slices = checked(slices)
         first = self.probability(slices)
-        middle_yx = middle_of_nodule(first, self.threshold)
+        middle_yx = middle_of_nodule(first, self.threshold) if len(first) else None
         if middle_yx is None:
             return first
         off = middle_yx - (np.array(first.shape[1:]) - 1) / 2
@@ -192,6 +192,16 @@ def middle(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """The middle of a patch; its least value where it is too small."""
     start = boxes.crop_at_centre(patch.shape, size).start
     return boxes.cut(patch, start, size, fill=float(patch.min()))
+
+
+def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A patch whose border pixels are repeated where it is smaller than `size`."""
+    start = boxes.crop_at_centre(patch.shape, size).start
+    lacking = [
+        (max(-first, 0), max(first + seen - length, 0))
+        for first, seen, length in zip(start, size, patch.shape, strict=True)
+    ]
+    return np.pad(patch, lacking, mode="edge")
 
 
 def placed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -306,3 +306,21 @@ def test_the_expected_dice_of_chances():
     truth = rng.random(chances.shape) < chances
     reached = [metrics.dice(truth, chances >= t) for t in np.arange(0.05, 0.9, 0.02)]
     assert patches.expected_dice(chances) == pytest.approx(max(reached), abs=0.005)
+
+
+def test_a_small_patch_goes_on_as_its_border(predictor):
+    rng = np.random.default_rng(3)
+    image = np.clip(rng.normal(60, 8, (SIZE, SIZE)), 0, 255)
+    image[disc(6)] = 180
+    small = image[20:43, 20:44]  # 23 x 24 of the 32 x 32 that are seen
+    (prob,) = predictor.probability(small[None])
+    assert prob.shape == small.shape
+    assert metrics.dice(disc(6)[20:43, 20:44], prob >= 0.5) > 0.8
+    assert max(prob[0].max(), prob[:, 0].max()) < 0.5
+    filled = patches.filled_up(np.array([[1, 2], [3, 4]]), (4, 3))
+    assert filled.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4], [3, 3, 4]]
+
+
+def test_no_slices_hold_no_nodule(work):
+    mask, prob = infer.segment_nodule(np.zeros((0, SIZE, SIZE)), work / "run")
+    assert mask.shape == prob.shape == (0, SIZE, SIZE)

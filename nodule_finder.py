@@ -280,7 +280,7 @@ def outlined(
             for (_, z), start in zip(places, starts, strict=True)
         ]
     )
-    masks = seeded.probability(patches) >= seeded.threshold
+    masks = seeded.probability(patches) >= seeded.postprocess.threshold
     result = np.zeros_like(labels)
     sizes: Counter[int] = Counter()
     shared: dict[int, Counter[int]] = {}

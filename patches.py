@@ -71,7 +71,6 @@ class PatchPredictor:
         self.batches = settings.batches
         self.batch_size = batch_size
         self.turns = turns
-        self.threshold = settings.postprocess.threshold
         self.postprocess = settings.postprocess
         self.network: Any = runs.load_network(
             run_dir, settings, settings.batches.slice_px
@@ -97,7 +96,7 @@ class PatchPredictor:
         if not beyond or not len(patches):
             return prob.reshape(patches.shape)
         wide = tuple(FURTHER * length for length in size)
-        again = np.flatnonzero(reaches_border(near, self.threshold))
+        again = np.flatnonzero(reaches_border(near, self.postprocess.threshold))
         far = [shrunk(middle(patches[i], wide)) for i in again]
         for i, image in zip(again, self.look(far), strict=True):
             prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
@@ -122,7 +121,8 @@ class PatchPredictor:
         """
         slices = checked(slices)
         first = self.probability(slices)
-        middle_yx = middle_of_nodule(first, self.threshold) if len(first) else None
+        threshold = self.postprocess.threshold
+        middle_yx = middle_of_nodule(first, threshold) if len(first) else None
         if middle_yx is None:
             return first
         off = middle_yx - (np.array(first.shape[1:]) - 1) / 2

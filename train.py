@@ -203,12 +203,16 @@ def refuse_other_run(
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What decides the weights and differs between two provenance records."""
+    """What decides the weights and differs between two provenance records.
+
+    A setting that the first is older than had its default.
+    """
     pairs = {
         key: (found.get(key), wanted[key])
         for key in ("table_sha256", "split_sha256", "init_sha256")
     }
-    before = known_settings(found["settings"])
+    known = config.with_defaults(config.Experiment, found["settings"])
+    before = json.loads(json.dumps(known))
     for section in TRAINED_BY:
         for name, value in wanted["settings"][section].items():
             pairs[f"{section}.{name}"] = (before[section].get(name), value)
@@ -217,17 +221,6 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         for name, (before, now) in pairs.items()
         if before != now
     ]
-
-
-def known_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An experiment's settings, with the defaults of those that the record is older than.
-
-    Settings that exist no more stay in it as they are.
-    """
-    result = {}
-    for name, now in config.to_json(config.Experiment()).items():
-        result[name] = json.loads(json.dumps(now)) | record.get(name, {})
-    return result
 
 
 def open_data(

@@ -37,14 +37,14 @@ from pydicom.uid import UID, JPEGLSLossless, JPEGLSNearLossless
 
 import geometry
 from geometry import Grid
-from scan import AIR_HU, ScanError, ScanSource
+from scan import AIR_HU, PHANTOM, ScanError, ScanSource
 
 log = logging.getLogger(__name__)
 
 REPAIRS = ("gaps", "duplicates", "tilt")
 """Defects that `read_series` can mend."""
 
-PUBLIC_IDS = re.compile(r"(LIDC-IDRI|PHANTOM)-\d{4}")
+PUBLIC_IDS = re.compile(rf"(LIDC-IDRI-|{PHANTOM})\d{{4}}")
 """Patient ids that are public research ids and are kept as they are."""
 ANONYMOUS_IDS = re.compile(
     r"\W*|0+|x+|anon[^1-9]*"

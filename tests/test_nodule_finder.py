@@ -19,7 +19,7 @@ from tests.conftest import tiny_scan
 class Discs:
     """Outlines everything brighter than soft tissue's edge in a patch, as a network would."""
 
-    threshold = 0.5
+    postprocess = config.Postprocess(threshold=0.5)
 
     def __init__(self):
         self.patches = None

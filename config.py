@@ -372,6 +372,9 @@ class Train:
     """Epochs before `patience` begins to count."""
     freeze_encoder: bool = False
     """Leave the encoder as --init gives it: train only what follows the lowest level."""
+    freeze_statistics: bool = False
+    """Normalise by the means and variances that --init gives, not by those of each batch:
+    for batches of few crops, whose own say little."""
     seed: int = 0
     """Seeds weights, dropout, row order and augmentation."""
 

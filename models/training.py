@@ -34,6 +34,8 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     model = build_model(experiment.model, (*experiment.batches.input_px, 1), CLASSES)
     if settings.freeze_encoder:
         freeze_encoder(model)
+    if settings.freeze_statistics:
+        freeze_statistics(model)
     if isinstance(model.output, list):
         model = DeeplySupervised(model.input, model.output, name=model.name)
     mask_loss, dice = build_loss(experiment.loss), PooledDice()
@@ -89,6 +91,13 @@ def freeze_encoder(model: keras.Model) -> None:
     )
     for layer in keras.Model(model.inputs, up.input).layers:
         layer.trainable = False
+
+
+def freeze_statistics(model: keras.Model) -> None:
+    """Batch normalisation becomes the fixed scaling that it is in use."""
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.trainable = False
 
 
 def batch_statistics(model: keras.Model) -> list[keras.Variable]:

@@ -253,7 +253,7 @@ def test_the_middle_of_a_nodule_lies_where_it_may():
 def test_ground_glass_nodules_hide_no_vessel(monkeypatch):
     hu, lung = chest(12)
     hu[:, 70:74, 30:90] = 60
-    monkeypatch.setattr(lesions.phantom_nodules, "KIND_SHARES", (0.0, 0.0, 1.0))
+    monkeypatch.setattr(lesions, "KIND_SHARES", (0.0, 0.0, 1.0))
     hazed = 0
     for seed in range(20):
         after, drawn = nodules(hu, lung, seed)

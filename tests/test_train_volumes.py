@@ -179,6 +179,37 @@ def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
     assert not any(path.split("/")[0] in frozen for path in changed)
 
 
+def test_frozen_statistics_are_used_and_kept():
+    import keras
+
+    from models.training import prepared_model
+
+    def trained_on(frozen: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        model = prepared_model(
+            config.Experiment(
+                batches=config.Batches(input_px=(16, 16, 16)),
+                model=config.Model("unet3d", filters=2, depth=2, norm="batch"),
+                train=config.Train(freeze_statistics=frozen),
+            ),
+            steps_per_epoch=1,
+        )
+        means = [w for w in model.weights if w.name == "moving_mean"]
+        assert means
+        x = np.random.default_rng(0).normal(3, 1, (2, 16, 16, 16, 1)).astype(np.float32)
+        y = keras.utils.to_categorical(x[..., 0] > 3, 2)
+        model.run_eagerly = True  # tracing takes longer than the step
+        training, use = (np.asarray(model(x, training=mode)) for mode in (True, False))
+        model.train_on_batch(x, y)
+        return training, use, np.concatenate([np.asarray(w) for w in means])
+
+    training, use, means = trained_on(frozen=True)
+    np.testing.assert_array_equal(training, use)
+    assert not means.any()
+    training, use, means = trained_on(frozen=False)
+    assert np.abs(training - use).max() > 0.01
+    assert means.all()
+
+
 def test_a_split_of_nobody_to_train_is_refused(data, tmp_path):
     split = json.loads((data / "split.json").read_text())
     parts = split["parts"]

@@ -79,12 +79,13 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The axial slice with most lung."""
+    """The axial slice with most lung; nodules of all slices are drawn into it."""
     z = int((lung > 0).sum(axis=(1, 2)).argmax())
     _, y, x = around_lungs(scan, lung)
-    planes = scan.hu[z, y, x], lung[z, y, x], labels[z, y, x]
+    planes = scan.hu[z, y, x], lung[z, y, x], labels[:, y, x].max(axis=0)
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
-    return tile(picture, f"slice {z} of 0 to {len(lung) - 1}, 0 at the feet")
+    text = f"slice {z} of 0 to {len(lung) - 1}, 0 at the feet; nodules of all red"
+    return tile(picture, text)
 
 
 def around_lungs(scan: Scan, lung: np.ndarray) -> boxes.Box:

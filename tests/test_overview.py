@@ -48,6 +48,15 @@ def test_the_head_is_up():
     assert rows.max() < overview.SIDE_PX / 2
 
 
+def test_both_planes_show_nodules_that_lie_elsewhere():
+    scan = tiny_scan()
+    labels = np.zeros_like(scan.nodule_labels)
+    labels[18:20, 30:34, 16:20] = 1
+    assert not labels[(scan.lung > 0).sum(axis=(1, 2)).argmax()].any()
+    for draw_plane in (overview.from_the_front, overview.from_below):
+        assert pixels_of(draw_plane(scan, scan.lung, labels), overview.NODULE_BGR) > 20
+
+
 @pytest.mark.parametrize("lungs", [True, False])
 def test_without_nodules_or_lungs_there_is_still_a_picture(lungs):
     scan = tiny_scan()

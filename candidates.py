@@ -25,6 +25,9 @@ from scan import AIR_HU, Scan
 MIRRORS = ((), (1,), (2,), (1, 2))
 """Axes of (z, y, x) along which a crop is mirrored; head and feet are never exchanged."""
 
+OUTLINED_FROM = 0.5
+"""Probability at which the 3-D network's candidates end where that is enough."""
+
 CANDIDATES_AT_ONCE = 4
 """In a call of the network; fewer are padded, so that it is traced once."""
 
@@ -115,7 +118,7 @@ def crops(
 
 
 def candidate_map(
-    prob: np.ndarray, settings: config.Postprocess, threshold: float
+    prob: np.ndarray, settings: config.Postprocess, threshold: float = OUTLINED_FROM
 ) -> np.ndarray:
     """A map that holds candidates alone, each within its outline.
 

@@ -5,6 +5,7 @@ difference from another. A step receives its own sections, never the whole.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -276,6 +277,9 @@ class Lesions:
     """What realistic lesions are drawn from."""
     most: int = 2
     """Most findings in a sample; used by realistic."""
+    nodule_kinds: tuple[float, float, float] = (0.85, 0.08, 0.07)
+    """Which share of nodules that are the target is solid, part-solid and ground glass; LIDC's
+    readers rated so many so."""
 
     def __post_init__(self) -> None:
         share = self.probability
@@ -285,6 +289,9 @@ class Lesions:
         fits = 0 < len(self.findings) == len(found) and found <= {*get_args(Finding)}
         require(fits, "findings", self.findings, known)
         require(self.most >= 1, "most", self.most, "1 or more")
+        shares = self.nodule_kinds
+        fits = min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)
+        require(fits, "nodule_kinds", shares, "three shares that sum to 1")
 
 
 @dataclass(frozen=True)
@@ -372,9 +379,9 @@ class Train:
     """Epochs before `patience` begins to count."""
     freeze_encoder: bool = False
     """Leave the encoder as --init gives it: train only what follows the lowest level."""
-    freeze_statistics: bool = False
-    """Normalise by the means and variances that --init gives, not by those of each batch:
-    for batches of few crops, whose own say little."""
+    freeze_normalisation: bool = False
+    """Leave means, variances, scales and offsets of batch normalisation as --init gives
+    them: those of batches of few crops say little."""
     seed: int = 0
     """Seeds weights, dropout, row order and augmentation."""
 

@@ -63,10 +63,6 @@ AT_PLEURA = 0.4
 """Of the nodules that a network learns to find: how many shapes, their sizes, how many in a
 sample at most, and which share lies at the pleura."""
 HAZY_HU, SOLID_HU = (-750.0, -300.0), (-60.0, 80.0)
-KIND_SHARES = (0.6, 0.15, 0.25)
-"""Of the same, which share is solid, part-solid and ground glass. LIDC's readers rated 0.85,
-0.08 and 0.07 so; drawn as often, ground glass was not learned."""
-
 TRIES = 12
 """Points drawn for a place in the lung before all its voxels are listed."""
 
@@ -209,14 +205,13 @@ def simulate_nodules(
 ) -> tuple[np.ndarray, np.ndarray]:
     """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
 
-    They have the shapes that LIDC-IDRI's readers drew, and are solid, part-solid and
-    ground glass by `KIND_SHARES`.
+    They have the shapes that LIDC-IDRI's readers drew.
 
     Args:
         hu: (z, y, x) int16.
         lung: (z, y, x) uint8, not 0 in the lungs; nothing is drawn without.
         spacing_mm: (z, y, x).
-        settings: `probability` counts.
+        settings: `probability` and `nodule_kinds` count.
         rng: Decides everything.
         seen: Whether the middle of a nodule may lie at a place (z, y, x).
         places: (n, 3) places; one nodule is drawn, its middle at one of them.
@@ -240,7 +235,7 @@ def simulate_nodules(
             centre = nodule_centre(own, diameter_mm, rng, seen)
         else:
             centre = tuple(places[rng.integers(len(places))].tolist())
-        kind = rng.choice(phantom_nodules.KINDS, p=KIND_SHARES)
+        kind = rng.choice(phantom_nodules.KINDS, p=settings.nodule_kinds)
         solid_hu, hazy_hu = rng.uniform(*SOLID_HU), rng.uniform(*HAZY_HU)
         core = 1.0 if kind == "solid" else rng.uniform(0.3, 0.7)
         if centre is None:

@@ -277,17 +277,19 @@ class VolumePredictor:
         return np.asarray(runs.mask_of(network.predict_on_batch(inputs)))[0, ..., 1]
 
     def tile_px(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """What the network sees at once of a volume: all of it, if memory allows.
+        """What the network sees at once of a volume.
 
-        Else what it was trained on, whatever memory that takes: smaller tiles would show it
-        less than it knows.
+        For lungs all of it, if memory allows. Else, and for nodules, what it was trained
+        on, whatever memory that takes: smaller tiles would show it less than it knows, and
+        seeing all of the lungs at once it missed more small nodules.
         """
-        model = self.settings.model
+        model, batches = self.settings.model, self.settings.batches
         step = max(PADDED_PX, 2**model.depth)
         z, y, x = (-(-size // step) * step for size in shape)
-        trained = self.settings.batches.volume_px
-        if z * y * x * model.filters * BYTES_PER_VOXEL <= self.memory_gb * 1e9:
+        fits = z * y * x * model.filters * BYTES_PER_VOXEL <= self.memory_gb * 1e9
+        if fits and batches.target == "lung":
             return z, y, x
+        trained = batches.volume_px
         return min(z, trained[0]), min(y, trained[1]), min(x, trained[2])
 
     def network(self, tile_px: tuple[int, int, int]) -> Any:

@@ -1,7 +1,7 @@
 """Nodules of whole scans: found by a 3-D network, judged by a second, outlined by a third.
 
 The first marks candidates. The false-positive network looks at each by itself and tells
-nodules from vessels. What voxels of 1.5 mm cannot show, the border of a small nodule, the
+nodules from vessels. What its voxels cannot show, the border of a small nodule, the
 seeded network outlines slice by slice in the scan's own pixels.
 """
 
@@ -198,7 +198,7 @@ class NoduleFinder:
             labels, chances = label_nodules(maps.mean, scan.grid, every, lung=scan.lung)
         else:
             every = replace(self.classifier.postprocess, min_score=0.0)
-            prob = candidate_map(maps.mean, every, self.settings.threshold)
+            prob = candidate_map(maps.mean, every)
             labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
         if not len(chances):
             return labels, []

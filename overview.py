@@ -75,7 +75,7 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
     spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
     hu, lung, labels = (plane[::-1] for plane in planes)
     picture = outlined_plane(hu, lung, labels, spacing_mm)
-    return tile(picture, "right lung blue, left green; nodules of all planes red")
+    return tile(picture, "right lung blue, left green; red: nodules of all planes")
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     _, y, x = around_lungs(scan, lung)
     planes = scan.hu[z, y, x], lung[z, y, x], labels[:, y, x].max(axis=0)
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
-    text = f"slice {z} of 0 to {len(lung) - 1}, 0 at the feet; nodules of all red"
+    text = f"slice {z} of {len(lung)}, from the feet; red: nodules of all slices"
     return tile(picture, text)
 
 

@@ -99,8 +99,14 @@ def train(
 
     Raises:
         FileExistsError: If there is a run with other settings or data.
-        ValueError: If table and split do not fit, or the loss is not a number.
+        ValueError: If table and split do not fit, weights to start from are missing, or the
+            loss is not a number.
     """
+    if experiment.train.freeze_normalisation and init is None:
+        raise ValueError(
+            "train.freeze_normalisation is set without --init, so there is nothing to "
+            "leave as it is; name weights to start from"
+        )
     split = slice_idx.read_split(split_path)
     with SliceTable(table_path) as table:
         experiment = dataclasses.replace(

@@ -34,8 +34,8 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
     model = build_model(experiment.model, (*experiment.batches.input_px, 1), CLASSES)
     if settings.freeze_encoder:
         freeze_encoder(model)
-    if settings.freeze_statistics:
-        freeze_statistics(model)
+    if settings.freeze_normalisation:
+        freeze_normalisation(model)
     if isinstance(model.output, list):
         model = DeeplySupervised(model.input, model.output, name=model.name)
     mask_loss, dice = build_loss(experiment.loss), PooledDice()
@@ -93,19 +93,29 @@ def freeze_encoder(model: keras.Model) -> None:
         layer.trainable = False
 
 
-def freeze_statistics(model: keras.Model) -> None:
-    """Batch normalisation becomes the fixed scaling that it is in use."""
-    for layer in model.layers:
-        if isinstance(layer, layers.BatchNormalization):
-            layer.trainable = False
+def freeze_normalisation(model: keras.Model) -> None:
+    """Batch normalisation becomes the fixed scaling that it is in use.
+
+    Raises:
+        ValueError: If the network has none.
+    """
+    found = [x for x in model.layers if isinstance(x, layers.BatchNormalization)]
+    if not found:
+        raise ValueError(
+            f"train.freeze_normalisation is set, and {model.name} has no batch "
+            "normalisation; expected model.norm batch"
+        )
+    for layer in found:
+        layer.trainable = False
 
 
 def batch_statistics(model: keras.Model) -> list[keras.Variable]:
-    """The moving means and variances of batch normalisation."""
+    """The moving means and variances of batch normalisation, but frozen ones."""
     return [
         variable
-        for variable in model.non_trainable_variables
-        if variable.name in ("moving_mean", "moving_variance")
+        for layer in model.layers
+        if isinstance(layer, layers.BatchNormalization) and layer.trainable
+        for variable in (layer.moving_mean, layer.moving_variance)
     ]
 
 

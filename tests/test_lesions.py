@@ -196,8 +196,10 @@ def test_nodules_lie_at_the_border_of_the_lung():
     assert np.mean(touching) > 0.9
 
 
-def nodules(hu, lung, seed, probability=1.0):
-    settings = config.Lesions(probability=probability, findings=("nodule",))
+def nodules(hu, lung, seed, probability=1.0, kinds=(0.85, 0.08, 0.07)):
+    settings = config.Lesions(
+        probability=probability, findings=("nodule",), nodule_kinds=kinds
+    )
     rng = np.random.default_rng(seed)
     return lesions.simulate_nodules(hu, lung, SPACING_MM, settings, rng)
 
@@ -219,7 +221,7 @@ def test_nodules_that_shall_be_found_are_where_their_mask_says():
     np.testing.assert_array_equal(hu, before)
     assert len(raised) > 8
     assert min(raised) > 100
-    assert np.median(raised) > 400
+    assert np.median(raised) > 500
     assert max(sizes) > 4 * min(sizes)
 
 
@@ -250,13 +252,26 @@ def test_the_middle_of_a_nodule_lies_where_it_may():
     np.testing.assert_array_equal(after, hu)
 
 
-def test_ground_glass_nodules_hide_no_vessel(monkeypatch):
+def test_nodules_are_of_the_kinds_that_are_asked_for():
+    hu, lung = chest(12)
+
+    def densest(kinds):
+        found = [nodules(hu, lung, seed, kinds=kinds) for seed in range(12)]
+        inside = [hu[drawn & (lung > 0)] for hu, drawn in found if drawn.sum() > 100]
+        assert len(inside) > 5
+        return np.array([np.percentile(some, 90) for some in inside])
+
+    assert densest((0.0, 0.0, 1.0)).max() < -200
+    assert np.median(densest((1.0, 0.0, 0.0))) > -100
+    assert np.median(densest((0.0, 1.0, 0.0))) > -200
+
+
+def test_ground_glass_nodules_hide_no_vessel():
     hu, lung = chest(12)
     hu[:, 70:74, 30:90] = 60
-    monkeypatch.setattr(lesions, "KIND_SHARES", (0.0, 0.0, 1.0))
     hazed = 0
     for seed in range(20):
-        after, drawn = nodules(hu, lung, seed)
+        after, drawn = nodules(hu, lung, seed, kinds=(0.0, 0.0, 1.0))
         vessel = drawn & (hu > 0) & (lung > 0)
         hazed += int(vessel.sum())
         assert (after[vessel] >= hu[vessel]).all()

@@ -189,6 +189,15 @@ def test_tiles_give_what_the_whole_volume_gives(run):
     assert np.allclose(tiled.mean, whole.mean, atol=1e-5)
 
 
+def test_nodules_are_looked_for_in_tiles_of_the_size_trained_on(run):
+    predictor = predictor_of(run, n=1)
+    assert predictor.tile_px((40, 70, 50)) == (64, 96, 64)
+    batches = replace(predictor.settings.batches, target="nodule")
+    predictor.settings = replace(predictor.settings, batches=batches)
+    assert predictor.tile_px((40, 70, 50)) == (32, 32, 32)
+    assert predictor.tile_px((20, 70, 50)) == (32, 32, 32)
+
+
 def test_scans_of_like_size_share_a_network(run):
     predictor = predictor_of(run, n=1)
     for shape in ((33, 40, 50), (60, 64, 34), (64, 64, 64)):

@@ -1,14 +1,12 @@
 """What a step answers to a command line that cannot be meant."""
 
 import logging
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 import infer
 import steps
-import table
 import train
 
 
@@ -31,16 +29,6 @@ def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown and "dummy" not in shown
-
-
-def test_help_ends_quietly_where_nobody_reads_on():
-    from subprocess import PIPE, Popen
-
-    command = [sys.executable, table.__file__, "--help"]
-    with Popen(command, stdout=PIPE, stderr=PIPE) as step:
-        step.stdout.close()
-        assert step.stderr.read() == b""
-    assert step.returncode == steps.DONE
 
 
 def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):

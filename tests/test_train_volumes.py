@@ -179,35 +179,59 @@ def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
     assert not any(path.split("/")[0] in frozen for path in changed)
 
 
-def test_frozen_statistics_are_used_and_kept():
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_normalisation_is_used_and_kept_by_the_moving_average_too(frozen):
     import keras
 
     from models.training import prepared_model
 
-    def trained_on(frozen: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        model = prepared_model(
+    model = prepared_model(
+        config.Experiment(
+            batches=config.Batches(input_px=(16, 16, 16)),
+            model=config.Model("unet3d", filters=2, depth=2, norm="batch"),
+            train=config.Train(freeze_normalisation=frozen, ema=0.9),
+        ),
+        steps_per_epoch=2,
+    )
+    rng = np.random.default_rng(0)
+    own = {
+        w.path: w
+        for layer in model.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+        for w in layer.weights
+    }
+    assert len(own) >= 4 * 5
+    for weight in own.values():
+        weight.assign(rng.uniform(0.5, 2, weight.shape))
+    before = {path: np.asarray(weight) for path, weight in own.items()}
+    x = rng.normal(3, 1, (2, 16, 16, 16, 1)).astype(np.float32)
+    y = keras.utils.to_categorical(x[..., 0] > 3, 2)
+    training, use = (np.asarray(model(x, training=mode)) for mode in (True, False))
+    assert (np.abs(training - use).max() < 1e-6) == frozen
+    model.run_eagerly = True  # tracing takes longer than the steps
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    same = [np.array_equal(before[path], np.asarray(w)) for path, w in own.items()]
+    assert all(same) if frozen else not any(same)
+
+
+def test_what_cannot_be_frozen_is_refused(data, tmp_path):
+    from models.training import prepared_model
+
+    frozen = config.Train(freeze_normalisation=True)
+    with pytest.raises(ValueError, match="expected model.norm batch"):
+        prepared_model(
             config.Experiment(
                 batches=config.Batches(input_px=(16, 16, 16)),
-                model=config.Model("unet3d", filters=2, depth=2, norm="batch"),
-                train=config.Train(freeze_statistics=frozen),
+                model=config.Model("unet3d", filters=2, depth=2, norm="instance"),
+                train=frozen,
             ),
             steps_per_epoch=1,
         )
-        means = [w for w in model.weights if w.name == "moving_mean"]
-        assert means
-        x = np.random.default_rng(0).normal(3, 1, (2, 16, 16, 16, 1)).astype(np.float32)
-        y = keras.utils.to_categorical(x[..., 0] > 3, 2)
-        model.run_eagerly = True  # tracing takes longer than the step
-        training, use = (np.asarray(model(x, training=mode)) for mode in (True, False))
-        model.train_on_batch(x, y)
-        return training, use, np.concatenate([np.asarray(w) for w in means])
-
-    training, use, means = trained_on(frozen=True)
-    np.testing.assert_array_equal(training, use)
-    assert not means.any()
-    training, use, means = trained_on(frozen=False)
-    assert np.abs(training - use).max() > 0.01
-    assert means.all()
+    experiment = config.Experiment(train=frozen)
+    with pytest.raises(ValueError, match="without --init"):
+        train.train(data / "table.h5", data / "split.json", tmp_path / "x", experiment)
 
 
 def test_a_split_of_nobody_to_train_is_refused(data, tmp_path):

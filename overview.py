@@ -75,7 +75,7 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
     spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
     hu, lung, labels = (plane[::-1] for plane in planes)
     picture = outlined_plane(hu, lung, labels, spacing_mm)
-    return tile(picture, "right lung blue, left green; red: nodules of all planes")
+    return tile(picture, "right lung blue, left green; red: nodules of all y")
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     _, y, x = around_lungs(scan, lung)
     planes = scan.hu[z, y, x], lung[z, y, x], labels[:, y, x].max(axis=0)
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
-    text = f"slice {z} of {len(lung)}, from the feet; red: nodules of all slices"
+    text = f"z {z} of 0 to {len(lung) - 1} from the feet; red: nodules of all z"
     return tile(picture, text)
 
 
@@ -113,7 +113,7 @@ def enlarged(
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
     text = (
         f"{nodule.nodule_id}: {nodule.long_axis_mm:.0f} x {nodule.short_axis_mm:.0f} mm, "
-        f"{nodule.volume_mm3:.0f} mm3, score {nodule.score:.2f}, largest in {z}"
+        f"{nodule.volume_mm3:.0f} mm3, score {nodule.score:.2f}, largest at z {z}"
     )
     return tile(picture, text)
 

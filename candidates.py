@@ -26,7 +26,7 @@ MIRRORS = ((), (1,), (2,), (1, 2))
 """Axes of (z, y, x) along which a crop is mirrored; head and feet are never exchanged."""
 
 OUTLINED_FROM = 0.5
-"""Probability at which the 3-D network's candidates end where that is enough."""
+"""Probability of the 3-D network within the outline of a candidate that reaches it."""
 
 CANDIDATES_AT_ONCE = 4
 """In a call of the network; fewer are padded, so that it is traced once."""
@@ -117,27 +117,25 @@ def crops(
         yield crop
 
 
-def candidate_map(
-    prob: np.ndarray, settings: config.Postprocess, threshold: float = OUTLINED_FROM
-) -> np.ndarray:
+def candidate_map(prob: np.ndarray, settings: config.Postprocess) -> np.ndarray:
     """A map that holds candidates alone, each within its outline.
 
-    Components from `threshold` on are outlined by it. Then it is halved, down to
+    Components from `OUTLINED_FROM` on are outlined by it. Then it is halved, down to
     `settings.threshold`, and components with nothing yet in them are added: what is less
     probable has its own outline, and is joined to no other.
 
     Args:
         prob: (z, y, x) probability of nodule.
         settings: `threshold` and `connectivity` count.
-        threshold: Of the outline of what is probable.
 
     Returns:
         (z, y, x) float32: `prob` in the candidates, else 0.
     """
     result = np.zeros(prob.shape, np.float32)
-    box = boxes.around(prob >= np.float32(min(settings.threshold, threshold)))
+    box = boxes.around(prob >= np.float32(min(settings.threshold, OUTLINED_FROM)))
     if box is None:
         return result
+    threshold = OUTLINED_FROM
     inner, taken = prob[box], np.zeros(prob[box].shape, bool)
     while True:
         parts = components(inner >= np.float32(threshold), settings.connectivity)

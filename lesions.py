@@ -63,6 +63,7 @@ AT_PLEURA = 0.4
 """Of the nodules that a network learns to find: how many shapes, their sizes, how many in a
 sample at most, and which share lies at the pleura."""
 HAZY_HU, SOLID_HU = (-750.0, -300.0), (-60.0, 80.0)
+
 TRIES = 12
 """Points drawn for a place in the lung before all its voxels are listed."""
 

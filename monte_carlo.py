@@ -1,9 +1,9 @@
 """Volumes seen in many passes of a 3-D network, with other masks or dropout in each.
 
-A pass for lungs sees the whole body, one for nodules the lungs, at once where memory allows.
-Each is one call of the network, and its masks and dropout follow from (seed, number of the
-pass). Several in one call would differ in the last bits with their number, and gain nothing: on
-two cores, four passes in one call took 0.96 s each, one by one 0.77 s.
+A pass for lungs sees the whole body at once where memory allows, one for nodules the lungs in
+tiles. Its masks and dropout follow from (seed, number of the pass). Several passes in one call
+would differ in the last bits with their number, and gain nothing: on two cores, four passes in
+one call took 0.96 s each, one by one 0.77 s.
 """
 
 import functools

@@ -82,8 +82,8 @@ class NoduleFinder:
     """A run of 3-D nodules, one that judges them and one that outlines; each loads once.
 
     Args:
-        run_dir: Of the 3-D network. If it was tuned, its values count, and it makes as many
-            passes as they were tuned on.
+        run_dir: Of the 3-D network. If it was tuned, it makes as many passes as it was
+            tuned on, and without a false-positive network its values count.
         seeded_dir: Of the seeded network; None keeps the outlines of the 3-D one.
         reduction_dir: Of the false-positive network, whose settings say how candidates are
             found and which are kept; None keeps what the 3-D one finds.

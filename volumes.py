@@ -94,10 +94,7 @@ class VolumeCache:
     """
 
     def __init__(
-        self,
-        table: SliceTable,
-        batches: config.Batches,
-        most_bytes: int = CACHE_BYTES,
+        self, table: SliceTable, batches: config.Batches, most_bytes: int = CACHE_BYTES
     ) -> None:
         self.table = table
         self.batches = batches

@@ -51,13 +51,13 @@ def test_candidates_have_outlines_of_their_own_and_none_is_lost():
     settings = config.Postprocess(method="fixed", threshold=0.1)
     # From 0.5: the first. From 0.25: what 0.12 joins to it. From 0.125: the 0.2 alone.
     expected = prob * [1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0]
-    found = candidate_map(prob, settings, 0.5)
+    found = candidate_map(prob, settings)
     np.testing.assert_allclose(found, expected)
-    nothing = candidate_map(np.zeros_like(prob), settings, 0.5)
+    nothing = candidate_map(np.zeros_like(prob), settings)
     np.testing.assert_array_equal(nothing, np.zeros_like(prob))
     # A threshold above the usual one for outlines is the only one.
     high = replace(settings, threshold=0.6)
-    kept = candidate_map(prob, high, 0.5)
+    kept = candidate_map(prob, high)
     np.testing.assert_allclose(kept, prob * (prob >= 0.5))
 
 

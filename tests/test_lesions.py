@@ -196,7 +196,10 @@ def test_nodules_lie_at_the_border_of_the_lung():
     assert np.mean(touching) > 0.9
 
 
-def nodules(hu, lung, seed, probability=1.0, kinds=(0.85, 0.08, 0.07)):
+USUAL_KINDS = config.Lesions().nodule_kinds
+
+
+def nodules(hu, lung, seed, probability=1.0, kinds=USUAL_KINDS):
     settings = config.Lesions(
         probability=probability, findings=("nodule",), nodule_kinds=kinds
     )

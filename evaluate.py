@@ -718,6 +718,9 @@ def masks_made_by(predictions: Path) -> str:
                 f"candidates from {kept.threshold:g}, at least {kept.min_volume_mm3:g} mm3, "
                 f"and a probability of both networks together of {kept.min_score:g}"
             )
+        if "slices" in found:
+            of_slices = config.from_json(config.Postprocess, found["slices"])
+            how += f"; candidates of slices: {postprocess.settings_text(of_slices)}"
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "

@@ -58,6 +58,9 @@ SHIPPED = Path(__file__).parent / "weights/lung3d"
 NODULE3D = Path(__file__).parent / "weights/nodule3d"
 """The run that looks for nodules in lungs if none is named."""
 
+CANDIDATES2D = Path(__file__).parent / "weights/candidates2d"
+"""The run that looks for them slice by slice if none is named."""
+
 REDUCTION3D = Path(__file__).parent / "weights/reduction3d"
 """The run that tells nodules from what only looks like them if none is named."""
 
@@ -99,6 +102,37 @@ USUAL = Lungs()
 
 
 @dataclass(frozen=True)
+class NoduleRuns:
+    """The runs that look for nodules in lungs, by default the weights that ship."""
+
+    volumes: Annotated[Path | None, tyro.conf.arg(name="nodules")] = NODULE3D
+    """Of a run for lungs: the run that looks for nodules in them; None looks for none."""
+    slices: Path | None = CANDIDATES2D
+    """The run whose candidates, found slice by slice, join those of --nodules; None does
+    without, as does --reduction None."""
+    reduction: Path | None = REDUCTION3D
+    """The run that tells nodules from vessels among what was found; None keeps what
+    --nodules finds."""
+    min_score: float | None = None
+    """The least score of a nodule that is reported, 0 to below 1; by default as the runs
+    say. candidates.csv lists the others."""
+
+    @property
+    def used(self) -> dict[str, Path]:
+        """The runs that are used, by their option."""
+        if self.volumes is None:
+            return {}
+        every = {"--nodules": self.volumes}
+        if self.reduction is not None:
+            every |= {"--slices": self.slices, "--reduction": self.reduction}
+        return {option: run for option, run in every.items() if run is not None}
+
+
+SHIPPED_RUNS = NoduleRuns()
+NO_RUNS = NoduleRuns(volumes=None)
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What is segmented, with which run, and where the result goes."""
 
@@ -117,12 +151,7 @@ class Arguments:
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split to segment."""
     lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
-    nodules: Path | None = NODULE3D
-    """Of a run for lungs: the run that looks for nodules in them, by default the weights
-    that ship; None looks for none."""
-    reduction: Path | None = REDUCTION3D
-    """The run that tells nodules from vessels among what was found, by default the weights
-    that ship; None keeps what `nodules` finds."""
+    nodules: Annotated[NoduleRuns, tyro.conf.arg(name="")] = SHIPPED_RUNS
     batch_size: int = 8
     """Tiles of a 2-D network per call."""
     overwrite: bool = False
@@ -150,12 +179,11 @@ def infer(
     scans: Path = Path("work/scans"),
     parts: Sequence[str] = ("validation", "test"),
     lungs: Lungs = USUAL,
-    nodules: Path | None = None,
-    reduction: Path | None = None,
+    nodules: NoduleRuns = NO_RUNS,
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Segments every scan; see `Arguments`. Nodules are looked for only if a run is named.
+    """Segments every scan; see `Arguments`. Nodules are looked for only if runs are named.
 
     Raises:
         FileNotFoundError: If the run or the scans are missing.
@@ -183,17 +211,14 @@ def infer(
     tasks, misnamed = without_own_names(tasks)
     if not overwrite:
         refuse_other_predictions(result_dir, predictions)
-    alone = nodules is None or settings.batches.target != "lung"
-    if alone and reduction not in (None, REDUCTION3D):
-        raise ValueError(
-            f"--reduction {reduction} with no run that looks for nodules in lungs; expected "
-            "a run for lungs, and --nodules"
-        )
+    if settings.batches.target != "lung":
+        nodules = replace(nodules, volumes=None)
+    refuse_unused(nodules)
     seen = {str(exp_dir): predictions.training_patients}
     segment: Callable[..., Outcome] = segment_nodules
     if settings.batches.target == "lung":
-        segment = functools.partial(segment_lungs, nodules=nodules, reduction=reduction)
-        seen |= seen_for_nodules(nodules, reduction)
+        segment = functools.partial(segment_lungs, nodules=nodules)
+        seen |= seen_for_nodules(nodules)
     everyone = sorted({patient for some in seen.values() for patient in some})
     predictions = replace(predictions, training_patients=tuple(everyone))
     warn_of_leaks(tasks, seen)
@@ -273,8 +298,7 @@ def segment_lungs(
     result_dir: Path,
     lungs: Lungs,
     *,
-    nodules: Path | None,
-    reduction: Path | None,
+    nodules: NoduleRuns,
     start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
@@ -292,8 +316,8 @@ def segment_lungs(
     }
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     finder = None
-    if nodules is not None:
-        finder = nodule_finder(nodules, reduction, lungs)
+    if nodules.used:
+        finder = nodule_finder(nodules, lungs)
         made_by["nodules"] = finder.made_by
     results = Results(
         result_dir,
@@ -368,8 +392,7 @@ def predict(
     *,
     exp_dir: Path = SHIPPED,
     lungs: Lungs = USUAL,
-    nodules: Path = NODULE3D,
-    reduction: Path | None = REDUCTION3D,
+    nodules: NoduleRuns = SHIPPED_RUNS,
 ) -> np.ndarray:
     """The nodules of one CT, as the command line finds them; see `postprocess.predict`.
 
@@ -380,8 +403,7 @@ def predict(
         spacing_mm: (z, y, x) of an array; files say their own.
         exp_dir: Run for lungs.
         lungs: How it is used.
-        nodules: Run that looks for nodules in them.
-        reduction: Run that tells nodules from vessels; None for none.
+        nodules: The runs that look for nodules in them.
 
     Returns:
         (z, y, x) labels, canonical: 0, or the number of the nodule.
@@ -405,9 +427,9 @@ def predict(
         if len(sources) != 1:
             raise ValueError(f"{image}: {len(sources)} scans; expected one")
         scan = nifti.load_scan(sources[0])
-    predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules, reduction)
+    predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules)
     patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))
-    seen = {str(exp_dir): patients, **seen_for_nodules(nodules, reduction)}
+    seen = {str(exp_dir): patients, **seen_for_nodules(nodules)}
     warn_of_leaks([Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))], seen)
     _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
     for reason in verdict.reasons:
@@ -417,7 +439,7 @@ def predict(
 
 @functools.lru_cache(maxsize=1)
 def scan_networks(
-    exp_dir: Path, lungs: Lungs, nodules: Path, reduction: Path | None
+    exp_dir: Path, lungs: Lungs, nodules: NoduleRuns
 ) -> tuple[VolumePredictor | Predictor, float, NoduleFinder]:
     """What `predict` computes with: the network for lungs, its reach in mm, the finder."""
     settings = runs.read_settings(exp_dir)
@@ -427,7 +449,7 @@ def scan_networks(
         )
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=8)
     reach_mm = lungs.labels.snap * runs.seen_mm(settings)
-    return predictor, reach_mm, nodule_finder(nodules, reduction, lungs)
+    return predictor, reach_mm, nodule_finder(nodules, lungs)
 
 
 class SeededPredictor:
@@ -535,35 +557,56 @@ def nodule_predictor(
     return passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
 
 
-def seen_for_nodules(
-    nodules: Path | None, reduction: Path | None
-) -> dict[str, tuple[str, ...]]:
+def refuse_unused(nodules: NoduleRuns) -> None:
+    """Refuses runs that were named but would not be asked.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    named = {"--slices": nodules.slices, "--reduction": nodules.reduction}
+    usual = (None, SHIPPED_RUNS.slices, SHIPPED_RUNS.reduction)
+    for option, run in named.items():
+        if option in nodules.used or run in usual:
+            continue
+        if nodules.volumes is None:
+            raise ValueError(
+                f"{option} {run} with no run that looks for nodules in lungs; expected a "
+                "run for lungs, and --nodules"
+            )
+        raise ValueError(
+            f"{option} {run} with --reduction None; expected a run that judges what is "
+            "found slice by slice"
+        )
+
+
+def seen_for_nodules(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
     """Whom the runs that look for nodules were trained on, by their directories.
 
     Raises:
         FileNotFoundError: If one of them is missing.
     """
-    if nodules is None:
-        return {}
-    for run_dir, option in ((nodules, "--nodules"), (reduction, "--reduction")):
-        if run_dir is not None and not (run_dir / "config.json").exists():
+    for option, run_dir in nodules.used.items():
+        if not (run_dir / "config.json").exists():
             raise FileNotFoundError(
                 f"no weights for nodules in {run_dir}; name a run directory with {option}, "
                 f"or do without: {option} None"
             )
-    used = [run for run in (nodules, OUTLINES, reduction) if run is not None]
+    used = [*nodules.used.values(), OUTLINES] if nodules.used else []
     return {
         str(run): tuple(runs.training_patients_of(run / "best.weights.h5"))
         for run in used
     }
 
 
-def nodule_finder(run_dir: Path, reduction: Path | None, lungs: Lungs) -> NoduleFinder:
+def nodule_finder(nodules: NoduleRuns, lungs: Lungs) -> NoduleFinder:
     """What looks for nodules in lungs, with outlines by the weights of patches."""
+    used = nodules.used
     return NoduleFinder(
-        run_dir,
+        used["--nodules"],
         OUTLINES,
-        reduction_dir=reduction,
+        slices_dir=used.get("--slices"),
+        reduction_dir=used.get("--reduction"),
+        min_score=nodules.min_score,
         seed=lungs.passes.seed,
         precision=lungs.precision,
         memory_gb=lungs.memory_gb,

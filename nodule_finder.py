@@ -1,8 +1,8 @@
-"""Nodules of whole scans: found by a 3-D network, judged by a second, outlined by a third.
+"""Nodules of whole scans: marked by two networks, judged by a third, outlined by a fourth.
 
-The first marks candidates. The false-positive network looks at each by itself and tells
-nodules from vessels. What its voxels cannot show, the border of a small nodule, the
-seeded network outlines slice by slice in the scan's own pixels.
+A 3-D network marks candidates, and one of slices more of them. The false-positive network
+looks at each by itself and tells nodules from vessels. What voxels of 1 mm cannot show, the
+border of a small nodule, the seeded network outlines slice by slice in the scan's own pixels.
 """
 
 import functools
@@ -23,6 +23,7 @@ from candidates import CandidateClassifier, candidate_map
 from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
 from nodules import FoundNodule, components, label_nodules, measure_nodules
 from patches import PatchPredictor
+from predictor import Predictor
 from runs import Precision
 from scan import Scan, ScanError
 
@@ -40,16 +41,19 @@ LEAST_SHARE = 0.25
 SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
 
+TILES_AT_ONCE = 16
+"""In a call of the network of slices."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the 3-D network marks, whether it is reported or not.
+    """What a network marks, whether it is reported or not.
 
     Attributes:
         centre_zyx: Centre of its voxels in the canonical array.
         score: As of `FoundNodule`.
         score_std: Standard deviation of the score; None of one pass and no classifier.
-        max_prob: Largest probability of the 3-D network.
+        max_prob: Largest probability of the network that marked it.
         nodule_id: Of the nodule it became, or became a part of; 0 if its score was too
             low.
     """
@@ -68,8 +72,8 @@ class Found:
     Attributes:
         labels: (z, y, x), 0 or the number of the nodule; 1 has the highest score.
         nodules: One for each label, in this order. The score is the false-positive
-            network's probability times the largest of the 3-D one, without it the mean
-            probability of the voxels found; measures are those of the outline.
+            network's probability times the largest of the one that marked it, without it
+            the mean probability of the voxels found; measures are those of the outline.
         candidates: By falling score, with those that are not reported.
     """
 
@@ -79,25 +83,30 @@ class Found:
 
 
 class NoduleFinder:
-    """A run of 3-D nodules, one that judges them and one that outlines; each loads once.
+    """Runs that mark nodules, one that judges and one that outlines; each loads once.
 
     Args:
         run_dir: Of the 3-D network. If it was tuned, it makes as many passes as it was
             tuned on, and without a false-positive network its values count.
-        seeded_dir: Of the seeded network; None keeps the outlines of the 3-D one.
+        seeded_dir: Of the seeded network; None keeps the outlines of who marked them.
+        slices_dir: Of a network of slices, whose candidates join those of the 3-D one; its
+            settings say what they are, and the false-positive network judges them.
         reduction_dir: Of the false-positive network, whose settings say how candidates are
             found and which are kept; None keeps what the 3-D one finds.
+        min_score: The least score that is reported; None for what the settings of who
+            judges say.
         seed: Of the dropout, if there are several passes.
         precision: Keras' policy for the 3-D network.
         memory_gb: As for `VolumePredictor`.
 
     Attributes:
+        rule: What is a candidate of the 3-D network, and which candidates are reported.
         made_by: What decides the result, JSON-ready.
 
     Raises:
         FileNotFoundError: If a run is missing.
-        ValueError: If the run does not find nodules in volumes, or was tuned with other
-            weights.
+        ValueError: If a run does not find nodules in volumes, or in slices, or was tuned
+            with other weights, or nothing judges what is found in slices.
     """
 
     def __init__(
@@ -105,7 +114,9 @@ class NoduleFinder:
         run_dir: Path,
         seeded_dir: Path | None,
         *,
+        slices_dir: Path | None = None,
         reduction_dir: Path | None = None,
+        min_score: float | None = None,
         seed: int = 0,
         precision: Precision = "float32",
         memory_gb: float = MEMORY_GB,
@@ -128,14 +139,33 @@ class NoduleFinder:
         self.classifier = None
         if reduction_dir is not None:
             self.classifier = CandidateClassifier(reduction_dir, precision=precision)
-        used = [run for run in (run_dir, seeded_dir, reduction_dir) if run is not None]
+        self.slices = None
+        if slices_dir is not None and reduction_dir is None:
+            raise ValueError(
+                f"{slices_dir} with no false-positive network; expected one"
+            )
+        if slices_dir is not None:
+            self.slices = slice_predictor(slices_dir, precision)
+            self.slice_settings = postprocess.tuned_settings(
+                slices_dir, self.slices.settings
+            )[0]
+        self.rule = self.settings
+        if self.classifier is not None:
+            self.rule = self.classifier.postprocess
+        if min_score is not None:
+            self.rule = replace(self.rule, min_score=min_score)
+        every = (run_dir, seeded_dir, slices_dir, reduction_dir)
+        used = [run for run in every if run is not None]
         self.made_by: dict[str, Any] = {
             "weights_sha256": [files.sha256(run / "best.weights.h5") for run in used],
             "passes": n,
-            "settings": config.to_json(self.settings),
+            "settings": config.to_json(self.settings if self.classifier else self.rule),
         }
-        if self.classifier is not None:  # results of before, without one, still count
-            self.made_by["reduction"] = config.to_json(self.classifier.postprocess)
+        # Results of before, without these, still count.
+        if self.classifier is not None:
+            self.made_by["reduction"] = config.to_json(self.rule)
+        if self.slices is not None:
+            self.made_by["slices"] = config.to_json(self.slice_settings)
 
     @functools.cached_property
     def seeded(self) -> PatchPredictor | None:
@@ -156,7 +186,7 @@ class NoduleFinder:
             return Found(np.zeros(scan.hu.shape, np.uint8), [])
         maps = self.predictor.maps(scan, self.settings.threshold)
         labels, every = self.candidates(scan, maps)
-        reported = sum(candidate.score >= self.min_score for candidate in every)
+        reported = sum(candidate.score >= self.rule.min_score for candidate in every)
         labels[labels > reported] = 0
         became = list(range(1, reported + 1))
         low, high = PIXEL_MM
@@ -176,15 +206,10 @@ class NoduleFinder:
             every[k] = replace(every[k], nodule_id=nodule_id)
         return Found(labels, nodules, every)
 
-    @property
-    def min_score(self) -> float:
-        """The least score of a candidate that is reported."""
-        if self.classifier is None:
-            return self.settings.min_score
-        return self.classifier.postprocess.min_score
-
     def candidates(self, scan: Scan, maps: Maps) -> tuple[np.ndarray, list[Candidate]]:
-        """What the 3-D network marks, judged by the false-positive network, if any.
+        """What the networks mark, judged by the false-positive network, if any.
+
+        Of two that overlap, the one with the higher score stays.
 
         Args:
             scan: With lungs.
@@ -193,40 +218,102 @@ class NoduleFinder:
         Returns:
             (z, y, x) labels, and the candidates in their order, by falling score.
         """
+        std = maps.std if maps.n > 1 else None
         if self.classifier is None:
-            every = replace(self.settings, min_score=0.0)
-            labels, chances = label_nodules(maps.mean, scan.grid, every, lung=scan.lung)
+            marks = marks_in(maps.mean, std, scan, self.rule)
+            scores = [mark.mean_prob for mark in marks]
+            spreads = [mark.mean_std for mark in marks]
         else:
-            every = replace(self.classifier.postprocess, min_score=0.0)
-            prob = candidate_map(maps.mean, every)
-            labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
-        if not len(chances):
-            return labels, []
-        voxels = voxels_of(labels)
-        centres = [tuple(some.mean(axis=0).tolist()) for some in voxels]
-        scores, peaks = chances.T
-        spreads: list[float | None] = [None] * len(voxels)
-        if self.classifier is not None:
-            judged = self.classifier.probabilities(scan, centres)
-            of_peaks = np.zeros(len(voxels))
-            if maps.n > 1:
-                at = [tuple(s[maps.mean[tuple(s.T)].argmax()]) for s in voxels]
-                of_peaks = np.array([maps.std[place] for place in at])
-            # Both must agree: what the first hardly sees, the second may mistake.
-            scores = judged.mean(axis=1) * peaks
+            prob = candidate_map(maps.mean, self.rule)
+            marks = marks_in(prob, std, scan, self.rule)
+            if self.slices is not None:
+                prob = self.slices.probability(scan)
+                marks += marks_in(prob, None, scan, self.slice_settings)
+            judged = self.classifier.probabilities(scan, [m.centre for m in marks])
+            peaks = np.array([mark.max_prob for mark in marks])
+            # Both must agree: what the one hardly sees, the other may mistake.
+            scores = (judged.mean(axis=1) * peaks).tolist()
             spreads = std_of_product(
-                judged.mean(axis=1), judged.std(axis=1), peaks, of_peaks
+                judged.mean(axis=1),
+                judged.std(axis=1),
+                peaks,
+                np.array([mark.max_std for mark in marks]),
             ).tolist()
-        elif maps.n > 1:
-            spreads = [float(maps.std[tuple(some.T)].mean()) for some in voxels]
-        order = np.argsort(-scores, kind="stable")
-        renumber = np.zeros(len(voxels) + 1, labels.dtype)
-        renumber[order + 1] = np.arange(1, len(voxels) + 1)
-        found = [
-            Candidate(centres[k], float(scores[k]), spreads[k], float(peaks[k]))
-            for k in order.tolist()
-        ]
-        return renumber[labels], found
+        found: list[Candidate] = []
+        labels = np.zeros(scan.hu.shape, np.min_scalar_type(max(len(marks), 255)))
+        for k in np.argsort(-np.array(scores), kind="stable").tolist():
+            own = tuple(marks[k].voxels.T)
+            if not labels[own].any():
+                peak = marks[k].max_prob
+                found.append(Candidate(marks[k].centre, scores[k], spreads[k], peak))
+                labels[own] = len(found)
+        return labels, found
+
+
+def slice_predictor(run_dir: Path, precision: Precision) -> Predictor:
+    """The network of a run that looks for nodules in slices of whole scans.
+
+    Raises:
+        FileNotFoundError: If the run is missing.
+        ValueError: If it is another kind of run.
+    """
+    settings = runs.read_settings(run_dir)
+    batches, network = settings.batches, settings.model.name
+    whole = len(batches.input_px) == 2 and batches.crop != "seed"
+    if batches.target != "nodule" or not whole:
+        raise ValueError(
+            f"{run_dir}: a {network} for {batches.target}, batches.crop={batches.crop}; "
+            "expected a run for nodules in slices, such as one of candidates2d"
+        )
+    return Predictor(run_dir, settings, batch_size=TILES_AT_ONCE, precision=precision)
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A component of what a network marks.
+
+    Attributes:
+        voxels: (n, 3) indices (z, y, x).
+        mean_prob: Mean probability of the voxels.
+        max_prob: The largest.
+        mean_std: Mean over the voxels of the standard deviation of the passes; None of one.
+        max_std: That at the largest probability; 0 of one pass.
+    """
+
+    voxels: np.ndarray
+    mean_prob: float
+    max_prob: float
+    mean_std: float | None
+    max_std: float
+
+    @property
+    def centre(self) -> tuple[float, float, float]:
+        """Mean index (z, y, x) of the voxels."""
+        z, y, x = self.voxels.mean(axis=0).tolist()
+        return z, y, x
+
+
+def marks_in(
+    prob: np.ndarray, std: np.ndarray | None, scan: Scan, settings: config.Postprocess
+) -> list[Mark]:
+    """The components of a map of probability, whatever their score.
+
+    Args:
+        prob: (z, y, x).
+        std: Standard deviation of the passes it is the mean of; None of one.
+        scan: Whose grid and lungs they are.
+        settings: What makes a component.
+    """
+    every = replace(settings, min_score=0.0)
+    labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
+    marks = []
+    for voxels, (mean, peak) in zip(voxels_of(labels), chances.tolist(), strict=True):
+        own, at = tuple(voxels.T), tuple(voxels[prob[tuple(voxels.T)].argmax()])
+        spread = None if std is None else float(std[own].mean())
+        marks.append(
+            Mark(voxels, mean, peak, spread, 0.0 if std is None else float(std[at]))
+        )
+    return marks
 
 
 def voxels_of(labels: np.ndarray) -> list[np.ndarray]:

@@ -124,7 +124,10 @@ def outlined_plane(
     labels: np.ndarray,
     spacing_mm: Sequence[float],
 ) -> np.ndarray:
-    """(y, x, 3) uint8 of square pixels, at most `SIDE_PX` to a side, with outlines."""
+    """(y, x, 3) uint8 of square pixels, at most `SIDE_PX` to a side.
+
+    With outlines, and the numbers of the nodules beside theirs.
+    """
     size_mm = [n * step for n, step in zip(hu.shape, spacing_mm, strict=True)]
     scale = SIDE_PX / max(size_mm)
     size_xy = tuple(max(round(length * scale), 1) for length in size_mm[::-1])
@@ -138,6 +141,10 @@ def outlined_plane(
             mask.astype(np.uint8), size_xy, interpolation=cv2.INTER_NEAREST
         )
         picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = colour
+    for number in np.unique(labels[labels > 0]).tolist():
+        y, x = (np.argwhere(labels == number).max(axis=0) + 1) * size_xy[::-1]
+        place = round(x / labels.shape[1]) + 2, round(y / labels.shape[0]) + 8
+        write(picture, str(number), place, NODULE_BGR)
     return picture
 
 
@@ -155,8 +162,14 @@ def caption(
 ) -> np.ndarray:
     """A line of text on black."""
     strip = np.zeros((CAPTION_PX, width, 3), np.uint8)
-    place = (6, CAPTION_PX - 7)
-    cv2.putText(
-        strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA
-    )
+    write(strip, text, (6, CAPTION_PX - 7), colour)
     return strip
+
+
+def write(
+    picture: np.ndarray, text: str, place: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
+    """Writes small text whose left lower corner is at `place` (x, y)."""
+    cv2.putText(
+        picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA
+    )

@@ -99,8 +99,8 @@ class Results:
                 raise ValueError(
                     f"{path}: nodules were looked for "
                     f"{before if found.get('nodules') else 'by no run'}; repeat that with "
-                    "--nodules RUN --reduction RUN (None for no run), use --overwrite or "
-                    "another --result_dir"
+                    "--nodules RUN --slices RUN --reduction RUN (None for no run), use "
+                    "--overwrite or another --result_dir"
                 )
             if changed and not replaced:
                 raise ValueError(
@@ -194,7 +194,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """lungs.json, with the settings that are newer than it."""
     record = json.loads(path.read_text())
     nodules = record.get("nodules") or {}
-    for name in ("settings", "reduction"):
+    for name in ("settings", "slices", "reduction"):
         if name in nodules:
             nodules[name] = config.with_defaults(config.Postprocess, nodules[name])
     return record

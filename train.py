@@ -131,6 +131,7 @@ def train(
                 f"{run_dir} is complete: {closing_line(run_dir)}{changed}"
             )
         warn_of_seen_patients(record["init_training_patients"], split)
+        warn_of_other_spacing(init, experiment)
         data = open_data(table, split, experiment)
         start_run(partial, record, experiment, split)
         if not (partial / "training.json").is_file():  # else only its name is missing
@@ -166,6 +167,20 @@ def split_settings(split: Mapping[str, Any]) -> config.Split:
     """The settings of a split; those that one written by hand leaves out are defaults."""
     record = config.to_json(config.Split()) | split["settings"]
     return config.from_json(config.Split, record)
+
+
+def warn_of_other_spacing(init: Path | None, experiment: config.Experiment) -> None:
+    """Says so if weights to start from saw pixels or voxels of another size."""
+    if init is None or not init.with_name("config.json").exists():
+        return
+    before = runs.seen_mm(runs.read_settings(init.parent))
+    now = runs.seen_mm(experiment)
+    if before != now:
+        log.warning(
+            "%s saw scans at %s, this run at %s",
+            init,
+            *(f"{mm:g} mm" if mm else "their own pixels" for mm in (before, now)),
+        )
 
 
 def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None:

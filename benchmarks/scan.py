@@ -78,12 +78,13 @@ def main(
     lungs = infer.Lungs(passes=Passes(n=n or "auto"), labels=LungMap())
     with stages("loading networks"):
         predictor, reach_mm, finder = infer.scan_networks(
-            infer.SHIPPED, lungs, infer.NODULE3D, infer.REDUCTION3D
+            infer.SHIPPED, lungs, infer.SHIPPED_RUNS
         )
     with stages("lungs"):
         maps, labels, _ = infer.lungs_of(scan, predictor, lungs.labels, reach_mm)
     stages.watch(finder.predictor, "maps", "nodules: 3-D network")
-    stages.watch(finder, "candidates", "nodules: candidates judged")
+    stages.watch(finder.slices, "probability", "nodules: slices")
+    stages.watch(finder.classifier, "probabilities", "nodules: candidates judged")
     stages.watch(nodule_finder, "outlined", "nodules: outlines")
     stages.watch(nodule_finder, "measure_nodules", "nodules: measures")
     found = finder.find(replace(scan, lung=labels))

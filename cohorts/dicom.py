@@ -405,7 +405,14 @@ def identify_files(folder: Path) -> Iterator[Identity]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    """Every file below a folder, links to folders followed; no folder twice."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         # macOS leaves ._NAME.dcm files beside what it copies.
         yield from (Path(parent, n) for n in sorted(names) if not n.startswith("."))

@@ -3,6 +3,7 @@
 from config import Experiment
 from configs import (
     ablations,
+    candidates2d,
     lungs2d,
     lungs3d,
     nodules2d,
@@ -18,6 +19,7 @@ CONFIGS: dict[str, tuple[str, Experiment]] = {
     **lungs2d.CONFIGS,
     **lungs3d.CONFIGS,
     **nodules2d.CONFIGS,
+    **candidates2d.CONFIGS,
     **nodules3d.CONFIGS,
 }
 """Name to (one line of help, experiment)."""

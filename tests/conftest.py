@@ -155,6 +155,14 @@ NODULE_RUN = replace(
 )
 """The same for nodules, of 20 HU."""
 
+SLICES_RUN = replace(
+    NODULE_RUN,
+    batches=replace(NODULE_RUN.batches, input_px=(32, 32)),
+    model=replace(NODULE_RUN.model, name="unet2d"),
+    postprocess=config.Postprocess(method="fixed", min_volume_mm3=0.0, min_voxels=4),
+)
+"""The same in slices."""
+
 REDUCTION_RUN = replace(
     NODULE_RUN,
     batches=replace(NODULE_RUN.batches, input_px=(8, 16, 16), crop="candidate"),
@@ -166,7 +174,7 @@ REDUCTION_RUN = replace(
 
 
 def set_by_hand(network, hu=-850):
-    """Makes a unet3d of depth 1 and 2 filters tell lung by a voxel's own value.
+    """Makes a U-Net of depth 1 and 2 filters tell lung by a voxel's own value.
 
     Two channels hold how far the value lies above and below that of `hu`. With batch
     normalisation as it starts, the path through the skip connection keeps them, and the
@@ -178,7 +186,8 @@ def set_by_hand(network, hu=-850):
     import keras
 
     own = (hu + 370.00039) / 436.59987
-    convolutions = [x for x in network.layers if type(x) is keras.layers.Conv3D]
+    kinds = (keras.layers.Conv2D, keras.layers.Conv3D)
+    convolutions = [x for x in network.layers if type(x) in kinds]
     norms = [
         x for x in network.layers if isinstance(x, keras.layers.BatchNormalization)
     ]
@@ -187,15 +196,16 @@ def set_by_hand(network, hu=-850):
     def set_kernel(layer, taps):
         kernel = np.zeros(layer.kernel.shape, np.float32)
         for (source, result), value in taps.items():
-            kernel[1, 1, 1, source, result] = value
+            kernel[(*(1,) * (kernel.ndim - 2), source, result)] = value
         layer.kernel.assign(kernel)
 
     set_kernel(first, {(0, 0): 1, (0, 1): -1})
     norms[0].beta.assign([-own, own])
     set_kernel(second, {(0, 0): 1, (1, 1): 1})
-    set_kernel(joined, {(2, 0): 1, (3, 1): 1})  # after those of the lower level
+    own = joined.kernel.shape[-2] - 2  # after those of the lower level
+    set_kernel(joined, {(own, 0): 1, (own + 1, 1): 1})
     set_kernel(last, {(0, 0): 1, (1, 1): 1})
-    head.kernel.assign(np.reshape([[0, -50], [0, -50]], (1, 1, 1, 2, 2)))
+    head.kernel.assign(np.reshape([[0, -50], [0, -50]], head.kernel.shape))
     head.bias.assign([0, 10])
 
 
@@ -232,6 +242,12 @@ def make_lung_run():
 def make_nodule_run(make_lung_run):
     """make_nodule_run(folder): the same for nodules; what is near 20 HU is one."""
     return functools.partial(make_lung_run, experiment=NODULE_RUN, hu=20)
+
+
+@pytest.fixture(scope="session")
+def make_slices_run(make_lung_run):
+    """make_slices_run(folder, hu=20): the same of slices."""
+    return functools.partial(make_lung_run, experiment=SLICES_RUN, hu=20)
 
 
 @pytest.fixture(scope="session")

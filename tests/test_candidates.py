@@ -10,11 +10,12 @@ import pytest
 import boxes
 import candidates
 import config
+import metrics
 import resample
 from candidates import CandidateClassifier, candidate_map, crops
-from nodule_finder import NoduleFinder, std_of_product
+from nodule_finder import NoduleFinder, marks_in, std_of_product
 from scan import AIR_HU
-from tests.conftest import REDUCTION_RUN, tiny_scan
+from tests.conftest import REDUCTION_RUN, ball, tiny_scan
 
 SPACING_MM = REDUCTION_RUN.table.volume_spacing_mm
 SIZE = REDUCTION_RUN.batches.volume_px
@@ -146,10 +147,64 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     assert [c.score for c in better.candidates] == pytest.approx(scores)
     settings["postprocess"]["min_score"] = 0.999
     (reduction / "config.json").write_text(json.dumps(settings))
+    usual = NoduleFinder(run, None, reduction_dir=reduction, min_score=0.0)
+    assert [n.score for n in usual.find(scan).nodules] == pytest.approx(scores)
+    assert usual.made_by["reduction"]["min_score"] == 0
+    least = NoduleFinder(run, None, min_score=0.999).find(scan)
+    assert len(least.candidates) == 2
+    assert not least.nodules
     none = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
     assert not none.nodules
     assert not none.labels.any()
     assert [c.nodule_id for c in none.candidates] == [0, 0]
+
+
+def test_slices_add_candidates_and_of_two_that_overlap_the_better_stays(
+    make_nodule_run, make_slices_run, make_reduction_run, tmp_path
+):
+    scan = tiny_scan()
+    faint = ball((12, 22, 46), 4.0)
+    scan = replace(scan, hu=np.where(faint, -400, scan.hu).astype(np.int16))
+    run = make_nodule_run(tmp_path / "nodules")
+    reduction = make_reduction_run(tmp_path / "reduction", threshold=0.4)
+    before = NoduleFinder(run, None, reduction_dir=reduction)
+    without = before.find(scan)
+    assert len(without.candidates) == 2
+    assert not without.labels[faint].any()
+    other = make_slices_run(tmp_path / "other", hu=-400)
+    finder = NoduleFinder(run, None, slices_dir=other, reduction_dir=reduction)
+    found = finder.find(scan)
+    assert len(found.candidates) == 3
+    scores = [candidate.score for candidate in found.candidates]
+    assert scores == sorted(scores, reverse=True)
+    (added,) = set(np.unique(found.labels[faint])) - {0}
+    assert metrics.dice(faint, found.labels == added) > 0.9
+    assert {c.score for c in without.candidates} < {*scores}
+    assert found.nodules[added - 1].score == scores[added - 1]
+    assert finder.made_by["slices"]["min_voxels"] == 4
+    assert len(finder.made_by["weights_sha256"]) == 3
+    # What both mark is one candidate: the outline that is judged more likely.
+    same = make_slices_run(tmp_path / "same")
+    finder = NoduleFinder(run, None, slices_dir=same, reduction_dir=reduction)
+    both = finder.find(scan)
+    assert len(both.candidates) == 2
+    prob = finder.slices.probability(scan)
+    marks = marks_in(prob, None, scan, finder.slice_settings)
+    judged = finder.classifier.probabilities(scan, [mark.centre for mark in marks])
+    in_slices = judged.mean(axis=1) * [mark.max_prob for mark in marks]
+    for n, candidate in enumerate(both.candidates, start=1):
+        (k,) = (
+            k
+            for k, mark in enumerate(marks)
+            if both.labels[tuple(mark.voxels.T)].max() == n
+        )
+        (old,) = (
+            c
+            for c in without.candidates
+            if np.allclose(c.centre_zyx, marks[k].centre, atol=1)
+        )
+        assert candidate.score == pytest.approx(max(in_slices[k], old.score), abs=1e-6)
+    assert both.labels.max() == 2
 
 
 def test_the_spread_of_a_product():

@@ -176,13 +176,15 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
     beside = {"z_lps_mm": second["z_lps_mm"] + 15.0, "score": 0.8}
     rows = [first, second, second | beside]
     rules = config.to_json(config.Postprocess(threshold=0.1, min_score=0.87))
-    write_shared(tmp_path / "predictions", rows, reduction=rules)
+    few = config.to_json(config.Postprocess(min_volume_mm3=0.0, min_voxels=4))
+    write_shared(tmp_path / "predictions", rows, reduction=rules, slices=few)
     report, scores = evaluated(tmp_path)
     assert not report.failures
     assert scores["CPM (mean of these)"]["interval"]["value"] == 1
     text = (tmp_path / "scores/scores.md").read_text()
     assert "candidates from 0.1, at least 14 mm3" in text
     assert "both networks together of 0.87" in text
+    assert "candidates of slices: threshold 0.5" in text
     # As a candidate of its own it is a false positive.
     table_path = tmp_path / "predictions" / scan_results.CANDIDATES
     write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])

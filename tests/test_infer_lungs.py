@@ -19,6 +19,7 @@ import files
 import infer
 import postprocess
 import runs
+from infer import NoduleRuns
 from lung_map import LungMap
 from monte_carlo import Passes
 from predictor import Predictor
@@ -56,7 +57,7 @@ def write_list(path, rows):
 
 def run_main(*argv):
     """The exit code of the command; it looks for no nodules unless they are spoken of."""
-    for option in ("--nodules", "--reduction"):
+    for option in ("--nodules", "--slices", "--reduction"):
         if option not in argv:
             argv = (*argv, option, None)
     with pytest.raises(SystemExit) as ended:
@@ -76,6 +77,17 @@ def read(path):
 @pytest.fixture(scope="module")
 def nodule_run(make_nodule_run, tmp_path_factory):
     return make_nodule_run(tmp_path_factory.mktemp("runs") / "nodules")
+
+
+def alone(nodule_run):
+    """That run, with none beside it."""
+    return NoduleRuns(nodule_run, slices=None, reduction=None)
+
+
+@pytest.fixture(scope="module")
+def slices_run(make_slices_run, tmp_path_factory):
+    """A run of slices that marks what is near -400 HU."""
+    return make_slices_run(tmp_path_factory.mktemp("runs") / "slices", hu=-400)
 
 
 @pytest.fixture(scope="module")
@@ -407,9 +419,10 @@ def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplo
 
 
 def test_every_network_of_a_result_counts(
-    run, nodule_run, reduction_run, volume, tmp_path, monkeypatch, caplog
+    run, nodule_run, slices_run, reduction_run, volume, tmp_path, monkeypatch, caplog
 ):
-    runs_of = {"lungs": run, "nodules": nodule_run, "reduction": reduction_run}
+    runs_of = {"lungs": run, "nodules": nodule_run}
+    runs_of |= {"slices": slices_run, "reduction": reduction_run}
     trained = {
         name: with_training_patients(made, tmp_path / name, f"of-{name}")
         for name, made in runs_of.items()
@@ -418,7 +431,7 @@ def test_every_network_of_a_result_counts(
     with_training_patients(nodule_run, infer.OUTLINES, "of-outlines")
     provenance = {"init_training_patients": ["of-before"]}
     (trained["nodules"] / "provenance.json").write_text(json.dumps(provenance))
-    for name in ("lungs", "nodules", "reduction", "outlines", "before", "nobody"):
+    for name in (*trained, "outlines", "before", "nobody"):
         save(tmp_path / f"of-{name}.nii.gz", volume)
     rows = [(f"{path.name[:-7]}", path.name) for path in tmp_path.glob("of-*.nii.gz")]
     infer.infer(
@@ -426,15 +439,14 @@ def test_every_network_of_a_result_counts(
         tmp_path / "OUT",
         csv_file=write_list(tmp_path / "scans.csv", rows),
         lungs=WITHOUT_SKIN,
-        nodules=trained["nodules"],
-        reduction=trained["reduction"],
+        nodules=NoduleRuns(*(trained[name] for name in list(trained)[1:])),
     )
     for name in (*trained, "outlines"):
         assert f"patient of-{name} was trained on (by {name})" in caplog.text
     assert "patient of-before was trained on (by nodules)" in caplog.text
     assert "of-nobody was trained on" not in caplog.text
     record = json.loads((tmp_path / "OUT/predictions.json").read_text())
-    seen = {"of-lungs", "of-nodules", "of-reduction", "of-outlines", "of-before"}
+    seen = {f"of-{name}" for name in (*trained, "outlines", "before")}
     assert set(record["training_patients"]) == seen
 
 
@@ -658,7 +670,7 @@ def test_numpy_holds_nodules_too(run, nodule_run, ill_volume, tmp_path):
     lungs = replace(WITHOUT_SKIN, save_as="numpy")
     source = save(tmp_path / "ill.nii.gz", ill_volume)
     out = tmp_path / "OUT"
-    infer.infer(run, out, input=source, lungs=lungs, nodules=nodule_run)
+    infer.infer(run, out, input=source, lungs=lungs, nodules=alone(nodule_run))
     with np.load(out / "ill.npz") as arrays:
         labels = arrays["nodules"]
     # x rises to the right, y to the front.
@@ -767,10 +779,10 @@ def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
 ):
     source = save(tmp_path / "ill.nii.gz", ill_volume)
     out = tmp_path / "OUT"
-    infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=nodule_run)
+    infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=alone(nodule_run))
     expected = read(out / "ill/nodules.nii.gz").transpose(2, 1, 0)  # rises to S, P, L
     assert expected.any()
-    options = {"exp_dir": run, "nodules": nodule_run, "reduction": None}
+    options = {"exp_dir": run, "nodules": alone(nodule_run)}
     predict = functools.partial(infer.predict, lungs=WITHOUT_SKIN, **options)
     assert np.array_equal(predict(source), expected)
     array = np.ascontiguousarray(ill_volume.transpose(2, 1, 0))
@@ -790,7 +802,7 @@ def test_predict_names_a_patient_that_was_trained_on(
     run, nodule_run, volume, tmp_path, caplog
 ):
     source = save(tmp_path / "trained-on.nii.gz", volume)
-    options = {"exp_dir": run, "nodules": nodule_run, "reduction": None}
+    options = {"exp_dir": run, "nodules": alone(nodule_run)}
     assert not infer.predict(source, lungs=WITHOUT_SKIN, **options).any()
     assert "patient trained-on was trained on (by hand, nodules)" in caplog.text
     infer.scan_networks.cache_clear()
@@ -821,7 +833,9 @@ def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
 def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):
     source = save(tmp_path / "chest.nii.gz", volume)
     with pytest.raises(FileNotFoundError, match="--nodules None"):
-        infer.infer(run, tmp_path / "OUT", input=source, nodules=tmp_path / "absent")
+        infer.infer(
+            run, tmp_path / "OUT", input=source, nodules=alone(tmp_path / "absent")
+        )
 
 
 def test_what_the_false_positive_network_refuses_is_no_nodule(
@@ -843,6 +857,12 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert 0 < float(candidate["score"]) < 0.99
     record = json.loads((out / "lungs.json").read_text())
     assert record["nodules"]["reduction"]["min_score"] == 0.99
+    command = (*command, "--reduction", reduction_run)
+    assert run_main(*command, "--min_score", 0.01) == 1
+    assert run_main(*command, "--min_score", 1, "--overwrite") == 1
+    assert "min_score is 1.0; expected 0 to below 1" in capsys.readouterr().err
+    assert run_main(*command, "--min_score", 0.01, "--overwrite") == 0
+    assert len(nodules_of(out)) == 1
     predictions = json.loads((out / "predictions.json").read_text())
     assert "trained-on" in predictions["training_patients"]
 
@@ -850,7 +870,7 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
 def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tmp_path):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     lungs = replace(WITHOUT_SKIN, save_as="nnunet")
-    infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
     assert {path.name for path in out.iterdir()} == {
         "chest.nii.gz",
         "lungs.csv",
@@ -861,12 +881,12 @@ def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tm
     lines = (out / "lungs.csv").read_text().splitlines(keepends=True)
     (out / "lungs.csv").write_text(lines[0])
     (out / ".chest.started").touch()
-    infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
     assert rows_of(out).keys() == {"chest"}
     assert not (out / ".chest.started").exists()
     # Without that mark it is another's.
     (out / "lungs.csv").write_text(lines[0])
-    report = infer.infer(run, out, input=source, lungs=lungs, nodules=None)
+    report = infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
     assert "is not infer.py's" in report.failures[0].reason
 
 
@@ -875,13 +895,39 @@ def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
 ):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     with pytest.raises(FileNotFoundError, match="--reduction None"):
-        infer.infer(
-            run, out, input=source, nodules=nodule_run, reduction=tmp_path / "absent"
-        )
+        runs_of = NoduleRuns(nodule_run, None, tmp_path / "absent")
+        infer.infer(run, out, input=source, nodules=runs_of)
     with pytest.raises(ValueError, match="no run that looks for nodules"):
-        infer.infer(run, out, input=source, reduction=reduction_run)
+        infer.infer(
+            run, out, input=source, nodules=NoduleRuns(None, None, reduction_run)
+        )
     with pytest.raises(ValueError, match="judges candidates, not volumes"):
-        infer.infer(run, out, input=source, nodules=reduction_run)
+        infer.infer(run, out, input=source, nodules=alone(reduction_run))
+
+
+def test_runs_of_slices_that_are_missing_or_useless_are_refused(
+    run, nodule_run, slices_run, reduction_run, volume, tmp_path
+):
+    source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
+
+    def find(*runs_of):
+        infer.infer(run, out, input=source, nodules=NoduleRuns(*runs_of))
+
+    with pytest.raises(FileNotFoundError, match="--slices None"):
+        find(nodule_run, tmp_path / "absent", reduction_run)
+    with pytest.raises(
+        ValueError, match="--reduction None; expected a run that judges"
+    ):
+        find(nodule_run, slices_run, None)
+    with pytest.raises(ValueError, match="no run that looks for nodules"):
+        find(None, slices_run, None)
+    with pytest.raises(ValueError, match="expected a run for nodules in slices"):
+        find(nodule_run, nodule_run, reduction_run)
+    with pytest.raises(ValueError, match="expected a run for nodules in slices"):
+        find(nodule_run, infer.OUTLINES, reduction_run)
+    # The runs that ship are left out without a word.
+    find(nodule_run, infer.CANDIDATES2D, None)
+    assert rows_of(out).keys() == {"chest"}
 
 
 def test_another_table_of_nodules_in_the_folder_is_refused(
@@ -892,7 +938,9 @@ def test_another_table_of_nodules_in_the_folder_is_refused(
     out.mkdir()
     (out / "nodules.csv").write_text("scan_id,dice\na,0.5\n")
     with pytest.raises(ValueError, match="choose another --result_dir"):
-        infer.infer(run, out, input=source, lungs=WITHOUT_SKIN, nodules=nodule_run)
+        infer.infer(
+            run, out, input=source, lungs=WITHOUT_SKIN, nodules=alone(nodule_run)
+        )
     assert not (out / "lungs.json").exists()
 
 
@@ -920,7 +968,7 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
     with pytest.raises(ValueError, match="no nodules were looked for"):
         evaluate.evaluate(arguments)
     infer.infer(
-        run, arguments.predictions, nodules=nodule_run, overwrite=True, **options
+        run, arguments.predictions, nodules=alone(nodule_run), overwrite=True, **options
     )
     evaluate.evaluate(arguments)
     (nodule,) = nodules_of(arguments.out)
@@ -934,8 +982,7 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
     infer.infer(
         run,
         arguments.predictions,
-        nodules=nodule_run,
-        reduction=reduction_run,
+        nodules=NoduleRuns(nodule_run, None, reduction_run),
         overwrite=True,
         **options,
     )

@@ -59,11 +59,12 @@ def test_the_default_weights_are_among_those_that_ship():
 
 
 def test_all_networks_of_a_whole_scan_say_whom_they_have_seen():
-    seen = infer.seen_for_nodules(infer.NODULE3D, infer.REDUCTION3D)
+    seen = infer.seen_for_nodules(infer.SHIPPED_RUNS)
     split = slice_idx.read_split(infer.SHIPPED / "split.json")
     predictions = infer.new_predictions(infer.SHIPPED, split)
     seen[str(infer.SHIPPED)] = predictions.training_patients
-    used = (infer.SHIPPED, infer.NODULE3D, infer.REDUCTION3D, infer.OUTLINES)
+    used = (infer.SHIPPED, *infer.SHIPPED_RUNS.used.values(), infer.OUTLINES)
+    assert len(used) == 5
     assert set(seen) == {str(folder) for folder in used}
     for folder in used:
         split = slice_idx.read_split(folder / "split.json")
@@ -188,8 +189,7 @@ def nodules_met(source, folder):
         folder,
         input=source,
         lungs=ONE_LOOK,
-        nodules=infer.NODULE3D,
-        reduction=infer.REDUCTION3D,
+        nodules=infer.SHIPPED_RUNS,
     )
     scan = lidc.load_scan(lidc.find_scans(source)[0])
     (path,) = folder.glob("*/nodules.nii.gz")

@@ -14,6 +14,7 @@ import slice_idx
 import table
 import train
 from candidates import CandidateClassifier
+from runs import read_settings
 
 TINY = config.Experiment(
     batches=config.Batches(
@@ -232,6 +233,17 @@ def test_what_cannot_be_frozen_is_refused(data, tmp_path):
     experiment = config.Experiment(train=frozen)
     with pytest.raises(ValueError, match="without --init"):
         train.train(data / "table.h5", data / "split.json", tmp_path / "x", experiment)
+
+
+def test_weights_of_another_spacing_are_spoken_of(run, tmp_path, caplog):
+    coarse = replace(TINY, table=config.Table(volume_spacing_mm=9.0))
+    for init in (None, tmp_path / "best.weights.h5"):
+        train.warn_of_other_spacing(init, coarse)
+    init = run / "best.weights.h5"
+    train.warn_of_other_spacing(init, read_settings(run))
+    assert not caplog.messages
+    train.warn_of_other_spacing(init, coarse)
+    assert caplog.messages == [f"{init} saw scans at 3 mm, this run at 9 mm"]
 
 
 def test_a_split_of_nobody_to_train_is_refused(data, tmp_path):

@@ -678,6 +678,18 @@ def test_series_are_found_whatever_else_lies_in_the_folder(series, saved, tmp_pa
     assert len(source.paths) == 8
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(
+    series, saved, tmp_path
+):
+    (tmp_path / "linked/again").mkdir(parents=True)
+    saved(series(), "stored/series")
+    for name in ("linked/one", "linked/two"):
+        (tmp_path / name).symlink_to(tmp_path / "stored")
+    (tmp_path / "linked/again/loop").symlink_to(tmp_path / "linked")
+    (source,) = dicom.find_scans(tmp_path / "linked")
+    assert len(source.paths) == 8
+
+
 def test_files_of_several_series_in_one_folder_are_told_apart(series, saved):
     images, others = series(), series()
     for k, image in enumerate(others):

@@ -58,6 +58,24 @@ def sync(path: Path) -> None:
                 os.fsync(opened.fileno())
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, always in the same order; hidden ones are left out.
+
+    Links to folders are followed, and no folder is read twice.
+    """
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        # macOS leaves ._NAME files beside what it copies.
+        paths = (Path(parent, name) for name in sorted(names) if name[0] != ".")
+        yield from (path for path in paths if path.is_file())
+
+
 def remove(path: Path) -> None:
     """Removes a file or a directory tree; does nothing if there is none."""
     if path.is_dir() and not path.is_symlink():

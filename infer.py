@@ -8,8 +8,8 @@ Example:
 Segments scan files of the validation and test patients, or with --input or --csv_file any
 CT: a DICOM folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
 A run for nodules gives their probability; a run for lungs gives mean and standard deviation
-over many passes, lung labels and, in lungs.csv, whether to trust them. In these lungs another
-run looks for nodules, which are outlined, measured (nodules.csv) and drawn (overview.png).
+over many passes, lung labels and, in lungs.csv, whether to trust them. In these lungs other
+runs look for nodules, which are outlined, measured (nodules.csv) and drawn (overview.png).
 Research code, not a medical device.
 """
 
@@ -70,6 +70,8 @@ NODULE2D = Path("weights/nodule2d")
 OUTLINES = Path(__file__).parent / NODULE2D
 """The seeded run that outlines nodules in whole scans."""
 
+BATCH_SIZE = 8
+
 OWN_NAMES = {
     scan_results.TABLE,
     scan_results.NODULES,
@@ -117,6 +119,10 @@ class NoduleRuns:
     """The least score of a nodule that is reported, 0 to below 1; by default as the runs
     say. candidates.csv lists the others."""
 
+    def __post_init__(self) -> None:
+        fits = self.min_score is None or 0 <= self.min_score < 1
+        config.require(fits, "min_score", self.min_score, "0 to below 1")
+
     @property
     def used(self) -> dict[str, Path]:
         """The runs that are used, by their option."""
@@ -152,7 +158,7 @@ class Arguments:
     """Parts of the run's split to segment."""
     lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
     nodules: Annotated[NoduleRuns, tyro.conf.arg(name="")] = SHIPPED_RUNS
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     """Tiles of a 2-D network per call."""
     overwrite: bool = False
     """Replace results that were made otherwise."""
@@ -180,7 +186,7 @@ def infer(
     parts: Sequence[str] = ("validation", "test"),
     lungs: Lungs = USUAL,
     nodules: NoduleRuns = NO_RUNS,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
 ) -> steps.Report:
     """Segments every scan; see `Arguments`. Nodules are looked for only if runs are named.
@@ -317,7 +323,7 @@ def segment_lungs(
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     finder = None
     if nodules.used:
-        finder = nodule_finder(nodules, lungs)
+        finder = nodule_finder(nodules, lungs, batch_size=batch_size)
         made_by["nodules"] = finder.made_by
     results = Results(
         result_dir,
@@ -414,6 +420,9 @@ def predict(
     """
     from cohorts import nifti
 
+    if not nodules.used:
+        raise ValueError(f"nodules is {nodules}; expected a run that looks for nodules")
+    refuse_unused(nodules)
     if isinstance(image, np.ndarray):
         if spacing_mm is None:
             raise ValueError(
@@ -427,9 +436,10 @@ def predict(
         if len(sources) != 1:
             raise ValueError(f"{image}: {len(sources)} scans; expected one")
         scan = nifti.load_scan(sources[0])
+    seen = seen_for_nodules(nodules)
     predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules)
     patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))
-    seen = {str(exp_dir): patients, **seen_for_nodules(nodules)}
+    seen = {str(exp_dir): patients, **seen}
     warn_of_leaks([Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))], seen)
     _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
     for reason in verdict.reasons:
@@ -447,9 +457,10 @@ def scan_networks(
         raise ValueError(
             f"{exp_dir}: the run segments {settings.batches.target}; expected one for lungs"
         )
-    predictor = passes_predictor(exp_dir, settings, lungs, batch_size=8)
+    predictor = passes_predictor(exp_dir, settings, lungs, batch_size=BATCH_SIZE)
     reach_mm = lungs.labels.snap * runs.seen_mm(settings)
-    return predictor, reach_mm, nodule_finder(nodules, lungs)
+    finder = nodule_finder(nodules, lungs, batch_size=BATCH_SIZE)
+    return predictor, reach_mm, finder
 
 
 class SeededPredictor:
@@ -558,23 +569,28 @@ def nodule_predictor(
 
 
 def refuse_unused(nodules: NoduleRuns) -> None:
-    """Refuses runs that were named but would not be asked.
+    """Refuses what was asked for but would not be used.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is something.
     """
-    named = {"--slices": nodules.slices, "--reduction": nodules.reduction}
+    asked: dict[str, Any] = {
+        "--slices": nodules.slices,
+        "--reduction": nodules.reduction,
+        "--min_score": nodules.min_score,
+    }
+    used = [*nodules.used, *(["--min_score"] if nodules.used else [])]
     usual = (None, SHIPPED_RUNS.slices, SHIPPED_RUNS.reduction)
-    for option, run in named.items():
-        if option in nodules.used or run in usual:
+    for option, value in asked.items():
+        if option in used or value in usual:
             continue
-        if nodules.volumes is None:
+        if not nodules.used:
             raise ValueError(
-                f"{option} {run} with no run that looks for nodules in lungs; expected a "
-                "run for lungs, and --nodules"
+                f"{option} {value} with no run that looks for nodules in lungs; expected "
+                "a run for lungs, and --nodules"
             )
         raise ValueError(
-            f"{option} {run} with --reduction None; expected a run that judges what is "
+            f"{option} {value} with --reduction None; expected a run that judges what is "
             "found slice by slice"
         )
 
@@ -598,7 +614,9 @@ def seen_for_nodules(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
     }
 
 
-def nodule_finder(nodules: NoduleRuns, lungs: Lungs) -> NoduleFinder:
+def nodule_finder(
+    nodules: NoduleRuns, lungs: Lungs, *, batch_size: int
+) -> NoduleFinder:
     """What looks for nodules in lungs, with outlines by the weights of patches."""
     used = nodules.used
     return NoduleFinder(
@@ -608,6 +626,7 @@ def nodule_finder(nodules: NoduleRuns, lungs: Lungs) -> NoduleFinder:
         reduction_dir=used.get("--reduction"),
         min_score=nodules.min_score,
         seed=lungs.passes.seed,
+        batch_size=batch_size,
         precision=lungs.precision,
         memory_gb=lungs.memory_gb,
     )

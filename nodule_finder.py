@@ -31,18 +31,15 @@ PATCH_PX = 128
 """Side of the patches around candidates: twice what the seeded network sees at first."""
 
 PIXEL_MM = (0.4, 1.2)
-"""Pixels that the seeded network knows; in others the outlines of the 3-D one stay."""
+"""Pixels that the seeded network knows; in others the outlines of who found it stay."""
 
 NEAR_PX = 2
-"""An outline counts if it comes as near as this to what the 3-D network found, and is at
+"""An outline counts if it comes as near as this to what was found, and is at
 least `LEAST_SHARE` as large."""
 LEAST_SHARE = 0.25
 
 SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
-
-TILES_AT_ONCE = 16
-"""In a call of the network of slices."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,8 @@ class NoduleFinder:
         min_score: The least score that is reported; None for what the settings of who
             judges say.
         seed: Of the dropout, if there are several passes.
-        precision: Keras' policy for the 3-D network.
+        batch_size: Tiles of slices in a call.
+        precision: Keras' policy for all but the seeded network.
         memory_gb: As for `VolumePredictor`.
 
     Attributes:
@@ -118,9 +116,14 @@ class NoduleFinder:
         reduction_dir: Path | None = None,
         min_score: float | None = None,
         seed: int = 0,
+        batch_size: int = 8,
         precision: Precision = "float32",
         memory_gb: float = MEMORY_GB,
     ) -> None:
+        if slices_dir is not None and reduction_dir is None:
+            raise ValueError(
+                f"{slices_dir} with no false-positive network; expected one"
+            )
         settings = runs.read_settings(run_dir)
         if settings.batches.target != "nodule" or settings.model.name != "unet3d":
             raise ValueError(
@@ -139,16 +142,11 @@ class NoduleFinder:
         self.classifier = None
         if reduction_dir is not None:
             self.classifier = CandidateClassifier(reduction_dir, precision=precision)
-        self.slices = None
-        if slices_dir is not None and reduction_dir is None:
-            raise ValueError(
-                f"{slices_dir} with no false-positive network; expected one"
-            )
+        self.slices = self.slice_settings = None
         if slices_dir is not None:
-            self.slices = slice_predictor(slices_dir, precision)
-            self.slice_settings = postprocess.tuned_settings(
-                slices_dir, self.slices.settings
-            )[0]
+            self.slices, self.slice_settings = slice_network(
+                slices_dir, seed=seed, batch_size=batch_size, precision=precision
+            )
         self.rule = self.settings
         if self.classifier is not None:
             self.rule = self.classifier.postprocess
@@ -164,7 +162,7 @@ class NoduleFinder:
         # Results of before, without these, still count.
         if self.classifier is not None:
             self.made_by["reduction"] = config.to_json(self.rule)
-        if self.slices is not None:
+        if self.slice_settings is not None:
             self.made_by["slices"] = config.to_json(self.slice_settings)
 
     @functools.cached_property
@@ -188,6 +186,7 @@ class NoduleFinder:
         labels, every = self.candidates(scan, maps)
         reported = sum(candidate.score >= self.rule.min_score for candidate in every)
         labels[labels > reported] = 0
+        labels = labels.astype(np.min_scalar_type(max(reported, 255)), copy=False)
         became = list(range(1, reported + 1))
         low, high = PIXEL_MM
         known = all(low <= step <= high for step in scan.spacing_mm[1:])
@@ -218,44 +217,47 @@ class NoduleFinder:
         Returns:
             (z, y, x) labels, and the candidates in their order, by falling score.
         """
-        std = maps.std if maps.n > 1 else None
         if self.classifier is None:
-            marks = marks_in(maps.mean, std, scan, self.rule)
-            scores = [mark.mean_prob for mark in marks]
-            spreads = [mark.mean_std for mark in marks]
+            found = components_in(maps.mean, maps, scan, self.rule)
+            scores = [component.mean_prob for component in found]
+            spreads = [component.mean_std for component in found]
         else:
             prob = candidate_map(maps.mean, self.rule)
-            marks = marks_in(prob, std, scan, self.rule)
-            if self.slices is not None:
-                prob = self.slices.probability(scan)
-                marks += marks_in(prob, None, scan, self.slice_settings)
-            judged = self.classifier.probabilities(scan, [m.centre for m in marks])
-            peaks = np.array([mark.max_prob for mark in marks])
+            found = components_in(prob, maps, scan, self.rule)
+            if self.slices is not None and self.slice_settings is not None:
+                of_slices = self.slices.maps(scan, self.slice_settings.threshold)
+                found += components_in(
+                    of_slices.mean, of_slices, scan, self.slice_settings
+                )
+            judged = self.classifier.probabilities(scan, [c.centre for c in found])
+            peaks = np.array([component.max_prob for component in found])
             # Both must agree: what the one hardly sees, the other may mistake.
             scores = (judged.mean(axis=1) * peaks).tolist()
             spreads = std_of_product(
                 judged.mean(axis=1),
                 judged.std(axis=1),
                 peaks,
-                np.array([mark.max_std for mark in marks]),
+                np.array([component.max_std for component in found]),
             ).tolist()
-        found: list[Candidate] = []
-        labels = np.zeros(scan.hu.shape, np.min_scalar_type(max(len(marks), 255)))
+        kept: list[Candidate] = []
+        labels = np.zeros(scan.hu.shape, np.min_scalar_type(max(len(found), 255)))
         for k in np.argsort(-np.array(scores), kind="stable").tolist():
-            own = tuple(marks[k].voxels.T)
+            own = tuple(found[k].voxels.T)
             if not labels[own].any():
-                peak = marks[k].max_prob
-                found.append(Candidate(marks[k].centre, scores[k], spreads[k], peak))
-                labels[own] = len(found)
-        return labels, found
+                peak = found[k].max_prob
+                kept.append(Candidate(found[k].centre, scores[k], spreads[k], peak))
+                labels[own] = len(kept)
+        return labels, kept
 
 
-def slice_predictor(run_dir: Path, precision: Precision) -> Predictor:
-    """The network of a run that looks for nodules in slices of whole scans.
+def slice_network(
+    run_dir: Path, *, seed: int, batch_size: int, precision: Precision
+) -> tuple[Predictor, config.Postprocess]:
+    """The network of a run for nodules in slices, and what makes a candidate of its maps.
 
     Raises:
         FileNotFoundError: If the run is missing.
-        ValueError: If it is another kind of run.
+        ValueError: If it is another kind of run, or was tuned with other weights.
     """
     settings = runs.read_settings(run_dir)
     batches, network = settings.batches, settings.model.name
@@ -265,12 +267,20 @@ def slice_predictor(run_dir: Path, precision: Precision) -> Predictor:
             f"{run_dir}: a {network} for {batches.target}, batches.crop={batches.crop}; "
             "expected a run for nodules in slices, such as one of candidates2d"
         )
-    return Predictor(run_dir, settings, batch_size=TILES_AT_ONCE, precision=precision)
+    tuned, n = postprocess.tuned_settings(run_dir, settings)
+    predictor = Predictor(
+        run_dir,
+        settings,
+        batch_size=batch_size,
+        passes=Passes(n=n, seed=seed),
+        precision=precision,
+    )
+    return predictor, replace(tuned, min_score=0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Mark:
-    """A component of what a network marks.
+class Component:
+    """What a network marks at one place.
 
     Attributes:
         voxels: (n, 3) indices (z, y, x).
@@ -293,27 +303,28 @@ class Mark:
         return z, y, x
 
 
-def marks_in(
-    prob: np.ndarray, std: np.ndarray | None, scan: Scan, settings: config.Postprocess
-) -> list[Mark]:
+def components_in(
+    prob: np.ndarray, maps: Maps, scan: Scan, settings: config.Postprocess
+) -> list[Component]:
     """The components of a map of probability, whatever their score.
 
     Args:
-        prob: (z, y, x).
-        std: Standard deviation of the passes it is the mean of; None of one.
+        prob: (z, y, x), the mean of passes or a part of it.
+        maps: Of the passes.
         scan: Whose grid and lungs they are.
         settings: What makes a component.
     """
     every = replace(settings, min_score=0.0)
     labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
-    marks = []
+    found = []
     for voxels, (mean, peak) in zip(voxels_of(labels), chances.tolist(), strict=True):
-        own, at = tuple(voxels.T), tuple(voxels[prob[tuple(voxels.T)].argmax()])
-        spread = None if std is None else float(std[own].mean())
-        marks.append(
-            Mark(voxels, mean, peak, spread, 0.0 if std is None else float(std[at]))
-        )
-    return marks
+        mean_std, max_std = None, 0.0
+        if maps.n > 1:
+            own = tuple(voxels.T)
+            mean_std = float(maps.std[own].mean())
+            max_std = float(maps.std[tuple(voxels[prob[own].argmax()])])
+        found.append(Component(voxels, mean, peak, mean_std, max_std))
+    return found
 
 
 def voxels_of(labels: np.ndarray) -> list[np.ndarray]:
@@ -394,7 +405,7 @@ def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
 
     Args:
         outline: (y, x) bool, of the seeded network.
-        own: (y, x) bool, of the 3-D network.
+        own: (y, x) bool, as it was found.
     """
     near = dilated(own)
     parts = components(outline[None], 26)[0]

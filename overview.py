@@ -71,7 +71,7 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
     """The coronal plane with most lung; nodules of all planes are drawn into it."""
     z, _, x = around_lungs(scan, lung)
     y = int((lung > 0).sum(axis=(0, 2)).argmax())
-    planes = scan.hu[z, y, x], lung[z, y, x], labels[z, :, x].max(axis=1)
+    planes = scan.hu[z, y, x], lung[z, y, x], foremost(labels[z, :, x], axis=1)
     spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
     hu, lung, labels = (plane[::-1] for plane in planes)
     picture = outlined_plane(hu, lung, labels, spacing_mm)
@@ -82,10 +82,15 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The axial slice with most lung; nodules of all slices are drawn into it."""
     z = int((lung > 0).sum(axis=(1, 2)).argmax())
     _, y, x = around_lungs(scan, lung)
-    planes = scan.hu[z, y, x], lung[z, y, x], labels[:, y, x].max(axis=0)
+    planes = scan.hu[z, y, x], lung[z, y, x], foremost(labels[:, y, x], axis=0)
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
     text = f"z {z} of 0 to {len(lung) - 1} from the feet; red: nodules of all z"
     return tile(picture, text)
+
+
+def foremost(labels: np.ndarray, axis: int) -> np.ndarray:
+    """Labels seen along an axis: the lowest number there, which has the highest score."""
+    return (labels.astype(np.uint16) - np.uint16(1)).min(axis) + np.uint16(1)
 
 
 def around_lungs(scan: Scan, lung: np.ndarray) -> boxes.Box:
@@ -141,10 +146,11 @@ def outlined_plane(
             mask.astype(np.uint8), size_xy, interpolation=cv2.INTER_NEAREST
         )
         picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = colour
+    width, height = size_xy
     for number in np.unique(labels[labels > 0]).tolist():
-        y, x = (np.argwhere(labels == number).max(axis=0) + 1) * size_xy[::-1]
-        place = round(x / labels.shape[1]) + 2, round(y / labels.shape[0]) + 8
-        write(picture, str(number), place, NODULE_BGR)
+        y, x = (np.argwhere(labels == number).max(axis=0) + 1) / labels.shape
+        place = min(x * width + 2, width - 18), min(y * height + 8, height - 2)
+        write_text(picture, str(number), place, NODULE_BGR)
     return picture
 
 
@@ -162,14 +168,19 @@ def caption(
 ) -> np.ndarray:
     """A line of text on black."""
     strip = np.zeros((CAPTION_PX, width, 3), np.uint8)
-    write(strip, text, (6, CAPTION_PX - 7), colour)
+    write_text(strip, text, (6, CAPTION_PX - 7), colour)
     return strip
 
 
-def write(
-    picture: np.ndarray, text: str, place: tuple[int, int], colour: tuple[int, int, int]
+def write_text(
+    picture: np.ndarray,
+    text: str,
+    place: tuple[float, float],
+    colour: tuple[int, int, int],
 ) -> None:
     """Writes small text whose left lower corner is at `place` (x, y)."""
+    x, y = place
+    at = max(round(x), 0), max(round(y), 0)
     cv2.putText(
-        picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA
+        picture, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA
     )

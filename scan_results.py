@@ -99,8 +99,8 @@ class Results:
                 raise ValueError(
                     f"{path}: nodules were looked for "
                     f"{before if found.get('nodules') else 'by no run'}; repeat that with "
-                    "--nodules RUN --slices RUN --reduction RUN (None for no run), use "
-                    "--overwrite or another --result_dir"
+                    "--nodules RUN --slices RUN --reduction RUN (None for no run) "
+                    "--min_score SCORE, use --overwrite or another --result_dir"
                 )
             if changed and not replaced:
                 raise ValueError(

@@ -35,6 +35,7 @@ from pydicom.multival import MultiValue
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import UID, JPEGLSLossless, JPEGLSNearLossless
 
+import files
 import geometry
 from geometry import Grid
 from scan import AIR_HU, PHANTOM, ScanError, ScanSource
@@ -400,22 +401,8 @@ def identify_files(folder: Path) -> Iterator[Identity]:
     if not folder.is_dir():
         raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
     with ThreadPoolExecutor(FIND_THREADS) as threads:
-        identified = threads.map(identify, _walk(folder))
+        identified = threads.map(identify, files.below(folder))
         yield from (identity for identity in identified if identity is not None)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, links to folders followed; no folder twice."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        # macOS leaves ._NAME.dcm files beside what it copies.
-        yield from (Path(parent, n) for n in sorted(names) if not n.startswith("."))
 
 
 def identify(path: Path) -> Identity | None:
@@ -447,7 +434,7 @@ def identify(path: Path) -> Identity | None:
 
 def first_ct_image(folder: Path) -> Path | None:
     """The first DICOM CT image below a folder, or None; stops reading when it finds one."""
-    identified = (identify(path) for path in _walk(folder))
+    identified = (identify(path) for path in files.below(folder))
     return next((i.path for i in identified if i is not None and i.ct_image), None)
 
 

@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+import files
 import geometry
 import outlines
 from boxes import Box
@@ -415,8 +416,8 @@ def annotation_of(
 def find_xml(source: Path) -> dict[str, list[Path]]:
     """SeriesInstanceUID -> the XML files below `source` that name it, by path."""
     xml_of: dict[str, list[Path]] = {}
-    for path in sorted(Path(source).rglob("*.[xX][mM][lL]")):
-        if not path.is_file():
+    for path in sorted(files.below(Path(source))):
+        if path.suffix.lower() != ".xml":
             continue
         with path.open("rb") as file:
             named = SERIES_UID.search(file.read(XML_HEAD_BYTES))

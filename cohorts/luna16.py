@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import boxes
+import files
 import geometry
 import outlines
 from boxes import Box
@@ -116,12 +117,8 @@ def find_scans(source: Path) -> list[ScanSource]:
 
 
 def files_named(source: Path, pattern: str) -> list[Path]:
-    """Files below a folder, sorted, without the hidden ones that some systems leave."""
-    return sorted(
-        path
-        for path in Path(source).rglob(pattern)
-        if path.is_file() and not path.name.startswith(".")
-    )
+    """Files below a folder, sorted."""
+    return sorted(path for path in files.below(Path(source)) if path.match(pattern))
 
 
 def only_list(found: Sequence[Path]) -> Path:

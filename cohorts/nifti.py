@@ -352,11 +352,7 @@ def check_unique(named: Sequence[tuple[str, str]], where: Path) -> None:
 def _find_in_folder(folder: Path) -> list[ScanSource]:
     if (folder / "imagesTr").is_dir() or (folder / "imagesTs").is_dir():
         return find_nnunet(folder)
-    volumes = sorted(
-        path
-        for path in folder.rglob("*")
-        if is_volume(path) and not path.name.startswith(".") and path.is_file()
-    )
+    volumes = sorted(path for path in files.below(folder) if is_volume(path))
     if not volumes:
         return dicom.find_scans(folder)
     ct_image = dicom.first_ct_image(folder)

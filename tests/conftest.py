@@ -202,8 +202,8 @@ def set_by_hand(network, hu=-850):
     set_kernel(first, {(0, 0): 1, (0, 1): -1})
     norms[0].beta.assign([-own, own])
     set_kernel(second, {(0, 0): 1, (1, 1): 1})
-    own = joined.kernel.shape[-2] - 2  # after those of the lower level
-    set_kernel(joined, {(own, 0): 1, (own + 1, 1): 1})
+    skip = joined.kernel.shape[-2] - 2  # after those of the lower level
+    set_kernel(joined, {(skip, 0): 1, (skip + 1, 1): 1})
     set_kernel(last, {(0, 0): 1, (1, 1): 1})
     head.kernel.assign(np.reshape([[0, -50], [0, -50]], head.kernel.shape))
     head.bias.assign([0, 10])

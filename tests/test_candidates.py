@@ -13,7 +13,7 @@ import config
 import metrics
 import resample
 from candidates import CandidateClassifier, candidate_map, crops
-from nodule_finder import NoduleFinder, marks_in, std_of_product
+from nodule_finder import NoduleFinder, std_of_product
 from scan import AIR_HU
 from tests.conftest import REDUCTION_RUN, ball, tiny_scan
 
@@ -159,52 +159,77 @@ def test_the_finder_keeps_what_the_classifier_takes_for_nodules(
     assert [c.nodule_id for c in none.candidates] == [0, 0]
 
 
-def test_slices_add_candidates_and_of_two_that_overlap_the_better_stays(
-    make_nodule_run, make_slices_run, make_reduction_run, tmp_path
-):
+@pytest.fixture
+def faint_scan():
+    """`tiny_scan` with a ball of -400 HU in the left lung, and where that is."""
     scan = tiny_scan()
     faint = ball((12, 22, 46), 4.0)
-    scan = replace(scan, hu=np.where(faint, -400, scan.hu).astype(np.int16))
+    return replace(scan, hu=np.where(faint, -400, scan.hu).astype(np.int16)), faint
+
+
+def test_what_slices_mark_is_judged_and_measured_too(
+    make_nodule_run, make_slices_run, make_reduction_run, faint_scan, tmp_path
+):
+    scan, faint = faint_scan
     run = make_nodule_run(tmp_path / "nodules")
     reduction = make_reduction_run(tmp_path / "reduction", threshold=0.4)
-    before = NoduleFinder(run, None, reduction_dir=reduction)
-    without = before.find(scan)
+    without = NoduleFinder(run, None, reduction_dir=reduction).find(scan)
     assert len(without.candidates) == 2
     assert not without.labels[faint].any()
-    other = make_slices_run(tmp_path / "other", hu=-400)
-    finder = NoduleFinder(run, None, slices_dir=other, reduction_dir=reduction)
+    slices = make_slices_run(tmp_path / "slices", hu=-400)
+    finder = NoduleFinder(run, None, slices_dir=slices, reduction_dir=reduction)
     found = finder.find(scan)
-    assert len(found.candidates) == 3
     scores = [candidate.score for candidate in found.candidates]
+    assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
     (added,) = set(np.unique(found.labels[faint])) - {0}
     assert metrics.dice(faint, found.labels == added) > 0.9
-    assert {c.score for c in without.candidates} < {*scores}
-    assert found.nodules[added - 1].score == scores[added - 1]
+    (judged,) = finder.classifier.probabilities(
+        scan, [found.candidates[added - 1].centre_zyx]
+    )
+    nodule = found.nodules[added - 1]
+    assert nodule.score == pytest.approx(judged.mean() * nodule.max_prob, abs=1e-6)
+    others = [score for n, score in enumerate(scores, start=1) if n != added]
+    assert others == pytest.approx([c.score for c in without.candidates], abs=1e-6)
     assert finder.made_by["slices"]["min_voxels"] == 4
     assert len(finder.made_by["weights_sha256"]) == 3
-    # What both mark is one candidate: the outline that is judged more likely.
-    same = make_slices_run(tmp_path / "same")
-    finder = NoduleFinder(run, None, slices_dir=same, reduction_dir=reduction)
-    both = finder.find(scan)
-    assert len(both.candidates) == 2
-    prob = finder.slices.probability(scan)
-    marks = marks_in(prob, None, scan, finder.slice_settings)
-    judged = finder.classifier.probabilities(scan, [mark.centre for mark in marks])
-    in_slices = judged.mean(axis=1) * [mark.max_prob for mark in marks]
-    for n, candidate in enumerate(both.candidates, start=1):
-        (k,) = (
-            k
-            for k, mark in enumerate(marks)
-            if both.labels[tuple(mark.voxels.T)].max() == n
-        )
-        (old,) = (
-            c
-            for c in without.candidates
-            if np.allclose(c.centre_zyx, marks[k].centre, atol=1)
-        )
-        assert candidate.score == pytest.approx(max(in_slices[k], old.score), abs=1e-6)
-    assert both.labels.max() == 2
+    with pytest.raises(ValueError, match="no false-positive network"):
+        NoduleFinder(run, None, slices_dir=slices)
+
+
+@pytest.mark.parametrize("better", ["volumes", "slices"])
+def test_of_two_candidates_that_overlap_the_more_likely_stays(
+    better, make_nodule_run, make_slices_run, make_reduction_run, tmp_path, monkeypatch
+):
+    scan = tiny_scan()
+    finder = NoduleFinder(
+        make_nodule_run(tmp_path / "nodules"),
+        None,
+        slices_dir=make_slices_run(tmp_path / "slices"),
+        reduction_dir=make_reduction_run(tmp_path / "reduction", threshold=0.4),
+    )
+    maps = finder.predictor.maps(scan, 0.5)
+    marked = {
+        "volumes": candidate_map(maps.mean, finder.rule) > 0,
+        "slices": finder.slices.probability(scan) >= 0.5,
+    }
+    near = ball((10, 30, 18), 8.0) | ball((14, 34, 46), 7.0)  # the nodules, no wall
+    marked = {name: mask & near for name, mask in marked.items()}
+    assert (marked["volumes"] != marked["slices"]).any()
+    chances = {"volumes": 0.6, "slices": 0.6, better: 0.9}
+
+    def judged(_, places):
+        of_volumes = [chances["volumes"]] * 2
+        return np.array([of_volumes + [chances["slices"]] * (len(places) - 2)]).T
+
+    monkeypatch.setattr(finder.classifier, "probabilities", judged)
+    labels, kept = finder.candidates(scan, maps)
+    assert len(kept) == labels.max() == 2
+    within = labels > 0
+    assert np.array_equal(within, marked[better] & within)
+    assert metrics.dice(within, marked[better]) > 0.99
+    for candidate in kept:
+        assert candidate.score == pytest.approx(0.9 * candidate.max_prob)
 
 
 def test_the_spread_of_a_product():

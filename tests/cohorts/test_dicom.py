@@ -17,6 +17,7 @@ from pydicom.uid import (
     RTStructureSetStorage,
 )
 
+import files
 from cohorts import dicom
 from geometry import flip_xy, to_source
 from scan import AIR_HU, ScanError
@@ -686,8 +687,12 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(
     for name in ("linked/one", "linked/two"):
         (tmp_path / name).symlink_to(tmp_path / "stored")
     (tmp_path / "linked/again/loop").symlink_to(tmp_path / "linked")
+    (tmp_path / "stored/readers.XML").write_text("<x>")
     (source,) = dicom.find_scans(tmp_path / "linked")
     assert len(source.paths) == 8
+    names = [path.relative_to(tmp_path) for path in files.below(tmp_path / "linked")]
+    assert len(names) == 9
+    assert Path("linked/one/readers.XML") in names
 
 
 def test_files_of_several_series_in_one_folder_are_told_apart(series, saved):

@@ -715,12 +715,16 @@ def masks_made_by(predictions: Path) -> str:
         if "reduction" in found:
             kept = config.from_json(config.Postprocess, found["reduction"])
             how = (
-                f"candidates from {kept.threshold:g}, at least {kept.min_volume_mm3:g} mm3, "
-                f"and a probability of both networks together of {kept.min_score:g}"
+                f"candidates of volumes from {kept.threshold:g}, at least "
+                f"{kept.min_volume_mm3:g} mm3"
             )
-        if "slices" in found:
-            of_slices = config.from_json(config.Postprocess, found["slices"])
-            how += f"; candidates of slices: {postprocess.settings_text(of_slices)}"
+            if "slices" in found:
+                used = config.from_json(config.Postprocess, found["slices"])
+                how += f", of slices {postprocess.settings_text(used)}"
+            how += (
+                f"; reported from a score of {kept.min_score:g}, the probability of who "
+                "marked it times that of who judges it"
+            )
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "

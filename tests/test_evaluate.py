@@ -182,9 +182,10 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
     assert not report.failures
     assert scores["CPM (mean of these)"]["interval"]["value"] == 1
     text = (tmp_path / "scores/scores.md").read_text()
-    assert "candidates from 0.1, at least 14 mm3" in text
-    assert "both networks together of 0.87" in text
-    assert "candidates of slices: threshold 0.5" in text
+    assert (
+        "candidates of volumes from 0.1, at least 14 mm3, of slices threshold" in text
+    )
+    assert "reported from a score of 0.87" in text
     # As a candidate of its own it is a false positive.
     table_path = tmp_path / "predictions" / scan_results.CANDIDATES
     write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])

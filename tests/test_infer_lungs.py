@@ -859,7 +859,7 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert record["nodules"]["reduction"]["min_score"] == 0.99
     command = (*command, "--reduction", reduction_run)
     assert run_main(*command, "--min_score", 0.01) == 1
-    assert run_main(*command, "--min_score", 1, "--overwrite") == 1
+    assert run_main(*command, "--min_score", 1, "--overwrite") == 2
     assert "min_score is 1.0; expected 0 to below 1" in capsys.readouterr().err
     assert run_main(*command, "--min_score", 0.01, "--overwrite") == 0
     assert len(nodules_of(out)) == 1
@@ -928,6 +928,49 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
     # The runs that ship are left out without a word.
     find(nodule_run, infer.CANDIDATES2D, None)
     assert rows_of(out).keys() == {"chest"}
+
+
+def test_what_would_not_be_used_is_refused(run, nodule_run, volume, tmp_path):
+    source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
+    unused = NoduleRuns(None, min_score=0.5)
+    with pytest.raises(ValueError, match="--min_score 0.5 with no run that looks for"):
+        infer.infer(run, out, input=source, nodules=unused)
+    unused = NoduleRuns(nodule_run, None, None, min_score=0.5)
+    with pytest.raises(ValueError, match="no run that looks for nodules in lungs"):
+        infer.infer(nodule_run, out, input=source, nodules=unused)
+    with pytest.raises(ValueError, match="expected 0 to below 1"):
+        replace(unused, min_score=1.0)
+    with pytest.raises(ValueError, match="expected a run that looks for nodules"):
+        infer.predict(source, exp_dir=run, nodules=infer.NO_RUNS)
+    with pytest.raises(ValueError, match="--reduction None"):
+        infer.predict(source, exp_dir=run, nodules=NoduleRuns(nodule_run, run, None))
+    assert not out.exists()
+
+
+def test_a_nodule_that_slices_alone_mark_is_reported(
+    run, nodule_run, slices_run, reduction_run, ill_volume, tmp_path, capsys
+):
+    source = save(tmp_path / "ill.nii.gz", np.where(ill_volume == 20, -400, ill_volume))
+    out = tmp_path / "OUT"
+    command = (
+        *("--input", source, "--result_dir", out, "--exp_dir", run, "--n", 1),
+        *("--min_volume_mm3", 60_000, "--nodules", nodule_run),
+        *("--reduction", reduction_run, "--min_score", 0),
+    )
+    assert run_main(*command) == 0
+    assert nodules_of(out) == []
+    # Other runs, other results; those of before are asked for as then.
+    assert run_main(*command, "--slices", slices_run) == 1
+    assert "--slices RUN --reduction RUN" in capsys.readouterr().err
+    assert run_main(*command) == 0
+    assert run_main(*command, "--slices", slices_run, "--overwrite") == 0
+    (nodule,) = nodules_of(out)
+    place = [float(nodule[f"{axis}_source"]) for axis in "ijk"]
+    assert place == pytest.approx([32, 47, 16], abs=0.7)
+    record = json.loads((out / "lungs.json").read_text())
+    assert record["nodules"]["slices"]["min_voxels"] == 4
+    assert run_main(*command, "--slices", slices_run) == 0
+    assert len(nodules_of(out)) == 1
 
 
 def test_another_table_of_nodules_in_the_folder_is_refused(

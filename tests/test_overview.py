@@ -57,6 +57,36 @@ def test_both_planes_show_nodules_that_lie_elsewhere():
         assert pixels_of(draw_plane(scan, scan.lung, labels), overview.NODULE_BGR) > 20
 
 
+def test_numbers_stand_beside_outlines_and_the_best_nodule_is_in_front(monkeypatch):
+    scan = tiny_scan()
+    labels = np.zeros_like(scan.nodule_labels)
+    labels[6:8, 26:38, 12:24] = 2  # the same from below, and around it
+    labels[14:16, 30:34, 16:20] = 1
+    labels[10, 62:64, 62:64] = 3
+    for axis, shape in ((0, labels.shape[1:]), (1, labels.shape[::2])):
+        seen = overview.foremost(labels, axis)
+        assert seen.shape == shape
+        assert {*np.unique(seen)} == {0, 1, 2, 3}
+    written = []
+
+    def write_text(picture, text, place, colour):
+        if colour == overview.NODULE_BGR:
+            height, width = picture.shape[:2]
+            assert 0 <= place[0] < width - 8
+            assert 8 <= place[1] < height
+            written.append(text)
+        own(picture, text, place, colour)
+
+    own = overview.write_text
+    monkeypatch.setattr(overview, "write_text", write_text)
+    overview.from_below(scan, scan.lung, labels)
+    assert written == ["1", "2"]  # the third lies beyond what is shown
+    everywhere = np.full_like(scan.lung, 1)
+    before = overview.from_below(scan, everywhere, labels)
+    assert written[2:] == ["1", "2", "3"]
+    assert pixels_of(before, overview.NODULE_BGR) > 60
+
+
 @pytest.mark.parametrize("lungs", [True, False])
 def test_without_nodules_or_lungs_there_is_still_a_picture(lungs):
     scan = tiny_scan()

@@ -54,7 +54,7 @@ PART_OF_VERB = {"trained": "train", "chose": "validation", "tested": "test"}
 
 
 def test_the_default_weights_are_among_those_that_ship():
-    used = {infer.SHIPPED, infer.NODULE3D, infer.REDUCTION3D, infer.OUTLINES}
+    used = {infer.SHIPPED, *infer.SHIPPED_RUNS.used.values(), infer.OUTLINES}
     assert used <= set(WEIGHTS)
 
 

@@ -47,7 +47,8 @@ class Candidate:
     """What a network marks, whether it is reported or not.
 
     Attributes:
-        centre_zyx: Centre of its voxels in the canonical array.
+        centre_zyx: Centre of its voxels in the canonical array, without those of another
+            that is one with it.
         score: As of `FoundNodule`.
         score_std: Standard deviation of the score; None of one pass and no classifier.
         max_prob: Largest probability of the network that marked it.
@@ -208,7 +209,7 @@ class NoduleFinder:
     def candidates(self, scan: Scan, maps: Maps) -> tuple[np.ndarray, list[Candidate]]:
         """What the networks mark, judged by the false-positive network, if any.
 
-        Of two that overlap, the one with the higher score stays.
+        What overlaps one of a higher score is one with it; what overlaps two is neither.
 
         Args:
             scan: With lungs.
@@ -243,10 +244,13 @@ class NoduleFinder:
         labels = np.zeros(scan.hu.shape, np.min_scalar_type(max(len(found), 255)))
         for k in np.argsort(-np.array(scores), kind="stable").tolist():
             own = tuple(found[k].voxels.T)
-            if not labels[own].any():
+            met = np.setdiff1d(labels[own], 0)
+            if not len(met):
                 peak = found[k].max_prob
                 kept.append(Candidate(found[k].centre, scores[k], spreads[k], peak))
                 labels[own] = len(kept)
+            elif len(met) == 1:
+                labels[own] = met
         return labels, kept
 
 

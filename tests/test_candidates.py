@@ -198,7 +198,7 @@ def test_what_slices_mark_is_judged_and_measured_too(
 
 
 @pytest.mark.parametrize("better", ["volumes", "slices"])
-def test_of_two_candidates_that_overlap_the_more_likely_stays(
+def test_two_candidates_that_overlap_are_one_with_the_higher_score(
     better, make_nodule_run, make_slices_run, make_reduction_run, tmp_path, monkeypatch
 ):
     scan = tiny_scan()
@@ -225,11 +225,37 @@ def test_of_two_candidates_that_overlap_the_more_likely_stays(
     monkeypatch.setattr(finder.classifier, "probabilities", judged)
     labels, kept = finder.candidates(scan, maps)
     assert len(kept) == labels.max() == 2
-    within = labels > 0
-    assert np.array_equal(within, marked[better] & within)
-    assert metrics.dice(within, marked[better]) > 0.99
-    for candidate in kept:
+    assert np.array_equal(labels > 0, marked["volumes"] | marked["slices"])
+    for number, candidate in enumerate(kept, start=1):
         assert candidate.score == pytest.approx(0.9 * candidate.max_prob)
+        own = marked[better] & (labels == number)
+        centre = np.argwhere(own).mean(axis=0)
+        np.testing.assert_allclose(candidate.centre_zyx, centre, atol=0.01)
+
+
+def test_what_joins_two_better_candidates_is_neither(
+    make_nodule_run, make_slices_run, make_reduction_run, tmp_path, monkeypatch
+):
+    scan = tiny_scan()
+    scan = replace(scan, lung=np.ones_like(scan.lung))
+    finder = NoduleFinder(
+        make_nodule_run(tmp_path / "nodules"),
+        None,
+        slices_dir=make_slices_run(tmp_path / "slices"),
+        reduction_dir=make_reduction_run(tmp_path / "reduction", threshold=0.4),
+    )
+    of_volumes = np.zeros(scan.hu.shape, np.float32)
+    of_volumes[8:12, 20:24, 10:14] = of_volumes[8:12, 20:24, 20:24] = 0.9
+    of_slices = np.zeros_like(of_volumes)
+    of_slices[8:12, 20:24, 12:22] = 0.8
+    in_slices = SimpleNamespace(mean=of_slices, n=1)
+    monkeypatch.setattr(finder.slices, "maps", lambda *_: in_slices)
+    monkeypatch.setattr(
+        finder.classifier, "probabilities", lambda _, places: np.ones((len(places), 1))
+    )
+    labels, kept = finder.candidates(scan, SimpleNamespace(mean=of_volumes, n=1))
+    assert [candidate.score for candidate in kept] == pytest.approx([0.9, 0.9])
+    assert np.array_equal(labels > 0, of_volumes > 0)
 
 
 def test_the_spread_of_a_product():

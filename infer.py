@@ -117,7 +117,8 @@ class NoduleRuns:
     --nodules finds."""
     min_score: float | None = None
     """The least score of a nodule that is reported, 0 to below 1; by default as the runs
-    say. candidates.csv lists the others."""
+    say, with those that ship 0.97. candidates.csv lists the others; another value in the
+    same folder needs --overwrite, and computes the scans again."""
 
     def __post_init__(self) -> None:
         fits = self.min_score is None or 0 <= self.min_score < 1
@@ -408,7 +409,7 @@ def predict(
         image: A volume, a DICOM folder, or (z, y, x) HU in canonical orientation.
         spacing_mm: (z, y, x) of an array; files say their own.
         exp_dir: Run for lungs.
-        lungs: How it is used.
+        lungs: How it is used, such as `Lungs(passes=Passes(n=1))` for one pass.
         nodules: The runs that look for nodules in them.
 
     Returns:
@@ -586,8 +587,8 @@ def refuse_unused(nodules: NoduleRuns) -> None:
             continue
         if not nodules.used:
             raise ValueError(
-                f"{option} {value} with no run that looks for nodules in lungs; expected "
-                "a run for lungs, and --nodules"
+                f"{option} {value}, but no run looks for nodules in lungs: --nodules is "
+                "None, or --exp_dir is no run for lungs; leave one of them out"
             )
         raise ValueError(
             f"{option} {value} with --reduction None; expected a run that judges what is "

@@ -95,11 +95,10 @@ class Results:
             changed = differing(found, made_by)
             others = changed.keys() - {"format_version"}
             if others == {"nodules"} and not replaced:
-                before = "by another run, or other settings of it"
                 raise ValueError(
                     f"{path}: nodules were looked for "
-                    f"{before if found.get('nodules') else 'by no run'}; repeat that with "
-                    "--nodules RUN --slices RUN --reduction RUN (None for no run) "
+                    f"{otherwise(found.get('nodules'), made_by['nodules'])}; repeat that "
+                    "with --nodules RUN --slices RUN --reduction RUN (None for no run) "
                     "--min_score SCORE, use --overwrite or another --result_dir"
                 )
             if changed and not replaced:
@@ -207,6 +206,24 @@ def differing(found: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
         for name, value in made_by.items()
         if found.get(name) != value
     }
+
+
+def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> str:
+    """How nodules were looked for, as far as it is not how they are now."""
+    if not found:
+        return "by no run"
+    if not made_by:
+        return "by some run, and now by none"
+    if found["weights_sha256"] != made_by["weights_sha256"]:
+        return "by other runs"
+    changed = [
+        f"{key} {before[key]}, now {now[key]}"
+        for name in ("settings", "slices", "reduction")
+        for before, now in [(found.get(name) or {}, made_by.get(name) or {})]
+        for key in before.keys() & now.keys()
+        if before[key] != now[key]
+    ]
+    return f"with {'; '.join(sorted(changed))}" if changed else "in another way"
 
 
 def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:

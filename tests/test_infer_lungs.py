@@ -859,6 +859,7 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert record["nodules"]["reduction"]["min_score"] == 0.99
     command = (*command, "--reduction", reduction_run)
     assert run_main(*command, "--min_score", 0.01) == 1
+    assert "with min_score 0.99, now 0.01; repeat that" in capsys.readouterr().err
     assert run_main(*command, "--min_score", 1, "--overwrite") == 2
     assert "min_score is 1.0; expected 0 to below 1" in capsys.readouterr().err
     assert run_main(*command, "--min_score", 0.01, "--overwrite") == 0
@@ -897,7 +898,7 @@ def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
     with pytest.raises(FileNotFoundError, match="--reduction None"):
         runs_of = NoduleRuns(nodule_run, None, tmp_path / "absent")
         infer.infer(run, out, input=source, nodules=runs_of)
-    with pytest.raises(ValueError, match="no run that looks for nodules"):
+    with pytest.raises(ValueError, match="no run looks for nodules"):
         infer.infer(
             run, out, input=source, nodules=NoduleRuns(None, None, reduction_run)
         )
@@ -919,7 +920,7 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
         ValueError, match="--reduction None; expected a run that judges"
     ):
         find(nodule_run, slices_run, None)
-    with pytest.raises(ValueError, match="no run that looks for nodules"):
+    with pytest.raises(ValueError, match="no run looks for nodules"):
         find(None, slices_run, None)
     with pytest.raises(ValueError, match="expected a run for nodules in slices"):
         find(nodule_run, nodule_run, reduction_run)
@@ -933,10 +934,10 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
 def test_what_would_not_be_used_is_refused(run, nodule_run, volume, tmp_path):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     unused = NoduleRuns(None, min_score=0.5)
-    with pytest.raises(ValueError, match="--min_score 0.5 with no run that looks for"):
+    with pytest.raises(ValueError, match="--min_score 0.5, but no run looks for"):
         infer.infer(run, out, input=source, nodules=unused)
     unused = NoduleRuns(nodule_run, None, None, min_score=0.5)
-    with pytest.raises(ValueError, match="no run that looks for nodules in lungs"):
+    with pytest.raises(ValueError, match="no run looks for nodules in lungs"):
         infer.infer(nodule_run, out, input=source, nodules=unused)
     with pytest.raises(ValueError, match="expected 0 to below 1"):
         replace(unused, min_score=1.0)
@@ -961,7 +962,9 @@ def test_a_nodule_that_slices_alone_mark_is_reported(
     assert nodules_of(out) == []
     # Other runs, other results; those of before are asked for as then.
     assert run_main(*command, "--slices", slices_run) == 1
-    assert "--slices RUN --reduction RUN" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "by other runs; repeat that" in shown
+    assert "--slices RUN --reduction RUN" in shown
     assert run_main(*command) == 0
     assert run_main(*command, "--slices", slices_run, "--overwrite") == 0
     (nodule,) = nodules_of(out)

@@ -41,6 +41,9 @@ OF_NODULES = {"nodules.nii.gz", "overview.png"}
 MAPS = LABELS | OF_PASSES | OF_NODULES
 """What is written into the folder of a scan: always, unless only labels are asked for, and
 where nodules were looked for."""
+NODULE_SETTINGS = ("settings", "slices", "reduction")
+"""In lungs.json: what makes a nodule of the maps of each network; see `NoduleFinder`."""
+
 FORMAT_VERSION = 2
 """Of lungs.json; with nodules 2, since there is candidates.csv, without 1."""
 
@@ -193,7 +196,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """lungs.json, with the settings that are newer than it."""
     record = json.loads(path.read_text())
     nodules = record.get("nodules") or {}
-    for name in ("settings", "slices", "reduction"):
+    for name in NODULE_SETTINGS:
         if name in nodules:
             nodules[name] = config.with_defaults(config.Postprocess, nodules[name])
     return record
@@ -217,13 +220,13 @@ def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> s
     if found["weights_sha256"] != made_by["weights_sha256"]:
         return "by other runs"
     changed = [
-        f"{key} {before[key]}, now {now[key]}"
-        for name in ("settings", "slices", "reduction")
-        for before, now in [(found.get(name) or {}, made_by.get(name) or {})]
-        for key in before.keys() & now.keys()
-        if before[key] != now[key]
+        f"{key} {before}, now {now}"
+        for name in NODULE_SETTINGS
+        for key, (before, now) in differing(
+            found.get(name, {}), made_by.get(name, {})
+        ).items()
     ]
-    return f"with {'; '.join(sorted(changed))}" if changed else "in another way"
+    return f"with {'; '.join(changed)}" if changed else "in another way"
 
 
 def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:

@@ -7,9 +7,10 @@ border of a small nodule, the seeded network outlines slice by slice in the scan
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -20,8 +21,15 @@ import files
 import postprocess
 import runs
 from candidates import CandidateClassifier, candidate_map
+from geometry import Grid
 from monte_carlo import MEMORY_GB, Maps, Passes, VolumePredictor
-from nodules import FoundNodule, components, label_nodules, measure_nodules
+from nodules import (
+    FoundNodule,
+    components,
+    label_nodules,
+    measure_nodules,
+    sphere_diameter_mm,
+)
 from patches import PatchPredictor
 from predictor import Predictor
 from runs import Precision
@@ -38,6 +46,9 @@ NEAR_PX = 2
 least `LEAST_SHARE` as large."""
 LEAST_SHARE = 0.25
 
+MarkedBy = Literal["volumes", "slices", "both"]
+"""Which networks marked a candidate; `infer.NoduleRuns` names them."""
+
 SAME_SHARE = 0.5
 """Two nodules are one if so much of the smaller outline is in the other."""
 
@@ -52,6 +63,8 @@ class Candidate:
         score: As of `FoundNodule`.
         score_std: Standard deviation of the score; None of one pass and no classifier.
         max_prob: Largest probability of the network that marked it.
+        equivalent_diameter_mm: Of the sphere of its volume, as it was marked.
+        marked_by: The networks that marked it.
         nodule_id: Of the nodule it became, or became a part of; 0 if its score was too
             low.
     """
@@ -60,6 +73,8 @@ class Candidate:
     score: float
     score_std: float | None
     max_prob: float
+    equivalent_diameter_mm: float
+    marked_by: MarkedBy
     nodule_id: int = 0
 
 
@@ -209,8 +224,6 @@ class NoduleFinder:
     def candidates(self, scan: Scan, maps: Maps) -> tuple[np.ndarray, list[Candidate]]:
         """What the networks mark, judged by the false-positive network, if any.
 
-        What overlaps one of a higher score is one with it; what overlaps two is neither.
-
         Args:
             scan: With lungs.
             maps: Of the 3-D network's passes.
@@ -228,7 +241,11 @@ class NoduleFinder:
             if self.slices is not None and self.slice_settings is not None:
                 of_slices = self.slices.maps(scan, self.slice_settings.threshold)
                 found += components_in(
-                    of_slices.mean, of_slices, scan, self.slice_settings
+                    of_slices.mean,
+                    of_slices,
+                    scan,
+                    self.slice_settings,
+                    marked_by="slices",
                 )
             judged = self.classifier.probabilities(scan, [c.centre for c in found])
             peaks = np.array([component.max_prob for component in found])
@@ -240,18 +257,7 @@ class NoduleFinder:
                 peaks,
                 np.array([component.max_std for component in found]),
             ).tolist()
-        kept: list[Candidate] = []
-        labels = np.zeros(scan.hu.shape, np.min_scalar_type(max(len(found), 255)))
-        for k in np.argsort(-np.array(scores), kind="stable").tolist():
-            own = tuple(found[k].voxels.T)
-            met = np.setdiff1d(labels[own], 0)
-            if not len(met):
-                peak = found[k].max_prob
-                kept.append(Candidate(found[k].centre, scores[k], spreads[k], peak))
-                labels[own] = len(kept)
-            elif len(met) == 1:
-                labels[own] = met
-        return labels, kept
+        return joined(found, scores, spreads, scan.grid)
 
 
 def slice_network(
@@ -292,6 +298,7 @@ class Component:
         max_prob: The largest.
         mean_std: Mean over the voxels of the standard deviation of the passes; None of one.
         max_std: That at the largest probability; 0 of one pass.
+        marked_by: The network.
     """
 
     voxels: np.ndarray
@@ -299,6 +306,7 @@ class Component:
     max_prob: float
     mean_std: float | None
     max_std: float
+    marked_by: MarkedBy
 
     @property
     def centre(self) -> tuple[float, float, float]:
@@ -308,7 +316,12 @@ class Component:
 
 
 def components_in(
-    prob: np.ndarray, maps: Maps, scan: Scan, settings: config.Postprocess
+    prob: np.ndarray,
+    maps: Maps,
+    scan: Scan,
+    settings: config.Postprocess,
+    *,
+    marked_by: MarkedBy = "volumes",
 ) -> list[Component]:
     """The components of a map of probability, whatever their score.
 
@@ -317,6 +330,7 @@ def components_in(
         maps: Of the passes.
         scan: Whose grid and lungs they are.
         settings: What makes a component.
+        marked_by: Whose map it is.
     """
     every = replace(settings, min_score=0.0)
     labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
@@ -327,8 +341,54 @@ def components_in(
             own = tuple(voxels.T)
             mean_std = float(maps.std[own].mean())
             max_std = float(maps.std[tuple(voxels[prob[own].argmax()])])
-        found.append(Component(voxels, mean, peak, mean_std, max_std))
+        found.append(Component(voxels, mean, peak, mean_std, max_std, marked_by))
     return found
+
+
+def joined(
+    found: Sequence[Component],
+    scores: Sequence[float],
+    spreads: Sequence[float | None],
+    grid: Grid,
+) -> tuple[np.ndarray, list[Candidate]]:
+    """Candidates of what overlaps: one with a higher score takes what it overlaps.
+
+    What overlaps two candidates is neither's.
+
+    Args:
+        found: Components; those of one network do not overlap.
+        scores: Of each component.
+        spreads: Standard deviation of each score.
+        grid: Where they lie.
+
+    Returns:
+        (z, y, x) labels, and the candidates in their order, by falling score.
+    """
+    labels = np.zeros(grid.shape, np.min_scalar_type(max(len(found), 255)))
+    first: list[int] = []
+    marked_by: list[MarkedBy] = []
+    for k in np.argsort(-np.array(scores), kind="stable").tolist():
+        own = tuple(found[k].voxels.T)
+        met = np.setdiff1d(labels[own], 0)
+        if not len(met):
+            first.append(k)
+            marked_by.append(found[k].marked_by)
+            labels[own] = len(first)
+        elif len(met) == 1:
+            labels[own] = met
+            marked_by[int(met[0]) - 1] = "both"
+    sizes = np.bincount(labels.ravel(), minlength=len(first) + 1)[1:]
+    return labels, [
+        Candidate(
+            found[k].centre,
+            scores[k],
+            spreads[k],
+            found[k].max_prob,
+            sphere_diameter_mm(size * grid.voxel_mm3),
+            who,
+        )
+        for k, size, who in zip(first, sizes.tolist(), marked_by, strict=True)
+    ]
 
 
 def voxels_of(labels: np.ndarray) -> list[np.ndarray]:

@@ -346,7 +346,7 @@ def measure_nodules(
                 max_prob=max_prob,
                 centre_zyx=tuple(places.mean(axis=0).tolist()),
                 volume_mm3=volume_mm3,
-                equivalent_diameter_mm=float(np.cbrt(6 * volume_mm3 / np.pi)),
+                equivalent_diameter_mm=sphere_diameter_mm(volume_mm3),
                 long_axis_mm=long_axis_mm,
                 short_axis_mm=short_axis_mm,
                 mean_hu=None if hu is None else float(hu[box][mask].mean()),
@@ -542,20 +542,35 @@ class LinesWithin:
         return np.asarray(self.within[y, x].all(axis=0))
 
 
-def score_and_place(found: Any, scan: Scan) -> dict[str, str]:
-    """How sure and where, of a nodule or a candidate; columns of their tables."""
+def sphere_diameter_mm(volume_mm3: float) -> float:
+    """Diameter of the sphere of a volume."""
+    return float(np.cbrt(6 * volume_mm3 / np.pi))
+
+
+def shared_columns(found: Any, scan: Scan) -> dict[str, Any]:
+    """Of a nodule or a candidate, the columns that both tables have."""
     centre_ras_mm = scan.grid.index_to_ras_mm(np.array(found.centre_zyx))
     x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
-    return numbers_text(
-        {
-            "score": found.score,
-            "score_std": found.score_std,
-            "max_prob": found.max_prob,
-            "x_lps_mm": x_mm,
-            "y_lps_mm": y_mm,
-            "z_lps_mm": z_mm,
-        }
-    )
+    i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
+    numbers = {
+        "score": found.score,
+        "score_std": found.score_std,
+        "max_prob": found.max_prob,
+        "x_lps_mm": x_mm,
+        "y_lps_mm": y_mm,
+        "z_lps_mm": z_mm,
+        "i_source": i,
+        "j_source": j,
+        "k_source": k,
+        "equivalent_diameter_mm": found.equivalent_diameter_mm,
+    }
+    return {
+        "case_id": scan.scan_id,
+        "series_uid": scan.series_uid,
+        "nodule_id": found.nodule_id or "",
+        "z_slice": round(found.centre_zyx[0]),
+        **numbers_text(numbers),
+    }
 
 
 def numbers_text(numbers: dict[str, float | None]) -> dict[str, str]:
@@ -565,25 +580,15 @@ def numbers_text(numbers: dict[str, float | None]) -> dict[str, str]:
 
 def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
     """One row of nodules.csv."""
-    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(nodule.centre_zyx))
-    i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
     numbers = {
-        "i_source": i,
-        "j_source": j,
-        "k_source": k,
         "long_axis_mm": nodule.long_axis_mm,
         "short_axis_mm": nodule.short_axis_mm,
-        "equivalent_diameter_mm": nodule.equivalent_diameter_mm,
         "volume_mm3": nodule.volume_mm3,
         "mean_hu": nodule.mean_hu,
         "pleura_distance_mm": nodule.pleura_distance_mm,
     }
     return {
-        "case_id": scan.scan_id,
-        "series_uid": scan.series_uid,
-        "nodule_id": nodule.nodule_id,
-        "z_slice": round(nodule.centre_zyx[0]),
+        **shared_columns(nodule, scan),
         "side": nodule.side,
-        **score_and_place(nodule, scan),
         **numbers_text(numbers),
     }

@@ -16,7 +16,7 @@ import overview
 import provenance
 from geometry import Grid
 from nodule_finder import Candidate, Found
-from nodules import NODULE_COLUMNS, nodule_row, score_and_place
+from nodules import NODULE_COLUMNS, nodule_row, shared_columns
 from postprocess import write_rows
 from scan import Scan
 from volume_io import write_volume
@@ -28,8 +28,12 @@ FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
 
 TABLE, RECORD = "lungs.csv", "lungs.json"
 NODULES, CANDIDATES = "nodules.csv", "candidates.csv"
-CANDIDATE_COLUMNS = NODULE_COLUMNS[: NODULE_COLUMNS.index("z_lps_mm") + 1]
-"""Columns of candidates.csv: who, how sure, and where, as of a nodule."""
+CANDIDATE_COLUMNS = (
+    *NODULE_COLUMNS[: NODULE_COLUMNS.index("z_slice") + 1],
+    "equivalent_diameter_mm",
+    "marked_by",
+)
+"""Columns of candidates.csv; docs/layout.md says what each holds."""
 COLUMNS = {NODULES: NODULE_COLUMNS, CANDIDATES: CANDIDATE_COLUMNS}
 
 ScanRows = dict[str, list[dict[str, Any]]]
@@ -44,8 +48,9 @@ where nodules were looked for."""
 NODULE_SETTINGS = ("settings", "slices", "reduction")
 """In lungs.json: what makes a nodule of the maps of each network; see `NoduleFinder`."""
 
-FORMAT_VERSION = 2
-"""Of lungs.json; with nodules 2, since there is candidates.csv, without 1."""
+FORMAT_VERSION = 3
+"""Of lungs.json with nodules: 2 since there is candidates.csv, 3 since it says who marked
+what; without nodules 1."""
 
 
 @dataclass(frozen=True)
@@ -392,12 +397,7 @@ def write_scan_rows(path: Path, rows: ScanRows) -> None:
 
 def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
     """One row of candidates.csv."""
-    return {
-        "case_id": scan.scan_id,
-        "series_uid": scan.series_uid,
-        "nodule_id": candidate.nodule_id or "",
-        **score_and_place(candidate, scan),
-    }
+    return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
 
 
 def row_of(pid: str, n: int, verdict: Any, seconds: float) -> Row:

@@ -847,7 +847,8 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
         *("--min_volume_mm3", 60_000, "--nodules", nodule_run),
     )
     assert run_main(*command) == 0
-    assert len(nodules_of(out)) == 1
+    found = nodules_of(out)
+    assert len(found) == 1
     assert run_main(*command, "--reduction", reduction_run) == 1
     assert "--reduction RUN" in capsys.readouterr().err
     assert run_main(*command, "--reduction", reduction_run, "--overwrite") == 0
@@ -855,6 +856,10 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     (candidate,) = nodules_of(out, "candidates.csv")
     assert (candidate["case_id"], candidate["nodule_id"]) == ("ill", "")
     assert 0 < float(candidate["score"]) < 0.99
+    assert candidate["marked_by"] == "volumes"
+    (before,) = found
+    for name in ("i_source", "j_source", "k_source", "z_slice"):
+        assert float(candidate[name]) == pytest.approx(float(before[name]), abs=1)
     record = json.loads((out / "lungs.json").read_text())
     assert record["nodules"]["reduction"]["min_score"] == 0.99
     command = (*command, "--reduction", reduction_run)

@@ -11,7 +11,8 @@ import boxes
 import config
 import files
 import nodule_finder
-from nodule_finder import NoduleFinder, outlined, renumbered
+from geometry import Grid
+from nodule_finder import Component, NoduleFinder, joined, outlined, renumbered
 from scan import ScanError
 from tests.conftest import tiny_scan
 
@@ -166,6 +167,37 @@ def test_more_than_255_nodules_are_told_apart():
     result, became = outlined_by_discs(hu, labels)
     assert became == list(range(1, number + 1))
     np.testing.assert_array_equal(result, labels)
+
+
+def component(start, stop, marked_by):
+    """Voxels (0, 0, start) to (0, 0, stop)."""
+    voxels = np.array([(0, 0, x) for x in range(start, stop)])
+    return Component(voxels, 0.5, 0.75, 0.25, 0.125, marked_by)
+
+
+def test_what_overlaps_a_candidate_is_one_with_it_and_what_overlaps_two_is_neither():
+    found = [
+        component(0, 4, "volumes"),
+        component(10, 14, "volumes"),
+        component(2, 6, "slices"),
+        component(5, 12, "slices"),
+        component(16, 18, "slices"),
+    ]
+    grid = Grid((1, 1, 20), np.diag([2.0, 1.0, 1.0, 1.0]))
+    scores = [0.8, 0.6, 0.9, 0.5, 0.7]
+    labels, candidates = joined(found, scores, [None] * 5, grid)
+    expected = [1] * 6 + [0] * 4 + [3] * 4 + [0] * 2 + [2] * 2 + [0] * 2
+    np.testing.assert_array_equal(labels[0, 0], expected)
+    assert [c.score for c in candidates] == [0.9, 0.7, 0.6]
+    assert [c.marked_by for c in candidates] == ["both", "slices", "volumes"]
+    # The place is that of the better one alone, the size that of both: 6 voxels of 2 mm3.
+    assert candidates[0].centre_zyx == (0, 0, 3.5)
+    assert candidates[0].equivalent_diameter_mm == pytest.approx(
+        (6 * 12 / np.pi) ** (1 / 3)
+    )
+    labels, candidates = joined([], [], [], grid)
+    assert not labels.any()
+    assert candidates == []
 
 
 def test_a_run_for_lungs_finds_no_nodules(make_lung_run, tmp_path):

@@ -24,6 +24,8 @@ LUNG_WINDOW_HU = (-1200.0, 400.0)
 
 RIGHT_BGR, LEFT_BGR, NODULE_BGR = (230, 180, 60), (80, 200, 80), (60, 90, 255)
 WHITE_BGR, WARNING_BGR = (255, 255, 255), (80, 80, 255)
+NUMBER_PX = (18, 11)
+"""Width and height that the number of a nodule takes."""
 MARGIN_MM = 15.0
 """What is shown around the lungs."""
 
@@ -147,11 +149,27 @@ def outlined_plane(
         )
         picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = colour
     width, height = size_xy
+    taken: list[tuple[float, float]] = []
     for number in np.unique(labels[labels > 0]).tolist():
         y, x = (np.argwhere(labels == number).max(axis=0) + 1) / labels.shape
-        place = min(x * width + 2, width - 18), min(y * height + 8, height - 2)
-        write_text(picture, str(number), place, NODULE_BGR)
+        wanted = (
+            min(x * width + 2, width - NUMBER_PX[0]),
+            min(y * height + 8, height - 2),
+        )
+        taken.append(free_place(wanted, taken))
+        write_text(picture, str(number), taken[-1], NODULE_BGR)
     return picture
+
+
+def free_place(
+    wanted: tuple[float, float], taken: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Where a number is written: at a place (x, y), or above what stands there."""
+    x, y = wanted
+    for near_x, near_y in sorted(taken, key=lambda place: -place[1]):
+        if abs(x - near_x) < NUMBER_PX[0] and abs(y - near_y) < NUMBER_PX[1]:
+            y = near_y - NUMBER_PX[1]
+    return x, y
 
 
 def tile(picture: np.ndarray, text: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The picture of a scan: what is outlined where, and that it says what it is."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +86,18 @@ def test_numbers_stand_beside_outlines_and_the_best_nodule_is_in_front(monkeypat
     before = overview.from_below(scan, everywhere, labels)
     assert written[2:] == ["1", "2", "3"]
     assert pixels_of(before, overview.NODULE_BGR) > 60
+
+
+def test_numbers_of_nodules_that_lie_together_do_not_cover_each_other():
+    width, height = overview.NUMBER_PX
+    taken = []
+    for wanted in [(50, 80), (52, 82), (50, 71), (49, 90), (50 + width, 80), (9, 80)]:
+        taken.append(overview.free_place(wanted, taken))
+    assert taken[0] == (50, 80)
+    assert taken[-2:] == [(50 + width, 80), (9, 80)]
+    for first, second in itertools.combinations(taken, 2):
+        apart = np.abs(np.subtract(first, second))
+        assert apart[0] >= width or apart[1] >= height
 
 
 @pytest.mark.parametrize("lungs", [True, False])

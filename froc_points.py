@@ -76,6 +76,23 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
     return np.array(points).reshape(-1, 4)
 
 
+def places_of_scans(path: Path) -> dict[str, np.ndarray]:
+    """Where candidates.csv says that something was marked, by the id of the scan.
+
+    Returns:
+        (n, 3) LPS x, y, z in mm of each scan.
+
+    Raises:
+        ScanError: If a column is missing, or a number is not finite.
+    """
+    places: dict[str, list[list[float]]] = {}
+    for line, row in rows_of(path, (*COLUMNS[:3], "case_id")):
+        where = f"{path}, line {line}"
+        point = [finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]
+        places.setdefault(row["case_id"], []).append(point)
+    return {case_id: np.array(points) for case_id, points in places.items()}
+
+
 def rows_of(
     path: Path, needed: Collection[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:

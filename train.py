@@ -23,6 +23,7 @@ import tyro
 
 import config
 import files
+import froc_points
 import provenance
 import runs
 import slice_idx
@@ -57,6 +58,9 @@ class Arguments:
     """Threads that make batches; they do not change the result."""
     init: Path | None = None
     """Weights of the same network to start from, e.g. work/runs/OTHER/best.weights.h5."""
+    candidates: Path | None = None
+    """For batches.crop=candidate: candidates.csv of infer.py. A third of what is not laid
+    around a nodule is laid around what was marked in the scans of the training part."""
     overwrite: bool = False
     """Replace a run of this name that has other settings or data."""
     batches: config.Batches = field(default_factory=config.Batches)
@@ -84,6 +88,7 @@ def train(
     *,
     workers: int = 1,
     init: Path | None = None,
+    candidates: Path | None = None,
     overwrite: bool = False,
 ) -> steps.Report:
     """Trains a run into `run_dir`, or goes on with it, or finds it complete.
@@ -95,6 +100,7 @@ def train(
         experiment: Settings; those of table and split are taken from their files.
         workers: Threads that make batches.
         init: Weights to start from.
+        candidates: Where networks marked something in the scans trained on.
         overwrite: Replace a run with other settings or data.
 
     Raises:
@@ -121,6 +127,7 @@ def train(
             split_sha256=split["sha256"],
             init_sha256=None if init is None else files.sha256(init),
             init_training_patients=runs.training_patients_of(init),
+            candidates_sha256=None if candidates is None else files.sha256(candidates),
         )
         partial = run_dir.with_name(run_dir.name + ".partial")
         for directory in (run_dir, partial):
@@ -132,7 +139,7 @@ def train(
             )
         warn_of_seen_patients(record["init_training_patients"], split)
         warn_of_other_spacing(init, experiment)
-        data = open_data(table, split, experiment)
+        data = open_data(table, split, experiment, candidates)
         start_run(partial, record, experiment, split)
         if not (partial / "training.json").is_file():  # else only its name is missing
             fit(partial, data, experiment, workers=workers, init=init)
@@ -230,7 +237,7 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """
     pairs = {
         key: (found.get(key), wanted[key])
-        for key in ("table_sha256", "split_sha256", "init_sha256")
+        for key in ("table_sha256", "split_sha256", "init_sha256", "candidates_sha256")
     }
     known = config.with_defaults(config.Experiment, found["settings"])
     before = json.loads(json.dumps(known))
@@ -245,12 +252,17 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def open_data(
-    table: SliceTable, split: Mapping[str, Any], experiment: config.Experiment
+    table: SliceTable,
+    split: Mapping[str, Any],
+    experiment: config.Experiment,
+    candidates: Path | None = None,
 ) -> Data:
     """The generators of the training and the validation part, of slices or of volumes.
 
     Raises:
-        ValueError: If nobody is left to train on.
+        ScanError: If the table of candidates cannot be read.
+        ValueError: If nobody is left to train on, or candidates are named that no training
+            scan has, or that no sample is laid around.
     """
     import data_generator
     import volumes
@@ -270,6 +282,9 @@ def open_data(
             f"the training part has no {kind} in {table.path}; run slice_idx.py with other "
             "fractions or table.py with more scans"
         )
+    own = {}
+    if candidates is not None:
+        own["candidates"] = candidates_of(candidates, table, rows["train"], batches)
     made = training(
         table,
         rows["train"],
@@ -278,6 +293,7 @@ def open_data(
         pathology=experiment.lesions,
         seed=settings.seed,
         steps_per_epoch=settings.steps_per_epoch,
+        **own,
         **options,
     )
     if not len(rows["validation"]):
@@ -287,6 +303,30 @@ def open_data(
     return Data(
         made, validation(table, rows["validation"], batches, most=most, **options)
     )
+
+
+def candidates_of(
+    path: Path, table: SliceTable, scans: np.ndarray, batches: config.Batches
+) -> dict[str, np.ndarray]:
+    """What networks marked, (n, 3) LPS mm, by the id of each scan trained on.
+
+    Raises:
+        ScanError: If the table of candidates cannot be read.
+        ValueError: If it has none of these scans, or no sample is laid around candidates.
+    """
+    if batches.crop != "candidate":
+        raise ValueError(
+            f"--candidates {path}, but batches.crop is {batches.crop}; expected candidate, "
+            "such as reduction3d has"
+        )
+    marked = froc_points.places_of_scans(path)
+    own = set(table.scans["scan_id"][scans].tolist()) & marked.keys()
+    if not own:
+        raise ValueError(
+            f"{path}: none of its {len(marked)} scans is of the training part; run infer.py "
+            f"on the scans of {table.path}"
+        )
+    return {scan_id: marked[scan_id] for scan_id in sorted(own)}
 
 
 def start_run(
@@ -419,6 +459,7 @@ def run_step(arguments: Arguments) -> steps.Report:
         ),
         workers=arguments.workers,
         init=arguments.init,
+        candidates=arguments.candidates,
         overwrite=arguments.overwrite,
     )
 

@@ -7,6 +7,7 @@ The volumes are those that table.py stores with `table.volume_spacing_mm`; `inpu
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from batching import (
     usable,
 )
 from boxes import Box, Crop
+from geometry import Grid, flip_xy
 from scan import PHANTOM, consensus
 from slice_table import SliceTable
 
@@ -69,19 +71,19 @@ class Volume:
         marks: (z, y, x) uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
         lung_box: Around the lungs; None without lungs.
         nodule_boxes: Around the connected parts of a nodule target; see `nodule_boxes`.
-        dense: Flat indices of dense voxels in the lungs, of all and of inner ones; of
-            volumes for candidates.
+        others: Of volumes for candidates, flat indices of voxels that samples are laid
+            around besides nodules: `dense_voxels`, and where networks marked something.
     """
 
     hu: np.ndarray
     marks: np.ndarray
     lung_box: Box | None
     nodule_boxes: tuple[Box, ...]
-    dense: tuple[np.ndarray, ...] = ()
+    others: tuple[np.ndarray, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.hu, self.marks, *self.dense))
+        return sum(array.nbytes for array in (self.hu, self.marks, *self.others))
 
 
 class VolumeCache:
@@ -90,14 +92,21 @@ class VolumeCache:
     Args:
         table: The open table.
         batches: Target and consensus.
+        candidates: (n, 3) LPS x, y, z in mm that networks marked, by the id of the scan.
         most_bytes: Memory of what is kept.
     """
 
     def __init__(
-        self, table: SliceTable, batches: config.Batches, most_bytes: int = CACHE_BYTES
+        self,
+        table: SliceTable,
+        batches: config.Batches,
+        *,
+        candidates: Mapping[str, np.ndarray] | None = None,
+        most_bytes: int = CACHE_BYTES,
     ) -> None:
         self.table = table
         self.batches = batches
+        self.candidates = candidates or {}
         self.most_bytes = most_bytes
         self.kept: OrderedDict[int, Volume] = OrderedDict()
         self.kept_bytes = 0
@@ -111,6 +120,12 @@ class VolumeCache:
                 return self.kept[scan_index]
         # Outside of the lock: two threads may read the same volume, and it is kept once.
         volume = read_volume(self.table, scan_index, self.batches)
+        scan_id = str(self.table.scans["scan_id"][scan_index])
+        if scan_id in self.candidates:
+            affine = self.table.volume_affine(scan_index)
+            grid = Grid(volume.hu.shape, affine)
+            marked = voxels_at(self.candidates[scan_id], grid)
+            volume = replace(volume, others=(*volume.others, marked))
         with self.lock:
             if scan_index not in self.kept:
                 self.kept[scan_index] = volume
@@ -130,6 +145,7 @@ class VolumeGenerator(Generator):
         augmentation: Random changes; None gives plain crops.
         pathology: Lesions simulated in augmented samples; None for none. They have draws
             of their own, so the other changes are the same with and without.
+        candidates: As of `VolumeCache`; some samples are laid around them.
         seed: Of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
         shuffle: True draws a new order and new changes each epoch; False gives the scans
@@ -149,6 +165,7 @@ class VolumeGenerator(Generator):
         *,
         seed: int,
         pathology: config.Lesions | None = None,
+        candidates: Mapping[str, np.ndarray] | None = None,
         steps_per_epoch: int = 0,
         shuffle: bool = True,
         with_slice_label: bool = False,
@@ -171,7 +188,7 @@ class VolumeGenerator(Generator):
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
         self.seed = seed
-        self.cache = VolumeCache(table, batches)
+        self.cache = VolumeCache(table, batches, candidates=candidates)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Scans of all batches of an epoch; see `drawn_scans`."""
@@ -291,11 +308,11 @@ class VolumeGenerator(Generator):
         box = volume.lung_box or boxes.whole(full)
         wanted = found and near < self.batches.nodule_fraction
         if self.batches.crop == "candidate":
-            dense = [kind for kind in volume.dense if len(kind)]
+            others = [kind for kind in volume.others if len(kind)]
             if wanted:
                 point = boxes.centre(found[int(which * len(found))])
-            elif dense:
-                kind = dense[int(place[0] * len(dense))]
+            elif others:
+                kind = others[int(place[0] * len(others))]
                 point = np.unravel_index(kind[int(which * len(kind))], full)
             else:
                 point = boxes.point_in(box, place[3:])
@@ -409,6 +426,13 @@ def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> 
     )
     dense = dense_voxels(hu, lung) if batches.crop == "candidate" else ()
     return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask), dense)
+
+
+def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
+    """int32 flat indices of the voxels at (n, 3) LPS x, y, z in mm, those in the volume."""
+    index = np.rint(grid.ras_mm_to_index(flip_xy(places_lps_mm))).astype(int)
+    inside = ((index >= 0) & (index < grid.shape)).all(axis=1)
+    return np.ravel_multi_index(tuple(index[inside].T), grid.shape).astype(np.int32)
 
 
 def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

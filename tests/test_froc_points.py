@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import froc_points
+from scan import ScanError
 from tests.conftest import tiny_scan
 
 
@@ -54,6 +55,23 @@ def test_a_sphere_holds_the_voxels_nearer_than_its_radius():
     assert expected.any()
     assert np.array_equal(inside, expected)
     assert not froc_points.within_spheres(scan, np.zeros((0, 4))).any()
+
+
+def test_places_of_candidates_are_read_by_scan_and_checked(tmp_path):
+    path = tmp_path / "candidates.csv"
+    head = "case_id,score,x_lps_mm,y_lps_mm,z_lps_mm\n"
+    path.write_text(head + "a,0.9,1,2,3\nb,0.8,4,5,6\na,0.1,-7,8,9.5\n")
+    found = froc_points.places_of_scans(path)
+    assert {name: places.tolist() for name, places in found.items()} == {
+        "a": [[1, 2, 3], [-7, 8, 9.5]],
+        "b": [[4, 5, 6]],
+    }
+    path.write_text(head + "a,0.9,1,2,nan\n")
+    with pytest.raises(ScanError, match="line 2: z_lps_mm is 'nan'"):
+        froc_points.places_of_scans(path)
+    path.write_text("case_id,x_lps_mm,y_lps_mm\n")
+    with pytest.raises(ScanError, match="lack z_lps_mm"):
+        froc_points.places_of_scans(path)
 
 
 def test_lists_of_luna16_come_before_the_masks():

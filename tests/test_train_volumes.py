@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import config
+import files
 import scan as scan_files
 import slice_idx
 import table
 import train
 from candidates import CandidateClassifier
 from runs import read_settings
+from slice_table import SliceTable
 
 TINY = config.Experiment(
     batches=config.Batches(
@@ -285,6 +287,19 @@ def test_the_false_positive_network_trains_on_candidates(data):
     best = json.loads((run_dir / "training.json").read_text())["best_epoch"]
     assert best == np.argmin(losses) + 1
     scan = scan_files.read_scan(scan_files.scan_files(data)[0])
+    path = data / "candidates.csv"
+    path.write_text("case_id,x_lps_mm,y_lps_mm,z_lps_mm\nunknown,0,0,0\n")
+    with pytest.raises(ValueError, match="none of its 1 scans is of the training part"):
+        trained(data, "by-candidates", experiment, candidates=path)
+    with SliceTable(data / "table.h5") as opened, path.open("a") as file:
+        file.writelines(f"{name},0,0,0\n" for name in opened.scans["scan_id"])
+    other = trained(data, "by-candidates", experiment, candidates=path)
+    record = json.loads((other / "provenance.json").read_text())
+    assert record["candidates_sha256"] == files.sha256(path)
+    with pytest.raises(FileExistsError, match="candidates_sha256 was"):
+        trained(data, "by-candidates", experiment)
+    with pytest.raises(ValueError, match="batches.crop is lung; expected candidate"):
+        trained(data, "of-all", TINY, candidates=path)
     classifier = CandidateClassifier(run_dir)
     found = classifier.probabilities(scan, [(5, 9, 9), (9, 20, 30)])
     assert (found[0] != found[1]).all()

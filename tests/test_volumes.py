@@ -16,6 +16,7 @@ import data_generator
 import slice_idx
 import steps
 import volumes
+from geometry import Grid
 from scan import consensus, readers_of_label, write_scan
 from slice_table import SliceTable
 from table import write_table
@@ -467,12 +468,40 @@ def test_other_candidates_are_dense_voxels_of_the_lungs(table):
     generator = training(table, none, STILL)
     for seed, row in enumerate(generator.scans.tolist()):
         volume = generator.cache.read(row)
-        assert all(len(kind) for kind in volume.dense)
+        assert all(len(kind) for kind in volume.others)
         crop = generator.crop(volume, np.random.default_rng(seed))
         place = tuple(s + round(p) for s, p in zip(crop.start, crop.pin, strict=True))
         near = boxes.near(place, [1] * 3, [1] * 3, boxes.whole(volume.hu.shape))
         inside = (volume.marks[near] & augment.LUNG_BIT) > 0
         assert (inside & (volume.hu[near] >= volumes.DENSE_HU)).any()
+
+
+def test_voxels_at_places_are_the_nearest_and_those_beyond_are_left_out():
+    grid = Grid((2, 3, 4), np.diag([1.0, 1.0, 1.0, 1.0])[[3 - 1, 1, 0, 3]])
+    # Index (z, y, x) lies at RAS (x, y, z); LPS turns x and y over.
+    places = np.array([[-3.0, -2.0, 1.0], [-0.6, 0.4, 0.4], [-4.0, 0, 0], [1.0, 0, 0]])
+    assert volumes.voxels_at(places, grid).tolist() == [23, 1]
+
+
+def test_a_third_of_what_is_no_nodule_is_laid_around_candidates(table):
+    none = replace(CANDIDATES, nodule_fraction=0.0)
+    scan_id = str(table.scans["scan_id"][0])
+    volume = VolumeCache(table, none).read(0)
+    shape = volume.hu.shape
+    grid = Grid(shape, table.volume_affine(0))
+    place = tuple(length // 3 for length in shape)
+    x, y, z = grid.index_to_ras_mm(np.array(place))
+    generator = training(
+        table, none, STILL, candidates={scan_id: np.array([[-x, -y, z]])}
+    )
+    volume = generator.cache.read(0)
+    assert volume.others[-1].tolist() == [np.ravel_multi_index(place, shape)]
+    expected = boxes.crop_on(place, none.volume_px).start
+    starts = [
+        generator.crop(volume, np.random.default_rng(seed)).start for seed in range(300)
+    ]
+    assert 70 < starts.count(expected) < 130
+    assert len(generator.cache.read(1).others) == 2  # nothing is known of the others
 
 
 def test_nodules_drawn_for_candidates_lie_in_the_middle_where_none_is(table):

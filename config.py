@@ -121,7 +121,8 @@ class Batches:
     a random point of the box around the lungs for `lung`. Validation and whole scans are
     covered by tiles of `input_px`. seed: slices are patches around a nodule, whose middle is
     cut out everywhere. candidate: of a volume, a nodule, or whatever else in the lungs is
-    as dense, such as a vessel; for the false-positive network."""
+    as dense, such as a vessel, or was marked (train.py --candidates); for the
+    false-positive network."""
     pixel_mm: float = 0.0
     """Bring slices to pixels of this size, so that a network sees all scanners alike and
     fewer pixels; 0 leaves them as they are. For lungs in slices."""

@@ -62,9 +62,11 @@ class Candidate:
             that is one with it.
         score: As of `FoundNodule`.
         score_std: Standard deviation of the score; None of one pass and no classifier.
-        max_prob: Largest probability of the network that marked it.
-        equivalent_diameter_mm: Of the sphere of its volume, as it was marked.
-        marked_by: The networks that marked it.
+        max_prob: Largest probability of the network that marked it; of two, of the one
+            with the higher score.
+        equivalent_diameter_mm: Of the sphere of its volume, as it was marked, by both if
+            two did.
+        marked_by: The networks that marked it, or a part of it.
         nodule_id: Of the nodule it became, or became a part of; 0 if its score was too
             low.
     """
@@ -232,12 +234,12 @@ class NoduleFinder:
             (z, y, x) labels, and the candidates in their order, by falling score.
         """
         if self.classifier is None:
-            found = components_in(maps.mean, maps, scan, self.rule)
+            found = components_in(maps.mean, maps, scan, self.rule, marked_by="volumes")
             scores = [component.mean_prob for component in found]
             spreads = [component.mean_std for component in found]
         else:
             prob = candidate_map(maps.mean, self.rule)
-            found = components_in(prob, maps, scan, self.rule)
+            found = components_in(prob, maps, scan, self.rule, marked_by="volumes")
             if self.slices is not None and self.slice_settings is not None:
                 of_slices = self.slices.maps(scan, self.slice_settings.threshold)
                 found += components_in(
@@ -321,7 +323,7 @@ def components_in(
     scan: Scan,
     settings: config.Postprocess,
     *,
-    marked_by: MarkedBy = "volumes",
+    marked_by: MarkedBy,
 ) -> list[Component]:
     """The components of a map of probability, whatever their score.
 
@@ -353,7 +355,7 @@ def joined(
 ) -> tuple[np.ndarray, list[Candidate]]:
     """Candidates of what overlaps: one with a higher score takes what it overlaps.
 
-    What overlaps two candidates is neither's.
+    The voxels of what overlaps two candidates are neither's.
 
     Args:
         found: Components; those of one network do not overlap.
@@ -374,9 +376,11 @@ def joined(
             first.append(k)
             marked_by.append(found[k].marked_by)
             labels[own] = len(first)
-        elif len(met) == 1:
+            continue
+        for number in met.tolist():
+            marked_by[number - 1] = "both"
+        if len(met) == 1:
             labels[own] = met
-            marked_by[int(met[0]) - 1] = "both"
     sizes = np.bincount(labels.ravel(), minlength=len(first) + 1)[1:]
     return labels, [
         Candidate(

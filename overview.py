@@ -156,20 +156,22 @@ def outlined_plane(
             min(x * width + 2, width - NUMBER_PX[0]),
             min(y * height + 8, height - 2),
         )
-        taken.append(free_place(wanted, taken))
+        taken.append(free_place(wanted, taken, height))
         write_text(picture, str(number), taken[-1], NODULE_BGR)
     return picture
 
 
 def free_place(
-    wanted: tuple[float, float], taken: Sequence[tuple[float, float]]
+    wanted: tuple[float, float], taken: Sequence[tuple[float, float]], height: int
 ) -> tuple[float, float]:
-    """Where a number is written: at a place (x, y), or above what stands there."""
+    """Where a number is written: at a place (x, y), or near it above or below others."""
     x, y = wanted
-    for near_x, near_y in sorted(taken, key=lambda place: -place[1]):
-        if abs(x - near_x) < NUMBER_PX[0] and abs(y - near_y) < NUMBER_PX[1]:
-            y = near_y - NUMBER_PX[1]
-    return x, y
+    near = [at_y for at_x, at_y in taken if abs(at_x - x) < NUMBER_PX[0]]
+    above = np.arange(y, NUMBER_PX[1] - 1, -1)
+    for at in (*above, *np.arange(y, height)):
+        if all(abs(at - other) >= NUMBER_PX[1] for other in near):
+            return x, float(at)
+    return wanted
 
 
 def tile(picture: np.ndarray, text: str) -> np.ndarray:

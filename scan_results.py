@@ -101,7 +101,9 @@ class Results:
         if path.exists():
             found = read_record(path)
             changed = differing(found, made_by)
-            others = changed.keys() - {"format_version"}
+            # With nodules and without, the version differs too.
+            both = found.get("nodules") and made_by["nodules"]
+            others = changed.keys() - (set() if both else {"format_version"})
             if others == {"nodules"} and not replaced:
                 raise ValueError(
                     f"{path}: nodules were looked for "

@@ -17,6 +17,7 @@ import numpy as np
 
 import config
 import hdf5
+from geometry import Grid
 from scan import VOLUMES
 
 if TYPE_CHECKING:
@@ -182,6 +183,12 @@ class SliceTable:
         node, _ = self._volume_node(scan_index, "hu")
         with self._lock:
             return np.array(node._v_parent._v_attrs.affine)
+
+    def volume_grid(self, scan_index: int) -> Grid:
+        """Where a scan's volumes lie."""
+        _, shape = self._volume_node(scan_index, "hu")
+        z, y, x = shape
+        return Grid((z, y, x), self.volume_affine(scan_index))
 
     def checksum(self, scan_index: int) -> str:
         """SHA-256 of a scan's content as it now reads; equal to `scans["sha256"]`."""

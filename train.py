@@ -59,8 +59,9 @@ class Arguments:
     init: Path | None = None
     """Weights of the same network to start from, e.g. work/runs/OTHER/best.weights.h5."""
     candidates: Path | None = None
-    """For batches.crop=candidate: candidates.csv of infer.py. A third of what is not laid
-    around a nodule is laid around what was marked in the scans of the training part."""
+    """For batches.crop=candidate: candidates.csv of infer.py --input on the scans of the
+    table. Of the samples that are not of a nodule, a third are then of what was marked
+    though it is none."""
     overwrite: bool = False
     """Replace a run of this name that has other settings or data."""
     batches: config.Batches = field(default_factory=config.Batches)
@@ -100,13 +101,14 @@ def train(
         experiment: Settings; those of table and split are taken from their files.
         workers: Threads that make batches.
         init: Weights to start from.
-        candidates: Where networks marked something in the scans trained on.
+        candidates: Table of what networks marked in the scans of the table.
         overwrite: Replace a run with other settings or data.
 
     Raises:
         FileExistsError: If there is a run with other settings or data.
-        ValueError: If table and split do not fit, weights to start from are missing, or the
-            loss is not a number.
+        FileNotFoundError: If there is no such table of candidates.
+        ValueError: If table and split do not fit, weights to start from are missing,
+            candidates are not of these scans, or the loss is not a number.
     """
     if experiment.train.freeze_normalisation and init is None:
         raise ValueError(
@@ -115,6 +117,9 @@ def train(
         )
     split = slice_idx.read_split(split_path)
     with SliceTable(table_path) as table:
+        marked = None
+        if candidates is not None:
+            marked = candidates_of(candidates, table, split, experiment.batches)
         experiment = dataclasses.replace(
             experiment,
             mask=mask_settings(table, experiment.mask),
@@ -139,7 +144,7 @@ def train(
             )
         warn_of_seen_patients(record["init_training_patients"], split)
         warn_of_other_spacing(init, experiment)
-        data = open_data(table, split, experiment, candidates)
+        data = open_data(table, split, experiment, marked)
         start_run(partial, record, experiment, split)
         if not (partial / "training.json").is_file():  # else only its name is missing
             fit(partial, data, experiment, workers=workers, init=init)
@@ -255,14 +260,18 @@ def open_data(
     table: SliceTable,
     split: Mapping[str, Any],
     experiment: config.Experiment,
-    candidates: Path | None = None,
+    candidates: Mapping[str, np.ndarray] | None = None,
 ) -> Data:
     """The generators of the training and the validation part, of slices or of volumes.
 
+    Args:
+        table: The open table.
+        split: Of its patients.
+        experiment: Settings.
+        candidates: As of `candidates_of`, for volumes.
+
     Raises:
-        ScanError: If the table of candidates cannot be read.
-        ValueError: If nobody is left to train on, or candidates are named that no training
-            scan has, or that no sample is laid around.
+        ValueError: If nobody is left to train on.
     """
     import data_generator
     import volumes
@@ -275,16 +284,15 @@ def open_data(
         rows_of, kind = slice_idx.rows_of_part, "slices"
         training = data_generator.SliceGenerator
         validation = data_generator.validation_of_slices
-    options = {"with_slice_label": experiment.model.slice_classifier}
+    options: dict[str, Any] = {"with_slice_label": experiment.model.slice_classifier}
+    if candidates is not None:
+        options["candidates"] = candidates
     rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
     if not len(rows["train"]):
         raise ValueError(
             f"the training part has no {kind} in {table.path}; run slice_idx.py with other "
             "fractions or table.py with more scans"
         )
-    own = {}
-    if candidates is not None:
-        own["candidates"] = candidates_of(candidates, table, rows["train"], batches)
     made = training(
         table,
         rows["train"],
@@ -293,7 +301,6 @@ def open_data(
         pathology=experiment.lesions,
         seed=settings.seed,
         steps_per_epoch=settings.steps_per_epoch,
-        **own,
         **options,
     )
     if not len(rows["validation"]):
@@ -306,27 +313,49 @@ def open_data(
 
 
 def candidates_of(
-    path: Path, table: SliceTable, scans: np.ndarray, batches: config.Batches
+    path: Path, table: SliceTable, split: Mapping[str, Any], batches: config.Batches
 ) -> dict[str, np.ndarray]:
-    """What networks marked, (n, 3) LPS mm, by the id of each scan trained on.
+    """What networks marked, (n, 3) LPS mm, by the id of each scan of the table.
 
     Raises:
-        ScanError: If the table of candidates cannot be read.
-        ValueError: If it has none of these scans, or no sample is laid around candidates.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read or is of other scans, or no sample is laid around
+            candidates.
     """
+    import volumes
+
     if batches.crop != "candidate":
         raise ValueError(
             f"--candidates {path}, but batches.crop is {batches.crop}; expected candidate, "
             "such as reduction3d has"
         )
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path}; infer.py writes candidates.csv")
     marked = froc_points.places_of_scans(path)
-    own = set(table.scans["scan_id"][scans].tolist()) & marked.keys()
-    if not own:
+    ids = table.scans["scan_id"].tolist()
+    known = {scan_id: marked[scan_id] for scan_id in ids if scan_id in marked}
+    for scan_id, places in known.items():
+        grid = table.volume_grid(ids.index(scan_id))
+        try:
+            volumes.voxels_at(places, grid)
+        except ValueError as error:
+            raise ValueError(f"{path}, scan {scan_id}: {error}") from error
+    training = slice_idx.scans_of_part(split, table, "train").tolist()
+    trained = [ids[index] for index in training if ids[index] in known]
+    if not trained:
         raise ValueError(
-            f"{path}: none of its {len(marked)} scans is of the training part; run infer.py "
-            f"on the scans of {table.path}"
+            f"{path}: scans {', '.join([*marked][:2])}, ...; expected some that are trained "
+            f"on, such as {', '.join(ids[index] for index in training[:2])}; run infer.py "
+            "--input on what preprocess.py read"
         )
-    return {scan_id: marked[scan_id] for scan_id in sorted(own)}
+    log.info(
+        "%s: %d candidates in %d of %d scans trained on",
+        path,
+        sum(len(known[scan_id]) for scan_id in trained),
+        len(trained),
+        len(training),
+    )
+    return known
 
 
 def start_run(

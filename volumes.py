@@ -72,7 +72,8 @@ class Volume:
         lung_box: Around the lungs; None without lungs.
         nodule_boxes: Around the connected parts of a nodule target; see `nodule_boxes`.
         others: Of volumes for candidates, flat indices of voxels that samples are laid
-            around besides nodules: `dense_voxels`, and where networks marked something.
+            around besides nodules: `dense_voxels` and, where networks marked something,
+            `hard_negatives`.
     """
 
     hu: np.ndarray
@@ -92,7 +93,8 @@ class VolumeCache:
     Args:
         table: The open table.
         batches: Target and consensus.
-        candidates: (n, 3) LPS x, y, z in mm that networks marked, by the id of the scan.
+        candidates: (n, 3) LPS x, y, z in mm that networks marked, by the id of the scan;
+            those that are no nodule are hard negatives.
         most_bytes: Memory of what is kept.
     """
 
@@ -122,10 +124,10 @@ class VolumeCache:
         volume = read_volume(self.table, scan_index, self.batches)
         scan_id = str(self.table.scans["scan_id"][scan_index])
         if scan_id in self.candidates:
-            affine = self.table.volume_affine(scan_index)
-            grid = Grid(volume.hu.shape, affine)
-            marked = voxels_at(self.candidates[scan_id], grid)
-            volume = replace(volume, others=(*volume.others, marked))
+            grid = self.table.volume_grid(scan_index)
+            places = voxels_at(self.candidates[scan_id], grid)
+            negatives = hard_negatives(places, volume.marks)
+            volume = replace(volume, others=(*volume.others, negatives))
         with self.lock:
             if scan_index not in self.kept:
                 self.kept[scan_index] = volume
@@ -145,7 +147,8 @@ class VolumeGenerator(Generator):
         augmentation: Random changes; None gives plain crops.
         pathology: Lesions simulated in augmented samples; None for none. They have draws
             of their own, so the other changes are the same with and without.
-        candidates: As of `VolumeCache`; some samples are laid around them.
+        candidates: As of `VolumeCache`; of scans with hard negatives a third of the
+            samples that are not of a nodule are of these.
         seed: Of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
         shuffle: True draws a new order and new changes each epoch; False gives the scans
@@ -429,10 +432,38 @@ def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> 
 
 
 def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
-    """int32 flat indices of the voxels at (n, 3) LPS x, y, z in mm, those in the volume."""
+    """(n, 3) indices (z, y, x) of the voxels at (n, 3) LPS x, y, z in mm.
+
+    Raises:
+        ValueError: If a place lies outside of the volume.
+    """
     index = np.rint(grid.ras_mm_to_index(flip_xy(places_lps_mm))).astype(int)
-    inside = ((index >= 0) & (index < grid.shape)).all(axis=1)
-    return np.ravel_multi_index(tuple(index[inside].T), grid.shape).astype(np.int32)
+    outside = ((index < 0) | (index >= grid.shape)).any(axis=1)
+    if outside.any():
+        raise ValueError(
+            f"{outside.sum()} of {len(index)} places lie outside of the volume, the first "
+            f"at {tuple(places_lps_mm[outside][0].tolist())} LPS mm"
+        )
+    return index
+
+
+def hard_negatives(places: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """int32 flat indices of voxels with no nodule around them that is a candidate's own.
+
+    Args:
+        places: (n, 3) indices (z, y, x) in the volume.
+        marks: As of `Volume`.
+    """
+    nodule = marks & augment.TARGET_BIT
+    alone = [
+        place
+        for place in places.tolist()
+        if not boxes.cut(
+            nodule, boxes.crop_on(place, CANDIDATE_PX).start, CANDIDATE_PX, fill=0
+        ).any()
+    ]
+    index = np.array(alone, np.intp).reshape(-1, 3)
+    return np.ravel_multi_index(tuple(index.T), marks.shape).astype(np.int32)
 
 
 def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,13 @@ is at least `postprocess.min_score`.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 
+What else networks mark in the scans trained on is harder to tell from nodules than what is as
+dense; so a network that finds candidates comes first, and then
+
+    python infer.py --input SCANS --result_dir OUT --n 1
+    python train.py reduction3d --candidates OUT/candidates.csv --name continued \
+        --init work/runs/reduction3d/best.weights.h5
+
 The weights that ship went on from those of before, of 1.5 mm (see their cards).
 """
 

@@ -975,6 +975,10 @@ def test_a_nodule_that_slices_alone_mark_is_reported(
     (nodule,) = nodules_of(out)
     place = [float(nodule[f"{axis}_source"]) for axis in "ijk"]
     assert place == pytest.approx([32, 47, 16], abs=0.7)
+    first = nodules_of(out, "candidates.csv")[0]
+    assert (first["nodule_id"], first["marked_by"]) == ("1", "slices")
+    marked_mm = float(first["equivalent_diameter_mm"])
+    assert marked_mm == pytest.approx(float(nodule["equivalent_diameter_mm"]), rel=0.2)
     record = json.loads((out / "lungs.json").read_text())
     assert record["nodules"]["slices"]["min_voxels"] == 4
     assert run_main(*command, "--slices", slices_run) == 0

@@ -189,7 +189,7 @@ def test_what_overlaps_a_candidate_is_one_with_it_and_what_overlaps_two_is_neith
     expected = [1] * 6 + [0] * 4 + [3] * 4 + [0] * 2 + [2] * 2 + [0] * 2
     np.testing.assert_array_equal(labels[0, 0], expected)
     assert [c.score for c in candidates] == [0.9, 0.7, 0.6]
-    assert [c.marked_by for c in candidates] == ["both", "slices", "volumes"]
+    assert [c.marked_by for c in candidates] == ["both", "slices", "both"]
     # The place is that of the better one alone, the size that of both: 6 voxels of 2 mm3.
     assert candidates[0].centre_zyx == (0, 0, 3.5)
     assert candidates[0].equivalent_diameter_mm == pytest.approx(

@@ -91,10 +91,12 @@ def test_numbers_stand_beside_outlines_and_the_best_nodule_is_in_front(monkeypat
 def test_numbers_of_nodules_that_lie_together_do_not_cover_each_other():
     width, height = overview.NUMBER_PX
     taken = []
-    for wanted in [(50, 80), (52, 82), (50, 71), (49, 90), (50 + width, 80), (9, 80)]:
-        taken.append(overview.free_place(wanted, taken))
+    places = [(50, 80), (52, 82), (50, 71), (49, 90), (50 + width, 80), (9, 80)]
+    for wanted in [*places, (9, 12), (9, 12), (9, 13)]:
+        taken.append(overview.free_place(wanted, taken, 100))
+        assert height <= taken[-1][1] < 100
     assert taken[0] == (50, 80)
-    assert taken[-2:] == [(50 + width, 80), (9, 80)]
+    assert taken[4:7] == [(50 + width, 80), (9, 80), (9, 12)]
     for first, second in itertools.combinations(taken, 2):
         apart = np.abs(np.subtract(first, second))
         assert apart[0] >= width or apart[1] >= height

@@ -476,11 +476,23 @@ def test_other_candidates_are_dense_voxels_of_the_lungs(table):
         assert (inside & (volume.hu[near] >= volumes.DENSE_HU)).any()
 
 
-def test_voxels_at_places_are_the_nearest_and_those_beyond_are_left_out():
-    grid = Grid((2, 3, 4), np.diag([1.0, 1.0, 1.0, 1.0])[[3 - 1, 1, 0, 3]])
+def test_voxels_at_places_are_the_nearest_and_places_beyond_are_refused():
+    grid = Grid((2, 3, 4), np.eye(4)[[2, 1, 0, 3]])
     # Index (z, y, x) lies at RAS (x, y, z); LPS turns x and y over.
-    places = np.array([[-3.0, -2.0, 1.0], [-0.6, 0.4, 0.4], [-4.0, 0, 0], [1.0, 0, 0]])
-    assert volumes.voxels_at(places, grid).tolist() == [23, 1]
+    places = np.array([[-3.0, -2.0, 1.0], [-0.6, 0.4, 0.4]])
+    assert volumes.voxels_at(places, grid).tolist() == [[1, 2, 3], [0, 0, 1]]
+    with pytest.raises(ValueError, match=r"1 of 3 places .* the first at \(-4.0, 0.0"):
+        volumes.voxels_at(np.vstack([places, [-4.0, 0, 0]]), grid)
+
+
+def test_candidates_with_a_nodule_in_their_middle_are_no_negatives():
+    marks = np.zeros((9, 9, 30), np.uint8)
+    marks[4, 4, 12] = augment.TARGET_BIT
+    marks[4, 4, 4] = augment.LUNG_BIT
+    places = np.array([[4, 4, x] for x in range(2, 30, 3)])
+    found = np.unravel_index(volumes.hard_negatives(places, marks), marks.shape)
+    assert found[2].tolist() == [2, 5, 8, 17, 20, 23, 26, 29]
+    assert volumes.hard_negatives(np.zeros((0, 3), int), marks).shape == (0,)
 
 
 def test_a_third_of_what_is_no_nodule_is_laid_around_candidates(table):
@@ -488,8 +500,13 @@ def test_a_third_of_what_is_no_nodule_is_laid_around_candidates(table):
     scan_id = str(table.scans["scan_id"][0])
     volume = VolumeCache(table, none).read(0)
     shape = volume.hu.shape
-    grid = Grid(shape, table.volume_affine(0))
-    place = tuple(length // 3 for length in shape)
+    grid = table.volume_grid(0)
+    assert grid.shape == shape
+    place = next(
+        tuple(at)
+        for at in np.argwhere((volume.marks & augment.LUNG_BIT) > 0).tolist()
+        if len(volumes.hard_negatives(np.array([at]), volume.marks))
+    )
     x, y, z = grid.index_to_ras_mm(np.array(place))
     generator = training(
         table, none, STILL, candidates={scan_id: np.array([[-x, -y, z]])}

@@ -121,7 +121,7 @@ REDUCTION3D = replace(
     loss=Loss(name="dice_cross_entropy"),
     train=replace(NODULE3D.train, epochs=15, steps_per_epoch=100, validation_tiles=480),
     postprocess=Postprocess(
-        method="fixed", threshold=0.1, min_volume_mm3=14.0, min_score=0.97
+        method="fixed", threshold=0.1, min_volume_mm3=14.0, min_score=0.85
     ),
 )
 

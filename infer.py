@@ -117,7 +117,7 @@ class NoduleRuns:
     --nodules finds."""
     min_score: float | None = None
     """The least score of a nodule that is reported, 0 to below 1; by default as the runs
-    say, with those that ship 0.97. candidates.csv lists the others; another value in the
+    say, with those that ship 0.85. candidates.csv lists the others; another value in the
     same folder needs --overwrite, and computes the scans again."""
 
     def __post_init__(self) -> None:

@@ -86,7 +86,8 @@ def places_of_scans(path: Path) -> dict[str, np.ndarray]:
         ScanError: If a column is missing, or a number is not finite.
     """
     places: dict[str, list[list[float]]] = {}
-    for line, row in rows_of(path, (*COLUMNS[:3], "case_id")):
+    # nodules.csv lacks marked_by: what was reported is no hard negative.
+    for line, row in rows_of(path, (*COLUMNS[:3], "case_id", "marked_by")):
         where = f"{path}, line {line}"
         point = [finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]
         places.setdefault(row["case_id"], []).append(point)
@@ -99,14 +100,18 @@ def rows_of(
     """Number of the line and the row, of every row of a CSV.
 
     Raises:
-        ScanError: If a column is missing.
+        ScanError: If a column is missing, or it is no text.
     """
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
-        missing = [name for name in needed if name not in (table.fieldnames or ())]
+        try:
+            columns = table.fieldnames or ()
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ScanError(f"{path}: no CSV table ({error})") from error
+        missing = [name for name in needed if name not in columns]
         if missing:
             raise ScanError(
-                f"{path}: columns {table.fieldnames} lack {', '.join(missing)}; "
+                f"{path}: columns {list(columns)} lack {', '.join(missing)}; "
                 f"expected {', '.join(needed)}"
             )
         for row in table:

@@ -295,7 +295,12 @@ def segment_nodules(
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
     scans = files.count_text(len(done), "scan")
     line = f"{scans}, {files.size_text(volume_bytes)}"
-    return done, failures, line + (f" ({len(stood)} were there)" if stood else "")
+    return (
+        done,
+        failures,
+        line
+        + (f" ({files.count_text(len(stood), 'scan')} there before)" if stood else ""),
+    )
 
 
 def segment_lungs(
@@ -360,7 +365,11 @@ def segment_lungs(
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
     stood = len(tasks) - len(missing)
-    return done, failures, line + (f" ({stood} were there)" if stood else "")
+    return (
+        done,
+        failures,
+        line + (f" ({files.count_text(stood, 'scan')} there before)" if stood else ""),
+    )
 
 
 def lungs_of(

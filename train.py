@@ -330,7 +330,7 @@ def candidates_of(
             "such as reduction3d has"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no table {path}; infer.py writes candidates.csv")
+        raise FileNotFoundError(f"no file {path}; infer.py writes candidates.csv")
     marked = froc_points.places_of_scans(path)
     ids = table.scans["scan_id"].tolist()
     known = {scan_id: marked[scan_id] for scan_id in ids if scan_id in marked}
@@ -344,9 +344,9 @@ def candidates_of(
     trained = [ids[index] for index in training if ids[index] in known]
     if not trained:
         raise ValueError(
-            f"{path}: scans {', '.join([*marked][:2])}, ...; expected some that are trained "
-            f"on, such as {', '.join(ids[index] for index in training[:2])}; run infer.py "
-            "--input on what preprocess.py read"
+            f"{path}: of {len(marked)} scans ({', '.join([*marked][:2])}) none is trained on; "
+            f"expected some such as {', '.join(ids[index] for index in training[:2])}; run "
+            "infer.py --input on what preprocess.py read"
         )
     log.info(
         "%s: %d candidates in %d of %d scans trained on",

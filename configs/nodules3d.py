@@ -25,19 +25,19 @@ the Dice of tiles would choose weights that miss more nodules.
 32^3 voxels (3.2 cm) with a nodule in the middle, real (a third) or drawn (a sixth), or
 something else in the lungs that is as dense; scans are drawn and changed as for `nodule3d`.
 One head outlines, the other says whether the middle is nodule. Candidates are what `nodule3d`
-gives at least `postprocess.threshold`; they are kept if its probability times the classifier's
-is at least `postprocess.min_score`.
+gives at least `postprocess.threshold`, and what `candidates2d` marks; they are kept if that
+probability times the classifier's is at least `postprocess.min_score`.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 
 What else networks mark in the scans trained on is harder to tell from nodules than what is as
 dense; so a network that finds candidates comes first, and then
 
-    python infer.py --input SCANS --result_dir OUT --n 1
+    python infer.py --input SOURCE --result_dir OUT --n 1    # what preprocess.py read
     python train.py reduction3d --candidates OUT/candidates.csv --name continued \
         --init work/runs/reduction3d/best.weights.h5
 
-The weights that ship went on from those of before, of 1.5 mm (see their cards).
+The weights that ship went on from those of before (see their cards).
 """
 
 from dataclasses import replace

@@ -59,18 +59,22 @@ def test_a_sphere_holds_the_voxels_nearer_than_its_radius():
 
 def test_places_of_candidates_are_read_by_scan_and_checked(tmp_path):
     path = tmp_path / "candidates.csv"
-    head = "case_id,score,x_lps_mm,y_lps_mm,z_lps_mm\n"
-    path.write_text(head + "a,0.9,1,2,3\nb,0.8,4,5,6\na,0.1,-7,8,9.5\n")
+    head = "case_id,score,x_lps_mm,y_lps_mm,z_lps_mm,marked_by\n"
+    rows = "a,0.9,1,2,3,both\nb,0.8,4,5,6,slices\na,0.1,-7,8,9.5,volumes\n"
+    path.write_text(head + rows)
     found = froc_points.places_of_scans(path)
     assert {name: places.tolist() for name, places in found.items()} == {
         "a": [[1, 2, 3], [-7, 8, 9.5]],
         "b": [[4, 5, 6]],
     }
-    path.write_text(head + "a,0.9,1,2,nan\n")
+    path.write_text(head + "a,0.9,1,2,nan,both\n")
     with pytest.raises(ScanError, match="line 2: z_lps_mm is 'nan'"):
         froc_points.places_of_scans(path)
-    path.write_text("case_id,x_lps_mm,y_lps_mm\n")
-    with pytest.raises(ScanError, match="lack z_lps_mm"):
+    path.write_text("case_id,x_lps_mm,y_lps_mm,z_lps_mm,nodule_id\n")  # nodules.csv
+    with pytest.raises(ScanError, match="lack marked_by"):
+        froc_points.places_of_scans(path)
+    path.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ScanError, match="candidates.csv: no CSV table"):
         froc_points.places_of_scans(path)
 
 

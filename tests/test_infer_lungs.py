@@ -298,7 +298,7 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(run, volume, tmp_p
     mask = out / "chest/mask.nii.gz"
     before = mask.stat().st_mtime_ns
     report = infer.infer(run, out, input=path, lungs=one)
-    assert "(1 were there)" in report.line
+    assert "(1 scan there before)" in report.line
     assert mask.stat().st_mtime_ns == before
     other = infer.Lungs(passes=Passes(n=2))
     with pytest.raises(ValueError, match=r"'n': \(1, 2\).*use --overwrite"):
@@ -745,7 +745,7 @@ def test_nnunets_files_hold_the_lungs_where_no_nodules_are_looked_for(
     segment("nnunet")
     labels = read(out / "chest.nii.gz")
     assert np.unique(labels).tolist() == [0, 1, 2]
-    assert "(1 were there)" in segment("nnunet")
+    assert "(1 scan there before)" in segment("nnunet")
     (out / "chest.nii.gz").unlink()
     segment("nnunet")  # what is lost is made again
     assert np.array_equal(read(out / "chest.nii.gz"), labels)

@@ -288,11 +288,13 @@ def test_the_false_positive_network_trains_on_candidates(data):
     assert best == np.argmin(losses) + 1
     scan = scan_files.read_scan(scan_files.scan_files(data)[0])
     path = data / "candidates.csv"
-    path.write_text("case_id,x_lps_mm,y_lps_mm,z_lps_mm\nunknown,0,0,0\n")
-    with pytest.raises(ValueError, match="scans unknown, ...; expected some that"):
+    path.write_text(
+        "case_id,x_lps_mm,y_lps_mm,z_lps_mm,marked_by\nunknown,0,0,0,slices\n"
+    )
+    with pytest.raises(ValueError, match=r"of 1 scans \(unknown\) none is trained on"):
         trained(data, "by-candidates", experiment, candidates=path)
     with SliceTable(data / "table.h5") as opened, path.open("a") as file:
-        file.writelines(f"{name},0,0,0\n" for name in opened.scans["scan_id"])
+        file.writelines(f"{name},0,0,0,both\n" for name in opened.scans["scan_id"])
     other = trained(data, "by-candidates", experiment, candidates=path)
     record = json.loads((other / "provenance.json").read_text())
     assert record["candidates_sha256"] == files.sha256(path)

@@ -295,12 +295,7 @@ def segment_nodules(
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
     scans = files.count_text(len(done), "scan")
     line = f"{scans}, {files.size_text(volume_bytes)}"
-    return (
-        done,
-        failures,
-        line
-        + (f" ({files.count_text(len(stood), 'scan')} there before)" if stood else ""),
-    )
+    return done, failures, line + there_before(len(stood))
 
 
 def segment_lungs(
@@ -364,12 +359,12 @@ def segment_lungs(
     if finder:
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
-    stood = len(tasks) - len(missing)
-    return (
-        done,
-        failures,
-        line + (f" ({files.count_text(stood, 'scan')} there before)" if stood else ""),
-    )
+    return done, failures, line + there_before(len(tasks) - len(missing))
+
+
+def there_before(count: int) -> str:
+    """For the closing line: how many scans an earlier call had segmented."""
+    return f" ({files.count_text(count, 'scan')} there before)" if count else ""
 
 
 def lungs_of(

@@ -448,7 +448,7 @@ def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def hard_negatives(places: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    """int32 flat indices of voxels with no nodule around them that is a candidate's own.
+    """int32 flat indices of the places whose crops have no nodule in their middle.
 
     Args:
         places: (n, 3) indices (z, y, x) in the volume.

@@ -1,8 +1,8 @@
 """The false-positive network on candidates: nodule, or a vessel, the pleura, a scar?
 
 A run with a classifier, trained on crops around nodules, around what else is as dense, and
-around what other networks took for nodules (`batches.crop` candidate). It sees each candidate in the middle of a crop, and its mirror
-images: a candidate is judged by their mean.
+around what other networks took for nodules (`batches.crop` candidate). It sees each candidate
+in the middle of a crop, and its mirror images: a candidate is judged by their mean.
 """
 
 import itertools

@@ -107,6 +107,7 @@ class SliceGenerator(Generator):
         )
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
+        self.held_out = table.patients_beside(table.rows["scan"][rows])
         self.seed = seed
         self.readers = None
         if batches.reference != "consensus":
@@ -144,8 +145,9 @@ class SliceGenerator(Generator):
         if self.augmentation is not None:
             if self.pathology is not None and lung is not None:
                 own = rng.spawn(1)[0]
+                spacing_mm, settings = self.spacing_mm(row), self.pathology
                 hu = lesions.simulate(
-                    hu, lung, self.spacing_mm(row), self.pathology, own
+                    hu, lung, spacing_mm, settings, own, held_out=self.held_out
                 )
             return self.changed(hu, marks, crop, self.augmentation, rng)
         return plain(hu, marks, crop.start, batches)

@@ -105,6 +105,7 @@ class Lung:
         noise: int8, like the scan's own, for what is painted.
         noise_hu: HU of 1 in `noise`.
         spacing_mm: (z, y, x).
+        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
     """
 
     hu: np.ndarray
@@ -113,6 +114,7 @@ class Lung:
     noise: np.ndarray
     noise_hu: float
     spacing_mm: tuple[float, float, float]
+    held_out: frozenset[str]
 
     @property
     def bounds(self) -> Box:
@@ -155,6 +157,8 @@ def simulate(
     spacing_mm: Sequence[float],
     settings: config.Lesions,
     rng: np.random.Generator,
+    *,
+    held_out: frozenset[str] = frozenset(),
 ) -> np.ndarray:
     """HU with lesions, in a share of `settings.probability` of the calls.
 
@@ -168,6 +172,7 @@ def simulate(
         spacing_mm: Of each axis.
         settings: How often, and what.
         rng: Decides everything.
+        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
 
     Returns:
         A new array with the shape and dtype of `hu`.
@@ -190,7 +195,8 @@ def simulate(
     if settings.kind == "circles":
         paint_circles(volume, draw_circles(box_of, rng), (z_mm, y_mm, x_mm))
     elif box_of:
-        paint_findings(volume, labels, box_of, (z_mm, y_mm, x_mm), settings, rng)
+        spacing = (z_mm, y_mm, x_mm)
+        paint_findings(volume, labels, box_of, spacing, settings, rng, held_out)
     return result
 
 
@@ -203,6 +209,7 @@ def simulate_nodules(
     *,
     seen: Callable[[tuple[float, ...]], bool] = lambda _: True,
     places: np.ndarray | None = None,
+    held_out: frozenset[str] = frozenset(),
 ) -> tuple[np.ndarray, np.ndarray]:
     """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
 
@@ -216,6 +223,7 @@ def simulate_nodules(
         rng: Decides everything.
         seen: Whether the middle of a nodule may lie at a place (z, y, x).
         places: (n, 3) places; one nodule is drawn, its middle at one of them.
+        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
 
     Returns:
         A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
@@ -227,10 +235,11 @@ def simulate_nodules(
         return result, drawn
     mask = (lung > 0).view(np.uint8)
     rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
-    own = lung_in(result, mask, rim, measured_grain(result), spacing_mm, rng)
+    grain = measured_grain(result)
+    own = lung_in(result, mask, rim, grain, spacing_mm, rng, held_out)
     most = MOST_NODULES if places is None else 1
     for _ in range(rng.integers(1, most + 1)):
-        shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM)
+        shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM, held_out)
         diameter_mm = shape.diameter_mm * rng.uniform(0.85, 1.15)
         if places is None:
             centre = nodule_centre(own, diameter_mm, rng, seen)
@@ -405,7 +414,13 @@ def put(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
 
 
 def paint_findings(
-    hu, labels, box_of, spacing_mm, settings: config.Lesions, rng: np.random.Generator
+    hu,
+    labels,
+    box_of,
+    spacing_mm,
+    settings: config.Lesions,
+    rng: np.random.Generator,
+    held_out: frozenset[str],
 ) -> None:
     """Draws one to `settings.most` findings into (z, y, x) HU, in place.
 
@@ -429,13 +444,13 @@ def paint_findings(
         if painters[side]:
             box = boxes.widened(box_of[side], rim, labels.shape)
             mask = (labels[box] == side).view(np.uint8)
-            lung = lung_in(hu[box], mask, rim, grain, spacing_mm, rng)
+            lung = lung_in(hu[box], mask, rim, grain, spacing_mm, rng, held_out)
             for painter in painters[side]:
                 painter(lung, rng)
             put(hu[box], lung.hu, lung.open.view(bool))
 
 
-def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng) -> Lung:
+def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng, held_out) -> Lung:
     """A lung, given (z, y, x) HU and mask with `rim` voxels around it on each axis."""
     square = np.ones((2 * rim[1] + 1, 2 * rim[2] + 1), np.uint8)
     near = by_slice(lambda plane: cv2.dilate(plane, square), mask)
@@ -443,7 +458,8 @@ def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng) -> Lung:
     near |= mask
     noise = grain_of(hu.shape, grain, rng)
     noise_hu = grain.sd_hu / GRAIN_UNIT
-    return Lung(hu.astype(np.float32), mask, near, noise, noise_hu, spacing_mm)
+    hu = hu.astype(np.float32)
+    return Lung(hu, mask, near, noise, noise_hu, spacing_mm, held_out)
 
 
 def paint(
@@ -821,7 +837,7 @@ def border_mm(lung: Lung) -> float:
 def nodule(lung: Lung, rng: np.random.Generator) -> None:
     """One to four nodules of 6 to 30 mm at the pleura, shaped as LIDC's readers drew."""
     for _ in range(rng.integers(1, 5)):
-        shape = nodule_shape(int(rng.integers(SHAPES)), SHAPE_MM)
+        shape = nodule_shape(int(rng.integers(SHAPES)), SHAPE_MM, lung.held_out)
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
         centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
         paint_nodule(lung, shape, diameter, centre, rng.uniform(-20, 80))
@@ -886,11 +902,13 @@ def distances_to(
 
 
 @functools.cache
-def nodule_shape(number: int, size_mm: tuple[float, float]) -> phantom_nodules.Shape:
+def nodule_shape(
+    number: int, size_mm: tuple[float, float], held_out: frozenset[str]
+) -> phantom_nodules.Shape:
     """A shape whose diameter lies in a range; it is the same in every process."""
     rng = np.random.default_rng((SHAPES_SEED, number))
     diameter = np.exp(rng.uniform(*np.log(size_mm)))
-    return phantom_nodules.draw_shape(rng, float(diameter))
+    return phantom_nodules.draw_shape(rng, float(diameter), held_out)
 
 
 def atelectasis(lung: Lung, rng: np.random.Generator) -> None:

@@ -166,6 +166,11 @@ class SliceTable:
         first, count = self.scans[["first_row", "rows"]][scan_index].tolist()
         return range(first, first + count)
 
+    def patients_beside(self, scans: np.ndarray) -> frozenset[str]:
+        """Patients none of whose scans is among these: of training scans, who is tested."""
+        patients = self.scans["patient_id"]
+        return frozenset(patients.tolist()) - frozenset(patients[scans].tolist())
+
     def volume(self, scan_index: int, name: str) -> np.ndarray:
         """A scan's resampled volume, (z, y, x), as `read` says of one slice.
 

@@ -190,6 +190,7 @@ class VolumeGenerator(Generator):
         )
         self.augmentation = augmentation
         self.pathology = lesions.checked(pathology, batches)
+        self.held_out = table.patients_beside(scans)
         self.seed = seed
         self.cache = VolumeCache(table, batches, candidates=candidates)
 
@@ -240,7 +241,9 @@ class VolumeGenerator(Generator):
         spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
         if self.batches.target == "lung":
             lung = ((volume.marks & augment.LUNG_BIT) > 0).view(np.uint8)
-            hu = lesions.simulate(volume.hu, lung, spacing_mm, pathology, rng)
+            hu = lesions.simulate(
+                volume.hu, lung, spacing_mm, pathology, rng, held_out=self.held_out
+            )
             return replace(volume, hu=hu), warp
         size, full = self.batches.volume_px, volume.hu.shape
         box = augment_volume.reach(warp, size, full)
@@ -274,6 +277,7 @@ class VolumeGenerator(Generator):
             rng,
             seen=seen,
             places=places,
+            held_out=self.held_out,
         )
         marks = marks | drawn * np.uint8(augment.TARGET_BIT)
         matrix = np.column_stack((warp.matrix[:, :3], warp.matrix[:, 3] - start))

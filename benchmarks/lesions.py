@@ -65,7 +65,7 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
         for kind in (NOTHING, "circles", "realistic")
     }
     for number in range(lesions.SHAPES):  # read once per process
-        lesions.nodule_shape(number, lesions.SHAPE_MM)
+        lesions.nodule_shape(number, lesions.SHAPE_MM, frozenset())
     lesions.stored_cells()
     cpu_ms = {kind: [] for kind in generators}
     for turn in range(TURNS + 1):

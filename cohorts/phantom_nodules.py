@@ -139,32 +139,60 @@ class Reading:
 
 
 @cache
-def shape_index() -> np.ndarray:
-    """(annotations, 2) float64: id and rough diameter in mm of every usable annotation.
+def shape_index() -> tuple[np.ndarray, np.ndarray]:
+    """Every usable annotation: (n, 2) float64 id and rough diameter in mm, and (n,) patient.
 
     Annotations of fewer than three slices have no shape in 3-D and are left out.
     """
     rows = query(
         """
-        SELECT a.id, MAX(LENGTH(c.coords)) * s.pixel_spacing
+        SELECT a.id, MAX(LENGTH(c.coords)) * s.pixel_spacing, s.patient_id
         FROM annotations a JOIN scans s ON a.scan_id = s.id
         JOIN contours c ON c.annotation_id = a.id
         WHERE c.inclusion = 1 GROUP BY a.id HAVING COUNT(*) >= 3 ORDER BY a.id
         """
     )
-    index = np.array(rows, np.float64)
+    index = np.array([row[:2] for row in rows], np.float64)
     # A point takes 8 characters; a round outline has about 2.8 points per pixel of width.
     index[:, 1] /= 8 * 2.8
-    return index
+    return index, np.array([row[2] for row in rows])
 
 
-def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
-    """A real nodule of about `diameter_mm`, turned about the body's axis at random."""
-    index = shape_index()
-    misfit = np.abs(np.log(index[:, 1] / diameter_mm))
-    near = np.flatnonzero(misfit <= max(0.2, np.partition(misfit, 40)[40]))
-    shape = read_shape(int(index[rng.choice(near), 0]))
+def draw_shape(
+    rng: np.random.Generator,
+    diameter_mm: float,
+    held_out: frozenset[str] = frozenset(),
+) -> Shape:
+    """A real nodule of about `diameter_mm`, turned about the body's axis at random.
+
+    Args:
+        rng: Draws it; the same as with nobody held out, unless it was outlined in one who is.
+        diameter_mm: Its largest in-plane extent, roughly.
+        held_out: Patients of LIDC-IDRI whose outlines are not used.
+
+    Raises:
+        ValueError: If all are held out.
+    """
+    index, patients = shape_index()
+    drawn = _near(index[:, 1], diameter_mm, rng)
+    if patients[drawn] in held_out:
+        others = np.flatnonzero(~np.isin(patients, sorted(held_out)))
+        if not len(others):
+            raise ValueError(
+                "no patient of LIDC-IDRI is left to draw a nodule's shape from"
+            )
+        drawn = others[_near(index[others, 1], diameter_mm, rng)]
+    shape = read_shape(int(index[drawn, 0]))
     return _turned(shape, rng.uniform(0, 360), mirrored=bool(rng.random() < 0.5))
+
+
+def _near(sizes_mm: np.ndarray, size_mm: float, rng: np.random.Generator) -> int:
+    """The number of a size within a fifth of the one asked for, or of the nearest 41."""
+    misfit = np.abs(np.log(sizes_mm / size_mm))
+    few = min(40, len(misfit) - 1)
+    return int(
+        rng.choice(np.flatnonzero(misfit <= max(0.2, np.partition(misfit, few)[few])))
+    )
 
 
 def fitted(

@@ -16,6 +16,7 @@ import boxes
 import config
 import data_generator
 import slice_idx
+from cohorts import phantom_nodules
 from data_generator import SliceGenerator, as_pydataset, drawn
 from scan import consensus, readers_of_label, write_scan
 from slice_table import SliceTable
@@ -454,6 +455,18 @@ def test_lesions_depend_on_seed_epoch_and_index_alone(table):
     before = one[3][0]
     one.on_epoch_end()
     assert not np.array_equal(before, one[3][0])
+
+
+def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table):
+    nodules = config.Lesions(probability=1.0, findings=("nodule",))
+    rows = np.flatnonzero(table.rows["scan"] != 1)
+    some = SliceGenerator(table, rows, LUNGS, CHANGES, seed=7, pathology=nodules)
+    assert some.held_out == {table.scans["patient_id"][1]}
+    everyone = training(table, LUNGS, pathology=nodules)
+    assert everyone.held_out == frozenset()
+    everyone.held_out = frozenset(phantom_nodules.shape_index()[1].tolist())
+    with pytest.raises(ValueError, match="no patient of LIDC-IDRI is left"):
+        everyone[0]
 
 
 def test_samples_that_are_not_augmented_have_no_lesions(table):

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 import config
 import lesions
+from cohorts import phantom_nodules
 from scan import LEFT, RIGHT
 
 SPACING_MM = (2.0, 1.0, 1.0)
@@ -267,6 +268,40 @@ def test_nodules_are_of_the_kinds_that_are_asked_for():
     assert densest((0.0, 0.0, 1.0)).max() < -200
     assert np.median(densest((1.0, 0.0, 0.0))) > -100
     assert np.median(densest((0.0, 1.0, 0.0))) > -200
+
+
+@pytest.mark.parametrize(
+    ("count", "size_mm"),
+    [(lesions.SHAPES, lesions.SHAPE_MM), (lesions.NODULE_SHAPES, lesions.NODULE_MM)],
+)
+def test_shapes_of_patients_held_out_are_drawn_from_others(count, size_mm):
+    def shapes(*held_out):
+        return [
+            lesions.nodule_shape(number, size_mm, frozenset(held_out))
+            for number in range(count)
+        ]
+
+    _, patients = phantom_nodules.shape_index()
+    assert "LIDC-IDRI-0003" in patients
+    kept = frozenset({"LIDC-IDRI-0078", "LIDC-IDRI-0195"})
+    usual, without = shapes(), shapes(*(set(patients.tolist()) - kept))
+    own = [phantom_nodules.read_shape(number) for number in annotations_of(kept)]
+    widths = {round(shape.diameter_mm, 9) for shape in own}
+    assert {round(shape.diameter_mm, 9) for shape in without} <= widths
+    assert not {round(shape.diameter_mm, 9) for shape in usual} <= widths
+    # Of one patient few are drawn; all others stay the same.
+    changed = sum(
+        not np.array_equal(a.field, b.field)
+        for a, b in zip(usual, shapes("LIDC-IDRI-0003"), strict=True)
+    )
+    assert changed == (1 if count == lesions.NODULE_SHAPES else 0)
+    with pytest.raises(ValueError, match="no patient of LIDC-IDRI is left"):
+        shapes(*patients.tolist())
+
+
+def annotations_of(patients):
+    index, owners = phantom_nodules.shape_index()
+    return index[np.isin(owners, sorted(patients)), 0].astype(int).tolist()
 
 
 def test_ground_glass_nodules_hide_no_vessel():

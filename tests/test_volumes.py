@@ -16,6 +16,7 @@ import data_generator
 import slice_idx
 import steps
 import volumes
+from cohorts import phantom_nodules
 from geometry import Grid
 from scan import consensus, readers_of_label, write_scan
 from slice_table import SliceTable
@@ -388,6 +389,22 @@ def test_lesions_change_hu_and_nothing_else(table):
 def test_lesions_are_refused_where_nodules_are_the_target(table):
     with pytest.raises(ValueError, match=r"batches\.target=\s*nodule"):
         training(table, NODULES, pathology=config.Lesions(probability=1.0))
+
+
+@pytest.mark.parametrize("target", ["lung", "nodule"])
+def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table, target):
+    pathology = config.Lesions(probability=1.0, findings=("nodule",))
+    batches = replace(NODULES if target == "nodule" else LUNGS, batch_size=5)
+    some = VolumeGenerator(
+        table, np.array([0, 2, 3]), batches, CHANGES, seed=7, pathology=pathology
+    )
+    names = table.scans["patient_id"]
+    assert some.held_out == {names[1], names[4]}
+    everyone = training(table, batches, pathology=pathology)
+    assert everyone.held_out == frozenset()
+    everyone.held_out = frozenset(phantom_nodules.shape_index()[1].tolist())
+    with pytest.raises(ValueError, match="no patient of LIDC-IDRI is left"):
+        everyone[0]
 
 
 def test_samples_into_which_no_nodule_is_drawn_are_as_without(table):

@@ -4,6 +4,7 @@ import csv
 import difflib
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -67,6 +68,9 @@ def run(
     except ValueError as error:  # tyro catches those of sections that have a prefix
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USAGE)
+    except BrokenPipeError:  # whoever read the help, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
     started = time.monotonic()
     try:
         report = step(parsed)

@@ -1,6 +1,10 @@
 """What a step answers to a command line that cannot be meant."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +12,8 @@ import pytest
 import infer
 import steps
 import train
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,15 @@ def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown and "dummy" not in shown
+
+
+def test_help_of_which_only_the_first_line_is_read_ends_quietly():
+    command = [sys.executable, "-u", "table.py", "--help"]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=ROOT, stdout=written, stderr=subprocess.PIPE)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (steps.DONE, b"")
 
 
 def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):

@@ -267,7 +267,8 @@ class Lesions:
     """Pathology simulated in training samples.
 
     In lungs it belongs to the lung; of volumes whose target is nodules, nodules alone are
-    drawn, and added to the reference.
+    drawn, and added to the reference. Nodules have the shapes of outlines in LIDC-IDRI, but
+    not of patients who are in the table and not trained on.
     """
 
     probability: float = 0.0

@@ -68,7 +68,8 @@ class SliceGenerator(Generator):
         batches: Crop, window, target, batch size and share of nodule slices.
         augmentation: Random changes; None gives plain crops.
         pathology: Lesions simulated in augmented samples; None for none. They have draws
-            of their own, so the other changes are the same with and without.
+            of their own, so the other changes are the same with and without. No nodule has
+            the shape of one of a patient of the table without any of these rows.
         seed: Of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
         shuffle: True draws a new order and new changes each epoch. False is for
@@ -106,8 +107,8 @@ class SliceGenerator(Generator):
             with_slice_label=with_slice_label,
         )
         self.augmentation = augmentation
-        self.pathology = lesions.checked(pathology, batches)
-        self.held_out = table.patients_beside(table.rows["scan"][rows])
+        self.held_out = table.other_patients(table.rows["scan"][rows])
+        self.pathology = lesions.checked(pathology, batches, self.held_out)
         self.seed = seed
         self.readers = None
         if batches.reference != "consensus":
@@ -725,7 +726,7 @@ def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerat
         slice_idx.rows_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
-        pathology=arguments.lesions,
+        pathology=arguments.lesions if training else None,
         seed=arguments.seed,
         shuffle=training,
         balanced=training,
@@ -742,7 +743,7 @@ def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGener
         slice_idx.scans_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
-        pathology=arguments.lesions,
+        pathology=arguments.lesions if training else None,
         seed=arguments.seed,
         steps_per_epoch=-(-arguments.slices // size) if training else 0,
         shuffle=training,

@@ -7,8 +7,9 @@ the head and y to the back of a patient who lies on it; a slice is a volume of o
 """
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import cv2
@@ -19,6 +20,8 @@ import config
 from boxes import Box
 from cohorts import phantom_nodules
 from scan import LEFT, RIGHT
+
+log = logging.getLogger(__name__)
 
 CIRCLES = (7, 9)
 """Fewest and most circles in a sample, as published."""
@@ -55,6 +58,8 @@ SHAPES = 64
 """Outlined nodules of LIDC-IDRI that the nodules are shaped after."""
 SHAPE_MM = (6.0, 30.0)
 SHAPES_SEED = 20110
+FEWEST_SHAPES = 32
+"""With fewer left by patients who are held out, a warning."""
 
 NODULE_SHAPES = 256
 NODULE_MM = (4.0, 30.0)
@@ -105,7 +110,7 @@ class Lung:
         noise: int8, like the scan's own, for what is painted.
         noise_hu: HU of 1 in `noise`.
         spacing_mm: (z, y, x).
-        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
+        held_out: Patients whose outlines shape no nodule.
     """
 
     hu: np.ndarray
@@ -114,7 +119,7 @@ class Lung:
     noise: np.ndarray
     noise_hu: float
     spacing_mm: tuple[float, float, float]
-    held_out: frozenset[str]
+    held_out: Set[str]
 
     @property
     def bounds(self) -> Box:
@@ -158,7 +163,7 @@ def simulate(
     settings: config.Lesions,
     rng: np.random.Generator,
     *,
-    held_out: frozenset[str] = frozenset(),
+    held_out: Set[str],
 ) -> np.ndarray:
     """HU with lesions, in a share of `settings.probability` of the calls.
 
@@ -195,8 +200,9 @@ def simulate(
     if settings.kind == "circles":
         paint_circles(volume, draw_circles(box_of, rng), (z_mm, y_mm, x_mm))
     elif box_of:
-        spacing = (z_mm, y_mm, x_mm)
-        paint_findings(volume, labels, box_of, spacing, settings, rng, held_out)
+        paint_findings(
+            volume, labels, box_of, (z_mm, y_mm, x_mm), settings, rng, held_out
+        )
     return result
 
 
@@ -207,9 +213,9 @@ def simulate_nodules(
     settings: config.Lesions,
     rng: np.random.Generator,
     *,
+    held_out: Set[str],
     seen: Callable[[tuple[float, ...]], bool] = lambda _: True,
     places: np.ndarray | None = None,
-    held_out: frozenset[str] = frozenset(),
 ) -> tuple[np.ndarray, np.ndarray]:
     """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
 
@@ -221,9 +227,9 @@ def simulate_nodules(
         spacing_mm: (z, y, x).
         settings: `probability` and `nodule_kinds` count.
         rng: Decides everything.
+        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
         seen: Whether the middle of a nodule may lie at a place (z, y, x).
         places: (n, 3) places; one nodule is drawn, its middle at one of them.
-        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
 
     Returns:
         A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
@@ -239,7 +245,7 @@ def simulate_nodules(
     own = lung_in(result, mask, rim, grain, spacing_mm, rng, held_out)
     most = MOST_NODULES if places is None else 1
     for _ in range(rng.integers(1, most + 1)):
-        shape = nodule_shape(int(rng.integers(NODULE_SHAPES)), NODULE_MM, held_out)
+        shape = drawn_shape(NODULE_SHAPES, NODULE_MM, held_out, rng)
         diameter_mm = shape.diameter_mm * rng.uniform(0.85, 1.15)
         if places is None:
             centre = nodule_centre(own, diameter_mm, rng, seen)
@@ -284,13 +290,14 @@ def nodule_centre(
 
 
 def checked(
-    settings: config.Lesions | None, batches: config.Batches
+    settings: config.Lesions | None, batches: config.Batches, held_out: Set[str]
 ) -> config.Lesions | None:
     """The settings, or None where they ask for no lesions.
 
     Raises:
         ValueError: If nodules are the target, and the reference would lack what is drawn:
-            only nodules drawn into volumes are added to it.
+            only nodules drawn into volumes are added to it. If all outlines that nodules
+            are shaped after are those of patients who are held out.
     """
     if settings is None or settings.probability == 0:
         return None
@@ -301,7 +308,33 @@ def checked(
             "whose reference lacks them; use --lesions.probability 0, or of volumes "
             "--lesions.findings nodule"
         )
+    if batches.target == "nodule":
+        check_shapes(NODULE_SHAPES, NODULE_MM, held_out)
+    elif settings.kind == "realistic" and "nodule" in settings.findings:
+        check_shapes(SHAPES, SHAPE_MM, held_out)
     return settings
+
+
+def check_shapes(count: int, size_mm: tuple[float, float], held_out: Set[str]) -> None:
+    """Says if few shapes are left for nodules by patients who are held out.
+
+    Raises:
+        ValueError: If none is.
+    """
+    left = sum(patient_of_shape(i, size_mm) not in held_out for i in range(count))
+    if not left:
+        raise ValueError(
+            f"all {count} outlines of LIDC-IDRI that drawn nodules are shaped after are "
+            "those of patients of the table who are not trained on; train on more of "
+            "them (slice_idx.py), or use --lesions.probability 0"
+        )
+    if left < FEWEST_SHAPES:
+        log.warning(
+            "drawn nodules have %d of %d shapes: the others are outlines of patients of "
+            "the table who are not trained on",
+            left,
+            count,
+        )
 
 
 def lung_sides(lung: np.ndarray) -> np.ndarray:
@@ -420,7 +453,7 @@ def paint_findings(
     spacing_mm,
     settings: config.Lesions,
     rng: np.random.Generator,
-    held_out: frozenset[str],
+    held_out: Set[str],
 ) -> None:
     """Draws one to `settings.most` findings into (z, y, x) HU, in place.
 
@@ -837,7 +870,7 @@ def border_mm(lung: Lung) -> float:
 def nodule(lung: Lung, rng: np.random.Generator) -> None:
     """One to four nodules of 6 to 30 mm at the pleura, shaped as LIDC's readers drew."""
     for _ in range(rng.integers(1, 5)):
-        shape = nodule_shape(int(rng.integers(SHAPES)), SHAPE_MM, lung.held_out)
+        shape = drawn_shape(SHAPES, SHAPE_MM, lung.held_out, rng)
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
         centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
         paint_nodule(lung, shape, diameter, centre, rng.uniform(-20, 80))
@@ -901,14 +934,42 @@ def distances_to(
     return np.stack(planes) * np.float32(scale)
 
 
-@functools.cache
-def nodule_shape(
-    number: int, size_mm: tuple[float, float], held_out: frozenset[str]
+def drawn_shape(
+    count: int,
+    size_mm: tuple[float, float],
+    held_out: Set[str],
+    rng: np.random.Generator,
 ) -> phantom_nodules.Shape:
+    """One of `count` shapes; in place of one of a patient who is held out, the next.
+
+    Raises:
+        ValueError: If all are.
+    """
+    first = int(rng.integers(count))
+    for number in (*range(first, count), *range(first)):
+        if patient_of_shape(number, size_mm) not in held_out:
+            return nodule_shape(number, size_mm)
+    raise ValueError(f"all {count} shapes are those of patients who are held out")
+
+
+@functools.cache
+def nodule_shape(number: int, size_mm: tuple[float, float]) -> phantom_nodules.Shape:
     """A shape whose diameter lies in a range; it is the same in every process."""
+    return phantom_nodules.draw_shape(*start_of_shape(number, size_mm))
+
+
+@functools.cache
+def patient_of_shape(number: int, size_mm: tuple[float, float]) -> str:
+    """The patient of LIDC-IDRI who has the nodule of `nodule_shape`."""
+    return phantom_nodules.draw_annotation(*start_of_shape(number, size_mm))[1]
+
+
+def start_of_shape(
+    number: int, size_mm: tuple[float, float]
+) -> tuple[np.random.Generator, float]:
+    """What a shape is drawn by, and its diameter in mm."""
     rng = np.random.default_rng((SHAPES_SEED, number))
-    diameter = np.exp(rng.uniform(*np.log(size_mm)))
-    return phantom_nodules.draw_shape(rng, float(diameter), held_out)
+    return rng, float(np.exp(rng.uniform(*np.log(size_mm))))
 
 
 def atelectasis(lung: Lung, rng: np.random.Generator) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 import config
 import hdf5
+from cohorts.lidc_database import known_patient
 from geometry import Grid
 from scan import VOLUMES
 
@@ -166,10 +167,13 @@ class SliceTable:
         first, count = self.scans[["first_row", "rows"]][scan_index].tolist()
         return range(first, first + count)
 
-    def patients_beside(self, scans: np.ndarray) -> frozenset[str]:
-        """Patients none of whose scans is among these: of training scans, who is tested."""
-        patients = self.scans["patient_id"]
-        return frozenset(patients.tolist()) - frozenset(patients[scans].tolist())
+    def other_patients(self, scans: np.ndarray) -> frozenset[str]:
+        """Patients with no scan among these; of a series of LIDC-IDRI, its patient too."""
+        names = self.scans["patient_id"]
+        others = ~np.isin(names, names[scans])
+        series = zip(names[others], self.scans["series_uid"][others], strict=True)
+        known = {known_patient(uid) for name, uid in series if name[:5] != "LIDC-"}
+        return frozenset(names[others].tolist()) | (known - {""})
 
     def volume(self, scan_index: int, name: str) -> np.ndarray:
         """A scan's resampled volume, (z, y, x), as `read` says of one slice.

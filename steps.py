@@ -68,9 +68,11 @@ def run(
     except ValueError as error:  # tyro catches those of sections that have a prefix
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USAGE)
-    except BrokenPipeError:  # whoever read the help, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(DONE)
+    except BrokenPipeError:  # whoever read, such as `head`, has had enough
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        words = sys.argv[1:] if argv is None else argv
+        sys.exit(DONE if {"-h", "--help"} & set(words) else USAGE)
     started = time.monotonic()
     try:
         report = step(parsed)

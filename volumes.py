@@ -146,7 +146,8 @@ class VolumeGenerator(Generator):
         batches: Crop, window, target and batch size.
         augmentation: Random changes; None gives plain crops.
         pathology: Lesions simulated in augmented samples; None for none. They have draws
-            of their own, so the other changes are the same with and without.
+            of their own, so the other changes are the same with and without. No nodule has
+            the shape of one of a patient of the table without any of these scans.
         candidates: As of `VolumeCache`; of scans with hard negatives a third of the
             samples that are not of a nodule are of these.
         seed: Of order, crops and augmentation.
@@ -189,8 +190,8 @@ class VolumeGenerator(Generator):
             with_slice_label=with_slice_label,
         )
         self.augmentation = augmentation
-        self.pathology = lesions.checked(pathology, batches)
-        self.held_out = table.patients_beside(scans)
+        self.held_out = table.other_patients(scans)
+        self.pathology = lesions.checked(pathology, batches, self.held_out)
         self.seed = seed
         self.cache = VolumeCache(table, batches, candidates=candidates)
 
@@ -275,9 +276,9 @@ class VolumeGenerator(Generator):
             spacing_mm,
             pathology,
             rng,
+            held_out=self.held_out,
             seen=seen,
             places=places,
-            held_out=self.held_out,
         )
         marks = marks | drawn * np.uint8(augment.TARGET_BIT)
         matrix = np.column_stack((warp.matrix[:, :3], warp.matrix[:, 3] - start))

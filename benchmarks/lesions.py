@@ -65,7 +65,7 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
         for kind in (NOTHING, "circles", "realistic")
     }
     for number in range(lesions.SHAPES):  # read once per process
-        lesions.nodule_shape(number, lesions.SHAPE_MM, frozenset())
+        lesions.nodule_shape(number, lesions.SHAPE_MM)
     lesions.stored_cells()
     cpu_ms = {kind: [] for kind in generators}
     for turn in range(TURNS + 1):
@@ -104,7 +104,9 @@ def time_findings(scan: Scan) -> None:
             for seed in range(CALLS + 1):
                 rng = np.random.default_rng(seed)
                 started = time.thread_time()
-                lesions.simulate(hu, lung, spacing_mm, settings, rng)
+                lesions.simulate(
+                    hu, lung, spacing_mm, settings, rng, held_out=frozenset()
+                )
                 times.append(1000 * (time.thread_time() - started))
             print(f"  {name:14s}{statistics.median(times[1:]):7.2f}")
 

@@ -139,8 +139,8 @@ class Reading:
 
 
 @cache
-def shape_index() -> tuple[np.ndarray, np.ndarray]:
-    """Every usable annotation: (n, 2) float64 id and rough diameter in mm, and (n,) patient.
+def shape_index() -> tuple[np.ndarray, list[str]]:
+    """(n, 2) float64 id and rough diameter in mm of every usable annotation; its patient.
 
     Annotations of fewer than three slices have no shape in 3-D and are left out.
     """
@@ -155,44 +155,23 @@ def shape_index() -> tuple[np.ndarray, np.ndarray]:
     index = np.array([row[:2] for row in rows], np.float64)
     # A point takes 8 characters; a round outline has about 2.8 points per pixel of width.
     index[:, 1] /= 8 * 2.8
-    return index, np.array([row[2] for row in rows])
+    return index, [row[2] for row in rows]
 
 
-def draw_shape(
-    rng: np.random.Generator,
-    diameter_mm: float,
-    held_out: frozenset[str] = frozenset(),
-) -> Shape:
-    """A real nodule of about `diameter_mm`, turned about the body's axis at random.
-
-    Args:
-        rng: Draws it; the same as with nobody held out, unless it was outlined in one who is.
-        diameter_mm: Its largest in-plane extent, roughly.
-        held_out: Patients of LIDC-IDRI whose outlines are not used.
-
-    Raises:
-        ValueError: If all are held out.
-    """
-    index, patients = shape_index()
-    drawn = _near(index[:, 1], diameter_mm, rng)
-    if patients[drawn] in held_out:
-        others = np.flatnonzero(~np.isin(patients, sorted(held_out)))
-        if not len(others):
-            raise ValueError(
-                "no patient of LIDC-IDRI is left to draw a nodule's shape from"
-            )
-        drawn = others[_near(index[others, 1], diameter_mm, rng)]
-    shape = read_shape(int(index[drawn, 0]))
+def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
+    """A real nodule of about `diameter_mm`, turned about the body's axis at random."""
+    annotation_id, _ = draw_annotation(rng, diameter_mm)
+    shape = read_shape(annotation_id)
     return _turned(shape, rng.uniform(0, 360), mirrored=bool(rng.random() < 0.5))
 
 
-def _near(sizes_mm: np.ndarray, size_mm: float, rng: np.random.Generator) -> int:
-    """The number of a size within a fifth of the one asked for, or of the nearest 41."""
-    misfit = np.abs(np.log(sizes_mm / size_mm))
-    few = min(40, len(misfit) - 1)
-    return int(
-        rng.choice(np.flatnonzero(misfit <= max(0.2, np.partition(misfit, few)[few])))
-    )
+def draw_annotation(rng: np.random.Generator, diameter_mm: float) -> tuple[int, str]:
+    """Id and patient of an annotation of about `diameter_mm`."""
+    index, patients = shape_index()
+    misfit = np.abs(np.log(index[:, 1] / diameter_mm))
+    near = np.flatnonzero(misfit <= max(0.2, np.partition(misfit, 40)[40]))
+    drawn = rng.choice(near)
+    return int(index[drawn, 0]), patients[drawn]
 
 
 def fitted(

@@ -7,7 +7,8 @@ r"""Scans with simulated pathology whose lungs are known: to test what disease d
 Writes OUT/truth, the scans with their known lung labels, and OUT/scans, the same with the
 classical mask of the changed HU. In both, each connected part of what the pathology made
 denser counts as a nodule of one reader, so `experiments.lung_comparison` says how much of
-it a mask keeps. The readers' own nodules are left out.
+it a mask keeps. The readers' own nodules are left out. Pathology is drawn as in training: other
+draws, but of the same kinds, and nodules in the same shapes.
 """
 
 import json
@@ -87,7 +88,9 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
         )
     rng = np.random.default_rng((seed, *scan.scan_id.encode()))
     lung = np.asarray(scan.lung)
-    hu = lesions.simulate(np.asarray(scan.hu), lung, scan.spacing_mm, settings, rng)
+    hu = lesions.simulate(
+        np.asarray(scan.hu), lung, scan.spacing_mm, settings, rng, held_out=frozenset()
+    )
     denser = (hu - scan.hu.astype(np.float32) >= DENSER_HU) & (lung > 0)
     labels = parts(denser, LEAST_MM3 / scan.grid.voxel_mm3)
     return replace(

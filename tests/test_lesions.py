@@ -1,6 +1,7 @@
 """Simulated pathology: what it draws, where, and how often."""
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -34,7 +35,14 @@ def only(finding, **options):
 
 def simulated(hu, lung, settings, seed=0):
     spacing = SPACING_MM[-hu.ndim :]
-    return lesions.simulate(hu, lung, spacing, settings, np.random.default_rng(seed))
+    return lesions.simulate(
+        hu,
+        lung,
+        spacing,
+        settings,
+        np.random.default_rng(seed),
+        held_out=frozenset(),
+    )
 
 
 def near_lung(lung, millimetres):
@@ -200,12 +208,14 @@ def test_nodules_lie_at_the_border_of_the_lung():
 USUAL_KINDS = config.Lesions().nodule_kinds
 
 
-def nodules(hu, lung, seed, probability=1.0, kinds=USUAL_KINDS):
+def nodules(hu, lung, seed, probability=1.0, kinds=USUAL_KINDS, held_out=frozenset()):
     settings = config.Lesions(
         probability=probability, findings=("nodule",), nodule_kinds=kinds
     )
     rng = np.random.default_rng(seed)
-    return lesions.simulate_nodules(hu, lung, SPACING_MM, settings, rng)
+    return lesions.simulate_nodules(
+        hu, lung, SPACING_MM, settings, rng, held_out=held_out
+    )
 
 
 def test_nodules_that_shall_be_found_are_where_their_mask_says():
@@ -249,7 +259,7 @@ def test_the_middle_of_a_nodule_lies_where_it_may():
 
     rng = np.random.default_rng(0)
     after, drawn = lesions.simulate_nodules(
-        hu, lung, SPACING_MM, settings, rng, seen=seen
+        hu, lung, SPACING_MM, settings, rng, held_out=frozenset(), seen=seen
     )
     assert len(asked) >= lesions.TRIES
     assert not drawn.any()
@@ -270,38 +280,79 @@ def test_nodules_are_of_the_kinds_that_are_asked_for():
     assert np.median(densest((0.0, 1.0, 0.0))) > -200
 
 
-@pytest.mark.parametrize(
-    ("count", "size_mm"),
-    [(lesions.SHAPES, lesions.SHAPE_MM), (lesions.NODULE_SHAPES, lesions.NODULE_MM)],
-)
-def test_shapes_of_patients_held_out_are_drawn_from_others(count, size_mm):
-    def shapes(*held_out):
-        return [
-            lesions.nodule_shape(number, size_mm, frozenset(held_out))
-            for number in range(count)
+def test_shapes_of_patients_held_out_are_not_drawn():
+    count, size_mm = lesions.NODULE_SHAPES, lesions.NODULE_MM
+    patients = [lesions.patient_of_shape(i, size_mm) for i in range(count)]
+    assert len(set(patients)) > 150
+    (one,) = np.flatnonzero(np.array(patients) == "LIDC-IDRI-0003").tolist()
+
+    def number(seed, held_out):
+        rng = np.random.default_rng(seed)
+        shape = lesions.drawn_shape(count, size_mm, held_out, rng)
+        after = rng.bit_generator.state
+        (which,) = (
+            i for i in range(count) if lesions.nodule_shape(i, size_mm) is shape
+        )
+        return which, after
+
+    drawn = int(np.random.default_rng(5).integers(count))
+    assert number(5, frozenset())[0] == drawn
+    assert number(5, {"LIDC-IDRI-0003"}) == number(5, frozenset())
+    half = set(patients[: count // 2])
+    for seed in range(20):
+        which, after = number(seed, half)
+        assert patients[which] not in half
+        assert after == number(seed, frozenset())[1]
+    seed = next(i for i in range(9999) if number(i, frozenset())[0] == one)
+    assert number(seed, {"LIDC-IDRI-0003"})[0] == (one + 1) % count
+    with pytest.raises(ValueError, match="all 256 shapes are those of patients"):
+        number(0, set(patients))
+
+
+def test_the_patient_of_a_shape_is_who_has_it():
+    for number in range(5):
+        shape = lesions.nodule_shape(number, lesions.NODULE_MM)
+        patient = lesions.patient_of_shape(number, lesions.NODULE_MM)
+        index, patients = phantom_nodules.shape_index()
+        own = index[np.array(patients) == patient, 0].astype(int).tolist()
+        assert shape.ratings in [phantom_nodules.read_shape(i).ratings for i in own]
+        assert shape.diameter_mm in [
+            phantom_nodules.read_shape(i).diameter_mm for i in own
         ]
 
-    _, patients = phantom_nodules.shape_index()
-    assert "LIDC-IDRI-0003" in patients
-    kept = frozenset({"LIDC-IDRI-0078", "LIDC-IDRI-0195"})
-    usual, without = shapes(), shapes(*(set(patients.tolist()) - kept))
-    own = [phantom_nodules.read_shape(number) for number in annotations_of(kept)]
-    widths = {round(shape.diameter_mm, 9) for shape in own}
-    assert {round(shape.diameter_mm, 9) for shape in without} <= widths
-    assert not {round(shape.diameter_mm, 9) for shape in usual} <= widths
-    # Of one patient few are drawn; all others stay the same.
-    changed = sum(
-        not np.array_equal(a.field, b.field)
-        for a, b in zip(usual, shapes("LIDC-IDRI-0003"), strict=True)
-    )
-    assert changed == (1 if count == lesions.NODULE_SHAPES else 0)
-    with pytest.raises(ValueError, match="no patient of LIDC-IDRI is left"):
-        shapes(*patients.tolist())
+
+def test_few_shapes_are_told_and_none_is_refused(caplog):
+    pathology = config.Lesions(probability=1.0)
+    batches = config.Batches(target="lung")
+    everybody = {
+        lesions.patient_of_shape(i, lesions.SHAPE_MM) for i in range(lesions.SHAPES)
+    }
+    assert lesions.checked(pathology, batches, frozenset()) == pathology
+    assert not caplog.records
+    some = everybody - {lesions.patient_of_shape(0, lesions.SHAPE_MM)}
+    lesions.checked(pathology, batches, some)
+    assert "drawn nodules have 1 of 64 shapes" in caplog.text
+    with pytest.raises(ValueError, match=r"all 64 outlines .* --lesions.probability 0"):
+        lesions.checked(pathology, batches, everybody)
+    circles = replace(pathology, kind="circles")
+    others = replace(pathology, findings=("mass",))
+    for settings in (circles, others):
+        assert lesions.checked(settings, batches, everybody) == settings
 
 
-def annotations_of(patients):
-    index, owners = phantom_nodules.shape_index()
-    return index[np.isin(owners, sorted(patients)), 0].astype(int).tolist()
+def test_nodules_differ_where_their_shape_is_held_out_and_nowhere_else():
+    hu, lung = chest(12)
+    size_mm = lesions.NODULE_MM
+    everybody = {
+        lesions.patient_of_shape(i, size_mm) for i in range(lesions.NODULE_SHAPES)
+    }
+    seeds = range(6)
+    usual = [nodules(hu, lung, seed)[0] for seed in seeds]
+    same = [nodules(hu, lung, seed, held_out={"nobody"})[0] for seed in seeds]
+    np.testing.assert_array_equal(usual, same)
+    kept = lesions.patient_of_shape(0, size_mm)
+    other = [nodules(hu, lung, seed, held_out=everybody - {kept})[0] for seed in seeds]
+    assert not any(np.array_equal(a, b) for a, b in zip(usual, other, strict=True))
 
 
 def test_ground_glass_nodules_hide_no_vessel():
@@ -429,7 +480,7 @@ def test_sizes_that_do_not_fit_are_refused():
     rng = np.random.default_rng(0)
     for bad in ((hu, lung[:, 1:], SPACING_MM), (hu[0], lung[0], SPACING_MM)):
         with pytest.raises(ValueError, match="a spacing per axis"):
-            lesions.simulate(*bad, CIRCLES, rng)
+            lesions.simulate(*bad, CIRCLES, rng, held_out=frozenset())
 
 
 @pytest.mark.parametrize(

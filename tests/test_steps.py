@@ -37,13 +37,25 @@ def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
     assert "Traceback" not in shown and "dummy" not in shown
 
 
-def test_help_of_which_only_the_first_line_is_read_ends_quietly():
-    command = [sys.executable, "-u", "table.py", "--help"]
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("table.py", "--help"), steps.DONE),
+        (("train.py", "smoke", "--help"), steps.DONE),
+        (("train.py", "smoke", "--bogus"), steps.USAGE),
+        (("train.py", "nonsense"), steps.USAGE),
+    ],
+)
+def test_a_step_whose_help_or_complaint_nobody_reads_ends_quietly(words, code):
     read, written = os.pipe()
     os.close(read)
-    done = subprocess.run(command, cwd=ROOT, stdout=written, stderr=subprocess.PIPE)
+    help_only = {"stdout": written, "stderr": subprocess.PIPE}
+    for streams in (help_only, {"stdout": written, "stderr": written}):
+        done = subprocess.run((sys.executable, *words), cwd=ROOT, **streams)
+        assert done.returncode == code
+        if code == steps.DONE:
+            assert not done.stderr
     os.close(written)
-    assert (done.returncode, done.stderr) == (steps.DONE, b"")
 
 
 def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):

@@ -22,7 +22,7 @@ import scan as scans_module
 import slice_table
 import steps
 import table
-from scan import AIR_HU, VOLUMES, ScanError
+from scan import AIR_HU, VOLUMES, ScanError, write_scan
 from slice_table import SliceTable, verify_table
 from tests.conftest import tiny_scan
 
@@ -270,6 +270,18 @@ def test_rows_beyond_the_table_are_refused(scans_dir, tmp_path):
         for row in (-1, len(opened)):
             with pytest.raises(IndexError, match=f"rows 0 to {len(opened) - 1}"):
                 opened.read("hu", row)
+
+
+def test_other_patients_are_known_by_their_series_too(tmp_path):
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.170706757615202213033480003264"
+    for index, (patient, series) in enumerate([("a", ""), ("a", ""), ("b", uid)]):
+        made = replace(tiny_scan(index), patient_id=patient, series_uid=series)
+        write_scan(made, tmp_path / "scans" / f"{made.scan_id}.h5", {})
+    table.write_table(tmp_path / "scans", tmp_path / "table.h5", ALL)
+    with SliceTable(tmp_path / "table.h5") as opened:
+        assert opened.other_patients(np.arange(3)) == frozenset()
+        assert opened.other_patients(np.array([1])) == {"b", "LIDC-IDRI-0003"}
+        assert opened.other_patients(np.array([2])) == {"a"}
 
 
 def test_checksums_tell_which_scan_a_flipped_byte_is_in(scans_dir, tmp_path):

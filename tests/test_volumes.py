@@ -393,17 +393,17 @@ def test_lesions_are_refused_where_nodules_are_the_target(table):
 
 @pytest.mark.parametrize("target", ["lung", "nodule"])
 def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table, target):
-    pathology = config.Lesions(probability=1.0, findings=("nodule",))
+    nodules = config.Lesions(probability=1.0, findings=("nodule",))
     batches = replace(NODULES if target == "nodule" else LUNGS, batch_size=5)
     some = VolumeGenerator(
-        table, np.array([0, 2, 3]), batches, CHANGES, seed=7, pathology=pathology
+        table, np.array([0, 2, 3]), batches, CHANGES, seed=7, pathology=nodules
     )
     names = table.scans["patient_id"]
     assert some.held_out == {names[1], names[4]}
-    everyone = training(table, batches, pathology=pathology)
+    everyone = training(table, batches, pathology=nodules)
     assert everyone.held_out == frozenset()
-    everyone.held_out = frozenset(phantom_nodules.shape_index()[1].tolist())
-    with pytest.raises(ValueError, match="no patient of LIDC-IDRI is left"):
+    everyone.held_out = frozenset(phantom_nodules.shape_index()[1])
+    with pytest.raises(ValueError, match="patients who are held out"):
         everyone[0]
 
 

@@ -487,15 +487,11 @@ def volume_sheet(
         x, y = shown[index]
         scans = shown.rows_of_batch(index)
         for scan, image, reference in zip(scans, x[..., 0], y[..., 1], strict=True):
-            text = f"scan {scan}  {shown.table.scans['patient_id'][scan]}"
-            planes = zip(middle_planes(image), middle_planes(reference), strict=True)
+            patient = str(shown.table.scans["patient_id"][scan])
+            texts = (f"scan {scan} axial", patient, "sagittal")  # each in its own tile
+            planes = middle_planes(image), middle_planes(reference)
             tiles.append(
-                np.hstack(
-                    [
-                        tile(*plane, text if not i else "")
-                        for i, plane in enumerate(planes)
-                    ]
-                )
+                np.hstack([tile(*each) for each in zip(*planes, texts, strict=True)])
             )
         if len(tiles) >= crops:
             break
@@ -683,6 +679,10 @@ class Arguments:
     """How long each speed is measured."""
     seed: int = 0
     """Of order, crops and augmentation."""
+
+    def __post_init__(self) -> None:
+        config.require(self.slices > 0, "slices", self.slices, "1 or more")
+        config.require(self.seconds > 0, "seconds", self.seconds, "above 0")
 
 
 def run_step(arguments: Arguments) -> steps.Report:

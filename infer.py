@@ -497,7 +497,7 @@ def segment_patches(
     is not asked: `runs.training_patients_of` says of whom a result means nothing.
 
     Args:
-        patches: (n, y, x) numbers on any linear scale of HU, each patch on its own. Pixels
+        patches: (n, y, x) numbers on any rising linear scale of HU, one per patch. Pixels
             as the scanner made them (0.5 to 1 mm), nodules in the middle. Below 64 x 64
             their border pixels are repeated, which no network was trained on.
         weights: Run directory of patches, relative to the working directory or to this

@@ -80,7 +80,7 @@ class PatchPredictor:
         """Probability of the nodule in the middle of each patch.
 
         Args:
-            patches: (n, y, x) numbers on any linear scale of HU, a scale for each patch.
+            patches: (n, y, x) numbers on any rising linear scale of HU, a scale for each patch.
 
         Returns:
             (n, y, x) float32; 0 where it was not looked.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import data_generator
 import infer
 import steps
 import train
@@ -21,6 +22,12 @@ ROOT = Path(__file__).parents[1]
     [
         (train, ("smoke", "--name", "x", "--batches.batch-size", "0"), "expected 1 or"),
         (train, ("smoke", "--name", "x", "--train.ema", "2"), "ema is 2.0; expected"),
+        (data_generator, ("tiny", "--slices", "0"), "slices is 0; expected 1 or more"),
+        (
+            data_generator,
+            ("tiny", "--seconds", "-1"),
+            "seconds is -1.0; expected above",
+        ),
         (infer, ("--result-dir", "x", "--n", "-1"), "error: n is -1; expected auto"),
         (infer, ("--result-dir", "x", "--thresh", "7"), "error: thresh is 7.0; expect"),
         (train, ("smok",), "did you mean smoke?"),
@@ -49,9 +56,9 @@ def test_a_setting_that_cannot_be_is_refused_in_words_of_ours(
 def test_a_step_whose_help_or_complaint_nobody_reads_ends_quietly(words, code):
     read, written = os.pipe()
     os.close(read)
-    help_only = {"stdout": written, "stderr": subprocess.PIPE}
-    for streams in (help_only, {"stdout": written, "stderr": written}):
-        done = subprocess.run((sys.executable, *words), cwd=ROOT, **streams)
+    for errors in (subprocess.PIPE, written):
+        command = (sys.executable, *words)
+        done = subprocess.run(command, cwd=ROOT, stdout=written, stderr=errors)
         assert done.returncode == code
         if code == steps.DONE:
             assert not done.stderr

@@ -1,13 +1,13 @@
 """Patches per second of `segment_patches`, against `model.predict` one by one and PyTorch.
 
 Example:
-    python -m benchmarks.patches --weights work/runs/nodule2d
+    python -m benchmarks.patches --weights weights/nodule2d
 
 All segment the same patches of 128 x 128 on all cores and take turns; the median over the
 rounds counts. The naive way gives the same network every patch by itself, with `model.predict`,
 as it stands in tutorials. The PyTorch U-Net (if torch can be imported) has the same
 convolutions on inputs of the same size, float32, in batches. Without --weights the network is
-`nodule2d`, not trained: that changes no speed.
+`nodule2d`, not trained: what it marks reaches borders, so that most patches are seen twice.
 """
 
 import itertools

@@ -10,7 +10,7 @@ import numpy as np
 
 import files
 import metrics
-from postprocess import write_rows
+from predictions import write_rows
 from provenance import DISCLAIMER
 from scan import Scan, ScanError, reader_votes, readers_of_label
 from volume_io import check_same_grid, read_volume

@@ -31,14 +31,9 @@ import runs
 import scan_results
 import steps
 from metrics import Interval
+from predictions import RECORD, Predictions, read_predictions, write_rows
 from provenance import DISCLAIMER
-from scan import (
-    Scan,
-    ScanError,
-    read_scan,
-    scan_identity,
-    scan_path,
-)
+from scan import Scan, ScanError, read_scan, scan_identity, scan_path
 from volume_io import check_same_grid, read_volume
 
 log = logging.getLogger(__name__)
@@ -160,7 +155,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
         FileNotFoundError: If there are no predictions.
         ValueError: If none is of the part, or none could be scored.
     """
-    predictions = postprocess.read_predictions(arguments.predictions)
+    predictions = read_predictions(arguments.predictions)
     refuse_other_folder(arguments.out, "scores.json")
     jobs = jobs_of(predictions, arguments)
     scored, failures = steps.map_scans(
@@ -184,10 +179,10 @@ def evaluate(arguments: Arguments) -> steps.Report:
     facts = protocol(arguments, predictions, rows, seen, fitted)
     with files.written_whole(arguments.out) as out:
         out.mkdir()
-        postprocess.write_rows(rows, list(rows[0]), out / "scores.csv")
+        write_rows(rows, list(rows[0]), out / "scores.csv")
         if nodules:
             columns = nodule_scores.columns_of(nodules)
-            postprocess.write_rows(nodules, columns, out / "nodules.csv")
+            write_rows(nodules, columns, out / "nodules.csv")
         (out / "scores.md").write_text(markdown(lines, facts, head=seen))
         (out / "scores.tex").write_text(latex(lines, facts))
         record = {
@@ -229,9 +224,7 @@ def refuse_other_folder(folder: Path, mark: str) -> None:
         )
 
 
-def setting(
-    arguments: Arguments, predictions: postprocess.Predictions
-) -> dict[str, Any]:
+def setting(arguments: Arguments, predictions: Predictions) -> dict[str, Any]:
     """What two runs must share for their scores to be compared."""
     return {
         "part": arguments.part,
@@ -242,12 +235,12 @@ def setting(
     }
 
 
-def by_slice(predictions: postprocess.Predictions) -> bool:
+def by_slice(predictions: Predictions) -> bool:
     """Whether the run's split is by slice, so that only some slices of a scan count."""
     return any("slices" in facts for facts in predictions.scans.values())
 
 
-def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[Job]:
+def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
     """The predictions of the part; patients that were trained on are named.
 
     Raises:
@@ -259,7 +252,7 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
             f"{arguments.predictions} holds lungs, in which no nodules were looked for; run "
             "infer.py with --nodules, or compare lungs by experiments.lung_comparison"
         )
-    path = arguments.predictions / postprocess.RECORD
+    path = arguments.predictions / RECORD
     if path.exists():
         used = json.loads(path.read_text())["weights_sha256"]
         if used != predictions.weights_sha256:
@@ -303,7 +296,7 @@ def jobs_of(predictions: postprocess.Predictions, arguments: Arguments) -> list[
 def job_of(
     scan_id: str,
     slices: tuple[int, ...] | None,
-    predictions: postprocess.Predictions,
+    predictions: Predictions,
     arguments: Arguments,
 ) -> Job:
     """One prediction to score; the patient is that of the scan file.
@@ -507,7 +500,7 @@ def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
 
 
 def temperature_of(
-    predictions: postprocess.Predictions, arguments: Arguments
+    predictions: Predictions, arguments: Arguments
 ) -> tuple[float | None, str]:
     """The temperature fitted on the validation scans of the predictions, and a sentence.
 
@@ -634,7 +627,7 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 def protocol(
     arguments: Arguments,
-    predictions: postprocess.Predictions,
+    predictions: Predictions,
     rows: Sequence[dict[str, Any]],
     seen: str,
     fitted: str,
@@ -730,7 +723,7 @@ def masks_made_by(predictions: Path) -> str:
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "
             f"{found['passes']} pass(es); {how}."
         )
-    path = predictions / postprocess.RECORD
+    path = predictions / RECORD
     if not path.exists():
         return "How the masks were made is unknown."
     record = json.loads(path.read_text())

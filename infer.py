@@ -30,7 +30,6 @@ import config
 import files
 import lung_map
 import lung_mask
-import postprocess
 import provenance
 import runs
 import scan_results
@@ -42,7 +41,7 @@ from monte_carlo import CONVERGED_DICE, MEMORY_GB, Maps, Passes, VolumePredictor
 from nodule_finder import NoduleFinder
 from nodules import label_nodules
 from patches import PatchPredictor
-from postprocess import Predictions
+from predictions import PREDICTIONS, RECORD, STD, Predictions, read_predictions
 from predictor import Predictor
 from preprocess import with_lungs, without_folders
 from runs import Precision
@@ -77,8 +76,8 @@ OWN_NAMES = {
     scan_results.NODULES,
     scan_results.CANDIDATES,
     scan_results.RECORD,
-    postprocess.PREDICTIONS,
-    postprocess.RECORD,
+    PREDICTIONS,
+    RECORD,
     "skipped.csv",
 }
 """Files beside the scans' results; no id may be one of them."""
@@ -186,11 +185,11 @@ def infer(
     scans: Path = Path("work/scans"),
     parts: Sequence[str] = ("validation", "test"),
     lungs: Lungs = USUAL,
-    nodules: NoduleRuns = NO_RUNS,
+    nodules: NoduleRuns = SHIPPED_RUNS,
     batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Segments every scan; see `Arguments`. Nodules are looked for only if runs are named.
+    """Segments every scan; see `Arguments`, whose defaults these are.
 
     Raises:
         FileNotFoundError: If the run or the scans are missing.
@@ -284,7 +283,7 @@ def segment_nodules(
             maps = predictor.maps(scan, 0.5)
             prob = maps.mean
             if maps.n > 1:
-                std_path = path.with_name(postprocess.STD)
+                std_path = path.with_name(STD)
                 write_volume(std_path, maps.std, scan.grid, scan.source_grid)
         write_volume(path, prob, scan.grid, scan.source_grid)
 
@@ -795,11 +794,11 @@ def without_own_names(
 def remove_nodules(result_dir: Path) -> None:
     """Removes maps and what was made of them, so that none of other weights stays."""
     for path in list(result_dir.glob("*/prob.nii.gz")):
-        for name in ("prob.nii.gz", postprocess.STD, "mask.nii.gz", "nodules.csv"):
+        for name in ("prob.nii.gz", STD, "mask.nii.gz", "nodules.csv"):
             files.remove(path.with_name(name))
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
-    for name in (postprocess.PREDICTIONS, postprocess.RECORD):
+    for name in (PREDICTIONS, RECORD):
         files.remove(result_dir / name)
 
 
@@ -809,10 +808,10 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
     Raises:
         ValueError: If it holds such.
     """
-    path = result_dir / postprocess.PREDICTIONS
+    path = result_dir / PREDICTIONS
     if not path.exists():
         return
-    known = postprocess.read_predictions(result_dir)
+    known = read_predictions(result_dir)
     found = known.weights_sha256
     if found != predictions.weights_sha256:
         raise ValueError(
@@ -831,8 +830,8 @@ def write_predictions(
 ) -> None:
     """Lists scans in predictions.json, beside those that an earlier call listed."""
     scans: dict[str, dict[str, Any]] = {}
-    if (result_dir / postprocess.PREDICTIONS).exists():
-        earlier = postprocess.read_predictions(result_dir)
+    if (result_dir / PREDICTIONS).exists():
+        earlier = read_predictions(result_dir)
         if earlier.weights_sha256 == predictions.weights_sha256:
             scans = dict(earlier.scans)
     for task in tasks:

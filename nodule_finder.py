@@ -18,7 +18,7 @@ import numpy as np
 import boxes
 import config
 import files
-import postprocess
+import predictions
 import runs
 from candidates import CandidateClassifier, candidate_map
 from geometry import Grid
@@ -148,7 +148,7 @@ class NoduleFinder:
                 f"{run_dir}: a {settings.model.name} for {settings.batches.target}; "
                 "expected a unet3d for nodules, such as one of nodule3d"
             )
-        self.settings, n = postprocess.tuned_settings(run_dir, settings)
+        self.settings, n = predictions.tuned_settings(run_dir, settings)
         self.predictor = VolumePredictor(
             run_dir,
             settings,
@@ -279,7 +279,7 @@ def slice_network(
             f"{run_dir}: a {network} for {batches.target}, batches.crop={batches.crop}; "
             "expected a run for nodules in slices, such as one of candidates2d"
         )
-    tuned, n = postprocess.tuned_settings(run_dir, settings)
+    tuned, n = predictions.tuned_settings(run_dir, settings)
     predictor = Predictor(
         run_dir,
         settings,

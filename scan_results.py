@@ -17,7 +17,7 @@ import provenance
 from geometry import Grid
 from nodule_finder import Candidate, Found
 from nodules import NODULE_COLUMNS, nodule_row, shared_columns
-from postprocess import write_rows
+from predictions import write_rows
 from scan import Scan
 from volume_io import write_volume
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import files
 import steps
-from evaluate import DISCLAIMER, refuse_other_folder
+from evaluate import refuse_other_folder
 from experiments import paired
-from postprocess import write_rows
+from predictions import write_rows
+from provenance import DISCLAIMER
 
 MEASURES = (
     paired.pooled_dice("Dice, pooled"),

@@ -25,9 +25,11 @@ import files
 import metrics
 import slice_idx
 import steps
-from evaluate import DISCLAIMER, refuse_other_folder
+from evaluate import refuse_other_folder
 from experiments import paired
-from postprocess import reference_mask, write_rows
+from postprocess import reference_mask
+from predictions import write_rows
+from provenance import DISCLAIMER
 from scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
 from volume_io import check_same_grid, read_volume
 

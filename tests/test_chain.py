@@ -18,6 +18,8 @@ import slice_idx
 import table
 import train
 from geometry import flip_xy
+from predictions import Predictions
+from predictor import Predictor
 from scan import scan_path, write_scan
 from tests.conftest import tiny_scan
 from volume_io import read_volume, write_volume
@@ -80,7 +82,7 @@ def test_probabilities_lie_on_the_scans_grid_and_within_slices_with_lung(
 def test_a_prediction_does_not_depend_on_the_batch_size(work, make_scan):
     scan = make_scan(3)
     one, many = (
-        infer.Predictor(
+        Predictor(
             work / "runs/tiny", runs.read_settings(work / "runs/tiny"), batch_size=n
         ).probability(scan)
         for n in (1, 7)
@@ -92,7 +94,7 @@ def test_tiles_that_are_sure_do_not_add_up_to_more_than_one(work, make_scan):
     scan = make_scan(3)
     settings = runs.read_settings(work / "runs/tiny")
     batches = replace(settings.batches, input_px=(16, 16))
-    predictor = infer.Predictor(
+    predictor = Predictor(
         work / "runs/tiny", replace(settings, batches=batches), batch_size=4
     )
 
@@ -325,7 +327,7 @@ def test_what_is_found_where_readers_left_a_point_is_not_false(tmp_path, name):
         text = "\n".join(["x_lps_mm,y_lps_mm,z_lps_mm,score", *rows])
         path.with_name("nodules.csv").write_text(text)
         facts = {scan.scan_id: {"part": "test", "patient_id": "someone"}}
-        postprocess.Predictions("run", "0" * 64, "", (), facts).write(predictions)
+        Predictions("run", "0" * 64, "", (), facts).write(predictions)
         evaluate.evaluate(
             evaluate.Arguments(
                 predictions=predictions,

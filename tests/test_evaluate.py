@@ -15,6 +15,7 @@ import evaluate
 import metrics
 import postprocess
 import scan_results
+from predictions import Predictions, write_rows
 from scan import Annotation, Nodule, read_scan, scan_path, write_scan
 from tests.conftest import tiny_scan
 from volume_io import write_volume
@@ -67,12 +68,12 @@ def write_predictions(folder, scans, *, labels=None):
         write_volume(path, drawn, scan.grid, scan.source_grid)
         write_found(path.with_name("nodules.csv"), found_in(scan))
     record = {s.scan_id: {"part": "test", "patient_id": s.patient_id} for s in scans}
-    predictions = postprocess.Predictions("run", "a" * 64, "b" * 64, (), record)
+    predictions = Predictions("run", "a" * 64, "b" * 64, (), record)
     predictions.write(folder / "predictions")
 
 
 def write_found(path, rows):
-    postprocess.write_rows(rows, [n for n in COLUMNS if n in rows[0]], path)
+    write_rows(rows, [n for n in COLUMNS if n in rows[0]], path)
 
 
 def evaluated(folder):

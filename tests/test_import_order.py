@@ -51,8 +51,6 @@ def test_every_module_at_the_root_is_in_the_layout():
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_what_stands_above_it(module):
     allowed = {*ORDER[: ORDER.index(module)], module}
-    if module == "postprocess":
-        allowed.add("infer")  # inside predict, which loads the networks when called
     for path in sources(module):
         assert set(imported(path)) & set(ORDER) <= allowed, path
 

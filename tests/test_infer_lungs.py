@@ -182,7 +182,7 @@ def test_same_seed_same_bytes_another_seed_others(run, volume, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name
         lungs = infer.Lungs(passes=Passes(n=2, seed=seed))
-        infer.infer(run, out, input=path, lungs=lungs)
+        infer.infer(run, out, input=path, lungs=lungs, nodules=infer.NO_RUNS)
         bytes_of[name] = [
             (out / "chest" / f"{m}.nii.gz").read_bytes() for m in ("mean", "std")
         ]
@@ -218,7 +218,9 @@ def test_numpy_holds_the_same_in_ras_order(run, volume, tmp_path):
     path = save(tmp_path / "chest.nii.gz", volume)
     for save_as in ("numpy", "nifti"):
         lungs = infer.Lungs(passes=Passes(n=2), save_as=save_as)
-        infer.infer(run, tmp_path / save_as, input=path, lungs=lungs)
+        infer.infer(
+            run, tmp_path / save_as, input=path, lungs=lungs, nodules=infer.NO_RUNS
+        )
     assert not (tmp_path / "numpy/chest").exists()
     folder = tmp_path / "nifti/chest"
     with np.load(tmp_path / "numpy/chest.npz", allow_pickle=False) as arrays:
@@ -266,7 +268,13 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
         np.ascontiguousarray(flipped.transpose(2, 0, 1)),
         affine[:, [2, 0, 1, 3]],
     )
-    infer.infer(run, tmp_path / "out", input=tmp_path / "ct.nii.gz", lungs=WITHOUT_SKIN)
+    infer.infer(
+        run,
+        tmp_path / "out",
+        input=tmp_path / "ct.nii.gz",
+        lungs=WITHOUT_SKIN,
+        nodules=infer.NO_RUNS,
+    )
     source = SimpleITK.ReadImage(str(tmp_path / "ct.nii.gz"))
     mask = SimpleITK.ReadImage(str(tmp_path / "out/ct/mask.nii.gz"))
     assert mask.GetSize() == source.GetSize()
@@ -294,23 +302,31 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(run, volume, tmp_p
     path = save(tmp_path / "chest.nii.gz", volume)
     out = tmp_path / "out"
     one = infer.Lungs(passes=Passes(n=1))
-    infer.infer(run, out, input=path, lungs=one)
+    infer.infer(run, out, input=path, lungs=one, nodules=infer.NO_RUNS)
     mask = out / "chest/mask.nii.gz"
     before = mask.stat().st_mtime_ns
-    report = infer.infer(run, out, input=path, lungs=one)
+    report = infer.infer(run, out, input=path, lungs=one, nodules=infer.NO_RUNS)
     assert "(1 scan there before)" in report.line
     assert mask.stat().st_mtime_ns == before
     other = infer.Lungs(passes=Passes(n=2))
     with pytest.raises(ValueError, match=r"'n': \(1, 2\).*use --overwrite"):
-        infer.infer(run, out, input=path, lungs=other)
-    infer.infer(run, out, input=path, lungs=other, overwrite=True)
+        infer.infer(run, out, input=path, lungs=other, nodules=infer.NO_RUNS)
+    infer.infer(
+        run, out, input=path, lungs=other, overwrite=True, nodules=infer.NO_RUNS
+    )
     assert rows_of(out)["chest"]["n"] == "2"
 
 
 def test_a_slab_without_lungs_is_flagged(run, volume, tmp_path):
     slab = np.where(volume == -850, np.int16(40), volume)[..., :12]
     path = save(tmp_path / "slab.nii.gz", np.ascontiguousarray(slab))
-    infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
+    infer.infer(
+        run,
+        tmp_path / "out",
+        input=path,
+        lungs=infer.Lungs(Passes(n=1)),
+        nodules=infer.NO_RUNS,
+    )
     row = rows_of(tmp_path / "out")["slab"]
     assert row["flag"] == "1"
     assert row["reason"].startswith("no lung was found; the field is 60 x 300 x 300 mm")
@@ -348,7 +364,9 @@ def test_what_is_no_whole_chest_is_flagged_with_its_reason(
     run, volume, tmp_path, spoil, reason
 ):
     path = save(tmp_path / "ct.nii.gz", np.ascontiguousarray(spoil(volume)))
-    infer.infer(run, tmp_path / "out", input=path, lungs=WITHOUT_SKIN)
+    infer.infer(
+        run, tmp_path / "out", input=path, lungs=WITHOUT_SKIN, nodules=infer.NO_RUNS
+    )
     row = rows_of(tmp_path / "out")["ct"]
     assert row["flag"] == "1"
     assert reason in row["reason"]
@@ -362,7 +380,9 @@ def test_thick_and_many_slices_give_the_same_lungs(
     cut = volume[::2, ::2, nearest.astype(int)]  # 200 mm as before
     path = save(tmp_path / "ct.nii.gz", cut, np.diag([-6.0, -6.0, step_mm, 1.0]))
     lungs = replace(WITHOUT_SKIN, save_as="nifti-labels")
-    report = infer.infer(run, tmp_path / "out", input=path, lungs=lungs)
+    report = infer.infer(
+        run, tmp_path / "out", input=path, lungs=lungs, nodules=infer.NO_RUNS
+    )
     assert not report.failures
     row = rows_of(tmp_path / "out")["ct"]
     lung_ml = np.pi * 67.5 * 40.5 * 130 / 1000
@@ -385,14 +405,20 @@ def test_thick_and_many_slices_give_the_same_lungs(
 )
 def test_what_is_no_ct_is_refused(run, volume, tmp_path, spoil, message):
     path = save(tmp_path / "bad.nii.gz", np.ascontiguousarray(spoil(volume)))
-    report = infer.infer(run, tmp_path / "out", input=path)
+    report = infer.infer(run, tmp_path / "out", input=path, nodules=infer.NO_RUNS)
     assert message in report.failures[0].reason
     assert str(tmp_path) not in report.failures[0].reason
 
 
 def test_a_patient_that_was_trained_on_is_named(run, volume, tmp_path, caplog):
     path = save(tmp_path / "trained-on.nii.gz", volume)
-    infer.infer(run, tmp_path / "out", input=path, lungs=infer.Lungs(Passes(n=1)))
+    infer.infer(
+        run,
+        tmp_path / "out",
+        input=path,
+        lungs=infer.Lungs(Passes(n=1)),
+        nodules=infer.NO_RUNS,
+    )
     assert "patient trained-on was trained on (by hand)" in caplog.text
 
 
@@ -409,12 +435,24 @@ def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplo
     trained = with_training_patients(run, tmp_path / "run", "LIDC-IDRI-0001")
     uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
     path = save(tmp_path / f"{uid}.nii.gz", volume)
-    infer.infer(trained, tmp_path / "a", input=path, lungs=infer.Lungs(Passes(n=1)))
+    infer.infer(
+        trained,
+        tmp_path / "a",
+        input=path,
+        lungs=infer.Lungs(Passes(n=1)),
+        nodules=infer.NO_RUNS,
+    )
     assert "patient LIDC-IDRI-0001 was trained on (by run)" in caplog.text
     caplog.clear()
     scans = tmp_path / "scans.csv"
     scans.write_text(f"pid,image_path,patient_id\n{uid},{path.name},someone\n")
-    infer.infer(trained, tmp_path / "b", csv_file=scans, lungs=infer.Lungs(Passes(n=1)))
+    infer.infer(
+        trained,
+        tmp_path / "b",
+        csv_file=scans,
+        lungs=infer.Lungs(Passes(n=1)),
+        nodules=infer.NO_RUNS,
+    )
     assert "patient someone was trained on (by run)" in caplog.text
 
 
@@ -465,12 +503,14 @@ def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
     path = save(tmp_path / "thin.nii.gz", thin)
     out = tmp_path / "out"
     lungs = infer.Lungs(passes=Passes(n=3))  # drawn by dropout, for it has no masks
-    infer.infer(flat, out, input=path, lungs=lungs)
+    infer.infer(flat, out, input=path, lungs=lungs, nodules=infer.NO_RUNS)
     assert rows_of(out)["thin"]["n"] == "3"
     mean, std = (read(out / "thin" / f"{name}.nii.gz") for name in ("mean", "std"))
     assert mean.shape == thin.shape
     assert std.max() > 0
-    infer.infer(flat, tmp_path / "again", input=path, lungs=lungs)
+    infer.infer(
+        flat, tmp_path / "again", input=path, lungs=lungs, nodules=infer.NO_RUNS
+    )
     for name in ("mean", "std"):
         one, other = (
             (folder / "thin" / f"{name}.nii.gz").read_bytes()
@@ -506,19 +546,27 @@ def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tm
 def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "SHIPPED", tmp_path / "weights/lung3d")
     with pytest.raises(FileNotFoundError, match="weights/lung3d.*--exp_dir"):
-        infer.infer(infer.SHIPPED, tmp_path / "out", input=tmp_path)
+        infer.infer(
+            infer.SHIPPED, tmp_path / "out", input=tmp_path, nodules=infer.NO_RUNS
+        )
 
 
 def test_a_list_and_an_input_are_one_too_many(run, tmp_path):
     with pytest.raises(ValueError, match="expected one"):
-        infer.infer(run, tmp_path, input=tmp_path / "a", csv_file=tmp_path / "b")
+        infer.infer(
+            run,
+            tmp_path,
+            input=tmp_path / "a",
+            csv_file=tmp_path / "b",
+            nodules=infer.NO_RUNS,
+        )
 
 
 def test_a_list_without_a_usable_row_fails(run, tmp_path):
     path = write_list(tmp_path / "scans.csv", [("..", "ct.nii.gz")])
     assert run_main("--csv_file", path, "--result_dir", tmp_path, "--exp_dir", run) == 1
     with pytest.raises(ValueError, match="no row can be used"):
-        infer.infer(run, tmp_path / "out", csv_file=path)
+        infer.infer(run, tmp_path / "out", csv_file=path, nodules=infer.NO_RUNS)
 
 
 def test_the_record_says_how_the_lungs_were_made(written):
@@ -596,7 +644,7 @@ def test_a_call_that_is_killed_has_said_whose_results_these_are(
 
     monkeypatch.setattr(infer, "read_and_map", killed)
     with pytest.raises(KeyboardInterrupt):
-        infer.infer(run, tmp_path / "OUT", csv_file=beside)
+        infer.infer(run, tmp_path / "OUT", csv_file=beside, nodules=infer.NO_RUNS)
     record = json.loads((tmp_path / "OUT/predictions.json").read_text())
     assert len(record["weights_sha256"]) == 64
     assert record["scans"] == {}
@@ -740,7 +788,9 @@ def test_nnunets_files_hold_the_lungs_where_no_nodules_are_looked_for(
 
     def segment(save_as, **options):
         lungs = replace(WITHOUT_SKIN, save_as=save_as)
-        return infer.infer(run, out, input=source, lungs=lungs, **options).line
+        return infer.infer(
+            run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS, **options
+        ).line
 
     segment("nnunet")
     labels = read(out / "chest.nii.gz")
@@ -760,7 +810,9 @@ def test_a_case_is_not_written_over_its_own_image(run, volume, tmp_path):
     lungs = replace(WITHOUT_SKIN, save_as="nnunet")
     source = save(tmp_path / "chest.nii.gz", volume)
     before = source.read_bytes()
-    report = infer.infer(run, tmp_path, input=source, lungs=lungs, overwrite=True)
+    report = infer.infer(
+        run, tmp_path, input=source, lungs=lungs, overwrite=True, nodules=infer.NO_RUNS
+    )
     assert "is not infer.py's" in report.failures[0].reason
     assert source.read_bytes() == before
 
@@ -771,7 +823,13 @@ def test_probabilities_of_nodules_have_no_nnunet_form(nodule_run, volume, tmp_pa
     with pytest.raises(
         ValueError, match="gives probabilities of nodule; expected a run"
     ):
-        infer.infer(nodule_run, tmp_path / "OUT", input=source, lungs=lungs)
+        infer.infer(
+            nodule_run,
+            tmp_path / "OUT",
+            input=source,
+            lungs=lungs,
+            nodules=infer.NO_RUNS,
+        )
 
 
 def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
@@ -806,11 +864,6 @@ def test_predict_names_a_patient_that_was_trained_on(
     assert not infer.predict(source, lungs=WITHOUT_SKIN, **options).any()
     assert "patient trained-on was trained on (by hand, nodules)" in caplog.text
     infer.scan_networks.cache_clear()
-
-
-def test_predict_of_postprocess_is_that_of_infer(monkeypatch):
-    monkeypatch.setattr(infer, "predict", lambda *arguments: arguments)
-    assert postprocess.predict("ct.nii.gz") == ("ct.nii.gz", None)
 
 
 def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
@@ -1019,7 +1072,7 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
         tmp_path / "OUT", tmp_path / "scores", scans=tmp_path / "scans"
     )
     options = {"scans": tmp_path / "scans", "parts": ("test",), "lungs": WITHOUT_SKIN}
-    infer.infer(run, arguments.predictions, **options)
+    infer.infer(run, arguments.predictions, nodules=infer.NO_RUNS, **options)
     with pytest.raises(ValueError, match="no nodules were looked for"):
         evaluate.evaluate(arguments)
     infer.infer(

@@ -10,14 +10,8 @@ import postprocess
 from config import Experiment, Postprocess
 from configs.rules import RULES, Rule
 from nodules import axes_mm, components, erode, find_nodules, kmeans_threshold
-from postprocess import (
-    Arguments,
-    Predictions,
-    best_of_grid,
-    postprocess_predictions,
-    read_predictions,
-    tuning_counts,
-)
+from postprocess import Arguments, best_of_grid, postprocess_predictions, tuning_counts
+from predictions import Predictions, read_predictions
 from scan import read_scan, write_scan
 from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
 from volume_io import read_volume, write_volume

@@ -35,7 +35,7 @@ LEAST_SLICES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Warp:
+class VolumeWarp:
     """Where each output voxel is taken from.
 
     Attributes:
@@ -71,12 +71,12 @@ class Scanner(NamedTuple):
     gamma: float
 
 
-def draw_warp(
+def draw_volume_warp(
     settings: config.Augment,
     crop: Crop,
     output_px: tuple[int, int, int],
     rng: np.random.Generator,
-) -> Warp:
+) -> VolumeWarp:
     """A random warp around the crop's pin.
 
     With `flip` volumes are mirrored left-right and front-back, each one time in two: the
@@ -89,7 +89,7 @@ def draw_warp(
     share = rng.random(12)
     even = 2 * share - 1
     zoom = (1 + settings.zoom * even[2]) * (1 + settings.stretch * even[3:6])
-    matrix = warp_matrix(
+    matrix = volume_warp_matrix(
         crop,
         flip_y=settings.flip and share[0] < 0.5,
         flip_x=settings.flip and share[1] < 0.5,
@@ -103,8 +103,8 @@ def draw_warp(
     )
     seed = int(rng.integers(2**32))
     if settings.elastic_px == 0:
-        return Warp(matrix)
-    return Warp(
+        return VolumeWarp(matrix)
+    return VolumeWarp(
         matrix,
         smooth_displacement(
             output_px, settings.elastic_px, settings.elastic_grid_px, seed=seed
@@ -112,7 +112,7 @@ def draw_warp(
     )
 
 
-def warp_matrix(
+def volume_warp_matrix(
     crop: Crop,
     *,
     flip_y: bool = False,
@@ -188,7 +188,7 @@ def smooth_field(
 
 def warp_volume(
     volume: np.ndarray,
-    warp: Warp,
+    warp: VolumeWarp,
     output_px: tuple[int, int, int],
     *,
     fill: float = AIR_HU,
@@ -221,8 +221,8 @@ def warp_volume(
     return output
 
 
-def warp_labels(
-    labels: np.ndarray, warp: Warp, output_px: tuple[int, int, int]
+def warp_volume_labels(
+    labels: np.ndarray, warp: VolumeWarp, output_px: tuple[int, int, int]
 ) -> np.ndarray:
     """A (z, y, x) uint8 volume of labels or bits through `warp`; nearest, 0 beyond."""
     output = np.zeros(output_px, np.uint8)
@@ -241,7 +241,7 @@ def warp_labels(
 
 
 def reach(
-    warp: Warp, output_px: tuple[int, ...], volume_px: tuple[int, ...]
+    warp: VolumeWarp, output_px: tuple[int, ...], volume_px: tuple[int, ...]
 ) -> Box | None:
     """The (z, y, x) part of the volume that the warp looks at; None if it looks beyond."""
     corners = np.stack(
@@ -285,7 +285,7 @@ def place_in_mosaic(plane, y, x, padded_px: tuple[int, ...], columns: int) -> No
 
 
 def chunks_of_points(
-    warp: Warp, output_px: tuple[int, int, int], box: Box
+    warp: VolumeWarp, output_px: tuple[int, int, int], box: Box
 ) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """Slabs of the output, and which points of the padded part of the volume they show.
 

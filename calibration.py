@@ -13,7 +13,7 @@ import metrics
 from predictions import write_rows
 from provenance import DISCLAIMER
 from scan import Scan, ScanError, reader_votes, readers_of_label
-from volume_io import check_same_grid, read_volume
+from volume_io import check_same_grid, read_nifti
 
 LEAST_PROBABILITY = 0.01
 """Calibration looks at voxels above it, and at those that a reader drew."""
@@ -38,7 +38,7 @@ def histogram(path: Path, scan: Scan) -> np.ndarray:
     Raises:
         ScanError: If the map lies on another grid or holds no probabilities.
     """
-    prob, grid = read_volume(path)
+    prob, grid = read_nifti(path)
     check_same_grid(grid, scan.grid, path)
     check_probabilities(prob, path)
     counts = readers_of_label(scan.nodules)[scan.nodule_labels]

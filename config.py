@@ -20,7 +20,7 @@ LossName = Literal[
     "focal_tversky",
 ]
 CohortName = Literal["lidc", "luna16", "nifti", "npy", "patches"]
-Finding = Literal[
+LesionKind = Literal[
     "ground-glass",
     "consolidation",
     "fibrosis",
@@ -275,7 +275,7 @@ class Lesions:
     """Share of the samples that get lesions; 0 for none."""
     kind: Literal["circles", "realistic"] = "realistic"
     """circles: 7 to 9 pale discs about the lungs; realistic: `findings`."""
-    findings: tuple[Finding, ...] = get_args(Finding)
+    findings: tuple[LesionKind, ...] = get_args(LesionKind)
     """What realistic lesions are drawn from."""
     most: int = 2
     """Most findings in a sample; used by realistic."""
@@ -286,9 +286,9 @@ class Lesions:
     def __post_init__(self) -> None:
         share = self.probability
         require(0 <= share <= 1, "probability", share, "0 to 1")
-        known = f"some of {', '.join(get_args(Finding))}, none twice"
+        known = f"some of {', '.join(get_args(LesionKind))}, none twice"
         found = set(self.findings)
-        fits = 0 < len(self.findings) == len(found) and found <= {*get_args(Finding)}
+        fits = 0 < len(self.findings) == len(found) and found <= {*get_args(LesionKind)}
         require(fits, "findings", self.findings, known)
         require(self.most >= 1, "most", self.most, "1 or more")
         shares = self.nodule_kinds

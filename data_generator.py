@@ -108,7 +108,7 @@ class SliceGenerator(Generator):
         )
         self.augmentation = augmentation
         self.held_out = table.other_patients(table.rows["scan"][rows])
-        self.pathology = lesions.checked(pathology, batches, self.held_out)
+        self.pathology = lesions.checked_lesions(pathology, batches, self.held_out)
         self.seed = seed
         self.readers = None
         if batches.reference != "consensus":

@@ -31,10 +31,10 @@ import runs
 import scan_results
 import steps
 from metrics import Interval
-from predictions import RECORD, Predictions, read_predictions, write_rows
+from predictions import POSTPROCESS_JSON, Predictions, read_predictions, write_rows
 from provenance import DISCLAIMER
 from scan import Scan, ScanError, read_scan, scan_identity, scan_path
-from volume_io import check_same_grid, read_volume
+from volume_io import check_same_grid, read_nifti
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
             f"{arguments.predictions} holds lungs, in which no nodules were looked for; run "
             "infer.py with --nodules, or compare lungs by experiments.lung_comparison"
         )
-    path = arguments.predictions / RECORD
+    path = arguments.predictions / POSTPROCESS_JSON
     if path.exists():
         used = json.loads(path.read_text())["weights_sha256"]
         if used != predictions.weights_sha256:
@@ -261,7 +261,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
                 f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
                 "--overwrite"
             )
-    path = arguments.predictions / scan_results.RECORD
+    path = arguments.predictions / scan_results.LUNGS_JSON
     save_as = json.loads(path.read_text())["save_as"] if path.exists() else "nifti"
     if save_as in scan_results.FILES:
         raise ValueError(
@@ -283,7 +283,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
             f"{parts}; choose another --part"
         )
     if in_lungs(arguments.predictions):
-        path = arguments.predictions / scan_results.CANDIDATES
+        path = arguments.predictions / scan_results.CANDIDATES_CSV
         froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
         if job.leak:
@@ -403,14 +403,14 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
         if not needed.exists():
             raise ScanError(f"{needed} is missing; run {step} first")
     scan = read_scan(path)
-    labels, grid = read_volume(mask_path)
+    labels, grid = read_nifti(mask_path)
     check_same_grid(grid, scan.grid, mask_path)
     return scan, labels
 
 
 def in_lungs(predictions: Path) -> dict[str, Any] | None:
     """How nodules were found in lungs: None if these are no lungs, {} if not looked for."""
-    path = predictions / scan_results.RECORD
+    path = predictions / scan_results.LUNGS_JSON
     if not path.exists():
         return None
     return json.loads(path.read_text()).get("nodules") or {}
@@ -439,10 +439,10 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     candidates of any score count.
     """
     folder = job.arguments.predictions
-    path = folder / job.scan_id / scan_results.NODULES
+    path = folder / job.scan_id / scan_results.NODULES_CSV
     shared = in_lungs(folder) is not None
     if shared:
-        path = folder / scan_results.CANDIDATES
+        path = folder / scan_results.CANDIDATES_CSV
     if not scan.whole or not path.exists():
         return {}
     targets, irrelevant = froc_points.spheres_of(scan, job.arguments.min_readers)
@@ -723,7 +723,7 @@ def masks_made_by(predictions: Path) -> str:
             f"Nodules: found in the run's lungs and outlined by weights {weights}, "
             f"{found['passes']} pass(es); {how}."
         )
-    path = predictions / RECORD
+    path = predictions / POSTPROCESS_JSON
     if not path.exists():
         return "How the masks were made is unknown."
     record = json.loads(path.read_text())

@@ -41,13 +41,19 @@ from monte_carlo import CONVERGED_DICE, MEMORY_GB, Maps, Passes, VolumePredictor
 from nodule_finder import NoduleFinder
 from nodules import label_nodules
 from patches import PatchPredictor
-from predictions import PREDICTIONS, RECORD, STD, Predictions, read_predictions
+from predictions import (
+    POSTPROCESS_JSON,
+    PREDICTIONS_JSON,
+    STD_NIFTI,
+    Predictions,
+    read_predictions,
+)
 from predictor import Predictor
 from preprocess import with_lungs, without_folders
 from runs import Precision
 from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
 from scan_results import Results, SaveAs
-from volume_io import write_volume
+from volume_io import write_nifti
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +78,12 @@ OUTLINES = Path(__file__).parent / NODULE2D
 BATCH_SIZE = 8
 
 OWN_NAMES = {
-    scan_results.TABLE,
-    scan_results.NODULES,
-    scan_results.CANDIDATES,
-    scan_results.RECORD,
-    PREDICTIONS,
-    RECORD,
+    scan_results.LUNGS_CSV,
+    scan_results.NODULES_CSV,
+    scan_results.CANDIDATES_CSV,
+    scan_results.LUNGS_JSON,
+    PREDICTIONS_JSON,
+    POSTPROCESS_JSON,
     "skipped.csv",
 }
 """Files beside the scans' results; no id may be one of them."""
@@ -221,9 +227,9 @@ def infer(
         nodules = replace(nodules, volumes=None)
     refuse_unused(nodules)
     seen = {str(exp_dir): predictions.training_patients}
-    segment: Callable[..., Outcome] = segment_nodules
+    segment: Callable[..., Outcome] = write_probabilities
     if settings.batches.target == "lung":
-        segment = functools.partial(segment_lungs, nodules=nodules)
+        segment = functools.partial(write_lungs, nodules=nodules)
         seen |= seen_for_nodules(nodules)
     everyone = sorted({patient for some in seen.values() for patient in some})
     predictions = replace(predictions, training_patients=tuple(everyone))
@@ -248,7 +254,7 @@ Outcome = tuple[list[Task], list[steps.Failure], str]
 """Scans that were segmented, those that were not, and the closing line."""
 
 
-def segment_nodules(
+def write_probabilities(
     tasks: Sequence[Task],
     exp_dir: Path,
     settings: config.Experiment,
@@ -283,9 +289,9 @@ def segment_nodules(
             maps = predictor.maps(scan, 0.5)
             prob = maps.mean
             if maps.n > 1:
-                std_path = path.with_name(STD)
-                write_volume(std_path, maps.std, scan.grid, scan.source_grid)
-        write_volume(path, prob, scan.grid, scan.source_grid)
+                std_path = path.with_name(STD_NIFTI)
+                write_nifti(std_path, maps.std, scan.grid, scan.source_grid)
+        write_nifti(path, prob, scan.grid, scan.source_grid)
 
     failures = read_and_map(
         segment, missing, lambda task: read_with_lungs(task, settings.mask)
@@ -297,7 +303,7 @@ def segment_nodules(
     return done, failures, line + there_before(len(stood))
 
 
-def segment_lungs(
+def write_lungs(
     tasks: Sequence[Task],
     exp_dir: Path,
     settings: config.Experiment,
@@ -381,7 +387,7 @@ def lungs_of(
         reach_mm: Labels follow the classical mask if its border is as near as this.
     """
     maps = predictor.maps(scan, settings.thresh)
-    labels = lung_map.lung_labels(
+    labels = lung_map.labels_from_map(
         maps.mean,
         scan.spacing_mm,
         settings,
@@ -389,7 +395,7 @@ def lungs_of(
     )
     verdict = lung_map.judge(labels, maps.mean, maps.std, scan)
     if reach_mm and labels.any():
-        classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
+        classical = lung_mask.segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
         labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
         right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
         verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
@@ -794,11 +800,11 @@ def without_own_names(
 def remove_nodules(result_dir: Path) -> None:
     """Removes maps and what was made of them, so that none of other weights stays."""
     for path in list(result_dir.glob("*/prob.nii.gz")):
-        for name in ("prob.nii.gz", STD, "mask.nii.gz", "nodules.csv"):
+        for name in ("prob.nii.gz", STD_NIFTI, "mask.nii.gz", "nodules.csv"):
             files.remove(path.with_name(name))
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
-    for name in (PREDICTIONS, RECORD):
+    for name in (PREDICTIONS_JSON, POSTPROCESS_JSON):
         files.remove(result_dir / name)
 
 
@@ -808,7 +814,7 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
     Raises:
         ValueError: If it holds such.
     """
-    path = result_dir / PREDICTIONS
+    path = result_dir / PREDICTIONS_JSON
     if not path.exists():
         return
     known = read_predictions(result_dir)
@@ -830,7 +836,7 @@ def write_predictions(
 ) -> None:
     """Lists scans in predictions.json, beside those that an earlier call listed."""
     scans: dict[str, dict[str, Any]] = {}
-    if (result_dir / PREDICTIONS).exists():
+    if (result_dir / PREDICTIONS_JSON).exists():
         earlier = read_predictions(result_dir)
         if earlier.weights_sha256 == predictions.weights_sha256:
             scans = dict(earlier.scans)

@@ -150,7 +150,7 @@ class Field:
         size_xy = span(self.box[2]), span(self.box[1])
         if size_xy == (self.shape[2], self.shape[1]):
             return values
-        return by_slice(lambda plane: cv2.resize(plane, size_xy), values)
+        return apply_by_slice(lambda plane: cv2.resize(plane, size_xy), values)
 
 
 Painter = Callable[[Lung, np.random.Generator], None]
@@ -262,7 +262,7 @@ def simulate_nodules(
         if kind != "ground-glass":
             parts.append((core * diameter_mm, solid_hu, True))
         for size_mm, density_hu, hides in parts:
-            box, inside = paint_nodule(
+            box, inside = paint_nodule_lesion(
                 own, shape, size_mm, centre, density_hu, hides=hides
             )
             drawn[box] |= inside
@@ -289,7 +289,7 @@ def nodule_centre(
     return None
 
 
-def checked(
+def checked_lesions(
     settings: config.Lesions | None, batches: config.Batches, held_out: Set[str]
 ) -> config.Lesions | None:
     """The settings, or None where they ask for no lesions.
@@ -376,7 +376,7 @@ def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
     return box_of
 
 
-def by_slice(
+def apply_by_slice(
     function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray
 ) -> np.ndarray:
     """A function of (y, x) on every slice of a volume."""
@@ -486,7 +486,7 @@ def paint_findings(
 def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng, held_out) -> Lung:
     """A lung, given (z, y, x) HU and mask with `rim` voxels around it on each axis."""
     square = np.ones((2 * rim[1] + 1, 2 * rim[2] + 1), np.uint8)
-    near = by_slice(lambda plane: cv2.dilate(plane, square), mask)
+    near = apply_by_slice(lambda plane: cv2.dilate(plane, square), mask)
     near &= ((hu > RIM_HU[0]) & (hu < RIM_HU[1])).view(np.uint8)
     near |= mask
     noise = grain_of(hu.shape, grain, rng)
@@ -662,7 +662,7 @@ def smooth_noise(field: Field, blob_mm: float, rng: np.random.Generator) -> np.n
         knots[0] = 1
     values = rng.standard_normal(knots, np.float32)
     size_xy = (width, height)
-    planes = by_slice(
+    planes = apply_by_slice(
         lambda plane: cv2.resize(plane, size_xy, interpolation=cv2.INTER_CUBIC), values
     )
     if len(planes) == 1:
@@ -873,10 +873,10 @@ def nodule(lung: Lung, rng: np.random.Generator) -> None:
         shape = drawn_shape(SHAPES, SHAPE_MM, lung.held_out, rng)
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
         centre = place_at_pleura(lung, rng, diameter * rng.uniform(0.1, 0.35))
-        paint_nodule(lung, shape, diameter, centre, rng.uniform(-20, 80))
+        paint_nodule_lesion(lung, shape, diameter, centre, rng.uniform(-20, 80))
 
 
-def paint_nodule(
+def paint_nodule_lesion(
     lung: Lung,
     shape: phantom_nodules.Shape,
     diameter_mm: float,
@@ -1006,7 +1006,7 @@ def fluid_level(mask: np.ndarray, share: float) -> int:
     return mask.shape[1] - rows
 
 
-PAINTERS: dict[config.Finding, Painter] = {
+PAINTERS: dict[config.LesionKind, Painter] = {
     "ground-glass": ground_glass,
     "fibrosis": fibrosis,
     "consolidation": consolidation,
@@ -1017,7 +1017,7 @@ PAINTERS: dict[config.Finding, Painter] = {
 }
 """In the order in which they are drawn over each other."""
 
-BOTH_LUNGS: dict[config.Finding, float] = {
+BOTH_LUNGS: dict[config.LesionKind, float] = {
     "ground-glass": 0.5,
     "fibrosis": 0.8,
     "consolidation": 0.2,

@@ -98,7 +98,7 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def lung_labels(
+def labels_from_map(
     prob: np.ndarray,
     spacing_mm: tuple[float, float, float],
     settings: LungMap,
@@ -247,7 +247,7 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
     """Volumes, score, and what speaks against lung labels.
 
     Args:
-        labels: (z, y, x) uint8 from `lung_labels`.
+        labels: (z, y, x) uint8 from `labels_from_map`.
         mean: (z, y, x) mean probability.
         std: (z, y, x) its standard deviation over passes.
         scan: Where they lie, and its HU.

@@ -69,7 +69,7 @@ WIDE_CUT = 1.5
 that were made to touch along the whole mediastinum have up to 1.0."""
 
 
-def kmeans_threshold(values_hu: np.ndarray) -> float:
+def kmeans_threshold_hu(values_hu: np.ndarray) -> float:
     """Threshold halfway between the two centres of K-means (k = 2).
 
     In one dimension the best two clusters are cut at one value, so all cuts of the
@@ -117,7 +117,7 @@ def middle_of(image: np.ndarray) -> np.ndarray:
 
 def slice_threshold(image_hu: np.ndarray) -> float:
     """The slice rule's threshold: K-means on the middle of a (y, x) int16 slice."""
-    return kmeans_threshold(middle_of(without_extremes(image_hu)))
+    return kmeans_threshold_hu(middle_of(without_extremes(image_hu)))
 
 
 def slice_rule(image_hu: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ def slice_rule(image_hu: np.ndarray) -> np.ndarray:
     """
     scale = image_hu.shape[0] / SLICE_RULE_PX
     image_hu = without_extremes(image_hu)
-    threshold = kmeans_threshold(middle_of(image_hu))
+    threshold = kmeans_threshold_hu(middle_of(image_hu))
     air = (image_hu < threshold).astype(np.uint8)
     opened = by_square(cv2.erode, air, ERODE_PX * scale)
     opened = by_square(cv2.dilate, opened, DILATE_PX * scale)
@@ -166,7 +166,7 @@ def by_square(
     return operation(image, np.ones((side, side), np.uint8), anchor=(anchor, anchor))
 
 
-def lung_labels(
+def segment_lungs(
     hu: np.ndarray,
     spacing_mm: tuple[float, float, float],
     settings: config.LungMask,
@@ -197,7 +197,7 @@ def lung_labels(
     if box is None:
         return np.zeros(hu.shape, np.uint8)
     filled = np.zeros(lungs.shape, np.uint8)
-    filled[box] = fill(
+    filled[box] = fill_lungs(
         sides(lungs[box], coarse_mm, body_middle_x(coarse) - box[2].start)
         if settings.split_sides
         else lungs[box].astype(np.uint8),
@@ -571,7 +571,7 @@ def distance_mm(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
     )
 
 
-def fill(
+def fill_lungs(
     labels: np.ndarray,
     spacing_mm: tuple[float, ...],
     settings: config.LungMask,
@@ -643,7 +643,7 @@ def refine(
 
     Args:
         hu: (z, y, x) int16 at full resolution.
-        filled: Coarse labels after `fill`.
+        filled: Coarse labels after `fill_lungs`.
         lungs: Coarse mask before it.
         tubes: Coarse mask of the airway, which is left out.
         threshold: HU between lung and tissue.

@@ -350,7 +350,7 @@ def measure_nodules(
                 long_axis_mm=long_axis_mm,
                 short_axis_mm=short_axis_mm,
                 mean_hu=None if hu is None else float(hu[box][mask].mean()),
-                side="" if lung is None else side_of(lung[box][mask]),
+                side="" if lung is None else lung_side(lung[box][mask]),
                 pleura_distance_mm=(
                     None if lung is None else pleura_distance_mm(mask, box, lung, grid)
                 ),
@@ -359,7 +359,7 @@ def measure_nodules(
     return nodules
 
 
-def side_of(lung: np.ndarray) -> str:
+def lung_side(lung: np.ndarray) -> str:
     """The side of most of a nodule's voxels, by their lung labels; "" if in no lung."""
     right, left = np.count_nonzero(lung == RIGHT), np.count_nonzero(lung == LEFT)
     if not right and not left:

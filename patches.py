@@ -88,7 +88,7 @@ class PatchPredictor:
         Raises:
             ValueError: If they are no such array, or not finite.
         """
-        patches = checked(patches)
+        patches = checked_patches(patches)
         shape, size = patches.shape[1:], self.batches.slice_px
         near = self.look([middle(filled_up(patch, size), size) for patch in patches])
         prob = np.stack([placed(image, shape) for image in near]) if len(near) else near
@@ -119,7 +119,7 @@ class PatchPredictor:
         Raises:
             ValueError: As `probability` does.
         """
-        slices = checked(slices)
+        slices = checked_patches(slices)
         first = self.probability(slices)
         threshold = self.postprocess.threshold
         middle_yx = middle_of_nodule(first, threshold) if len(first) else None
@@ -166,7 +166,7 @@ class PatchPredictor:
         return np.asarray(runs.mask_of(self.network.predict_on_batch(batch)))[..., 1]
 
 
-def checked(patches: np.ndarray) -> np.ndarray:
+def checked_patches(patches: np.ndarray) -> np.ndarray:
     """Patches as float32.
 
     Raises:

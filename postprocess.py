@@ -36,14 +36,14 @@ from nodules import (
 )
 from predictions import (
     FORMAT_VERSION,
-    RECORD,
-    STD,
+    POSTPROCESS_JSON,
+    STD_NIFTI,
     Predictions,
     read_predictions,
     write_rows,
 )
 from scan import Scan, ScanError, consensus, read_scan, readers_of_label, scan_path
-from volume_io import check_same_grid, read_volume, write_volume
+from volume_io import check_same_grid, read_nifti, write_nifti
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def read_prediction(job: Job, name: str) -> tuple[Scan, np.ndarray]:
     if not path.exists():
         raise ScanError(f"no scan file {path}; run preprocess.py first")
     scan = read_scan(path)
-    volume, grid = read_volume(job.folder / job.scan_id / name)
+    volume, grid = read_nifti(job.folder / job.scan_id / name)
     check_same_grid(grid, scan.grid, job.folder / job.scan_id / name)
     return scan, volume
 
@@ -166,7 +166,7 @@ def write_nodules(job: Job) -> int:
         hu=scan.hu,
     )
     folder = job.folder / job.scan_id
-    write_volume(folder / "mask.nii.gz", labels, scan.grid, scan.source_grid)
+    write_nifti(folder / "mask.nii.gz", labels, scan.grid, scan.source_grid)
     rows = [nodule_row(nodule, scan) for nodule in nodules]
     write_rows(rows, NODULE_COLUMNS, folder / "nodules.csv")
     return len(nodules)
@@ -174,10 +174,10 @@ def write_nodules(job: Job) -> int:
 
 def std_of(job: Job, scan: Scan) -> np.ndarray | None:
     """The standard deviation over passes; None where there was one pass."""
-    path = job.folder / job.scan_id / STD
+    path = job.folder / job.scan_id / STD_NIFTI
     if not path.exists():
         return None
-    std, grid = read_volume(path)
+    std, grid = read_nifti(path)
     check_same_grid(grid, scan.grid, path)
     return std
 
@@ -386,7 +386,9 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
         for scan_id in predictions.scans:
             files.remove(folder / scan_id / "nodules.csv")
     refuse_other_settings(record, folder)
-    files.write_json(folder / RECORD, {**record, "provenance": provenance.record()})
+    files.write_json(
+        folder / POSTPROCESS_JSON, {**record, "provenance": provenance.record()}
+    )
     jobs = [
         Job(scan_id, folder, arguments.scans, settings)
         for scan_id in sorted(predictions.scans)
@@ -434,7 +436,7 @@ def settings_of_run(
     base = experiment.postprocess
     if base.method != "tuned" and not arguments.tune:
         return base, f"method {base.method} of the run"
-    path = arguments.run / RECORD
+    path = arguments.run / POSTPROCESS_JSON
     if path.exists() and not arguments.tune:
         record = json.loads(path.read_text())
         # Records of before these could be set.
@@ -514,7 +516,7 @@ def tune(
         "reached": reached,
         "provenance": provenance.record(),
     }
-    files.write_json(arguments.run / RECORD, record)
+    files.write_json(arguments.run / POSTPROCESS_JSON, record)
     return settings, origin
 
 
@@ -524,7 +526,7 @@ def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
     Raises:
         ValueError: If masks are there that were made otherwise.
     """
-    path = Path(folder) / RECORD
+    path = Path(folder) / POSTPROCESS_JSON
     if not path.exists() or not any(folder.glob("*/nodules.csv")):
         return
     before = json.loads(path.read_text())

@@ -13,9 +13,9 @@ import files
 FORMAT_VERSION = 1
 """Of predictions.json and postprocess.json."""
 
-PREDICTIONS = "predictions.json"
+PREDICTIONS_JSON = "predictions.json"
 
-STD = "std.nii.gz"
+STD_NIFTI = "std.nii.gz"
 """Standard deviation over passes, beside prob.nii.gz; only where there were several."""
 
 
@@ -60,7 +60,7 @@ class Predictions:
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""
         record = {"format_version": FORMAT_VERSION, **asdict(self)}
-        files.write_json(Path(folder) / PREDICTIONS, record)
+        files.write_json(Path(folder) / PREDICTIONS_JSON, record)
 
 
 def read_predictions(folder: Path) -> Predictions:
@@ -70,7 +70,7 @@ def read_predictions(folder: Path) -> Predictions:
         FileNotFoundError: If it is missing.
         ValueError: If it is of another version.
     """
-    path = Path(folder) / PREDICTIONS
+    path = Path(folder) / PREDICTIONS_JSON
     if not path.exists():
         raise FileNotFoundError(f"no {path}; run infer.py first")
     record = json.loads(path.read_text())
@@ -94,7 +94,7 @@ def write_rows(
         writer.writerows(rows)
 
 
-RECORD = "postprocess.json"
+POSTPROCESS_JSON = "postprocess.json"
 """Settings and their origin: in a run its tuned values, in predictions what was used."""
 
 
@@ -108,7 +108,7 @@ def tuned_settings(
     Raises:
         ValueError: If it was tuned with other weights.
     """
-    base, path = experiment.postprocess, run / RECORD
+    base, path = experiment.postprocess, run / POSTPROCESS_JSON
     if base.method != "tuned" or not path.exists():
         return base, 1
     record = json.loads(path.read_text())

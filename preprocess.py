@@ -14,7 +14,7 @@ import config
 import files
 import provenance
 import steps
-from lung_mask import lung_labels
+from lung_mask import segment_lungs
 from scan import Scan, ScanError, ScanSource, read_provenance, scan_path, write_scan
 
 Repair = Literal["gaps", "duplicates", "tilt"]
@@ -44,7 +44,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Task:
+class PrepareTask:
     """One scan to prepare; it travels to a worker process."""
 
     source: ScanSource
@@ -91,7 +91,9 @@ def preprocess(
         found = found[:limit]
     tasks = [
         task
-        for task in (Task(item, cohort, scans, mask, tuple(repair)) for item in found)
+        for task in (
+            PrepareTask(item, cohort, scans, mask, tuple(repair)) for item in found
+        )
         if overwrite or not complete(task)
     ]
     _, failures = steps.map_scans(
@@ -107,7 +109,7 @@ def preprocess(
     )
 
 
-def complete(task: Task) -> bool:
+def complete(task: PrepareTask) -> bool:
     """Whether a task's scan file exists and was made of the same source alike.
 
     Raises:
@@ -146,7 +148,7 @@ def source_sha256(source: ScanSource) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def prepare(task: Task) -> str:
+def prepare(task: PrepareTask) -> str:
     """Reads one scan, finds its lungs and writes its file; the scan id."""
     import cohorts
 
@@ -177,7 +179,7 @@ def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
     """
     if scan.lung is not None or not scan.whole:
         return scan
-    labels = lung_labels(scan.hu, scan.spacing_mm, mask)
+    labels = segment_lungs(scan.hu, scan.spacing_mm, mask)
     if not labels.any():
         raise ScanError(
             f"scan {scan.scan_id}: no lung found in {len(scan.hu)} slices; expected a "

@@ -19,22 +19,22 @@ from nodule_finder import Candidate, Found
 from nodules import NODULE_COLUMNS, nodule_row, shared_columns
 from predictions import write_rows
 from scan import Scan
-from volume_io import write_volume
+from volume_io import write_nifti
 
 SaveAs = Literal["nifti", "numpy", "nifti-labels", "nnunet"]
 
 FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
 """Suffixes where a scan has one file, and no folder."""
 
-TABLE, RECORD = "lungs.csv", "lungs.json"
-NODULES, CANDIDATES = "nodules.csv", "candidates.csv"
+LUNGS_CSV, LUNGS_JSON = "lungs.csv", "lungs.json"
+NODULES_CSV, CANDIDATES_CSV = "nodules.csv", "candidates.csv"
 CANDIDATE_COLUMNS = (
     *NODULE_COLUMNS[: NODULE_COLUMNS.index("z_slice") + 1],
     "equivalent_diameter_mm",
     "marked_by",
 )
 """Columns of candidates.csv; docs/layout.md says what each holds."""
-COLUMNS = {NODULES: NODULE_COLUMNS, CANDIDATES: CANDIDATE_COLUMNS}
+COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
 
 ScanRows = dict[str, list[dict[str, Any]]]
 """Rows of a table by the id of their scan."""
@@ -54,7 +54,7 @@ what; without nodules 1."""
 
 
 @dataclass(frozen=True)
-class Row:
+class LungRow:
     """A line of lungs.csv; docs/layout.md says what each value is."""
 
     pid: str
@@ -97,10 +97,10 @@ class Results:
         self.names |= OF_NODULES if made_by.get("nodules") else set()
         version = FORMAT_VERSION if made_by.get("nodules") else 1
         made_by = {"format_version": version, "save_as": save_as, **made_by}
-        path = folder / RECORD
+        path = folder / LUNGS_JSON
         if path.exists():
-            found = read_record(path)
-            changed = differing(found, made_by)
+            found = read_lungs_json(path)
+            changed = differing_settings(found, made_by)
             # With nodules and without, the version differs too.
             both = found.get("nodules") and made_by["nodules"]
             others = changed.keys() - (set() if both else {"format_version"})
@@ -117,7 +117,7 @@ class Results:
                     f"{changed}; use --overwrite or another --result_dir"
                 )
             remove(folder, found["save_as"], None if changed else replaced)
-        self.rows = {row.pid: row for row in read_table(folder / TABLE)}
+        self.rows = {row.pid: row for row in read_lung_rows(folder / LUNGS_CSV)}
         self.tables = {name: read_rows(folder / name) for name in COLUMNS}
         if not path.exists():
             files.write_json(path, made_by | {"provenance": provenance.record()})
@@ -153,12 +153,12 @@ class Results:
         return self.folder / f".{pid}.started"
 
     def number_of_nodules(self, pid: str) -> int:
-        return len(self.tables[NODULES].get(pid, ()))
+        return len(self.tables[NODULES_CSV].get(pid, ()))
 
     def write(
         self,
         scan: Scan,
-        row: Row,
+        row: LungRow,
         maps: Any,
         labels: np.ndarray,
         found: Found | None = None,
@@ -176,7 +176,7 @@ class Results:
         self.started(scan.scan_id).touch()
         if self.save_as == "nnunet":
             shown = labels if found is None else found.labels
-            write_volume(path, shown, scan.grid, scan.source_grid)
+            write_nifti(path, shown, scan.grid, scan.source_grid)
         else:
             with files.written_whole(path) as partial:
                 if self.save_as == "numpy":
@@ -187,19 +187,19 @@ class Results:
                         write_found(partial, found, labels, scan, row.reason)
         if found is not None:
             rows = {
-                NODULES: [nodule_row(n, scan) for n in found.nodules],
-                CANDIDATES: [candidate_row(c, scan) for c in found.candidates],
+                NODULES_CSV: [nodule_row(n, scan) for n in found.nodules],
+                CANDIDATES_CSV: [candidate_row(c, scan) for c in found.candidates],
             }
             for name, table in self.tables.items():
                 table[row.pid] = rows[name]
                 write_scan_rows(self.folder / name, table)
         # Last: it marks the scan as done.
         self.rows[row.pid] = row
-        write_table(self.folder / TABLE, list(self.rows.values()))
+        write_lung_rows(self.folder / LUNGS_CSV, list(self.rows.values()))
         self.started(row.pid).unlink()
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_lungs_json(path: Path) -> dict[str, Any]:
     """lungs.json, with the settings that are newer than it."""
     record = json.loads(path.read_text())
     nodules = record.get("nodules") or {}
@@ -209,7 +209,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def differing(found: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+def differing_settings(
+    found: dict[str, Any], made_by: dict[str, Any]
+) -> dict[str, Any]:
     """What differs between two records: name -> (found, expected)."""
     return {
         name: (found.get(name), value)
@@ -229,7 +231,7 @@ def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> s
     changed = [
         f"{key} {before}, now {now}"
         for name in NODULE_SETTINGS
-        for key, (before, now) in differing(
+        for key, (before, now) in differing_settings(
             found.get(name, {}), made_by.get(name, {})
         ).items()
     ]
@@ -245,7 +247,7 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
         pids: The scans; None for all, and the record.
     """
     kept = []
-    for row in read_table(folder / TABLE):
+    for row in read_lung_rows(folder / LUNGS_CSV):
         if pids is not None and row.pid not in pids:
             kept.append(row)
             continue
@@ -257,10 +259,10 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
         if (folder / row.pid).is_dir() and not any((folder / row.pid).iterdir()):
             (folder / row.pid).rmdir()
     if pids is None:
-        for name in (TABLE, NODULES, CANDIDATES, RECORD):
+        for name in (LUNGS_CSV, NODULES_CSV, CANDIDATES_CSV, LUNGS_JSON):
             files.remove(folder / name)
         return
-    write_table(folder / TABLE, kept)
+    write_lung_rows(folder / LUNGS_CSV, kept)
     for name in COLUMNS:
         if (folder / name).exists():
             rows = read_rows(folder / name)
@@ -278,7 +280,7 @@ def write_niftis(
     """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
 
     def write(name: str, values: np.ndarray) -> None:
-        write_volume(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
+        write_nifti(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
 
     write("mask", labels)
     if save_as == "nifti":
@@ -292,7 +294,7 @@ def write_found(
 ) -> None:
     """Writes nodules.nii.gz and overview.png, with the reason not to trust the lungs."""
     path = folder / "nodules.nii.gz"
-    write_volume(path, found.labels, scan.grid, scan.source_grid)
+    write_nifti(path, found.labels, scan.grid, scan.source_grid)
     picture = overview.draw(scan, lung, found.labels, found.nodules, warning=reason)
     path = folder / "overview.png"
     if not cv2.imwrite(str(path), picture):
@@ -333,7 +335,7 @@ def ras_affine(grid: Grid) -> np.ndarray:
     return grid.affine @ to_canonical
 
 
-def read_table(path: Path) -> list[Row]:
+def read_lung_rows(path: Path) -> list[LungRow]:
     """The rows of lungs.csv; none if there is no such file.
 
     Raises:
@@ -341,7 +343,7 @@ def read_table(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    types = {name: field.type for name, field in Row.__dataclass_fields__.items()}
+    types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if tuple(rows.fieldnames or ()) != tuple(types):
@@ -350,7 +352,7 @@ def read_table(path: Path) -> list[Row]:
                 "again with --overwrite"
             )
         found = [
-            Row(**{name: kind(row[name]) for name, kind in types.items()})
+            LungRow(**{name: kind(row[name]) for name, kind in types.items()})
             for row in rows
         ]
     for row in found:
@@ -358,14 +360,14 @@ def read_table(path: Path) -> list[Row]:
     return found
 
 
-def write_table(path: Path, rows: list[Row]) -> None:
+def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
     """Writes lungs.csv, sorted by pid."""
     with (
         files.written_whole(path) as partial,
         partial.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.writer(file)
-        table.writerow(Row.__dataclass_fields__)
+        table.writerow(LungRow.__dataclass_fields__)
         table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
 
 
@@ -402,12 +404,12 @@ def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
     return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
 
 
-def row_of(pid: str, n: int, verdict: Any, seconds: float) -> Row:
+def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
     """A line of lungs.csv from a `lung_map.Verdict`."""
     facts = asdict(verdict)
     reasons = facts.pop("reasons")
     rounded = {name: round(value, 4) for name, value in facts.items()}
-    return Row(
+    return LungRow(
         pid=pid,
         n=n,
         **rounded,

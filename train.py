@@ -223,7 +223,7 @@ def refuse_other_run(
             "choose another --name or --runs"
         )
     found = json.loads(path.read_text())
-    differences = differing(found, json.loads(json.dumps(record)))
+    differences = differing_fields(found, json.loads(json.dumps(record)))
     if not differences:
         return
     if not overwrite:
@@ -235,7 +235,7 @@ def refuse_other_run(
     files.remove(directory)
 
 
-def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What decides the weights and differs between two provenance records.
 
     A setting that the first is older than had its default.

@@ -31,7 +31,7 @@ NIFTI_2_HEADER_BYTES = 540
 """The first number in a file of NIfTI-2; in NIfTI-1 it is 348."""
 
 
-def write_volume(
+def write_nifti(
     path: Path, array: np.ndarray, grid: Grid, source_grid: Grid, *, exact: bool = False
 ) -> None:
     """Writes a volume as NIfTI in the axis order and place of the file it came from.
@@ -102,7 +102,7 @@ def _to_stored(array: np.ndarray, *, exact: bool) -> tuple[np.ndarray, float]:
     return steps, 1 / PROBABILITY_STEPS
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
+def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
     """Reads a NIfTI volume in canonical orientation.
 
     Returns:

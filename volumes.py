@@ -121,7 +121,7 @@ class VolumeCache:
                 self.kept.move_to_end(scan_index)
                 return self.kept[scan_index]
         # Outside of the lock: two threads may read the same volume, and it is kept once.
-        volume = read_volume(self.table, scan_index, self.batches)
+        volume = read_table_volume(self.table, scan_index, self.batches)
         scan_id = str(self.table.scans["scan_id"][scan_index])
         if scan_id in self.candidates:
             grid = self.table.volume_grid(scan_index)
@@ -191,7 +191,7 @@ class VolumeGenerator(Generator):
         )
         self.augmentation = augmentation
         self.held_out = table.other_patients(scans)
-        self.pathology = lesions.checked(pathology, batches, self.held_out)
+        self.pathology = lesions.checked_lesions(pathology, batches, self.held_out)
         self.seed = seed
         self.cache = VolumeCache(table, batches, candidates=candidates)
 
@@ -221,7 +221,7 @@ class VolumeGenerator(Generator):
         if self.augmentation is None:
             return plain(volume.hu, volume.marks, crop.start, self.batches)
         size = self.batches.volume_px
-        warp = augment_volume.draw_warp(self.augmentation, crop, size, rng)
+        warp = augment_volume.draw_volume_warp(self.augmentation, crop, size, rng)
         if self.pathology is not None:
             own = rng.spawn(1)[0]
             volume, warp = self.with_lesions(volume, warp, self.pathology, own)
@@ -230,10 +230,10 @@ class VolumeGenerator(Generator):
     def with_lesions(
         self,
         volume: Volume,
-        warp: augment_volume.Warp,
+        warp: augment_volume.VolumeWarp,
         pathology: config.Lesions,
         rng: np.random.Generator,
-    ) -> tuple[Volume, augment_volume.Warp]:
+    ) -> tuple[Volume, augment_volume.VolumeWarp]:
         """The volume with lesions in it, and the warp that sees it as before.
 
         Nodules, if they are the target, are drawn where the warp looks, and added to the
@@ -288,14 +288,14 @@ class VolumeGenerator(Generator):
     def changed(
         self,
         volume: Volume,
-        warp: augment_volume.Warp,
+        warp: augment_volume.VolumeWarp,
         changes: config.Augment,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`sample` after its random changes."""
         size = self.batches.volume_px
         scanner = augment_volume.draw_scanner(changes, size, rng)
-        marks = augment_volume.warp_labels(volume.marks, warp, size)
+        marks = augment_volume.warp_volume_labels(volume.marks, warp, size)
         lung = marks & augment.LUNG_BIT
         hu = augment_volume.warp_volume(volume.hu, warp, size)
         if rng.random() < changes.synthesis:
@@ -419,7 +419,9 @@ def tiles_of_volumes(
     return TileGenerator(tiles, read, batches, **options)
 
 
-def read_volume(table: SliceTable, scan_index: int, batches: config.Batches) -> Volume:
+def read_table_volume(
+    table: SliceTable, scan_index: int, batches: config.Batches
+) -> Volume:
     """A scan's volume from the table, with its target and where things are."""
     hu, lung = (table.volume(scan_index, name) for name in ("hu", "lung"))
     lung_bits = (lung > 0) * np.uint8(augment.LUNG_BIT)

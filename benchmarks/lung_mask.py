@@ -93,7 +93,7 @@ def main() -> None:
         print(f"other thresholds in {len(others)} slices, Dice: {np.round(others, 3)}")
     deep = np.concatenate([scan.hu, scan.hu[::-1]])[:260]
     started = time.perf_counter()
-    lung_mask.lung_labels(deep, scan.spacing_mm, config.LungMask())
+    lung_mask.segment_lungs(deep, scan.spacing_mm, config.LungMask())
     clean_s = time.perf_counter() - started
     reading = read_s * len(deep) / len(scan.hu)
     print(

@@ -40,7 +40,7 @@ class SciPyGenerator(VolumeGenerator):
 
     def changed(self, volume, crop, changes, rng):
         size = self.batches.volume_px
-        warp = augment_volume.draw_warp(changes, crop, size, rng)
+        warp = augment_volume.draw_volume_warp(changes, crop, size, rng)
         scanner = augment_volume.draw_scanner(changes, size, rng)
         points = points_of(warp, size)
         marks = ndimage.map_coordinates(
@@ -61,7 +61,7 @@ class SciPyGenerator(VolumeGenerator):
         return image, marks & augment.TARGET_BIT
 
 
-def points_of(warp: augment_volume.Warp, size_px: tuple[int, ...]) -> np.ndarray:
+def points_of(warp: augment_volume.VolumeWarp, size_px: tuple[int, ...]) -> np.ndarray:
     """(3, z, y, x) where each output voxel is taken from."""
     z, y, x = np.ogrid[tuple(slice(size) for size in size_px)]
     points = np.stack(
@@ -131,18 +131,18 @@ def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
     generator = VolumeGenerator(table, np.array([0]), batches, changes, seed=0)
     volume = generator.cache.read(0)
     crop = generator.crop(volume, rng)
-    bent = augment_volume.draw_warp(changes, crop, size, rng)
-    flat = augment_volume.Warp(bent.matrix)
+    bent = augment_volume.draw_volume_warp(changes, crop, size, rng)
+    flat = augment_volume.VolumeWarp(bent.matrix)
     hu = augment_volume.warp_volume(volume.hu, bent, size)
-    marks = augment_volume.warp_labels(volume.marks, bent, size)
+    marks = augment_volume.warp_volume_labels(volume.marks, bent, size)
     stages: dict[str, Callable[[], object]] = {
         "read a volume (not kept)": lambda: table.volume(0, "hu"),
-        "draw an elastic warp": lambda: augment_volume.draw_warp(
+        "draw an elastic warp": lambda: augment_volume.draw_volume_warp(
             changes, crop, size, rng
         ),
         "warp HU, affine": lambda: augment_volume.warp_volume(volume.hu, flat, size),
         "warp HU, elastic": lambda: augment_volume.warp_volume(volume.hu, bent, size),
-        "warp masks, elastic": lambda: augment_volume.warp_labels(
+        "warp masks, elastic": lambda: augment_volume.warp_volume_labels(
             volume.marks, bent, size
         ),
         "synthesis": lambda: synthesis.synthetic(hu, marks, rng),

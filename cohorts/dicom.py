@@ -262,7 +262,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Defect:
     """Why a series cannot be used as it is; `repair` names what mends it, or is ""."""
 
     reason: str
@@ -369,7 +369,7 @@ def read_series(
     unmended = [f for f in findings if f.repair not in repair]
     if unmended:
         raise ScanError(f"series {uid}: " + "; ".join(map(str, unmended)))
-    volume, slice_grid = read_volume(slices)
+    volume, slice_grid = stack_slices(slices)
     check_neighbours(volume, slices)
     if any(f.repair == "gaps" for f in findings):
         volume, slice_grid = fill_gaps(volume, slices)
@@ -703,7 +703,7 @@ def _as_stored(value: int, header: pydicom.Dataset) -> int:
     return value - (1 << bits) if signed else value
 
 
-def check_series(slices: Sequence[Slice]) -> list[Finding]:
+def check_series(slices: Sequence[Slice]) -> list[Defect]:
     """Why these images are not one regular CT volume; [] if they are.
 
     What they are is checked first, then whether they belong together, then where they
@@ -716,7 +716,7 @@ def check_series(slices: Sequence[Slice]) -> list[Finding]:
     return []
 
 
-def _check_kind(slices: Sequence[Slice]) -> Iterator[Finding]:
+def _check_kind(slices: Sequence[Slice]) -> Iterator[Defect]:
     for name, attribute, accepted in (
         ("modality", "modality", ("CT",)),
         ("PhotometricInterpretation", "photometric", ("MONOCHROME2",)),
@@ -724,24 +724,24 @@ def _check_kind(slices: Sequence[Slice]) -> Iterator[Finding]:
     ):
         wrong = [s for s in slices if getattr(s, attribute) not in accepted]
         if wrong:
-            yield Finding(
+            yield Defect(
                 f"{name} {getattr(wrong[0], attribute)!r} in {_files(wrong, slices)}; "
                 f"expected {' or '.join(filter(None, accepted))}"
             )
     scouts = [s for s in slices if "LOCALIZER" in s.image_type]
     if scouts:
-        yield Finding(
+        yield Defect(
             f"localizer (scout) images: {_files(scouts, slices)}; expected axial images"
         )
     if len(slices) == 1:
-        yield Finding(f"one image only ({slices[0].name}); expected two or more")
+        yield Defect(f"one image only ({slices[0].name}); expected two or more")
 
 
-def _check_sameness(slices: Sequence[Slice]) -> Iterator[Finding]:
+def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
     first = slices[0]
     mixed = sorted({s.series_uid for s in slices})
     if len(mixed) > 1:
-        yield Finding(
+        yield Defect(
             f"mixed with other series: {', '.join(mixed)}; expected one SeriesInstanceUID"
         )
     for name, attribute in (
@@ -753,14 +753,14 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Finding]:
             s for s in slices if getattr(s, attribute) != getattr(first, attribute)
         ]
         if other:
-            yield Finding(
+            yield Defect(
                 f"mixed {name}: {getattr(other[0], attribute)!r} in "
                 f"{_files(other, slices)}, {getattr(first, attribute)!r} in {first.name}; "
                 "expected one throughout"
             )
     strangers = [s for s in slices if s.patient_id != first.patient_id]
     if strangers:
-        yield Finding(
+        yield Defect(
             f"two or more PatientIDs: that of {_files(strangers, slices)} is not that of "
             f"{first.name}; expected one patient"
         )
@@ -776,21 +776,21 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Finding]:
             if not np.allclose(getattr(s, attribute), expected, rtol=0, atol=tolerance)
         ]
         if other:
-            yield Finding(
+            yield Defect(
                 f"mixed {name}: {_text(getattr(other[0], attribute))} in "
                 f"{_files(other, slices)}, {_text(expected)} in {first.name}; expected "
                 "one throughout"
             )
     if min(first.spacing_mm) <= 0:
-        yield Finding(f"pixel spacing {first.spacing_mm} mm; expected above 0")
+        yield Defect(f"pixel spacing {first.spacing_mm} mm; expected above 0")
     if not np.allclose(first.axes_lps @ first.axes_lps.T, np.eye(2), atol=COSINE_ATOL):
-        yield Finding(
+        yield Defect(
             f"direction cosines {_text(first.axes_lps)} in {first.name}; expected two "
             "perpendicular unit vectors"
         )
 
 
-def _check_place(slices: Sequence[Slice]) -> Iterator[Finding]:
+def _check_place(slices: Sequence[Slice]) -> Iterator[Defect]:
     ordered = sorted_slices(slices)
     along_mm = along_normal_mm(ordered)
     gaps_mm = np.diff(along_mm)
@@ -799,7 +799,7 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Finding]:
     if doubled:
         one, another = doubled[0][:2]
         unlike = unlike_doubles(doubled)
-        yield Finding(
+        yield Defect(
             f"{len(ordered) - len(places)} doubled slices, first {one.name} and "
             f"{another.name} at {along_normal_mm([one])[0]:.2f} mm; expected one image per "
             f"position{unlike and '; ' + unlike}",
@@ -814,7 +814,7 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Finding]:
 
 def _check_gaps(
     ordered: Sequence[Slice], along_mm: np.ndarray, *, usual_mm: float
-) -> Iterator[Finding]:
+) -> Iterator[Defect]:
     gaps_mm = np.diff(along_mm)
     uneven = (gaps_mm >= SAME_PLACE_MM) & (
         np.abs(gaps_mm - usual_mm) > GAP_ATOL_MM + GAP_RTOL * usual_mm
@@ -829,24 +829,24 @@ def _check_gaps(
         f"{along_mm[k]:.2f} mm; expected {usual_mm:.3f} mm throughout"
     )
     if gaps_mm[k] > MAX_MENDED_GAP_MM and missing:
-        yield Finding(f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not mended")
+        yield Defect(f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not mended")
     else:
-        yield Finding(reason, "gaps")
+        yield Defect(reason, "gaps")
 
 
-def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Finding]:
+def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Defect]:
     line_mm, lean = _line(ordered, along_mm)
     off_mm = np.linalg.norm(_sideways_mm(ordered, along_mm) - line_mm, axis=1)
     k = int(np.argmax(off_mm))
     if off_mm[k] > SIDEWAYS_MM:
-        yield Finding(
+        yield Defect(
             f"{ordered[k].name} lies {off_mm[k]:.2f} mm beside the line through all "
             f"slices; expected at most {SIDEWAYS_MM} mm"
         )
         return
     lean_deg = float(np.degrees(np.arctan(np.linalg.norm(lean))))
     if lean_deg > TILT_DEG:
-        yield Finding(
+        yield Defect(
             f"the stack leans {lean_deg:.1f} deg from the slice normal (gantry tilt); "
             f"expected at most {TILT_DEG} deg",
             "tilt",
@@ -855,7 +855,7 @@ def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Find
     stated = max(ordered, key=lambda s: abs(s.tilt_deg))
     normal_deg = float(np.degrees(np.arccos(min(abs(slice_normal(stated)[2]), 1))))
     if abs(stated.tilt_deg) > TILT_DEG and normal_deg < TILT_DEG:
-        yield Finding(
+        yield Defect(
             f"GantryDetectorTilt is {stated.tilt_deg:g} deg in {stated.name}, but the "
             "positions and orientation show none; expected them to agree; to trust the "
             "positions",
@@ -991,7 +991,7 @@ def _text(value: Any) -> str:
     )
 
 
-def read_volume(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
+def stack_slices(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
     """HU of sorted slices, and their grid.
 
     Returns:

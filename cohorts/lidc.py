@@ -65,7 +65,7 @@ class Roi:
 
 
 @dataclass(frozen=True, eq=False)
-class Finding:
+class NoduleMark:
     """What one reader drew as one nodule, and how the reader rated it."""
 
     nodule_id: str
@@ -85,7 +85,7 @@ class Reading:
         marks: Name in `Scan.acquisition` -> findings of one point; empty if unknown.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[NoduleMark, ...]
     facts: dict[str, Any]
     thickness_mm: float = 0.0
     marks: dict[str, tuple[Roi, ...]] = field(default_factory=dict)
@@ -366,7 +366,7 @@ def points_of(found: Iterable[Outline]) -> np.ndarray:
 
 def nodule_of(
     label: int,
-    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, Box]]],
+    found: Sequence[tuple[NoduleMark, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Nodule:
     """One nodule from the findings of its readers, each with its outlines and mask."""
@@ -386,7 +386,7 @@ def nodule_of(
 
 def annotation_of(
     reader: int,
-    found: Sequence[tuple[Finding, list[Outline], tuple[np.ndarray, Box]]],
+    found: Sequence[tuple[NoduleMark, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Annotation:
     """One reader's part in a nodule.
@@ -471,10 +471,10 @@ def read_xml(path: Path) -> Reading:
     )
 
 
-def finding_of(nodule: ElementTree.Element, session: int) -> Finding:
+def finding_of(nodule: ElementTree.Element, session: int) -> NoduleMark:
     """One unblindedReadNodule element."""
     ratings = nodule.find("{*}characteristics")
-    return Finding(
+    return NoduleMark(
         nodule_id=text_of(nodule, "noduleID"),
         session=session,
         rois=tuple(roi_of(roi) for roi in nodule.findall("{*}roi")),
@@ -533,7 +533,7 @@ def read_database(series_uid: str) -> Reading | None:
     rois = database_rois(scan_id)
     columns = ", ".join(f'"{name}"' for name in CHARACTERISTICS)
     findings = [
-        Finding(
+        NoduleMark(
             nodule_id=nodule_id,
             session=0,
             rois=tuple(rois[annotation]),

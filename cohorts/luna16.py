@@ -68,7 +68,7 @@ RAY_SMOOTHING = 2.0
 
 
 @dataclass(frozen=True)
-class Row:
+class LunaRow:
     """A finding of one of LUNA16's lists."""
 
     centre_lps_mm: tuple[float, float, float]
@@ -154,7 +154,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     """
     dicom.check_repair(repair)
     path = source.paths[0]
-    array, affine = nifti.read_volume(path)
+    array, affine = nifti.read_volume_file(path)
     hu, grid = geometry.to_canonical(nifti.to_hu(array, path), affine)
     dicom.check_field(grid, str(path))
     dicom.check_hu(hu, str(path))
@@ -170,7 +170,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     )
     if source.lung is not None:
         labels = nifti.read_labels(source.lung, grid)
-        scan = replace(scan, lung=lung_labels(labels, str(source.lung)))
+        scan = replace(scan, lung=lungs_of_luna16(labels, str(source.lung)))
     lists = {path.name: path for path in source.annotations}
     if ANNOTATIONS not in lists:
         return scan
@@ -186,7 +186,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     return with_nodules(scan, annotated)
 
 
-def with_nodules(scan: Scan, rows: Sequence[Row]) -> Scan:
+def with_nodules(scan: Scan, rows: Sequence[LunaRow]) -> Scan:
     """`scan` with one nodule per row, labelled by row from 1.
 
     Outlined nodules are set first; one found by edge search takes no voxel of another.
@@ -254,7 +254,7 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
     )
 
 
-def matches(rows: Sequence[Row], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
+def matches(rows: Sequence[LunaRow], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
     """Position in `rows` -> the outlined nodule meant: the nearest within its radius.
 
     A nodule outlined by fewer than three readers is none of LUNA16's, and none is taken
@@ -273,7 +273,7 @@ def matches(rows: Sequence[Row], nodules: Sequence[Nodule]) -> dict[int, Nodule]
     return found
 
 
-def checked_centre(row: Row, scan: Scan) -> np.ndarray:
+def checked_centre(row: LunaRow, scan: Scan) -> np.ndarray:
     """(3,) fractional array index of a row's centre."""
     at_ras_mm = geometry.flip_xy(np.array(row.centre_lps_mm))
     centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
@@ -291,7 +291,7 @@ def checked_centre(row: Row, scan: Scan) -> np.ndarray:
     return centre_zyx
 
 
-def wand_nodule(label: int, mask: np.ndarray, row: Row, scan: Scan) -> Nodule:
+def wand_nodule(label: int, mask: np.ndarray, row: LunaRow, scan: Scan) -> Nodule:
     """A nodule found by edge search; its centre is the annotated one."""
     x, y, z = geometry.flip_xy(np.array(row.centre_lps_mm)).tolist()
     annotation = Annotation(
@@ -468,7 +468,7 @@ def connected_to(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
     return labels == labels[seed]
 
 
-def lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
+def lungs_of_luna16(labels: np.ndarray, name: str) -> np.ndarray:
     """LUNA16's lung volume as lung labels: 1 right, 2 left; the trachea is left out.
 
     Args:
@@ -510,13 +510,13 @@ def check_columns(path: Path) -> None:
         )
 
 
-def read_rows(path: Path, series_uid: str) -> list[Row]:
+def read_rows(path: Path, series_uid: str) -> list[LunaRow]:
     """The findings of one series in a list, in its order."""
     with path.open(newline="") as file:
         return list(rows_of(csv.DictReader(file), series_uid, path))
 
 
-def rows_of(reader: csv.DictReader, series_uid: str, path: Path) -> Iterable[Row]:
+def rows_of(reader: csv.DictReader, series_uid: str, path: Path) -> Iterable[LunaRow]:
     for row in reader:
         if row["seriesuid"] != series_uid:
             continue
@@ -527,4 +527,4 @@ def rows_of(reader: csv.DictReader, series_uid: str, path: Path) -> Iterable[Row
             raise ScanError(
                 f"{path}, line {reader.line_num}: {texts}; expected four numbers"
             ) from error
-        yield Row((x, y, z), diameter_mm)
+        yield LunaRow((x, y, z), diameter_mm)

@@ -104,7 +104,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     if first.is_dir() or not is_volume(first):
         scan = _load_dicom(source, repair)
     else:
-        array, affine = read_volume(first)
+        array, affine = read_volume_file(first)
         hu, grid = geometry.to_canonical(to_hu(array, first), affine)
         dicom.check_field(grid, str(first))
         dicom.check_hu(hu, str(first))
@@ -121,7 +121,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
         labels = read_labels(source.annotations[0], scan.grid)
         known = nodules_of_mask(labels > 0, scan.grid, str(source.annotations[0]))
     if source.lung is not None:
-        known["lung"] = lung_labels(
+        known["lung"] = checked_lung_labels(
             read_labels(source.lung, scan.grid), str(source.lung)
         )
     return dataclasses.replace(scan, **known)
@@ -465,7 +465,7 @@ def _volumes_by_stem(folder: Path) -> dict[str, Path]:
     return by_stem
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Values and place of a volume file.
 
     Returns:
@@ -630,7 +630,7 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
         ScanError: If it is damaged, does not lie on the image, or holds no whole numbers
             from 0.
     """
-    array, affine = read_volume(path)
+    array, affine = read_volume_file(path)
     labels, label_grid = geometry.to_canonical(array, affine)
     if labels.shape != tuple(grid.shape):
         raise ScanError(
@@ -666,7 +666,7 @@ def _numbers(values: Sequence[float]) -> str:
     return " x ".join(f"{value:.4g}" for value in values)
 
 
-def lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
+def checked_lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
     """Lung labels checked: 0, 1 right, 2 left, and the right one on the right.
 
     Args:

@@ -36,7 +36,7 @@ COLUMNS: tuple[str, ...] = (*REQUIRED_COLUMNS, "lung_path", "seg_path", "patient
 
 
 @dataclass(frozen=True)
-class Slice:
+class NpySlice:
     """A row of the list.
 
     Attributes:
@@ -74,8 +74,8 @@ def find_scans(source: Path) -> list[ScanSource]:
 
 
 def _sources(path: Path) -> list[ScanSource]:
-    scans: dict[str, list[Slice]] = {}
-    for row in read_list(path):
+    scans: dict[str, list[NpySlice]] = {}
+    for row in read_slice_list(path):
         scans.setdefault(row.pid, []).append(row)
     return [
         ScanSource(
@@ -88,7 +88,7 @@ def _sources(path: Path) -> list[ScanSource]:
     ]
 
 
-def read_list(path: Path) -> list[Slice]:
+def read_slice_list(path: Path) -> list[NpySlice]:
     """The rows of a list.
 
     Raises:
@@ -111,7 +111,7 @@ def read_list(path: Path) -> list[Slice]:
     return [_slice(row, path.parent, where) for where, row in found]
 
 
-def _slice(row: dict[Any, Any], folder: Path, where: str) -> Slice:
+def _slice(row: dict[Any, Any], folder: Path, where: str) -> NpySlice:
     if None in row or None in row.values():
         raise ValueError(f"{where}: another number of values than the first line has")
     value = {name: text.strip() for name, text in row.items()}
@@ -131,7 +131,7 @@ def _slice(row: dict[Any, Any], folder: Path, where: str) -> Slice:
         )
     pid = files.checked_id(value["pid"], where=f"{where}, column pid")
     patient_id = value.get("patient_id") or pid
-    return Slice(
+    return NpySlice(
         pid=pid,
         patient_id=files.checked_id(patient_id, where=f"{where}, column patient_id"),
         z=int(value["z"]),
@@ -163,7 +163,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
             each other, or the values are no HU.
     """
     listed = source.annotations[0]
-    rows = [row for row in read_list(listed) if row.pid == source.scan_id]
+    rows = [row for row in read_slice_list(listed) if row.pid == source.scan_id]
     rows = sorted(rows, key=lambda row: row.z)
     name = f"{listed}, scan {source.scan_id}"
     _check_rows(rows, name)
@@ -175,7 +175,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     known: dict[str, Any] = {}
     lung = _mask([row.lung for row in rows], hu.shape, f"{name}, lung_path")
     if lung is not None:
-        known["lung"] = nifti.lung_labels(lung, f"{name}, lung_path")
+        known["lung"] = nifti.checked_lung_labels(lung, f"{name}, lung_path")
     seg = _mask([row.seg for row in rows], hu.shape, f"{name}, seg_path")
     if seg is not None:
         known |= nifti.nodules_of_mask(seg > 0, grid, f"{name}, seg_path")
@@ -189,7 +189,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     )
 
 
-def _check_rows(rows: Sequence[Slice], name: str) -> None:
+def _check_rows(rows: Sequence[NpySlice], name: str) -> None:
     for below, above in itertools.pairwise(rows):
         if above.z != below.z + 1:
             raise ScanError(
@@ -203,7 +203,7 @@ def _check_rows(rows: Sequence[Slice], name: str) -> None:
             )
 
 
-def _grid(shape: tuple[int, ...], first: Slice) -> Grid:
+def _grid(shape: tuple[int, ...], first: NpySlice) -> Grid:
     """Axes rise to S, P and L; see the head of this module for where it lies."""
     z_mm, y_mm, x_mm = first.spacing_mm
     _, height, width = shape

@@ -201,7 +201,7 @@ class Collection:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = names_of(path, path.stat().st_mtime_ns)
+        self.names = nodule_names(path, path.stat().st_mtime_ns)
 
     def read(self, name: str) -> bytes:
         """The content of a file.
@@ -236,7 +236,7 @@ class Collection:
 
 
 @functools.lru_cache(maxsize=2)
-def names_of(path: Path, changed: int) -> Mapping[str, None]:
+def nodule_names(path: Path, changed: int) -> Mapping[str, None]:
     """Names of all files, sorted; `changed` is when the collection last was."""
     if path.is_dir():
         found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
@@ -273,7 +273,7 @@ def read_collection(path: Path) -> dict[str, PatchNodule]:
 
 @functools.lru_cache(maxsize=2)
 def _read_collection(path: Path, changed: int) -> dict[str, PatchNodule]:
-    names = names_of(path, changed)
+    names = nodule_names(path, changed)
     nodules = _of_index(path, names) if INDEX in names else _of_folders(path, names)
     for nodule in nodules.values():
         for patch in nodule.patches:

@@ -31,7 +31,7 @@ from cohorts import phantom_anatomy as anatomy
 from cohorts import phantom_dicom as dicom
 from cohorts import phantom_nodules as nodules
 from cohorts.phantom_anatomy import Body, Chest, Mesh
-from cohorts.phantom_nodules import PlacedNodule, Reading
+from cohorts.phantom_nodules import PhantomReading, PlacedNodule
 from geometry import Grid
 from outlines import READERS, diameter_mm, volume_mm3
 from scan import AIR_HU, LEFT, PHANTOM, RIGHT, Annotation, Nodule, Scan, write_scan
@@ -130,7 +130,7 @@ class Phantom:
     lung: np.ndarray
     nodule_labels: np.ndarray
     nodules: tuple[PlacedNodule, ...]
-    readings: tuple[Reading, ...]
+    readings: tuple[PhantomReading, ...]
     marks: tuple[dicom.Mark, ...]
     outside_fov: np.ndarray | None
     kernel: Kernel
@@ -556,7 +556,9 @@ def _label_nodules(patches: Sequence[_Patch], lung: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Reading]:
+def _read(
+    patch: _Patch, scene: _Scene, rng: np.random.Generator
+) -> Iterator[PhantomReading]:
     mesh = scene.mesh.part(patch.box)
     z0, y0, x0 = (span.start for span in patch.box)
     shift = np.array([x0, y0])
@@ -568,11 +570,11 @@ def _read(patch: _Patch, scene: _Scene, rng: np.random.Generator) -> Iterator[Re
             continue
         found = True
         moved = {z + z0: outline + shift for z, outline in outlines.items()}
-        yield Reading(reader, patch.nodule.label, moved, ratings[reader])
+        yield PhantomReading(reader, patch.nodule.label, moved, ratings[reader])
     if not found:
         outlines = nodules.outlines_of(patch.mask)
         moved = {z + z0: outline + shift for z, outline in outlines.items()}
-        yield Reading(0, patch.nodule.label, moved, ratings[0])
+        yield PhantomReading(0, patch.nodule.label, moved, ratings[0])
 
 
 def _marks(trees, mesh: Mesh, labels: np.ndarray, rng: np.random.Generator):
@@ -834,12 +836,12 @@ def _nodule_record(label: int, region: np.ndarray, box: Box, grid: Grid) -> Nodu
     return Nodule(label, (x, y, z), (reading,))
 
 
-def to_series(phantom: Phantom) -> dicom.Series:
+def to_series(phantom: Phantom) -> dicom.PhantomSeries:
     """The phantom as the DICOM series it is written as."""
     series, grid = phantom.series_uid, phantom.grid
     x, y, z = grid.affine[:3, 3].tolist()
     dz, _, dx = grid.spacing_mm
-    return dicom.Series(
+    return dicom.PhantomSeries(
         patient_id=phantom.patient_id,
         study_uid=dicom.uid(series, "study"),
         series_uid=series,

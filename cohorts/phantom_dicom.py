@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cohorts.lidc_database import CHARACTERISTICS
-from cohorts.phantom_nodules import Reading
+from cohorts.phantom_nodules import PhantomReading
 from outlines import READERS
 
 TransferSyntax = Literal["explicit", "rle", "jpeg-ls"]
@@ -26,7 +26,7 @@ NODULE_IDS = ("Nodule {:03}", "IL057_{:06}", "MI014_{:05}", "{}")
 
 
 @dataclass(frozen=True, eq=False)
-class Series:
+class PhantomSeries:
     """What is written as one DICOM series.
 
     Attributes:
@@ -69,7 +69,7 @@ def uid(*sources: object) -> str:
 
 
 def write_dicom_series(
-    series: Series, folder: Path, file_numbers: Sequence[int]
+    series: PhantomSeries, folder: Path, file_numbers: Sequence[int]
 ) -> None:
     """Writes one file per slice.
 
@@ -87,7 +87,7 @@ def write_dicom_series(
         )
 
 
-def dicom_slice(series: Series, index: int):
+def dicom_slice(series: PhantomSeries, index: int):
     """Slice `index` of a series as a pydicom Dataset ready to be written."""
     import pydicom
     from pydicom import uid as known
@@ -200,7 +200,7 @@ SAME_IN_ALL: dict[str, object] = {
 """Header of every slice of every phantom; names nobody."""
 
 
-def _header(series: Series, index: int) -> Iterator[tuple[str, object]]:
+def _header(series: PhantomSeries, index: int) -> Iterator[tuple[str, object]]:
     """Keywords and values of one slice, but for the pixels."""
     from pydicom import uid as known
 
@@ -254,7 +254,10 @@ class Mark:
 
 
 def write_lidc_xml(
-    series: Series, readings: Sequence[Reading], marks: Sequence[Mark], path: Path
+    series: PhantomSeries,
+    readings: Sequence[PhantomReading],
+    marks: Sequence[Mark],
+    path: Path,
 ) -> None:
     """Writes the readers' outlines and marks in the structure of LIDC-IDRI's XML."""
     root = ET.Element(
@@ -317,7 +320,7 @@ def _add_nodule(session, reader: int, number: int):
     return nodule
 
 
-def _add_roi(nodule, series: Series, index: int, points) -> None:
+def _add_roi(nodule, series: PhantomSeries, index: int, points) -> None:
     roi = ET.SubElement(nodule, "roi")
     _add_place(roi, series, index)
     ET.SubElement(roi, "inclusion").text = "TRUE"
@@ -325,7 +328,7 @@ def _add_roi(nodule, series: Series, index: int, points) -> None:
         _add_point(ET.SubElement(roi, "edgeMap"), x, y)
 
 
-def _add_place(element, series: Series, index: int) -> None:
+def _add_place(element, series: PhantomSeries, index: int) -> None:
     ET.SubElement(element, "imageZposition").text = _decimal(series.z_mm(index))
     ET.SubElement(element, "imageSOP_UID").text = series.sop_uids[index]
 

@@ -121,7 +121,7 @@ class PlacedNodule:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PhantomReading:
     """One reader's outlines of one nodule.
 
     Attributes:

@@ -31,7 +31,7 @@ from postprocess import reference_mask
 from predictions import write_rows
 from provenance import DISCLAIMER
 from scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
-from volume_io import check_same_grid, read_volume
+from volume_io import check_same_grid, read_nifti
 
 AT_PLEURA_MM = 3.0
 """A nodule this near to the lungs' surface is juxtapleural."""
@@ -213,7 +213,7 @@ def score(job: Job) -> Scored:
         )
         prob_path = folder / scan.scan_id / "mean.nii.gz"
         if reference is not None and prob_path.exists():
-            prob, grid = read_volume(prob_path)
+            prob, grid = read_nifti(prob_path)
             check_same_grid(grid, scan.grid, prob_path)
             reliability[name] = metrics.reliability_counts(prob, reference, bins=BINS)
     return Scored(rows, nodules, reliability)
@@ -227,7 +227,7 @@ def method_mask(folder: Path, scan: Scan) -> np.ndarray:
     """
     predicted = folder / scan.scan_id / "mask.nii.gz"
     if predicted.exists():
-        mask, grid = read_volume(predicted)
+        mask, grid = read_nifti(predicted)
         check_same_grid(grid, scan.grid, predicted)
         return mask > 0
     path = scan_path(folder, scan.scan_id)

@@ -9,13 +9,13 @@ from scipy import ndimage
 import augment_volume
 from augment_volume import (
     CURVE_HU,
-    Warp,
+    VolumeWarp,
     draw_scanner,
-    draw_warp,
+    draw_volume_warp,
     scanned,
-    warp_labels,
-    warp_matrix,
+    volume_warp_matrix,
     warp_volume,
+    warp_volume_labels,
 )
 from boxes import Crop, cut
 from config import Augment
@@ -57,21 +57,21 @@ def scipy_points(warp, size):
 
 
 def test_no_change_is_the_volume_itself():
-    warp = Warp(warp_matrix(WHOLE))
+    warp = VolumeWarp(volume_warp_matrix(WHOLE))
     volume, bits = smooth_volume(), noisy_bits()
     assert np.array_equal(warp_volume(volume, warp, SIZE), volume)
-    assert np.array_equal(warp_labels(bits, warp, SIZE), bits)
+    assert np.array_equal(warp_volume_labels(bits, warp, SIZE), bits)
 
 
 @pytest.mark.parametrize("start", [(3, -2, 5), (-30, 0, 0)])
 def test_a_crop_alone_is_a_cut(start):
     size = (12, 10, 14)
     crop = Crop(start, (5.5, 4.5, 6.5))
-    warp = Warp(warp_matrix(crop))
+    warp = VolumeWarp(volume_warp_matrix(crop))
     expected = cut(smooth_volume(), start, size, fill=-1024)
     assert np.array_equal(warp_volume(smooth_volume(), warp, size), expected)
     expected = cut(noisy_bits(), start, size, fill=0)
-    assert np.array_equal(warp_labels(noisy_bits(), warp, size), expected)
+    assert np.array_equal(warp_volume_labels(noisy_bits(), warp, size), expected)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,20 @@ def test_a_crop_alone_is_a_cut(start):
 )
 def test_flips_and_quarter_turns_are_numpys(options, expected):
     size = (20, 20, 20)
-    warp = Warp(warp_matrix(CUBE, **options))
+    warp = VolumeWarp(volume_warp_matrix(CUBE, **options))
     bits = noisy_bits(size)
-    assert np.array_equal(warp_labels(bits, warp, size), expected(bits))
+    assert np.array_equal(warp_volume_labels(bits, warp, size), expected(bits))
 
 
 def test_shift_moves_what_is_seen_and_zoom_makes_it_larger():
     bits = np.zeros((20, 20, 20), np.uint8)
     bits[8:12, 8:12, 8:12] = 1
-    moved = warp_labels(bits, Warp(warp_matrix(CUBE, shift_zyx=(3, 0, -2))), bits.shape)
+    moved = warp_volume_labels(
+        bits, VolumeWarp(volume_warp_matrix(CUBE, shift_zyx=(3, 0, -2))), bits.shape
+    )
     assert np.array_equal(moved, np.roll(bits, (3, 0, -2), (0, 1, 2)))
-    zoomed = warp_labels(
-        bits, Warp(warp_matrix(CUBE, zoom_zyx=(2, 1, 0.5))), bits.shape
+    zoomed = warp_volume_labels(
+        bits, VolumeWarp(volume_warp_matrix(CUBE, zoom_zyx=(2, 1, 0.5))), bits.shape
     )
     assert zoomed.any((1, 2)).sum() == 8
     assert zoomed.any((0, 2)).sum() == 4
@@ -109,7 +111,7 @@ def test_shift_moves_what_is_seen_and_zoom_makes_it_larger():
 def test_warps_are_those_of_scipy(seed, elastic):
     size = (22, 18, 26)
     crop = Crop((-4, 3, 0), (10.5, 8.5, 12.5))
-    warp = draw_warp(replace(CHANGES, elastic_px=elastic), crop, size, rng(seed))
+    warp = draw_volume_warp(replace(CHANGES, elastic_px=elastic), crop, size, rng(seed))
     points, volume = scipy_points(warp, size), smooth_volume()
     expected = ndimage.map_coordinates(
         volume.astype(np.float32), points, order=1, mode="grid-constant", cval=-1024
@@ -123,11 +125,11 @@ def test_warps_are_those_of_scipy(seed, elastic):
         bits, points, order=0, mode="grid-constant", cval=0
     )
     # Points within 1/32 voxel of the middle between two may go to either.
-    assert np.mean(warp_labels(bits, warp, size) != nearest) < 0.03
+    assert np.mean(warp_volume_labels(bits, warp, size) != nearest) < 0.03
 
 
 def test_large_outputs_are_warped_in_parts_without_a_seam(monkeypatch):
-    warp = draw_warp(CHANGES, WHOLE, SIZE, rng(3))
+    warp = draw_volume_warp(CHANGES, WHOLE, SIZE, rng(3))
     whole = warp_volume(smooth_volume(), warp, SIZE)
     monkeypatch.setattr(augment_volume, "CHUNK_VOXELS", 3 * SIZE[1] * SIZE[2])
     assert np.array_equal(warp_volume(smooth_volume(), warp, SIZE), whole)
@@ -141,8 +143,8 @@ def test_the_displacement_has_the_deviation_it_should():
 
 
 def test_switching_a_change_off_leaves_the_others():
-    full = draw_warp(CHANGES, WHOLE, SIZE, rng(5))
-    flat = draw_warp(replace(CHANGES, elastic_px=0), WHOLE, SIZE, rng(5))
+    full = draw_volume_warp(CHANGES, WHOLE, SIZE, rng(5))
+    flat = draw_volume_warp(replace(CHANGES, elastic_px=0), WHOLE, SIZE, rng(5))
     np.testing.assert_array_equal(full.matrix, flat.matrix)
 
 

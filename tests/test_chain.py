@@ -22,7 +22,7 @@ from predictions import Predictions
 from predictor import Predictor
 from scan import scan_path, write_scan
 from tests.conftest import tiny_scan
-from volume_io import read_volume, write_volume
+from volume_io import read_nifti, write_nifti
 
 EXPERIMENT = config.Experiment(
     table=config.Table(size_px=(64, 64), slices="lung"),
@@ -72,7 +72,7 @@ def test_probabilities_lie_on_the_scans_grid_and_within_slices_with_lung(
 ):
     scan = make_scan(0)
     for scan_id in manifest(work)["scans"]:
-        prob, grid = read_volume(work / "predictions" / scan_id / "prob.nii.gz")
+        prob, grid = read_nifti(work / "predictions" / scan_id / "prob.nii.gz")
         assert np.allclose(grid.affine, scan.grid.affine)
         assert prob.min() >= 0 and prob.max() <= 1
         assert not prob[~scan.lung.any(axis=(1, 2))].any()
@@ -151,7 +151,7 @@ def test_scores_are_written_with_their_protocol(work, capsys):
 
 
 def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
-    from volume_io import write_volume
+    from volume_io import write_nifti
 
     folder = tmp_path / "predictions"
     record = manifest(work)
@@ -159,7 +159,7 @@ def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
         scan = make_scan(int(scan_id.rpartition("-")[2]))
         mask = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
         labels = (scan.nodule_labels * mask).astype(np.uint8)
-        write_volume(
+        write_nifti(
             folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid
         )
     (folder / "predictions.json").write_text(json.dumps(record))
@@ -178,7 +178,7 @@ def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
 def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
     work, tmp_path, make_scan
 ):
-    from volume_io import write_volume
+    from volume_io import write_nifti
 
     folder = tmp_path / "predictions"
     record = manifest(work)
@@ -188,7 +188,7 @@ def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
     slices = np.flatnonzero(reference.any(axis=(1, 2)))[:2].tolist()
     labels = np.ones(reference.shape, np.uint8)  # all wrong but in the slices
     labels[slices] = reference[slices]
-    write_volume(folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid)
+    write_nifti(folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid)
     facts = record["scans"][scan_id] | {"part": "validation"}
     facts["slices"] = {"validation": [0], "test": slices}
     record["scans"] = {scan_id: facts}
@@ -322,7 +322,7 @@ def test_what_is_found_where_readers_left_a_point_is_not_false(tmp_path, name):
         write_scan(known, scan_path(folder / "scans", scan.scan_id), {})
         predictions = folder / "predictions"
         path = predictions / scan.scan_id / "mask.nii.gz"
-        write_volume(path, labels, scan.grid, scan.source_grid)
+        write_nifti(path, labels, scan.grid, scan.source_grid)
         rows = [f"{x},{y},{z},{score}" for (x, y, z), score in found]
         text = "\n".join(["x_lps_mm,y_lps_mm,z_lps_mm,score", *rows])
         path.with_name("nodules.csv").write_text(text)

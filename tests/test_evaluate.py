@@ -18,7 +18,7 @@ import scan_results
 from predictions import Predictions, write_rows
 from scan import Annotation, Nodule, read_scan, scan_path, write_scan
 from tests.conftest import tiny_scan
-from volume_io import write_volume
+from volume_io import write_nifti
 
 COLUMNS = (
     "case_id",
@@ -65,7 +65,7 @@ def write_predictions(folder, scans, *, labels=None):
         write_scan(scan, scan_path(folder / "scans", scan.scan_id), {})
         drawn = labels_of(scan) if labels is None else labels
         path = folder / "predictions" / scan.scan_id / "mask.nii.gz"
-        write_volume(path, drawn, scan.grid, scan.source_grid)
+        write_nifti(path, drawn, scan.grid, scan.source_grid)
         write_found(path.with_name("nodules.csv"), found_in(scan))
     record = {s.scan_id: {"part": "test", "patient_id": s.patient_id} for s in scans}
     predictions = Predictions("run", "a" * 64, "b" * 64, (), record)
@@ -153,8 +153,8 @@ def write_shared(folder, rows, **more):
     record = {"settings": config.to_json(config.Postprocess()), "passes": 1}
     record |= {"weights_sha256": ["c" * 64], **more}
     text = json.dumps({"save_as": "nifti", "nodules": record})
-    (folder / scan_results.RECORD).write_text(text)
-    write_found(folder / scan_results.CANDIDATES, rows)
+    (folder / scan_results.LUNGS_JSON).write_text(text)
+    write_found(folder / scan_results.CANDIDATES_CSV, rows)
     for path in folder.glob("*/mask.nii.gz"):
         path.rename(path.with_name("nodules.nii.gz"))
 
@@ -188,7 +188,7 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
     )
     assert "reported from a score of 0.87" in text
     # As a candidate of its own it is a false positive.
-    table_path = tmp_path / "predictions" / scan_results.CANDIDATES
+    table_path = tmp_path / "predictions" / scan_results.CANDIDATES_CSV
     write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])
     _, scores = evaluated(tmp_path)
     assert (
@@ -200,7 +200,7 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
 def test_predictions_of_before_candidates_have_no_froc(scan, tmp_path, caplog):
     write_predictions(tmp_path, [scan])
     write_shared(tmp_path / "predictions", found_in(scan))
-    (tmp_path / "predictions" / scan_results.CANDIDATES).unlink()
+    (tmp_path / "predictions" / scan_results.CANDIDATES_CSV).unlink()
     _, scores = evaluated(tmp_path)
     assert "CPM (mean of these)" not in scores
     assert "candidates.csv is missing: no FROC" in caplog.text
@@ -232,7 +232,7 @@ def test_a_map_of_no_probabilities_is_a_failure_of_its_scan(
     prob = np.zeros(scan.hu.shape, np.float32)
     prob[3, 4, 5] = value
     path = tmp_path / "predictions/scan-000/prob.nii.gz"
-    write_volume(path, prob, scan.grid, scan.source_grid, exact=True)
+    write_nifti(path, prob, scan.grid, scan.source_grid, exact=True)
     (failure,) = evaluated(tmp_path)[0].failures
     assert str(path) in failure.reason and message in failure.reason
 
@@ -249,7 +249,7 @@ def test_integers_scaled_to_one_are_probabilities(scan, tmp_path):
     write_predictions(tmp_path, [scan])
     prob = (255 * (scan.nodule_labels > 0)).astype(np.uint8)
     path = tmp_path / "predictions/scan-000/prob.nii.gz"
-    write_volume(path, prob, scan.grid, scan.source_grid)
+    write_nifti(path, prob, scan.grid, scan.source_grid)
     image = nibabel.load(path)
     image = nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine)
     image.header.set_slope_inter(1 / 255, 0)
@@ -264,7 +264,7 @@ def test_the_reliability_table_holds_probabilities_beside_votes(scan, tmp_path):
     alone = np.argwhere(scan.reader_bits == 0b1000)  # one of the four of nodule 1
     prob[tuple(alone.T)] = 0.22
     path = tmp_path / "predictions/scan-000/prob.nii.gz"
-    write_volume(path, prob, scan.grid, scan.source_grid)
+    write_nifti(path, prob, scan.grid, scan.source_grid)
     evaluated(tmp_path)
     rows = {row["low"]: row for row in table(tmp_path, "reliability.csv")}
     assert len(rows) == 20
@@ -289,7 +289,7 @@ def test_a_temperature_is_fitted_on_validation_and_told_on_test(scan, tmp_path):
         votes = np.bitwise_count(some.reader_bits)
         prob = np.select([votes == 4, votes > 0], [0.9, 0.1], 0.0).astype(np.float32)
         path = tmp_path / f"predictions/{some.scan_id}/prob.nii.gz"
-        write_volume(path, prob, some.grid, some.source_grid)
+        write_nifti(path, prob, some.grid, some.source_grid)
     path = tmp_path / "predictions/predictions.json"
     record = json.loads(path.read_text())
     record["scans"]["scan-001"]["part"] = "validation"
@@ -344,7 +344,7 @@ def test_nodules_are_scored_by_stratum(scan, tmp_path):
     write_predictions(tmp_path, [solid, hazy])
     empty = np.zeros(hazy.hu.shape, np.uint8)
     path = tmp_path / "predictions/scan-001/mask.nii.gz"
-    write_volume(path, empty, hazy.grid, hazy.source_grid)
+    write_nifti(path, empty, hazy.grid, hazy.source_grid)
     _, scores = evaluated(tmp_path)
     for name, value in (("solid", 1), ("ground glass", 0)):
         for score in ("Nodule sensitivity", "Dice per nodule"):

@@ -10,11 +10,11 @@ import pytest
 import config
 import infer
 import postprocess
-from lung_mask import lung_labels
+from lung_mask import segment_lungs
 from monte_carlo import Passes
 from runs import read_settings
 from scan import scan_path, write_scan
-from volume_io import read_volume
+from volume_io import read_nifti
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def run(make_lung_run, tmp_path_factory):
 def chest(chest_scan):
     """With lung labels, and what looks like a nodule far from them and one in them."""
     hu = chest_scan.hu.copy()
-    lung = lung_labels(hu, chest_scan.spacing_mm, config.LungMask())
+    lung = segment_lungs(hu, chest_scan.spacing_mm, config.LungMask())
     hu[lung > 0] = -600
     z, y, x = (int(np.median(found)) for found in np.nonzero(lung == 1))
     hu[z - 3 : z + 3, y - 8 : y + 8, x - 8 : x + 8] = -850
@@ -54,7 +54,7 @@ def infer_chest(run, chest, tmp_path, **passes):
 def test_nodules_are_looked_for_in_the_lungs_in_one_pass(run, chest, tmp_path):
     scan, (z, y, x) = chest
     out = infer_chest(run, scan, tmp_path)
-    prob, _ = read_volume(out / "chest/prob.nii.gz")
+    prob, _ = read_nifti(out / "chest/prob.nii.gz")
     assert prob[z, y, x] > 0.99
     assert not prob[:, :10, :10].any()
     assert not (out / "chest/std.nii.gz").exists()
@@ -64,13 +64,13 @@ def test_nodules_are_looked_for_in_the_lungs_in_one_pass(run, chest, tmp_path):
 def test_several_passes_say_how_sure_a_nodule_is(run, chest, tmp_path):
     scan, _ = chest
     out = infer_chest(run, scan, tmp_path, n=4)
-    std, _ = read_volume(out / "chest/std.nii.gz")
+    std, _ = read_nifti(out / "chest/std.nii.gz")
     postprocess.postprocess_predictions(
         postprocess.Arguments(predictions=out, scans=tmp_path / "scans", run=run)
     )
     with (out / "chest/nodules.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    labels, _ = read_volume(out / "chest/mask.nii.gz")
+    labels, _ = read_nifti(out / "chest/mask.nii.gz")
     assert rows
     for row in rows:
         own = labels == int(row["nodule_id"])

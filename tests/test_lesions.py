@@ -327,17 +327,17 @@ def test_few_shapes_are_told_and_none_is_refused(caplog):
     everybody = {
         lesions.patient_of_shape(i, lesions.SHAPE_MM) for i in range(lesions.SHAPES)
     }
-    assert lesions.checked(pathology, batches, frozenset()) == pathology
+    assert lesions.checked_lesions(pathology, batches, frozenset()) == pathology
     assert not caplog.records
     some = everybody - {lesions.patient_of_shape(0, lesions.SHAPE_MM)}
-    lesions.checked(pathology, batches, some)
+    lesions.checked_lesions(pathology, batches, some)
     assert "drawn nodules have 1 of 64 shapes" in caplog.text
     with pytest.raises(ValueError, match=r"all 64 outlines .* --lesions.probability 0"):
-        lesions.checked(pathology, batches, everybody)
+        lesions.checked_lesions(pathology, batches, everybody)
     circles = replace(pathology, kind="circles")
     others = replace(pathology, findings=("mass",))
     for settings in (circles, others):
-        assert lesions.checked(settings, batches, everybody) == settings
+        assert lesions.checked_lesions(settings, batches, everybody) == settings
 
 
 def test_nodules_differ_where_their_shape_is_held_out_and_nowhere_else():

@@ -13,7 +13,7 @@ from experiments import lung_comparison
 from experiments.lung_comparison import Arguments
 from scan import scan_path, write_scan
 from tests.conftest import SPACING_MM, tiny_scan
-from volume_io import write_volume
+from volume_io import write_nifti
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def work(tmp_path):
                 ("mask", mask),
                 ("mean", 0.9 * (mask > 0).astype(np.float32)),
             ):
-                write_volume(
+                write_nifti(
                     folder / f"{file}.nii.gz", values, scan.grid, scan.source_grid
                 )
     return tmp_path

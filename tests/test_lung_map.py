@@ -27,7 +27,7 @@ def phantom():
     hu = np.ascontiguousarray(full.hu[thin])
     grid = replace(full.grid, shape=hu.shape, affine=affine)
     scan = Scan("phantom", "phantom", hu=hu, grid=grid, source_grid=grid)
-    return scan, lung_mask.lung_labels(hu, scan.spacing_mm, config.LungMask())
+    return scan, lung_mask.segment_lungs(hu, scan.spacing_mm, config.LungMask())
 
 
 def boxes():
@@ -45,7 +45,7 @@ def judged(scan, labels, prob=None, std=None):
 
 
 def test_the_right_lung_is_1_and_lies_at_low_x():
-    labels = lung_map.lung_labels(boxes(), SPACING_MM, LungMap())
+    labels = lung_map.labels_from_map(boxes(), SPACING_MM, LungMap())
     assert (labels[5:35, 30:70, 20:40] == RIGHT).all()
     assert (labels[5:30, 30:70, 60:80] == LEFT).all()
     assert np.bincount(labels.ravel()).tolist() == [356_000, 24_000, 20_000]
@@ -54,15 +54,15 @@ def test_the_right_lung_is_1_and_lies_at_low_x():
 def test_a_voxel_at_the_threshold_is_no_lung():
     prob = boxes()
     prob[prob > 0.5] = np.float32(0.55)
-    assert not lung_map.lung_labels(prob, SPACING_MM, LungMap(thresh=0.55)).any()
-    assert lung_map.lung_labels(prob, SPACING_MM, LungMap(thresh=0.54)).any()
+    assert not lung_map.labels_from_map(prob, SPACING_MM, LungMap(thresh=0.55)).any()
+    assert lung_map.labels_from_map(prob, SPACING_MM, LungMap(thresh=0.54)).any()
 
 
 def test_pieces_below_the_smallest_volume_are_removed():
     prob = boxes()
     prob[0:2, 0:10, 0:10] = 0.9  # 200 voxels
     at, above = (
-        lung_map.lung_labels(
+        lung_map.labels_from_map(
             prob,
             SPACING_MM,
             LungMap(min_volume_mm3=200 * VOXEL_MM3 + more, min_share=0),
@@ -79,7 +79,7 @@ def test_pieces_that_are_small_beside_the_largest_are_removed():
     prob[36:39, 5:15, 45:60] = 0.9  # 450 voxels: 1.9 % of the largest
     for share, kept in ((0.02, False), (0.018, True)):
         settings = LungMap(min_volume_mm3=0, min_share=share)
-        labels = lung_map.lung_labels(prob, SPACING_MM, settings)
+        labels = lung_map.labels_from_map(prob, SPACING_MM, settings)
         assert (labels[37, 10, 50] > 0) == kept
         assert labels[20, 50, 30] == RIGHT
 
@@ -87,8 +87,8 @@ def test_pieces_that_are_small_beside_the_largest_are_removed():
 def test_no_more_than_the_most_pieces_are_kept():
     prob = boxes()
     prob[36:39, 30:70, 20:40] = 0.9  # the third largest
-    two = lung_map.lung_labels(prob, SPACING_MM, LungMap(max_pieces=2))
-    three = lung_map.lung_labels(prob, SPACING_MM, LungMap(max_pieces=3))
+    two = lung_map.labels_from_map(prob, SPACING_MM, LungMap(max_pieces=2))
+    three = lung_map.labels_from_map(prob, SPACING_MM, LungMap(max_pieces=3))
     assert not two[36:].any()
     assert (three[36:39, 30:70, 20:40] == RIGHT).all()
 
@@ -97,8 +97,8 @@ def test_what_a_lung_encloses_is_filled_and_what_is_open_is_not():
     prob = boxes()
     prob[10:14, 40:45, 25:30] = 0.1
     prob[20:24, 40:45, 20:25] = 0.1  # open at the lung's side
-    filled = lung_map.lung_labels(prob, SPACING_MM, LungMap())
-    hollow = lung_map.lung_labels(prob, SPACING_MM, LungMap(fill_holes=False))
+    filled = lung_map.labels_from_map(prob, SPACING_MM, LungMap())
+    hollow = lung_map.labels_from_map(prob, SPACING_MM, LungMap(fill_holes=False))
     assert (filled[10:14, 40:45, 25:30] == RIGHT).all()
     assert not filled[20:24, 40:45, 20:25].any()
     assert not hollow[10:14, 40:45, 25:30].any()
@@ -107,7 +107,7 @@ def test_what_a_lung_encloses_is_filled_and_what_is_open_is_not():
 def test_touching_lungs_are_parted():
     prob = boxes()
     prob[15:18, 45:50, 40:60] = 0.9  # a bridge
-    labels = lung_map.lung_labels(prob, SPACING_MM, LungMap())
+    labels = lung_map.labels_from_map(prob, SPACING_MM, LungMap())
     assert (labels[5:35, 30:70, 20:40] == RIGHT).all()
     assert (labels[5:30, 30:70, 60:80] == LEFT).all()
     assert (labels[15:18, 45:50, 40:60] > 0).all()
@@ -128,7 +128,7 @@ def test_sides_are_told_whatever_the_lungs_are_dilated_to(phantom):
 def test_a_single_lung_is_named_by_the_bodys_middle(middle_x, side):
     prob = boxes()
     prob[:, :, 50:] = 0.1
-    labels = lung_map.lung_labels(prob, SPACING_MM, LungMap(), middle_x=middle_x)
+    labels = lung_map.labels_from_map(prob, SPACING_MM, LungMap(), middle_x=middle_x)
     assert np.unique(labels).tolist() == [0, side]
 
 
@@ -141,7 +141,7 @@ def test_the_bodys_middle_is_where_half_of_its_tissue_is():
 
 def test_an_empty_map_gives_no_labels():
     prob = np.zeros((10, 20, 20), np.float32)
-    assert not lung_map.lung_labels(prob, SPACING_MM, LungMap()).any()
+    assert not lung_map.labels_from_map(prob, SPACING_MM, LungMap()).any()
 
 
 def test_the_score_is_the_dice_that_the_probabilities_expect():

@@ -14,11 +14,11 @@ def dice(a, b):
 
 def test_kmeans_threshold_of_two_values_lies_between_them():
     values = np.array([-900] * 30 + [100] * 70, np.int16)
-    assert lung_mask.kmeans_threshold(values) == -400
+    assert lung_mask.kmeans_threshold_hu(values) == -400
 
 
 def test_kmeans_threshold_of_one_value_is_that_value():
-    assert lung_mask.kmeans_threshold(np.full(9, 7, np.int16)) == 7
+    assert lung_mask.kmeans_threshold_hu(np.full(9, 7, np.int16)) == 7
 
 
 def test_kmeans_threshold_agrees_with_scikit_learn():
@@ -29,7 +29,7 @@ def test_kmeans_threshold_agrees_with_scikit_learn():
         [rng.normal(-850, 60, 4000), rng.normal(40, 80, 6000)]
     ).astype(np.int16)
     fitted = KMeans(n_clusters=2, n_init=5, random_state=0).fit(values.reshape(-1, 1))
-    assert lung_mask.kmeans_threshold(values) == pytest.approx(
+    assert lung_mask.kmeans_threshold_hu(values) == pytest.approx(
         fitted.cluster_centers_.mean(), abs=1e-2
     )
 
@@ -58,7 +58,7 @@ def test_the_slice_rule_keeps_regions_by_place_and_size():
 
 def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_chest):
     hu, right, left, trachea = make_chest()
-    labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
+    labels = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask())
     assert dice(labels == RIGHT, right) > 0.97
     assert dice(labels == LEFT, left) > 0.97
     assert not labels[trachea].any()
@@ -67,8 +67,8 @@ def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_che
 
 def test_a_mirrored_body_has_its_sides_exchanged(make_chest):
     hu, *_ = make_chest()
-    labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
-    mirrored = lung_mask.lung_labels(
+    labels = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask())
+    mirrored = lung_mask.segment_lungs(
         np.ascontiguousarray(hu[:, :, ::-1]), SPACING_MM, config.LungMask()
     )
     exchanged = np.array([0, LEFT, RIGHT], np.uint8)[mirrored[:, :, ::-1]]
@@ -82,8 +82,8 @@ def test_closing_takes_in_a_nodule_at_the_pleura(make_chest):
         ((z - 16) * 2.5) ** 2 + ((y - 95) * 1.5) ** 2 + ((x - 40) * 1.5) ** 2 <= 7**2
     ) & right
     hu[nodule] = 30
-    with_closing = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
-    without = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask(closing_mm=0.0))
+    with_closing = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask())
+    without = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask(closing_mm=0.0))
     # A ball of 12 mm in the mouth of 14 mm reaches 2.3 mm in, so not all of it.
     assert (with_closing[nodule] == RIGHT).mean() > 0.65
     assert (without[nodule] == RIGHT).mean() < 0.35
@@ -92,14 +92,14 @@ def test_closing_takes_in_a_nodule_at_the_pleura(make_chest):
 def test_a_vessel_within_the_lung_is_filled(make_chest):
     hu, *_ = make_chest()
     hu[5:28, 90:94, 60:64] = 50
-    labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
+    labels = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask())
     assert (labels[8:26, 90:94, 60:64] == RIGHT).all()
 
 
 def test_one_lung_is_named_by_its_side(make_chest):
     hu, right, left, _ = make_chest()
     hu[left] = 40
-    labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask())
+    labels = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask())
     assert dice(labels == RIGHT, right) > 0.97
     assert not (labels == LEFT).any()
 
@@ -107,12 +107,12 @@ def test_one_lung_is_named_by_its_side(make_chest):
 def test_a_body_without_lungs_has_none(make_chest):
     hu, right, left, trachea = make_chest()
     hu[right | left | trachea] = 40
-    assert not lung_mask.lung_labels(hu, SPACING_MM, config.LungMask()).any()
+    assert not lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask()).any()
 
 
 def test_thesis_mode_is_the_slice_rule_alone(make_chest):
     hu, *_ = make_chest()
-    labels = lung_mask.lung_labels(hu, SPACING_MM, config.LungMask(cleaning=False))
+    labels = lung_mask.segment_lungs(hu, SPACING_MM, config.LungMask(cleaning=False))
     expected = np.stack([lung_mask.slice_rule(image) for image in hu])
     assert np.array_equal(labels > 0, expected)
 
@@ -200,4 +200,4 @@ def test_slices_of_any_shape_have_a_middle(shape):
     share = middle.size / hu[0].size
     full = lung_mask.middle_of(np.zeros((512, 512), np.int16)).size / 512**2
     assert share == pytest.approx(full, rel=0.15)
-    lung_mask.lung_labels(hu, (2.5, 1.0, 1.0), config.LungMask())
+    lung_mask.segment_lungs(hu, (2.5, 1.0, 1.0), config.LungMask())

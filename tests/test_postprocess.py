@@ -14,7 +14,7 @@ from postprocess import Arguments, best_of_grid, postprocess_predictions, tuning
 from predictions import Predictions, read_predictions
 from scan import read_scan, write_scan
 from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
-from volume_io import read_volume, write_volume
+from volume_io import read_nifti, write_nifti
 
 FIXED = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 VOXEL_MM3 = 2.5 * 1.5 * 1.5
@@ -461,7 +461,7 @@ def work(tmp_path):
         reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
         prob[reference & (scan.lung > 0)] = 0.6
         path = tmp_path / "predictions" / scan.scan_id / "prob.nii.gz"
-        write_volume(path, prob, scan.grid, scan.source_grid)
+        write_nifti(path, prob, scan.grid, scan.source_grid)
     predictions = Predictions(
         run="smoke",
         weights_sha256="0" * 64,
@@ -511,7 +511,7 @@ def test_the_step_tunes_and_writes_masks_and_nodules(work):
     assert tuned["settings"]["threshold"] > 0.3  # 0.3 holds what few readers marked
     assert tuned["reached"]["mean_dice"] > 0.95
     scan = read_scan(work / "scans/scan-001.h5")
-    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    labels, _ = read_nifti(work / "predictions/scan-001/mask.nii.gz")
     reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
     assert np.array_equal(labels > 0, reference & (scan.lung > 0))
     rows = read_rows(work / "predictions/scan-001/nodules.csv")
@@ -576,7 +576,7 @@ def test_masks_of_other_settings_are_not_mixed(work):
     ):
         postprocess_predictions(arguments(work))
     postprocess_predictions(arguments(work, overwrite=True))
-    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    labels, _ = read_nifti(work / "predictions/scan-001/mask.nii.gz")
     scan = read_scan(work / "scans/scan-001.h5")
     assert np.array_equal(labels > 0, scan.nodule_labels > 0)
 
@@ -607,9 +607,9 @@ def test_a_rule_is_used_instead_of_the_runs_settings(work):
     assert "at least 0 mm3, 150 voxels" in report.line
     assert "rule voxels-150" in report.line
     assert not (work / "run/postprocess.json").exists()
-    labels, _ = read_volume(work / "predictions/scan-001/mask.nii.gz")
+    labels, _ = read_nifti(work / "predictions/scan-001/mask.nii.gz")
     sizes = np.bincount(labels.ravel())[1:]
-    prob, _ = read_volume(work / "predictions/scan-001/prob.nii.gz")
+    prob, _ = read_nifti(work / "predictions/scan-001/prob.nii.gz")
     every = components(prob >= np.float32(0.5), 26)
     every = np.bincount(every.ravel())[1:]
     assert sorted(sizes) == sorted(every[every >= 150])
@@ -647,7 +647,7 @@ def test_a_scan_without_its_map_is_skipped_and_the_rest_goes_on(work):
 def test_a_map_on_another_grid_is_skipped(work):
     grid = canonical_grid(SHAPE, (1.0, 1.0, 1.0))
     path = work / "predictions/scan-001/prob.nii.gz"
-    write_volume(path, np.zeros(SHAPE, np.float32), grid, grid)
+    write_nifti(path, np.zeros(SHAPE, np.float32), grid, grid)
     report = postprocess_predictions(arguments(work))
     assert "its grid" in report.failures[0].reason
     assert "2.5 x 1.5 x 1.5 mm" in report.failures[0].reason

@@ -22,7 +22,7 @@ import slice_idx
 from monte_carlo import Passes
 from nodules import find_nodules
 from scan import read_scan, readers_in
-from volume_io import read_volume
+from volume_io import read_nifti
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
@@ -36,8 +36,8 @@ def lungs_found(source, folder, lungs, *, weights=infer.SHIPPED):
     assert not report.failures
     (mask_path,) = folder.glob("*/mask.nii.gz")
     return (
-        read_volume(mask_path)[0],
-        read_volume(mask_path.with_name("std.nii.gz"))[0],
+        read_nifti(mask_path)[0],
+        read_nifti(mask_path.with_name("std.nii.gz"))[0],
     )
 
 
@@ -193,7 +193,7 @@ def nodules_met(source, folder):
     )
     scan = lidc.load_scan(lidc.find_scans(source)[0])
     (path,) = folder.glob("*/nodules.nii.gz")
-    labels = read_volume(path)[0]
+    labels = read_nifti(path)[0]
     reference = np.asarray(scan.nodule_labels)
     false = [n for n in np.unique(labels)[1:] if not reference[labels == n].any()]
     return scan, set(np.unique(reference[labels > 0])) - {0}, len(false)
@@ -220,7 +220,7 @@ def test_lungs_of_a_real_scan_never_seen(real, tmp_path):
 
     mask, _ = lungs_found(real, tmp_path / "out", ONE_LOOK)
     scan = lidc.load_scan(lidc.find_scans(real)[0])
-    classical = lung_mask.lung_labels(scan.hu, scan.spacing_mm, config.LungMask())
+    classical = lung_mask.segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
     assert metrics.dice(classical > 0, mask > 0) > 0.95
     assert (mask[np.asarray(scan.reader_bits) > 0] > 0).mean() > 0.95
 

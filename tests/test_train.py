@@ -502,6 +502,8 @@ def test_a_run_older_than_a_setting_had_its_default():
     del older["candidates_sha256"]
     del older["settings"]["batches"]["real_fraction"]
     del older["settings"]["lesions"]
-    assert train.differing(older, wanted) == []
+    assert train.differing_fields(older, wanted) == []
     wanted["settings"]["batches"]["real_fraction"] = 0.5
-    assert train.differing(older, wanted) == ["batches.real_fraction was 0.0, is 0.5"]
+    assert train.differing_fields(older, wanted) == [
+        "batches.real_fraction was 0.0, is 0.5"
+    ]

@@ -218,7 +218,7 @@ def test_beyond_the_field_of_view_there_is_no_reference(table):
 
 
 def test_the_cache_keeps_what_was_used_last_and_no_more(table):
-    one = volumes.read_volume(table, 0, LUNGS).nbytes
+    one = volumes.read_table_volume(table, 0, LUNGS).nbytes
     cache = VolumeCache(table, LUNGS, most_bytes=2 * one)
     first = cache.read(0)
     cache.read(1)

@@ -26,8 +26,8 @@ import scan_results
 import steps
 from geometry import Grid
 from scan import LEFT, RIGHT
-from scan_results import Row
-from volume_io import check_same_grid, read_volume
+from scan_results import LungRow
+from volume_io import check_same_grid, read_nifti
 
 SMOOTHING = 0.8
 """Standard deviation, in voxels of the coarse mask, that takes the steps off its surface."""
@@ -145,7 +145,7 @@ def values_at(points_ras_mm: np.ndarray, values: np.ndarray, grid: Grid) -> np.n
     return ndimage.map_coordinates(values, index, order=1, mode="nearest")
 
 
-def read_lungs(folder: Path) -> tuple[Row, np.ndarray, np.ndarray, Grid]:
+def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
     """What infer.py wrote of one scan: its row of lungs.csv, labels, std and their grid.
 
     Raises:
@@ -165,15 +165,15 @@ def read_lungs(folder: Path) -> tuple[Row, np.ndarray, np.ndarray, Grid]:
                 f"{folder}: no {name} (found {found or 'nothing'}); run infer.py with a run "
                 "for lungs and --save_as nifti --overwrite"
             )
-    table = folder.parent / scan_results.TABLE
-    rows = {row.pid: row for row in scan_results.read_table(table)}
+    table = folder.parent / scan_results.LUNGS_CSV
+    rows = {row.pid: row for row in scan_results.read_lung_rows(table)}
     if pid not in rows:
         raise ValueError(
             f"{table}: no row of {pid}, so nothing says whether its lungs can be trusted; "
             "run infer.py again with this --result_dir"
         )
-    labels, grid = read_volume(folder / "mask.nii.gz")
-    std, std_grid = read_volume(folder / "std.nii.gz")
+    labels, grid = read_nifti(folder / "mask.nii.gz")
+    std, std_grid = read_nifti(folder / "std.nii.gz")
     check_same_grid(std_grid, grid, folder / "std.nii.gz")
     if not np.isin(labels, tuple(NAMES)).any():
         raise ValueError(
@@ -194,7 +194,7 @@ def read_nodules(
         ValueError: If a file is missing or damaged, or they do not fit each other.
     """
     folder = folder.absolute()
-    rows = scan_results.read_rows(folder.parent / scan_results.NODULES)
+    rows = scan_results.read_rows(folder.parent / scan_results.NODULES_CSV)
     by_id = {int(row["nodule_id"]): row for row in rows.get(folder.name, [])}
     path = folder / "nodules.nii.gz"
     if not by_id:
@@ -204,7 +204,7 @@ def read_nodules(
             f"{folder}: no nodules.nii.gz, but {len(by_id)} rows in nodules.csv; run "
             "infer.py again with this --result_dir"
         )
-    labels, own_grid = read_volume(path)
+    labels, own_grid = read_nifti(path)
     check_same_grid(own_grid, grid, path)
     drawn = set(np.unique(labels).astype(int).tolist()) - {0}
     if drawn != set(by_id):
@@ -314,7 +314,7 @@ def figure_of(
     return shown
 
 
-def page_of(row: Row, figure: Any) -> str:
+def page_of(row: LungRow, figure: Any) -> str:
     """The page: verdict, figure and the whole of Plotly; nothing is loaded."""
     verdict = "Flag 0: no reason was found not to trust the mask."
     if row.flag:

@@ -865,7 +865,7 @@ def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
         pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
     (source,) = dicom.find_scans(DATA / folder)
     slices = dicom.sorted_slices(dicom.read_slices(source.paths))
-    volume, _ = dicom.read_volume(slices)
+    volume, _ = dicom.stack_slices(slices)
     blank, half_blank, offset, copied = (volume.copy() for _ in range(4))
     blank[20:23] = AIR_HU
     half_blank[20:23, 256:] = AIR_HU

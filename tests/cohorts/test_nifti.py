@@ -11,7 +11,7 @@ import SimpleITK
 from cohorts import nifti
 from geometry import flip_xy, to_source
 from scan import AIR_HU, ScanError
-from volume_io import write_volume
+from volume_io import write_nifti
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
@@ -226,7 +226,7 @@ def test_what_is_written_of_a_series_lies_as_simpleitk_reads_the_series(
 ):
     folder = saved(series(orientation=orientation))[0].parent
     scan = load(folder)
-    write_volume(tmp_path / "m.nii.gz", scan.hu, scan.grid, scan.source_grid)
+    write_nifti(tmp_path / "m.nii.gz", scan.hu, scan.grid, scan.source_grid)
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     dicom, written = reader.Execute(), SimpleITK.ReadImage(tmp_path / "m.nii.gz")
@@ -298,7 +298,7 @@ def test_lungs_on_the_wrong_sides_are_refused(listed, tmp_path, chest):
 
 def test_other_lung_labels_are_refused():
     with pytest.raises(ScanError, match="lung labels 0, 3, 4; expected 0, 1"):
-        nifti.lung_labels(np.array([[[0, 3, 4]]]), "lung.nii")
+        nifti.checked_lung_labels(np.array([[[0, 3, 4]]]), "lung.nii")
 
 
 def test_labels_of_another_geometry_are_refused(listed, tmp_path, chest):
@@ -525,20 +525,20 @@ def test_a_header_cannot_name_a_file_outside_its_folder(
     with pytest.raises(
         ScanError, match=rf"{name}: its voxels are said to be in .*secret"
     ):
-        nifti.read_volume(path)
+        nifti.read_volume_file(path)
 
 
 def test_a_header_may_name_a_file_beside_it(chest, tmp_path):
     (tmp_path / "my scan..raw").write_bytes(chest().tobytes())
     path = tmp_path / "a.mhd"
     path.write_text(META + "ElementDataFile = my scan..raw\n")
-    assert np.array_equal(nifti.read_volume(path)[0], chest().T)
+    assert np.array_equal(nifti.read_volume_file(path)[0], chest().T)
 
 
 def test_a_header_without_end_is_refused(tmp_path):
     (tmp_path / "a.mhd").write_text(META + "Comment = x\n" * 100_000)
     with pytest.raises(ScanError, match="no end of a MetaImage .* first 1048576 bytes"):
-        nifti.read_volume(tmp_path / "a.mhd")
+        nifti.read_volume_file(tmp_path / "a.mhd")
 
 
 def test_a_second_channel_in_a_plain_folder_is_no_second_patient(chest, tmp_path):
@@ -669,4 +669,4 @@ def test_a_real_lobe_map_is_no_ct_and_no_lung_mask():
         load(path)
     grid = load(DATA / "CIP/ct-64.nrrd").grid
     with pytest.raises(ScanError, match="lung labels 0, 9, 10"):
-        nifti.lung_labels(nifti.read_labels(path, grid), str(path))
+        nifti.checked_lung_labels(nifti.read_labels(path, grid), str(path))

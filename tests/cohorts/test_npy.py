@@ -105,7 +105,7 @@ def test_the_middle_slices_of_each_scan(table_path, tmp_path, middle, expected):
     out = tmp_path / "npy"
     count = table.write_npy_slices(table_path, out, LUNG, middle=middle)
     assert count == 3 * len(expected)
-    rows = npy.read_list(out / "patient-000" / npy.LIST)
+    rows = npy.read_slice_list(out / "patient-000" / npy.LIST)
     for scan_id in ("scan-000", "scan-001"):
         assert [row.z for row in rows if row.pid == scan_id] == list(expected)
     names = {path.name for path in (out / "patient-002").iterdir()}

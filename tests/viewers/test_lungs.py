@@ -9,12 +9,12 @@ import scan_results
 from geometry import Grid
 from nodules import NODULE_COLUMNS
 from scan import LEFT, RIGHT
-from scan_results import Row
+from scan_results import LungRow
 from tests.conftest import canonical_grid
 from viewers import lungs
-from volume_io import read_volume, write_volume
+from volume_io import read_nifti, write_nifti
 
-ROW = Row("scan-1", 12, 900.0, 800.0, 0.97, 0, "", 3.0)
+ROW = LungRow("scan-1", 12, 900.0, 800.0, 0.97, 0, "", 3.0)
 RADIUS_MM = 40
 CENTRE_RAS_MM = np.array([12.0, -7.0, 30.0])
 TURNED = np.diag([1.5, 1.5, 2.5, 1.0])
@@ -80,9 +80,9 @@ def folder(scan, tmp_path):
     affine[:3, 3] = grid.index_to_ras_mm(np.array([0, grid.shape[1] - 1, shape[0] - 1]))
     source = Grid(shape, affine)
     std = np.where(np.arange(64) < 32, 0.1, 0.3) * np.ones(scan.hu.shape)
-    write_volume(tmp_path / "scan-1/mask.nii.gz", scan.lung, grid, source)
-    write_volume(tmp_path / "scan-1/std.nii.gz", std, grid, source)
-    scan_results.write_table(tmp_path / "lungs.csv", [ROW])
+    write_nifti(tmp_path / "scan-1/mask.nii.gz", scan.lung, grid, source)
+    write_nifti(tmp_path / "scan-1/std.nii.gz", std, grid, source)
+    scan_results.write_lung_rows(tmp_path / "lungs.csv", [ROW])
     return tmp_path / "scan-1"
 
 
@@ -114,16 +114,16 @@ def test_one_lung_alone_is_shown(folder):
 
 def add_found(folder, scan, ids=(1, 2)):
     """Two nodules beside the lungs' results, as infer.py leaves them."""
-    source = read_volume(folder / "mask.nii.gz")[1]
+    source = read_nifti(folder / "mask.nii.gz")[1]
     found = np.zeros(scan.hu.shape, np.uint8)
     found[5:9, 20:26, 12:18], found[7, 30, 44] = 1, 2
-    write_volume(folder / "nodules.nii.gz", found, scan.grid, source)
+    write_nifti(folder / "nodules.nii.gz", found, scan.grid, source)
     rows = [
         dict.fromkeys(NODULE_COLUMNS, "7.5")
         | {"case_id": "scan-1", "nodule_id": number, "side": "left", "score": "0.91"}
         for number in ids
     ]
-    path = folder.parent / scan_results.NODULES
+    path = folder.parent / scan_results.NODULES_CSV
     scan_results.write_scan_rows(path, {"scan-1": rows})
     return found
 
@@ -227,7 +227,9 @@ def test_what_is_missing_is_named_with_what_to_do(folder):
 
 
 def test_results_without_a_verdict_are_refused(folder):
-    scan_results.write_table(folder.parent / "lungs.csv", [replace(ROW, pid="other")])
+    scan_results.write_lung_rows(
+        folder.parent / "lungs.csv", [replace(ROW, pid="other")]
+    )
     with pytest.raises(
         ValueError, match=r"lungs.csv: no row of scan-1.*infer.py again"
     ):
@@ -236,11 +238,11 @@ def test_results_without_a_verdict_are_refused(folder):
 
 def test_maps_of_different_grids_and_empty_masks_are_refused(folder, scan):
     grid = canonical_grid()
-    write_volume(folder / "mask.nii.gz", np.zeros_like(scan.lung), grid, grid)
+    write_nifti(folder / "mask.nii.gz", np.zeros_like(scan.lung), grid, grid)
     with pytest.raises(ValueError, match="no lung .1 right, 2 left."):
         lungs.read_lungs(folder)
     thin = canonical_grid(spacing_mm=(2.5, 1.0, 1.0))
-    write_volume(folder / "std.nii.gz", np.zeros(scan.hu.shape), thin, thin)
+    write_nifti(folder / "std.nii.gz", np.zeros(scan.hu.shape), thin, thin)
     with pytest.raises(ValueError, match=r"std.nii.gz: its grid .* is not the scan's"):
         lungs.read_lungs(folder)
 

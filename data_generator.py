@@ -26,16 +26,13 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-import augment
-import boxes
 import config
-import files
-import lesions
-import scan as scans
 import slice_idx
-import slice_window
 import steps
-from batching import (
+from augment import augment2d, lesions
+from ct import boxes, files
+from ct import scan as scans
+from dataset.batching import (
     SLICE_BATCH,
     SLICE_NOISE,
     SLICE_ORDER,
@@ -46,9 +43,10 @@ from batching import (
     reads_lung,
     usable,
 )
-from slice_table import SliceTable
-from slice_window import Picture
-from volumes import VolumeGenerator
+from dataset.generator3d import VolumeGenerator
+from dataset.slice_table import SliceTable
+from viewers import slice_window
+from viewers.slice_window import Picture
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +118,7 @@ class SliceGenerator(Generator):
         self.noise_field = None
         if augmentation is not None and augmentation.noise_hu > 0:
             seeds = (SLICE_NOISE, seed)
-            self.noise_field = augment.noise_field(batches.slice_px, seed=seeds)
+            self.noise_field = augment2d.noise_field(batches.slice_px, seed=seeds)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
         """Table rows of all batches of an epoch, one batch after the other."""
@@ -173,7 +171,7 @@ class SliceGenerator(Generator):
             drawn = readers.one(row, rng).astype(np.float32)
         marks = marks_of(consensus, lung)
         image, _, warp = self.warped(hu, marks, crop, changes, rng)
-        mask = augment.warp_image(drawn, warp, self.batches.slice_px, fill=0)
+        mask = augment2d.warp_image(drawn, warp, self.batches.slice_px, fill=0)
         if self.batches.reference == "reader":
             mask = (mask >= 0.5).astype(np.uint8)
         return image, mask
@@ -187,7 +185,7 @@ class SliceGenerator(Generator):
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
         """`sample` after its random changes."""
         image, marks, _ = self.warped(hu, marks, crop, changes, rng)
-        return image, marks & augment.TARGET_BIT
+        return image, marks & augment2d.TARGET_BIT
 
     def warped(self, hu, marks, crop, changes: config.Augment, rng):
         """Input and marks after random changes, and the warp that moved them.
@@ -195,19 +193,19 @@ class SliceGenerator(Generator):
         With `lung_mask` only the box around the lungs is computed: the rest is 0.
         """
         batches, size = self.batches, self.batches.slice_px
-        warp = augment.draw_warp(changes, crop, size, rng)
-        gamma, noise_hu = augment.draw_intensity(changes, rng)
-        marks = augment.warp_labels(marks, warp, size)
-        lung = marks & augment.LUNG_BIT
+        warp = augment2d.draw_warp(changes, crop, size, rng)
+        gamma, noise_hu = augment2d.draw_intensity(changes, rng)
+        marks = augment2d.warp_labels(marks, warp, size)
+        lung = marks & augment2d.LUNG_BIT
         image = np.zeros(size, np.float32)
         box = boxes.around(lung) if batches.lung_mask else boxes.whole(size)
         if box:
-            fill = augment.fill(hu, batches)
-            hu = augment.warp_image(hu, warp.within(box), image[box].shape, fill=fill)
+            fill = augment2d.fill(hu, batches)
+            hu = augment2d.warp_image(hu, warp.within(box), image[box].shape, fill=fill)
             if self.noise_field is not None:
-                hu = augment.add_noise(hu, self.noise_field, noise_hu, rng)
-            image[box] = augment.windowed(hu, lung[box], batches, gamma=gamma)
-        return augment.normalised(image, batches), marks, warp
+                hu = augment2d.add_noise(hu, self.noise_field, noise_hu, rng)
+            image[box] = augment2d.windowed(hu, lung[box], batches, gamma=gamma)
+        return augment2d.normalised(image, batches), marks, warp
 
     def crop(self, mask, lung, rng: np.random.Generator) -> boxes.Crop:
         """The part of the slice that becomes the sample, by `batches.crop`."""
@@ -216,10 +214,10 @@ class SliceGenerator(Generator):
             case "centre" | "seed":
                 return boxes.crop_at_centre(mask.shape, size)
             case "lung":
-                return augment.crop_at_lungs(lung, size)
+                return augment2d.crop_at_lungs(lung, size)
             case "nodule":
                 shift_px = self.augmentation.shift_px if self.augmentation else 0
-                return augment.crop_near_nodule(
+                return augment2d.crop_near_nodule(
                     mask, lung, size, rng, margin_px=shift_px
                 )
             case other:
@@ -316,9 +314,9 @@ def tiles_of_slices(
     tiles = [
         (int(row), tile.start)
         for row in usable_rows(table, rows, batches)
-        for tile in augment.tiles(
+        for tile in augment2d.tiles(
             read_row(table, int(row), batches)[2] if reads_lung(batches) else None,
-            augment.resized_px(
+            augment2d.resized_px(
                 table.settings.size_px, stored_spacing_mm(table, int(row)), batches
             ),
             batches.slice_px,
@@ -339,10 +337,14 @@ def read_row(
         lung = table.read("lung", row)
         if batches.pixel_mm:
             spacing_mm = stored_spacing_mm(table, row)
-            size = augment.resized_px(hu.shape, spacing_mm, batches)
+            size = augment2d.resized_px(hu.shape, spacing_mm, batches)
             # Both lungs as one: where they meet, a pixel may be half of neither.
-            mask = augment.resized_labels((lung > 0).view(np.uint8), size)
-            return augment.resized(hu, size), mask, augment.resized_labels(lung, size)
+            mask = augment2d.resized_labels((lung > 0).view(np.uint8), size)
+            return (
+                augment2d.resized(hu, size),
+                mask,
+                augment2d.resized_labels(lung, size),
+            )
         return hu, (lung > 0).view(np.uint8), lung
     lung = table.read("lung", row) if reads_lung(batches) else None
     return hu, row_target(table, row, batches), lung
@@ -355,7 +357,7 @@ def stored_spacing_mm(table: SliceTable, row: int) -> list[float]:
 
 def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
     """Target and lung as bits of one image, so that one warp moves both."""
-    return mask if lung is None else mask | (lung > 0) * np.uint8(augment.LUNG_BIT)
+    return mask if lung is None else mask | (lung > 0) * np.uint8(augment2d.LUNG_BIT)
 
 
 def usable_rows(
@@ -403,7 +405,7 @@ def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarr
         return (table.read("lung", row) > 0).astype(np.uint8)
     if table.rows["nodule_px"][row] == 0:
         return np.zeros(table.settings.size_px, np.uint8)
-    return augment.nodule_target(
+    return augment2d.nodule_target(
         table.read("reader_bits", row),
         table.read("nodule_labels", row),
         table.readers_of_label(int(table.rows["scan"][row])),

@@ -18,23 +18,23 @@ from typing import Any
 
 import numpy as np
 
-import calibration
 import config
-import files
-import froc
-import froc_points
-import metrics
-import nodule_scores
 import postprocess
-import provenance
-import runs
-import scan_results
 import steps
-from metrics import Interval
-from predictions import POSTPROCESS_JSON, Predictions, read_predictions, write_rows
-from provenance import DISCLAIMER
-from scan import Scan, ScanError, read_scan, scan_identity, scan_path
-from volume_io import check_same_grid, read_nifti
+from ct import files, provenance
+from ct.nifti_io import check_same_grid, read_nifti
+from ct.provenance import DISCLAIMER
+from ct.scan import Scan, ScanError, read_scan, scan_identity, scan_path
+from metrics import calibration, froc, froc_points, nodule_scores, overlap
+from metrics.overlap import Interval
+from results import result_folder
+from results.predictions import (
+    POSTPROCESS_JSON,
+    Predictions,
+    read_predictions,
+    write_rows,
+)
+from training import runs
 
 log = logging.getLogger(__name__)
 
@@ -261,9 +261,9 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
                 f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
                 "--overwrite"
             )
-    path = arguments.predictions / scan_results.LUNGS_JSON
+    path = arguments.predictions / result_folder.LUNGS_JSON
     save_as = json.loads(path.read_text())["save_as"] if path.exists() else "nifti"
-    if save_as in scan_results.FILES:
+    if save_as in result_folder.FILES:
         raise ValueError(
             f"{path}: results were saved as {save_as}; expected nifti or nifti-labels; run "
             "infer.py with one of them and another --result_dir"
@@ -283,7 +283,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
             f"{parts}; choose another --part"
         )
     if in_lungs(arguments.predictions):
-        path = arguments.predictions / scan_results.CANDIDATES_CSV
+        path = arguments.predictions / result_folder.CANDIDATES_CSV
         froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
         if job.leak:
@@ -330,7 +330,7 @@ def score(job: Job) -> Scored:
         postprocess.only_slices(volume, job.slices) for volume in (labels, reference)
     )
     predicted = labels > 0
-    counts = metrics.count_voxels(reference, predicted)
+    counts = overlap.count_voxels(reference, predicted)
     with_nodule = reference.any(axis=(1, 2))
     row = {
         "scan_id": job.scan_id,
@@ -340,7 +340,7 @@ def score(job: Job) -> Scored:
         "whole": int(scan.whole),
         **counts._asdict(),
         "dice": counts.dice if with_nodule.any() else np.nan,
-        "dice_nodule_slices": metrics.dice(
+        "dice_nodule_slices": overlap.dice(
             reference[with_nodule], predicted[with_nodule]
         ),
         "iou": counts.iou if with_nodule.any() else np.nan,
@@ -352,13 +352,13 @@ def score(job: Job) -> Scored:
     }
     if job.slices is not None:  # single slices have neither surfaces nor whole nodules
         return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
-    surfaces = metrics.surface_distances(reference, predicted, scan.spacing_mm)
+    surfaces = overlap.surface_distances(reference, predicted, scan.spacing_mm)
     known = nodule_scores.nodules_that_count(scan, arguments.min_readers)
     labels_ref = nodule_scores.reference_labels(scan, reference, known)
     _, irrelevant = froc_points.spheres_of(scan, arguments.min_readers)
     marked = np.asarray(scan.reader_bits) > 0
     marked |= froc_points.within_spheres(scan, irrelevant)
-    match = metrics.match_nodules(labels_ref, labels, marked)
+    match = overlap.match_nodules(labels_ref, labels, marked)
     row |= {
         "hd95_mm": surfaces.hausdorff_mm(),
         "surface_dice": (
@@ -410,7 +410,7 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
 
 def in_lungs(predictions: Path) -> dict[str, Any] | None:
     """How nodules were found in lungs: None if these are no lungs, {} if not looked for."""
-    path = predictions / scan_results.LUNGS_JSON
+    path = predictions / result_folder.LUNGS_JSON
     if not path.exists():
         return None
     return json.loads(path.read_text()).get("nodules") or {}
@@ -427,8 +427,8 @@ def lung_scores(
     if truth_dir is not None and scan_path(truth_dir, scan.scan_id).exists():
         truth = read_scan(scan_path(truth_dir, scan.scan_id)).lung
         if truth is not None:
-            dice = metrics.dice(truth > 0, inside)
-    inclusion = metrics.ratio((reference & inside).sum(), reference.sum())
+            dice = overlap.dice(truth > 0, inside)
+    inclusion = overlap.ratio((reference & inside).sum(), reference.sum())
     return {"lung_dice": dice, "lung_inclusion": inclusion}
 
 
@@ -439,10 +439,10 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     candidates of any score count.
     """
     folder = job.arguments.predictions
-    path = folder / job.scan_id / scan_results.NODULES_CSV
+    path = folder / job.scan_id / result_folder.NODULES_CSV
     shared = in_lungs(folder) is not None
     if shared:
-        path = folder / scan_results.CANDIDATES_CSV
+        path = folder / result_folder.CANDIDATES_CSV
     if not scan.whole or not path.exists():
         return {}
     targets, irrelevant = froc_points.spheres_of(scan, job.arguments.min_readers)
@@ -544,19 +544,19 @@ def summary(
     for name, text in PER_SCAN.items():
         values = column(rows, name)
         if np.isfinite(values).any():
-            interval = metrics.bootstrap_mean(values, patients, n=draws)
+            interval = overlap.bootstrap_mean(values, patients, n=draws)
             lines.append(
                 Line(text, interval, int(np.isfinite(values).sum()), len(rows))
             )
     counts = np.stack([column(rows, name) for name in ("tp", "fp", "fn")], axis=1)
     for name in ("dice", "sensitivity", "precision"):
-        interval = metrics.bootstrap_pooled(counts, patients, name, n=draws)
+        interval = overlap.bootstrap_pooled(counts, patients, name, n=draws)
         text = f"Voxel {name}, pooled" if name != "dice" else "Dice, pooled"
         lines.append(Line(text, interval, len(rows), len(rows)))
     lines.append(
         Line(
             "False positives per scan",
-            metrics.bootstrap_mean(column(rows, "false_positives"), patients, n=draws),
+            overlap.bootstrap_mean(column(rows, "false_positives"), patients, n=draws),
             len(rows),
             len(rows),
         )
@@ -573,7 +573,7 @@ def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
         patients = column(some, "patient_id")
         for key, text in (("hit", "Nodule sensitivity"), ("dice", "Dice per nodule")):
             values = column(some, key).astype(float)
-            interval = metrics.bootstrap_mean(values, patients, n=draws)
+            interval = overlap.bootstrap_mean(values, patients, n=draws)
             defined = int(np.isfinite(values).sum())
             lines.append(Line(f"{text}, {name}", interval, defined, len(nodules)))
     return lines + reader_lines(nodules, draws=draws)
@@ -588,7 +588,7 @@ def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
     return [
         Line(
             f"{text}, nodules of {AGREEING_READERS} or more readers",
-            metrics.bootstrap_mean(column(some, name), patients, n=draws),
+            overlap.bootstrap_mean(column(some, name), patients, n=draws),
             int(np.isfinite(column(some, name)).sum()),
             len(nodules),
         )
@@ -656,7 +656,7 @@ def protocol(
         f"Dice of readers: over all slices of a nodule; the majority of n others is at least "
         "n/2 of them. ECE: of voxels that a reader drew or with a probability above "
         f"{calibration.LEAST_PROBABILITY:g}, in bins of 0.05." + fitted,
-        f"A nodule is found by a component of IoU >= {metrics.MIN_IOU:g}; surfaces agree "
+        f"A nodule is found by a component of IoU >= {overlap.MIN_IOU:g}; surfaces agree "
         f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus is all that "
         "any reader drew.",
         "Strata: diameter is the readers' mean, texture and subtlety their median rating "

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-import augment
 import config
-import files
-import provenance
-import runs
 import steps
+from augment import augment2d
+from ct import files, provenance
+from training import runs
 
 TOLERANCE = 1e-4
 """Largest difference allowed between the SavedModel and Python, in probability."""
@@ -173,13 +172,13 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
             image = tf.where(lung > 0, image, 0.0)
         if batches.normalisation in ("zscore", "relative"):
             mean, variance = tf.nn.moments(image, axes=axes, keepdims=True)
-            image = (image - mean) / (tf.sqrt(variance) + augment.EPSILON)
+            image = (image - mean) / (tf.sqrt(variance) + augment2d.EPSILON)
         elif batches.normalisation == "minmax":
             least = tf.reduce_min(image, axis=axes, keepdims=True)
             most = tf.reduce_max(image, axis=axes, keepdims=True)
-            image = (image - least) / (most - least + augment.EPSILON)
+            image = (image - least) / (most - least + augment2d.EPSILON)
         elif batches.normalisation == "population":
-            mean, sd = augment.POPULATION_HU
+            mean, sd = augment2d.POPULATION_HU
             image = (image * (high - low) + low - mean) / sd
         output = network(tf.expand_dims(image, -1), training=False)
         return {"probability": runs.mask_of(output)[..., 1]}
@@ -198,7 +197,7 @@ def largest_difference(
         inputs["lung"] = (rng.random((2, *size_px)) < 0.5).astype(np.uint8)
     lungs = inputs.get("lung", [None, None])
     images = [
-        augment.to_input(image, lung, batches)
+        augment2d.to_input(image, lung, batches)
         for image, lung in zip(hu, lungs, strict=True)
     ]
     expected = runs.mask_of(network.predict_on_batch(np.stack(images)[..., None]))

@@ -27,33 +27,37 @@ import numpy as np
 import tyro
 
 import config
-import files
-import lung_map
-import lung_mask
-import provenance
-import runs
-import scan_results
 import slice_idx
 import steps
-from geometry import Grid
-from lung_map import LungMap
-from monte_carlo import CONVERGED_DICE, MEMORY_GB, Maps, Passes, VolumePredictor
-from nodule_finder import NoduleFinder
-from nodules import label_nodules
-from patches import PatchPredictor
-from predictions import (
+from ct import files, provenance
+from ct.geometry import Grid
+from ct.nifti_io import write_nifti
+from ct.scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
+from inference.finder import NoduleFinder
+from inference.predictor2d import Predictor
+from inference.predictor3d import (
+    CONVERGED_DICE,
+    MEMORY_GB,
+    Maps,
+    Passes,
+    VolumePredictor,
+)
+from inference.seeded import PatchPredictor
+from lungs.classical import body_middle_x, segment_lungs
+from lungs.labels import LungMap, Verdict, judge, labels_from_map, snapped, volumes_ml
+from nodules.measures import label_nodules
+from preprocess import with_lungs, without_folders
+from results import result_folder
+from results.predictions import (
     POSTPROCESS_JSON,
     PREDICTIONS_JSON,
     STD_NIFTI,
     Predictions,
     read_predictions,
 )
-from predictor import Predictor
-from preprocess import with_lungs, without_folders
-from runs import Precision
-from scan import Scan, ScanError, ScanSource, read_scan, scan_files, scan_identity
-from scan_results import Results, SaveAs
-from volume_io import write_nifti
+from results.result_folder import Results, SaveAs
+from training import runs
+from training.runs import Precision
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +82,10 @@ OUTLINES = Path(__file__).parent / NODULE2D
 BATCH_SIZE = 8
 
 OWN_NAMES = {
-    scan_results.LUNGS_CSV,
-    scan_results.NODULES_CSV,
-    scan_results.CANDIDATES_CSV,
-    scan_results.LUNGS_JSON,
+    result_folder.LUNGS_CSV,
+    result_folder.NODULES_CSV,
+    result_folder.CANDIDATES_CSV,
+    result_folder.LUNGS_JSON,
     PREDICTIONS_JSON,
     POSTPROCESS_JSON,
     "skipped.csv",
@@ -351,7 +355,7 @@ def write_lungs(
         maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
         found = finder.find(replace(scan, lung=labels)) if finder else None
         seconds = time.monotonic() - started
-        row = scan_results.row_of(task.scan_id, maps.n, verdict, seconds)
+        row = result_folder.row_of(task.scan_id, maps.n, verdict, seconds)
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: not to be trusted: %s", task.scan_id, reason)
@@ -377,7 +381,7 @@ def lungs_of(
     predictor: VolumePredictor | Predictor,
     settings: LungMap,
     reach_mm: float,
-) -> tuple[Maps, np.ndarray, lung_map.Verdict]:
+) -> tuple[Maps, np.ndarray, Verdict]:
     """Maps of the lungs of a scan, its (z, y, x) uint8 lung labels, and what they are worth.
 
     Args:
@@ -387,17 +391,17 @@ def lungs_of(
         reach_mm: Labels follow the classical mask if its border is as near as this.
     """
     maps = predictor.maps(scan, settings.thresh)
-    labels = lung_map.labels_from_map(
+    labels = labels_from_map(
         maps.mean,
         scan.spacing_mm,
         settings,
-        middle_x=lung_mask.body_middle_x(scan.hu),
+        middle_x=body_middle_x(scan.hu),
     )
-    verdict = lung_map.judge(labels, maps.mean, maps.std, scan)
+    verdict = judge(labels, maps.mean, maps.std, scan)
     if reach_mm and labels.any():
-        classical = lung_mask.segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
-        labels = lung_map.snapped(labels, classical, scan.spacing_mm, reach_mm)
-        right_ml, left_ml = lung_map.volumes_ml(labels, scan.grid.voxel_mm3)
+        classical = segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
+        labels = snapped(labels, classical, scan.spacing_mm, reach_mm)
+        right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
         verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
     return maps, labels, verdict
 

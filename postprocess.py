@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-import boxes
 import config
-import files
-import provenance
-import runs
 import steps
 from configs.rules import RULES, Rule
-from geometry import Grid, canonical_grid
-from metrics import Counts
-from nodules import (
+from ct import boxes, files, provenance
+from ct.geometry import Grid, canonical_grid
+from ct.nifti_io import check_same_grid, read_nifti, write_nifti
+from ct.scan import Scan, ScanError, consensus, read_scan, readers_of_label, scan_path
+from metrics.overlap import Counts
+from nodules.measures import (
     NODULE_COLUMNS,
     connected,
     find_nodules,
@@ -34,7 +33,7 @@ from nodules import (
     nodule_row,
     within_lung,
 )
-from predictions import (
+from results.predictions import (
     FORMAT_VERSION,
     POSTPROCESS_JSON,
     STD_NIFTI,
@@ -42,8 +41,7 @@ from predictions import (
     read_predictions,
     write_rows,
 )
-from scan import Scan, ScanError, consensus, read_scan, readers_of_label, scan_path
-from volume_io import check_same_grid, read_nifti, write_nifti
+from training import runs
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import config
-import files
-import provenance
 import steps
-from lung_mask import segment_lungs
-from scan import Scan, ScanError, ScanSource, read_provenance, scan_path, write_scan
+from ct import files, provenance
+from ct.scan import Scan, ScanError, ScanSource, read_provenance, scan_path, write_scan
+from lungs.classical import segment_lungs
 
 Repair = Literal["gaps", "duplicates", "tilt"]
 

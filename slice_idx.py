@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 import config
-import files
 import steps
-from slice_table import SliceTable, text_sha256
+from ct import files
+from dataset.slice_table import SliceTable, text_sha256
 
 log = logging.getLogger(__name__)
 

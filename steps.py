@@ -15,9 +15,9 @@ from typing import Any
 import tyro
 
 import config
-import files
 from configs import CONFIGS
-from scan import ScanError
+from ct import files
+from ct.scan import ScanError
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import config
-import files
-import hdf5
-import provenance
-import resample
-import scan as scans
 import steps
-from scan import AIR_HU, VOLUMES, Scan, ScanError
-from slice_table import (
+from ct import files, hdf5, provenance, resample
+from ct import scan as scans
+from ct.scan import AIR_HU, VOLUMES, Scan, ScanError
+from dataset.slice_table import (
     DTYPES,
     FORMAT_VERSION,
     NODULE,

@@ -22,13 +22,12 @@ import numpy as np
 import tyro
 
 import config
-import files
-import froc_points
-import provenance
-import runs
 import slice_idx
 import steps
-from slice_table import SliceTable
+from ct import files, provenance
+from dataset.slice_table import SliceTable
+from metrics import froc_points
+from training import runs
 
 log = logging.getLogger(__name__)
 
@@ -274,12 +273,15 @@ def open_data(
         ValueError: If nobody is left to train on.
     """
     import data_generator
-    import volumes
+    from dataset import generator3d
 
     batches, settings = experiment.batches, experiment.train
     if len(batches.input_px) == 3:
         rows_of, kind = slice_idx.scans_of_part, "scans"
-        training, validation = volumes.VolumeGenerator, volumes.validation_of_volumes
+        training, validation = (
+            generator3d.VolumeGenerator,
+            generator3d.validation_of_volumes,
+        )
     else:
         rows_of, kind = slice_idx.rows_of_part, "slices"
         training = data_generator.SliceGenerator
@@ -322,7 +324,7 @@ def candidates_of(
         ValueError: If it cannot be read or is of other scans, or no sample is laid around
             candidates.
     """
-    import volumes
+    from dataset import generator3d
 
     if batches.crop != "candidate":
         raise ValueError(
@@ -337,7 +339,7 @@ def candidates_of(
     for scan_id, places in known.items():
         grid = table.volume_grid(ids.index(scan_id))
         try:
-            volumes.voxels_at(places, grid)
+            generator3d.voxels_at(places, grid)
         except ValueError as error:
             raise ValueError(f"{path}, scan {scan_id}: {error}") from error
     training = slice_idx.scans_of_part(split, table, "train").tolist()
@@ -391,10 +393,10 @@ def fit(
         workers: Threads that make batches.
         init: Weights to start from.
     """
-    from models import callbacks, training
+    from training import callbacks, loop
 
     settings = experiment.train
-    model = training.prepared_model(experiment, steps_per_epoch=len(data.training))
+    model = loop.prepared_model(experiment, steps_per_epoch=len(data.training))
     progress = callbacks.Progress()
     if (directory / callbacks.STATE).is_file():
         progress = callbacks.read_state(directory / callbacks.STATE, model)
@@ -410,7 +412,7 @@ def fit(
         "slices" if len(experiment.batches.input_px) == 2 else "volumes",
     )
     if progress.epoch < settings.epochs and not progress.stopped:
-        training.run_epochs(
+        loop.run_epochs(
             model,
             data.training,
             data.validation,

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from froc import froc, mark
+from metrics.froc import froc, mark
 
 SCANS, CANDIDATES, NODULES = 888, 500, 1186
 

@@ -25,13 +25,13 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-import augment
-import boxes
 import config
 import data_generator
+from augment import augment2d
+from ct import boxes
+from ct.scan import AIR_HU, Scan, scan_path, write_scan
 from data_generator import SliceGenerator
-from scan import AIR_HU, Scan, scan_path, write_scan
-from slice_table import SliceTable
+from dataset.slice_table import SliceTable
 from table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,21 +57,21 @@ class SciPyGenerator(SliceGenerator):
         lung = self.table.read("lung", row) > 0
         mask = data_generator.row_target(self.table, row, self.batches)
         size = self.batches.input_px
-        warp = augment.draw_warp(changes, self.crop(mask, lung, rng), size, rng)
+        warp = augment2d.draw_warp(changes, self.crop(mask, lung, rng), size, rng)
         image = scipy_warp(hu, warp, size, order=1, fill=AIR_HU)
         lung = scipy_warp(lung.astype(np.uint8), warp, size, order=0, fill=0)
         mask = scipy_warp(mask, warp, size, order=0, fill=0)
-        gamma, noise_hu = augment.draw_intensity(changes, rng)
+        gamma, noise_hu = augment2d.draw_intensity(changes, rng)
         if noise_hu > 0:
             white = rng.normal(0, noise_hu, size)
-            image += ndimage.gaussian_filter(white, augment.NOISE_CORRELATION_PX)
+            image += ndimage.gaussian_filter(white, augment2d.NOISE_CORRELATION_PX)
         low, high = self.batches.window_hu
         image = np.clip((image - low) / (high - low), 0, 1) ** gamma
         image[lung == 0] = 0
         return image, mask
 
 
-def scipy_warp(image, warp: augment.Warp, size_px, *, order: int, fill: int):
+def scipy_warp(image, warp: augment2d.Warp, size_px, *, order: int, fill: int):
     """An image through the warp; `ndimage` counts (y, x) where the warp counts (x, y)."""
     if warp.points is not None:
         return ndimage.map_coordinates(
@@ -114,9 +114,9 @@ def bench_scans() -> tuple[list[Scan], str]:
 
         loaded = [lidc.load_scan(source) for source in lidc.find_scans(data)]
         return [with_lungs(scan, config.LungMask()) for scan in loaded], "LIDC-IDRI"
-    from cohorts import phantom
+    from phantoms import chest
 
-    return [phantom.to_scan(phantom.make_phantom(seed)) for seed in (0, 1)], "phantoms"
+    return [chest.to_scan(chest.make_phantom(seed)) for seed in (0, 1)], "phantoms"
 
 
 def build_table(scans: list[Scan], folder: Path, *, copies: int) -> Path:
@@ -180,32 +180,32 @@ def where_time_goes(table: SliceTable) -> None:
     size, changes = BATCHES.input_px, config.Augment(noise_hu=20, elastic_px=3)
     rng = np.random.default_rng(0)
     crop = boxes.crop_at_centre(table.settings.size_px, size)
-    bent = augment.draw_warp(changes, crop, size, rng)
-    flat = augment.Warp(bent.matrix)
+    bent = augment2d.draw_warp(changes, crop, size, rng)
+    flat = augment2d.Warp(bent.matrix)
     hu, lung = table.read("hu", row), table.read("lung", row)
     image, marks = (
-        augment.warp_image(hu, flat, size),
-        augment.warp_labels(lung, flat, size),
+        augment2d.warp_image(hu, flat, size),
+        augment2d.warp_labels(lung, flat, size),
     )
-    field = augment.noise_field(size, seed=0)
+    field = augment2d.noise_field(size, seed=0)
     stages: dict[str, Callable[[], object]] = {
         "read HU": lambda: table.read("hu", row),
         "read lung": lambda: table.read("lung", row),
         "read readers, consensus": lambda: data_generator.row_target(
             table, row, BATCHES
         ),
-        "draw an affine warp": lambda: augment.draw_warp(
+        "draw an affine warp": lambda: augment2d.draw_warp(
             config.Augment(), crop, size, rng
         ),
-        "warp HU": lambda: augment.warp_image(hu, flat, size),
-        "warp masks": lambda: augment.warp_labels(lung, flat, size),
-        "window and lung mask": lambda: augment.to_input(image, marks, BATCHES),
-        "one-hot": lambda: augment.one_hot(marks & 1),
-        "(noise)": lambda: augment.add_noise(image, field, 10, rng),
-        "(gamma)": lambda: augment.to_input(image, marks, BATCHES, gamma=1.2),
-        "(draw an elastic warp)": lambda: augment.draw_warp(changes, crop, size, rng),
-        "(warp HU elastically)": lambda: augment.warp_image(hu, bent, size),
-        "(warp masks elastically)": lambda: augment.warp_labels(lung, bent, size),
+        "warp HU": lambda: augment2d.warp_image(hu, flat, size),
+        "warp masks": lambda: augment2d.warp_labels(lung, flat, size),
+        "window and lung mask": lambda: augment2d.to_input(image, marks, BATCHES),
+        "one-hot": lambda: augment2d.one_hot(marks & 1),
+        "(noise)": lambda: augment2d.add_noise(image, field, 10, rng),
+        "(gamma)": lambda: augment2d.to_input(image, marks, BATCHES, gamma=1.2),
+        "(draw an elastic warp)": lambda: augment2d.draw_warp(changes, crop, size, rng),
+        "(warp HU elastically)": lambda: augment2d.warp_image(hu, bent, size),
+        "(warp masks elastically)": lambda: augment2d.warp_labels(lung, bent, size),
     }
     print("where time goes, ms of one thread (in brackets: not in the thesis):")
     for name, stage in stages.items():

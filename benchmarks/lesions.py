@@ -20,12 +20,12 @@ import cv2
 import numpy as np
 
 import config
-import lesions
+from augment import lesions
 from benchmarks.generator import bench_scans, build_table
 from configs.lungs2d import LUNG2D
+from ct.scan import Scan
 from data_generator import SliceGenerator
-from scan import Scan
-from slice_table import SliceTable
+from dataset.slice_table import SliceTable
 
 TURNS = 40
 PROBABILITY = 0.8

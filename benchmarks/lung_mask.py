@@ -14,10 +14,11 @@ import numpy as np
 import tyro
 
 import config
-import lung_mask
-import metrics
-from cohorts import lidc, phantom
-from scan import Scan
+from cohorts import lidc
+from ct.scan import Scan
+from lungs import classical
+from metrics import overlap
+from phantoms import chest
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read(data: Path) -> tuple[Scan, float]:
         source = min(lidc.find_scans(data), key=lambda item: item.patient_id)
         started = time.perf_counter()
         return lidc.load_scan(source), time.perf_counter() - started
-    return phantom.to_scan(phantom.make_phantom(1)), float("nan")
+    return chest.to_scan(chest.make_phantom(1)), float("nan")
 
 
 def main() -> None:
@@ -74,11 +75,11 @@ def main() -> None:
         started = time.perf_counter()
         plain, plain_threshold = plain_slice_rule(image)
         between = time.perf_counter()
-        ours = lung_mask.slice_rule(image)
+        ours = classical.slice_rule(image)
         ours_s += time.perf_counter() - between
         plain_s += between - started
-        agree = abs(plain_threshold - lung_mask.slice_threshold(image)) < 10
-        dice = metrics.dice(plain, ours)
+        agree = abs(plain_threshold - classical.slice_threshold(image)) < 10
+        dice = overlap.dice(plain, ours)
         (same if agree else others).append(dice)
     slices = len(same) + len(others)
     print(f"scan {scan.patient_id}, {slices} of {len(scan.hu)} slices, one thread each")
@@ -93,7 +94,7 @@ def main() -> None:
         print(f"other thresholds in {len(others)} slices, Dice: {np.round(others, 3)}")
     deep = np.concatenate([scan.hu, scan.hu[::-1]])[:260]
     started = time.perf_counter()
-    lung_mask.segment_lungs(deep, scan.spacing_mm, config.LungMask())
+    classical.segment_lungs(deep, scan.spacing_mm, config.LungMask())
     clean_s = time.perf_counter() - started
     reading = read_s * len(deep) / len(scan.hu)
     print(

@@ -24,8 +24,8 @@ import numpy as np
 import tyro
 
 import config
-from monte_carlo import Passes, VolumePredictor
-from runs import Precision
+from inference.predictor3d import Passes, VolumePredictor
+from training.runs import Precision
 
 
 @dataclass(frozen=True)

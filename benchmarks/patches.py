@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-import augment
 import config
-import files
-import patches
-import runs
+from augment import augment2d
 from configs import CONFIGS
+from ct import files
+from inference import seeded
+from training import runs
 
 ROUNDS = 5
 MANY, FEW = 512, 64
@@ -53,8 +53,8 @@ def untrained(folder: Path) -> Path:
 
 def compare(weights: Path) -> None:
     settings = runs.read_settings(weights)
-    one_look = patches.PatchPredictor(weights, settings)
-    all_turns = patches.PatchPredictor(weights, settings, turns=patches.TURNS)
+    one_look = seeded.PatchPredictor(weights, settings)
+    all_turns = seeded.PatchPredictor(weights, settings, turns=seeded.TURNS)
     rng = np.random.default_rng(0)
     some = np.stack([patch(rng) for _ in range(MANY)])
     ways: dict[str, tuple[Callable[[np.ndarray], Any], int]] = {
@@ -87,13 +87,13 @@ def patch(rng: np.random.Generator) -> np.ndarray:
     return rng.normal(60, 10, (128, 128)) + 100 * inside
 
 
-def naive(predictor: patches.PatchPredictor) -> Callable[[np.ndarray], None]:
+def naive(predictor: seeded.PatchPredictor) -> Callable[[np.ndarray], None]:
     size = predictor.batches.slice_px
 
     def segment(some: np.ndarray) -> None:
         for image in some:
-            seen = patches.middle(image.astype(np.float32), size)
-            seen = augment.to_input(seen, None, predictor.batches)
+            seen = seeded.middle(image.astype(np.float32), size)
+            seen = augment2d.to_input(seen, None, predictor.batches)
             predictor.network.predict(seen[None, ..., None], verbose=0)
 
     return segment
@@ -112,7 +112,7 @@ def pytorch(settings: Any) -> Callable[[np.ndarray], None] | None:
 
     def segment(some: np.ndarray) -> None:
         seen = [
-            augment.to_input(patches.middle(image, size), None, settings.batches)
+            augment2d.to_input(seeded.middle(image, size), None, settings.batches)
             for image in some.astype(np.float32)
         ]
         x = torch.from_numpy(np.stack(seen))[:, None].expand(-1, channels, -1, -1)

@@ -64,17 +64,18 @@ def main(
         import keras  # noqa: F401 - what infer.py imports when a network is loaded
 
         import infer
-        import nodule_finder
-        import scan_results
-        from cohorts import nifti, phantom
-        from lung_map import LungMap
-        from monte_carlo import Passes
+        from cohorts import nifti
+        from inference import finder
+        from inference.predictor3d import Passes
+        from lungs.labels import LungMap
+        from phantoms import chest
+        from results import result_folder
 
     with stages("reading"):
         if image.exists():
             scan = nifti.load_scan(nifti.find_scans(image)[0])
         else:
-            scan = phantom.to_scan(phantom.make_phantom(1))
+            scan = chest.to_scan(chest.make_phantom(1))
     lungs = infer.Lungs(passes=Passes(n=n or "auto"), labels=LungMap())
     with stages("loading networks"):
         predictor, reach_mm, finder = infer.scan_networks(
@@ -85,12 +86,12 @@ def main(
     stages.watch(finder.predictor, "maps", "nodules: 3-D network")
     stages.watch(finder.slices, "probability", "nodules: slices")
     stages.watch(finder.classifier, "probabilities", "nodules: candidates judged")
-    stages.watch(nodule_finder, "outlined", "nodules: outlines")
-    stages.watch(nodule_finder, "measure_nodules", "nodules: measures")
+    stages.watch(finder, "outlined", "nodules: outlines")
+    stages.watch(finder, "measure_nodules", "nodules: measures")
     found = finder.find(replace(scan, lung=labels))
     with stages("writing"), tempfile.TemporaryDirectory() as folder:
-        scan_results.write_niftis(Path(folder), maps, labels, scan, "nifti")
-        scan_results.write_found(Path(folder), found, labels, scan, "")
+        result_folder.write_niftis(Path(folder), maps, labels, scan, "nifti")
+        result_folder.write_found(Path(folder), found, labels, scan, "")
     memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     before = time.perf_counter() - STARTED - sum(stages.seconds.values())
     sys.stdout.write(

@@ -23,10 +23,10 @@ import h5py
 import numpy as np
 
 import config
-import scan as scans
-import slice_table
 import table
-from scan import VOLUMES, Scan
+from ct import scan as scans
+from ct.scan import VOLUMES, Scan
+from dataset import slice_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 7
@@ -80,7 +80,7 @@ def synthetic(seed: int) -> Scan:
     """A body of water with two lungs and correlated noise, read and without nodules."""
     import cv2
 
-    from geometry import Grid
+    from ct.geometry import Grid
 
     rng = np.random.default_rng(seed)
     y, x = np.ogrid[-256:256, -256:256]

@@ -20,16 +20,14 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-import augment
-import augment_volume
 import config
-import synthesis
+from augment import augment2d, augment3d, synthesis
 from benchmarks.generator import bench_scans, cpu_ms, speed_and_cpu
 from configs.lungs3d import LUNG3D_3MM
-from scan import AIR_HU, write_scan
-from slice_table import SliceTable
+from ct.scan import AIR_HU, write_scan
+from dataset.generator3d import VolumeGenerator
+from dataset.slice_table import SliceTable
 from table import write_table
-from volumes import VolumeGenerator
 
 ROUNDS = 5
 THREADS = 2
@@ -40,8 +38,8 @@ class SciPyGenerator(VolumeGenerator):
 
     def changed(self, volume, crop, changes, rng):
         size = self.batches.volume_px
-        warp = augment_volume.draw_volume_warp(changes, crop, size, rng)
-        scanner = augment_volume.draw_scanner(changes, size, rng)
+        warp = augment3d.draw_volume_warp(changes, crop, size, rng)
+        scanner = augment3d.draw_scanner(changes, size, rng)
         points = points_of(warp, size)
         marks = ndimage.map_coordinates(
             volume.marks, points, order=0, mode="grid-constant", cval=0
@@ -54,14 +52,14 @@ class SciPyGenerator(VolumeGenerator):
             cval=AIR_HU,
         )
         if rng.random() < changes.synthesis:
-            hu = synthesis.synthetic(hu, marks & augment.LUNG_BIT, rng)
-        hu = augment_volume.scanned(hu, scanner, rng)
-        marks = augment_volume.within_field(marks, scanner.field, 0)
-        image = augment.to_input(hu, None, self.batches, gamma=scanner.gamma)
-        return image, marks & augment.TARGET_BIT
+            hu = synthesis.synthetic(hu, marks & augment2d.LUNG_BIT, rng)
+        hu = augment3d.scanned(hu, scanner, rng)
+        marks = augment3d.within_field(marks, scanner.field, 0)
+        image = augment2d.to_input(hu, None, self.batches, gamma=scanner.gamma)
+        return image, marks & augment2d.TARGET_BIT
 
 
-def points_of(warp: augment_volume.VolumeWarp, size_px: tuple[int, ...]) -> np.ndarray:
+def points_of(warp: augment3d.VolumeWarp, size_px: tuple[int, ...]) -> np.ndarray:
     """(3, z, y, x) where each output voxel is taken from."""
     z, y, x = np.ogrid[tuple(slice(size) for size in size_px)]
     points = np.stack(
@@ -131,29 +129,27 @@ def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
     generator = VolumeGenerator(table, np.array([0]), batches, changes, seed=0)
     volume = generator.cache.read(0)
     crop = generator.crop(volume, rng)
-    bent = augment_volume.draw_volume_warp(changes, crop, size, rng)
-    flat = augment_volume.VolumeWarp(bent.matrix)
-    hu = augment_volume.warp_volume(volume.hu, bent, size)
-    marks = augment_volume.warp_volume_labels(volume.marks, bent, size)
+    bent = augment3d.draw_volume_warp(changes, crop, size, rng)
+    flat = augment3d.VolumeWarp(bent.matrix)
+    hu = augment3d.warp_volume(volume.hu, bent, size)
+    marks = augment3d.warp_volume_labels(volume.marks, bent, size)
     stages: dict[str, Callable[[], object]] = {
         "read a volume (not kept)": lambda: table.volume(0, "hu"),
-        "draw an elastic warp": lambda: augment_volume.draw_volume_warp(
+        "draw an elastic warp": lambda: augment3d.draw_volume_warp(
             changes, crop, size, rng
         ),
-        "warp HU, affine": lambda: augment_volume.warp_volume(volume.hu, flat, size),
-        "warp HU, elastic": lambda: augment_volume.warp_volume(volume.hu, bent, size),
-        "warp masks, elastic": lambda: augment_volume.warp_volume_labels(
+        "warp HU, affine": lambda: augment3d.warp_volume(volume.hu, flat, size),
+        "warp HU, elastic": lambda: augment3d.warp_volume(volume.hu, bent, size),
+        "warp masks, elastic": lambda: augment3d.warp_volume_labels(
             volume.marks, bent, size
         ),
         "synthesis": lambda: synthesis.synthetic(hu, marks, rng),
-        "curve of HU": lambda: augment_volume.curved(
-            hu, np.add(augment_volume.CURVE_HU, 10)
-        ),
-        "blur": lambda: augment_volume.blurred(hu, 1.0),
-        "noise": lambda: augment_volume.noise(hu.shape, 1.0, rng),
-        "thick slices": lambda: augment_volume.thick_slices(hu, 2.5, 0.3),
-        "window, gamma": lambda: augment.to_input(hu, None, batches, gamma=1.2),
-        "one-hot": lambda: augment.one_hot(marks & 1),
+        "curve of HU": lambda: augment3d.curved(hu, np.add(augment3d.CURVE_HU, 10)),
+        "blur": lambda: augment3d.blurred(hu, 1.0),
+        "noise": lambda: augment3d.noise(hu.shape, 1.0, rng),
+        "thick slices": lambda: augment3d.thick_slices(hu, 2.5, 0.3),
+        "window, gamma": lambda: augment2d.to_input(hu, None, batches, gamma=1.2),
+        "one-hot": lambda: augment2d.one_hot(marks & 1),
     }
     print("where time goes, ms of one thread:")
     for name, stage in stages.items():

@@ -35,10 +35,9 @@ from pydicom.multival import MultiValue
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import UID, JPEGLSLossless, JPEGLSNearLossless
 
-import files
-import geometry
-from geometry import Grid
-from scan import AIR_HU, PHANTOM, ScanError, ScanSource
+from ct import files, geometry
+from ct.geometry import Grid
+from ct.scan import AIR_HU, PHANTOM, ScanError, ScanSource
 
 log = logging.getLogger(__name__)
 

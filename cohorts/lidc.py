@@ -22,15 +22,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-import files
-import geometry
-import outlines
-from boxes import Box
 from cohorts import dicom
-from cohorts.lidc_database import CHARACTERISTICS, query
-from geometry import Grid
-from outlines import Outline, PlacedMask
-from scan import Annotation, Nodule, Scan, ScanError, ScanSource
+from ct import files, geometry
+from ct.boxes import Box
+from ct.geometry import Grid
+from ct.scan import Annotation, Nodule, Scan, ScanError, ScanSource
+from nodules import outlines
+from nodules.lidc_database import CHARACTERISTICS, query
+from nodules.outlines import Outline, PlacedMask
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-import boxes
-import files
-import geometry
-import outlines
-from boxes import Box
-from cohorts import dicom, lidc, lidc_database, nifti
-from geometry import Grid
-from scan import LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
+from cohorts import dicom, lidc, nifti
+from ct import boxes, files, geometry
+from ct.boxes import Box
+from ct.geometry import Grid
+from ct.scan import LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
+from nodules import lidc_database, outlines
 
 log = logging.getLogger(__name__)
 

@@ -25,13 +25,11 @@ from typing import Any
 
 import numpy as np
 
-import files
-import geometry
-import outlines
-import volume_io
-from cohorts import dicom, lidc_database
-from geometry import Grid
-from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
+from cohorts import dicom
+from ct import files, geometry, nifti_io
+from ct.geometry import Grid
+from ct.scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan, ScanError, ScanSource
+from nodules import lidc_database, outlines
 
 log = logging.getLogger(__name__)
 
@@ -493,7 +491,7 @@ def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with volume_io.opened_nifti(path, remedy="restore it from its source") as image:
+    with nifti_io.opened_nifti(path, remedy="restore it from its source") as image:
         _check_nifti_header(image, path)
         return np.asanyarray(image.dataobj), image.affine
 

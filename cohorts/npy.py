@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-import files
 from cohorts import dicom, nifti
-from geometry import Grid
-from scan import Scan, ScanError, ScanSource
+from ct import files
+from ct.geometry import Grid
+from ct.scan import Scan, ScanError, ScanSource
 
 LIST = "slices.csv"
 SPACING = ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")

@@ -27,10 +27,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import files
-import outlines
-from geometry import Grid
-from scan import Annotation, Nodule, Scan, ScanError, ScanSource, readers_in
+from ct import files
+from ct.geometry import Grid
+from ct.scan import Annotation, Nodule, Scan, ScanError, ScanSource, readers_in
+from nodules import outlines
 
 INDEX = "index.csv"
 COLUMNS = ("name", "patient_id", "nodule", "slice", "readers")

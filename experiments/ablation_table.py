@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import files
 import steps
+from ct import files
+from ct.provenance import DISCLAIMER
 from evaluate import refuse_other_folder
 from experiments import paired
-from predictions import write_rows
-from provenance import DISCLAIMER
+from results.predictions import write_rows
 
 MEASURES = (
     paired.pooled_dice("Dice, pooled"),

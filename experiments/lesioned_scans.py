@@ -19,14 +19,11 @@ from pathlib import Path
 import numpy as np
 
 import config
-import files
-import lesions
-import outlines
-import provenance
 import steps
-from geometry import Grid
-from preprocess import with_lungs
-from scan import (
+from augment import lesions
+from ct import files, provenance
+from ct.geometry import Grid
+from ct.scan import (
     Annotation,
     Nodule,
     Scan,
@@ -37,6 +34,8 @@ from scan import (
     scan_path,
     write_scan,
 )
+from nodules import outlines
+from preprocess import with_lungs
 
 DENSER_HU = 150.0
 """What became so much denser is disease that a mask may lose."""
@@ -84,7 +83,7 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
     if scan.lung is None:
         raise ScanError(
             f"scan {scan.scan_id} has no lung labels; expected scan files whose lungs are "
-            "known, as cohorts.phantom or experiments.lung_labels write them"
+            "known, as phantoms.chest or experiments.lung_labels write them"
         )
     rng = np.random.default_rng((seed, *scan.scan_id.encode()))
     lung = np.asarray(scan.lung)

@@ -20,18 +20,17 @@ from typing import Any
 
 import numpy as np
 
-import boxes
-import files
-import metrics
 import slice_idx
 import steps
+from ct import boxes, files
+from ct.nifti_io import check_same_grid, read_nifti
+from ct.provenance import DISCLAIMER
+from ct.scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
 from evaluate import refuse_other_folder
 from experiments import paired
+from metrics import overlap
 from postprocess import reference_mask
-from predictions import write_rows
-from provenance import DISCLAIMER
-from scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
-from volume_io import check_same_grid, read_nifti
+from results.predictions import write_rows
 
 AT_PLEURA_MM = 3.0
 """A nodule this near to the lungs' surface is juxtapleural."""
@@ -215,7 +214,7 @@ def score(job: Job) -> Scored:
         if reference is not None and prob_path.exists():
             prob, grid = read_nifti(prob_path)
             check_same_grid(grid, scan.grid, prob_path)
-            reliability[name] = metrics.reliability_counts(prob, reference, bins=BINS)
+            reliability[name] = overlap.reliability_counts(prob, reference, bins=BINS)
     return Scored(rows, nodules, reliability)
 
 
@@ -320,10 +319,10 @@ def overlap_scores(
     """
     if reference is None:
         return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), np.nan)
-    surfaces = metrics.surface_distances(reference, mask, scan.spacing_mm)
+    surfaces = overlap.surface_distances(reference, mask, scan.spacing_mm)
     diagonal_mm = np.linalg.norm(np.array(mask.shape) * scan.spacing_mm)
     return {
-        "dice": metrics.dice(reference, mask),
+        "dice": overlap.dice(reference, mask),
         "hd95_mm": surfaces.hausdorff_mm() if mask.any() else float(diagonal_mm),
         "surface_dice": surfaces.dice(tolerance_mm),
     }
@@ -381,7 +380,7 @@ def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None
     rows, curves = [], {}
     for name in names:
         counts = sum(counts[name] for counts in found if name in counts)
-        curve = metrics.reliability(np.asarray(counts))
+        curve = overlap.reliability(np.asarray(counts))
         curves[name] = curve
         rows += [
             {
@@ -399,7 +398,7 @@ def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None
     draw_calibration(curves, out / "calibration.png")
 
 
-def draw_calibration(curves: dict[str, metrics.Reliability], path: Path) -> None:
+def draw_calibration(curves: dict[str, overlap.Reliability], path: Path) -> None:
     """Observed share of lung against predicted probability."""
     from matplotlib.figure import Figure
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-import files
-import provenance
 import steps
-from scan import (
+from ct import files, provenance
+from ct.scan import (
     Scan,
     ScanError,
     read_provenance,

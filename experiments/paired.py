@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import metrics
 from evaluate import bounds, number
-from metrics import Counts, Interval
+from metrics import overlap
+from metrics.overlap import Counts, Interval
 
 Row = Mapping[str, Any]
 """A scan's scores by name, numbers or their text."""
@@ -70,8 +70,8 @@ def mean_of(name: str, text: str) -> Measure:
     """The mean over scans of one score, undefined ones left out."""
     return Measure(
         text,
-        lambda rows: metrics.mean_columns(numbers(name)(rows)[:, 0]),
-        metrics.mean_of_sums,
+        lambda rows: overlap.mean_columns(numbers(name)(rows)[:, 0]),
+        overlap.mean_of_sums,
         lambda rows: np.isfinite(numbers(name)(rows)[:, 0]),
     )
 
@@ -81,7 +81,7 @@ def ratio_of(part: str, whole: str, text: str) -> Measure:
     return Measure(
         text,
         numbers(part, whole),
-        lambda sums: metrics.ratio(sums[..., 0], sums[..., 1]),
+        lambda sums: overlap.ratio(sums[..., 0], sums[..., 1]),
     )
 
 
@@ -116,12 +116,12 @@ def compare(
     cells = []
     for measure in measures:
         values = measure.columns(rows)
-        interval = metrics.bootstrap(values, patients, measure.statistic, n=draws)
+        interval = overlap.bootstrap(values, patients, measure.statistic, n=draws)
         difference = None
         if base is not None:
             in_both = measure.defined(rows) & measure.defined(base)
             both = np.hstack([values, measure.columns(base)]) * in_both[:, None]
-            difference = metrics.bootstrap(
+            difference = overlap.bootstrap(
                 both, patients, difference_of(measure.statistic), n=draws
             )
         cells.append(Cell(run, measure.name, interval, difference))

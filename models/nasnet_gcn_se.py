@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 from keras import KerasTensor, layers
 
-import files
+from ct import files
 from models.layers import (
     BATCH_NORM_MOMENTUM,
     Nearness,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import config
-from geometry import Grid
-from scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan
+from ct.geometry import Grid
+from ct.scan import AIR_HU, LEFT, RIGHT, Annotation, Nodule, Scan
 
 SHAPE = (24, 64, 64)
 SPACING_MM = (2.5, 1.5, 1.5)

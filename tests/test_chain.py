@@ -13,16 +13,16 @@ import evaluate
 import export
 import infer
 import postprocess
-import runs
 import slice_idx
 import table
 import train
-from geometry import flip_xy
-from predictions import Predictions
-from predictor import Predictor
-from scan import scan_path, write_scan
+from ct.geometry import flip_xy
+from ct.nifti_io import read_nifti, write_nifti
+from ct.scan import scan_path, write_scan
+from inference.predictor2d import Predictor
+from results.predictions import Predictions
 from tests.conftest import tiny_scan
-from volume_io import read_nifti, write_nifti
+from training import runs
 
 EXPERIMENT = config.Experiment(
     table=config.Table(size_px=(64, 64), slices="lung"),
@@ -151,7 +151,7 @@ def test_scores_are_written_with_their_protocol(work, capsys):
 
 
 def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
-    from volume_io import write_nifti
+    from ct.nifti_io import write_nifti
 
     folder = tmp_path / "predictions"
     record = manifest(work)
@@ -178,7 +178,7 @@ def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
 def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
     work, tmp_path, make_scan
 ):
-    from volume_io import write_nifti
+    from ct.nifti_io import write_nifti
 
     folder = tmp_path / "predictions"
     record = manifest(work)

@@ -11,18 +11,18 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.backend_bases import KeyEvent
 
-import augment
-import boxes
 import config
 import data_generator
 import slice_idx
-from cohorts import phantom_nodules
+from augment import augment2d
+from ct import boxes
+from ct.scan import consensus, readers_of_label, write_scan
 from data_generator import SliceGenerator, as_pydataset, drawn
-from scan import consensus, readers_of_label, write_scan
-from slice_table import SliceTable
-from slice_window import SliceWindow
+from dataset.slice_table import SliceTable
+from phantoms import drawn_nodules
 from table import write_table
 from tests.conftest import tiny_scan
+from viewers.slice_window import SliceWindow
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = config.Batches(input_px=(48, 48), batch_size=4)
@@ -272,7 +272,7 @@ def test_samples_have_pixels_of_the_size_that_is_set(table):
     sought = replace(coarse, crop="lung", input_px=(32, 32))
     tiles = data_generator.tiles_of_slices(table, all_rows(table)[:1], sought)
     ((_, start),) = tiles.tiles
-    assert start == augment.tiles(lung, hu.shape, (32, 32))[0].start
+    assert start == augment2d.tiles(lung, hu.shape, (32, 32))[0].start
 
 
 def test_pixels_of_another_size_are_for_lungs_in_slices():
@@ -464,7 +464,7 @@ def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table):
     assert some.held_out == {table.scans["patient_id"][1]}
     everyone = training(table, LUNGS, pathology=nodules)
     assert everyone.held_out == frozenset()
-    everyone.held_out = frozenset(phantom_nodules.shape_index()[1])
+    everyone.held_out = frozenset(drawn_nodules.shape_index()[1])
     with pytest.raises(ValueError, match="patients who are held out"):
         everyone[0]
 
@@ -584,10 +584,10 @@ def test_relative_input_is_the_same_for_any_scale(table):
     assert np.allclose(x.mean(axis=(1, 2)), 0, atol=1e-4)
     assert np.allclose(x.std(axis=(1, 2)), 1, atol=1e-3)
     hu = table.read("hu", 0)
-    one = augment.to_input(hu, None, batches)
-    assert np.allclose(augment.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
-    assert augment.fill(hu, batches) == hu.min()
-    flat = augment.to_input(np.full((4, 4), 9.0), None, batches)
+    one = augment2d.to_input(hu, None, batches)
+    assert np.allclose(augment2d.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
+    assert augment2d.fill(hu, batches) == hu.min()
+    flat = augment2d.to_input(np.full((4, 4), 9.0), None, batches)
     assert not flat.any()
 
 

@@ -15,16 +15,16 @@ from scipy import ndimage
 
 import config
 import evaluate
-import files
 import infer
 import postprocess
-import runs
+from ct import files
+from ct.scan import Annotation, Nodule, scan_path, write_scan
 from infer import NoduleRuns
-from lung_map import LungMap
-from monte_carlo import Passes
-from predictor import Predictor
-from runs import read_settings
-from scan import Annotation, Nodule, scan_path, write_scan
+from inference.predictor2d import Predictor
+from inference.predictor3d import Passes
+from lungs.labels import LungMap
+from training import runs
+from training.runs import read_settings
 
 
 @pytest.fixture(scope="module")

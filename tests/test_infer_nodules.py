@@ -10,11 +10,11 @@ import pytest
 import config
 import infer
 import postprocess
-from lung_mask import segment_lungs
-from monte_carlo import Passes
-from runs import read_settings
-from scan import scan_path, write_scan
-from volume_io import read_nifti
+from ct.nifti_io import read_nifti
+from ct.scan import scan_path, write_scan
+from inference.predictor3d import Passes
+from lungs.classical import segment_lungs
+from training.runs import read_settings
 
 
 @pytest.fixture(scope="module")

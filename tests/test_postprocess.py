@@ -9,12 +9,12 @@ import config
 import postprocess
 from config import Experiment, Postprocess
 from configs.rules import RULES, Rule
-from nodules import axes_mm, components, erode, find_nodules, kmeans_threshold
+from ct.nifti_io import read_nifti, write_nifti
+from ct.scan import read_scan, write_scan
+from nodules.measures import axes_mm, components, erode, find_nodules, kmeans_threshold
 from postprocess import Arguments, best_of_grid, postprocess_predictions, tuning_counts
-from predictions import Predictions, read_predictions
-from scan import read_scan, write_scan
+from results.predictions import Predictions, read_predictions
 from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
-from volume_io import read_nifti, write_nifti
 
 FIXED = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 VOXEL_MM3 = 2.5 * 1.5 * 1.5

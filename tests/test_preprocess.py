@@ -6,7 +6,7 @@ import pytest
 
 import config
 import preprocess
-from scan import AIR_HU, ScanError, read_provenance, read_scan
+from ct.scan import AIR_HU, ScanError, read_provenance, read_scan
 
 MASK = config.LungMask()
 

@@ -11,18 +11,17 @@ import cv2
 import numpy as np
 import pytest
 
-import agreement
 import config
-import files
 import infer
-import lung_mask
-import metrics
-import runs
 import slice_idx
-from monte_carlo import Passes
-from nodules import find_nodules
-from scan import read_scan, readers_in
-from volume_io import read_nifti
+from ct import files
+from ct.nifti_io import read_nifti
+from ct.scan import read_scan, readers_in
+from inference.predictor3d import Passes
+from lungs.classical import segment_lungs
+from metrics import agreement, overlap
+from nodules.measures import find_nodules
+from training import runs
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
@@ -149,11 +148,11 @@ def test_a_claim_of_a_card_is_read():
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     """The folder of a phantom that no weights have seen; its truth is beside it."""
-    from cohorts import phantom
+    from phantoms import chest
 
     folder = tmp_path_factory.mktemp("phantom")
-    settings = phantom.Settings(nodules=(7, 7))
-    phantom.write_phantoms(folder, 1, seed=9000, settings=settings)
+    settings = chest.Settings(nodules=(7, 7))
+    chest.write_phantoms(folder, 1, seed=9000, settings=settings)
     return folder / "PHANTOM-9000"
 
 
@@ -162,13 +161,13 @@ def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
     four = replace(infer.USUAL, passes=Passes(n=4))
     mask, std = lungs_found(phantom, tmp_path / "out", four)
     lung = np.asarray(read_scan(truth).lung)
-    assert metrics.dice(lung > 0, mask > 0) > 0.96
+    assert overlap.dice(lung > 0, mask > 0) > 0.96
     for side in (1, 2):
-        assert metrics.dice(lung == side, mask == side) > 0.95
+        assert overlap.dice(lung == side, mask == side) > 0.95
     assert std[lung == 0].mean() < std[mask > 0].mean()
     flat = ROOT / "weights/lung2d"
     mask, _ = lungs_found(phantom, tmp_path / "flat", ONE_LOOK, weights=flat)
-    assert metrics.dice(lung > 0, mask > 0) > 0.96
+    assert overlap.dice(lung > 0, mask > 0) > 0.96
 
 
 @pytest.fixture
@@ -220,8 +219,8 @@ def test_lungs_of_a_real_scan_never_seen(real, tmp_path):
 
     mask, _ = lungs_found(real, tmp_path / "out", ONE_LOOK)
     scan = lidc.load_scan(lidc.find_scans(real)[0])
-    classical = lung_mask.segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
-    assert metrics.dice(classical > 0, mask > 0) > 0.95
+    classical = segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
+    assert overlap.dice(classical > 0, mask > 0) > 0.95
     assert (mask[np.asarray(scan.reader_bits) > 0] > 0).mean() > 0.95
 
 
@@ -233,7 +232,7 @@ def test_a_nodule_in_a_patch_is_outlined_and_the_vessel_beside_it_is_not():
     hu[disc] = 40
     blurred = cv2.GaussianBlur(hu, (0, 0), 0.8)
     (prob,) = infer.segment_patches(blurred[None])
-    assert metrics.dice(disc, prob >= 0.5) > 0.85
+    assert overlap.dice(disc, prob >= 0.5) > 0.85
     assert prob[:, 64 + 22 : 64 + 27].max() < 0.5
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import config
-import scan as scans_module
 import slice_idx
 import steps
 import table
+from ct import scan as scans_module
+from dataset.slice_table import SliceTable
 from slice_idx import PARTS
-from slice_table import SliceTable
 from tests.conftest import tiny_scan
 
 FOLDS = config.Split(method="folds", folds=5)

@@ -18,12 +18,12 @@ import pytest
 import tables
 
 import config
-import scan as scans_module
-import slice_table
 import steps
 import table
-from scan import AIR_HU, VOLUMES, ScanError, write_scan
-from slice_table import SliceTable, verify_table
+from ct import scan as scans_module
+from ct.scan import AIR_HU, VOLUMES, ScanError, write_scan
+from dataset import slice_table
+from dataset.slice_table import SliceTable, verify_table
 from tests.conftest import tiny_scan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import config
-import runs
-import scan as scan_files
 import slice_idx
 import steps
 import table
 import train
+from ct import scan as scan_files
+from training import runs
 
 ROOT = Path(train.__file__).parent
 
@@ -140,8 +140,8 @@ def test_best_weights_give_the_validation_dice_of_the_best_epoch(run, data):
     import keras
 
     from data_generator import SliceGenerator
+    from dataset.slice_table import SliceTable
     from models import build_model
-    from slice_table import SliceTable
 
     model = build_model(TINY.model, (64, 64, 1), 2)
     model.load_weights(run / "best.weights.h5")
@@ -361,7 +361,7 @@ def test_missing_tables_are_named(tmp_path, capsys):
 
 
 def test_patience_counts_epochs_since_the_best():
-    from models.callbacks import Progress
+    from training.callbacks import Progress
 
     progress = Progress()
     better = [
@@ -373,7 +373,7 @@ def test_patience_counts_epochs_since_the_best():
 
 
 def test_the_classifier_alone_chooses_where_candidates_are_judged():
-    from models.callbacks import Progress
+    from training.callbacks import Progress
 
     progress = Progress()
     rows = [(0.9, 0.5, 0.4), (0.8, 0.6, 0.2), (0.95, 0.1, 0.3)]
@@ -394,7 +394,7 @@ def test_the_classifier_alone_chooses_where_candidates_are_judged():
 
 
 def test_where_nothing_is_to_be_found_silence_is_best_and_loss_decides():
-    from models.callbacks import Progress
+    from training.callbacks import Progress
 
     progress = Progress()
     # Dice 0: something was found; NaN: nothing, as it should be.
@@ -408,7 +408,7 @@ def test_where_nothing_is_to_be_found_silence_is_best_and_loss_decides():
 
 
 def test_equal_dice_is_decided_by_the_loss():
-    from models.callbacks import Progress
+    from training.callbacks import Progress
 
     progress = Progress()
     rows = [{"val_dice": 0.5, "val_loss": loss} for loss in (0.9, 0.8, 0.85)]
@@ -448,7 +448,7 @@ def test_patients_of_every_earlier_run_count_as_seen(tmp_path):
 def test_early_stopping_is_the_same_after_a_resume(tmp_path):
     import keras
 
-    from models import callbacks
+    from training import callbacks
 
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -468,7 +468,7 @@ def test_early_stopping_is_the_same_after_a_resume(tmp_path):
 def test_a_state_of_another_network_is_refused(tmp_path):
     import keras
 
-    from models import callbacks
+    from training import callbacks
 
     small = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     large = keras.Sequential([keras.Input((1,)), *[keras.layers.Dense(1)] * 2])
@@ -480,7 +480,7 @@ def test_a_state_of_another_network_is_refused(tmp_path):
 
 
 def test_the_line_of_an_epoch_tells_scores_and_time_left():
-    from models.callbacks import Progress, epoch_line
+    from training.callbacks import Progress, epoch_line
 
     progress = Progress()
     for dice, seconds in ((0.5, 30.0), (0.25, 10.0)):

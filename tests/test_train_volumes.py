@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import config
-import files
-import scan as scan_files
 import slice_idx
 import table
 import train
-from candidates import CandidateClassifier
-from runs import read_settings
-from slice_table import SliceTable
+from ct import files
+from ct import scan as scan_files
+from dataset.slice_table import SliceTable
+from inference.candidates import CandidateClassifier
+from training.runs import read_settings
 
 TINY = config.Experiment(
     batches=config.Batches(
@@ -93,7 +93,7 @@ def test_a_run_on_volumes_is_complete_and_pictured(run):
 def test_a_run_that_is_stopped_between_epochs_ends_as_an_unbroken_one(
     run, data, monkeypatch
 ):
-    from models import callbacks
+    from training import callbacks
 
     class Stopped(Exception):
         pass
@@ -123,7 +123,7 @@ def test_deep_supervision_trains_and_is_scored_on_the_finest_level(data):
 
 
 def test_deep_supervision_weighs_each_level_half_of_the_one_above():
-    from models.training import DeeplySupervised, prepared_model
+    from training.loop import DeeplySupervised, prepared_model
 
     model = prepared_model(DEEP, 1)
     assert isinstance(model, DeeplySupervised)
@@ -137,7 +137,7 @@ def test_deep_supervision_weighs_each_level_half_of_the_one_above():
 
 
 def test_the_coarse_reference_is_the_share_of_voxels():
-    from models.training import prepared_model
+    from training.loop import prepared_model
 
     model, seen = prepared_model(DEEP, 1), []
     model.loss = lambda y, prob: seen.append(np.asarray(y)) or 0.0
@@ -152,7 +152,7 @@ def test_the_coarse_reference_is_the_share_of_voxels():
 def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
     import keras
 
-    from models.training import prepared_model
+    from training.loop import prepared_model
 
     settings = config.Model(name, filters=2, depth=2)
     size = (16, 16, 16) if name == "unet3d" else (16, 16)
@@ -186,7 +186,7 @@ def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
 def test_frozen_normalisation_is_used_and_kept_by_the_moving_average_too(frozen):
     import keras
 
-    from models.training import prepared_model
+    from training.loop import prepared_model
 
     model = prepared_model(
         config.Experiment(
@@ -220,7 +220,7 @@ def test_frozen_normalisation_is_used_and_kept_by_the_moving_average_too(frozen)
 
 
 def test_what_cannot_be_frozen_is_refused(data, tmp_path):
-    from models.training import prepared_model
+    from training.loop import prepared_model
 
     frozen = config.Train(freeze_normalisation=True)
     with pytest.raises(ValueError, match="expected model.norm batch"):
@@ -260,7 +260,7 @@ def test_a_split_of_nobody_to_train_is_refused(data, tmp_path):
 
 
 def test_patience_begins_to_count_after_its_epochs():
-    from models.callbacks import Progress
+    from training.callbacks import Progress
 
     progress = Progress()
     for epoch, dice in enumerate((0.5, 0.1, 0.1, 0.1, 0.1), start=1):

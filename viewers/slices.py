@@ -18,8 +18,8 @@ import tyro
 
 import config
 import steps
-from scan import LEFT, RIGHT, Scan, read_scan
-from slice_window import Picture, browse
+from ct.scan import LEFT, RIGHT, Scan, read_scan
+from viewers.slice_window import Picture, browse
 
 
 def picture_of(scan: Scan, z: int, window_hu: tuple[float, float]) -> Picture:

@@ -8,7 +8,7 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from scan import AIR_HU
+from ct.scan import AIR_HU
 
 SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
 AXIAL = (1, 0, 0, 0, 1, 0)

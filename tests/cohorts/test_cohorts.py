@@ -5,7 +5,7 @@ import pytest
 
 import cohorts
 import config
-from scan import scan_path
+from ct.scan import scan_path
 
 
 def test_every_cohort_of_the_settings_has_a_module():

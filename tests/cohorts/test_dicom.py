@@ -17,10 +17,10 @@ from pydicom.uid import (
     RTStructureSetStorage,
 )
 
-import files
 from cohorts import dicom
-from geometry import flip_xy, to_source
-from scan import AIR_HU, ScanError
+from ct import files
+from ct.geometry import flip_xy, to_source
+from ct.scan import AIR_HU, ScanError
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))

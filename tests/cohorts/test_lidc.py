@@ -17,9 +17,10 @@ from matplotlib.path import Path as Polygon
 from pydicom import uid
 from scipy.sparse import csgraph
 
-from cohorts import lidc, lidc_database
-from nodules import axes_mm
-from scan import ScanError, ScanSource, consensus, readers_of_label
+from cohorts import lidc
+from ct.scan import ScanError, ScanSource, consensus, readers_of_label
+from nodules import lidc_database
+from nodules.measures import axes_mm
 
 ROOT = Path(__file__).parents[2]
 LIDC_DIR = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
@@ -423,7 +424,7 @@ def test_pieces_of_one_nodule_do_not_make_a_fifth_reader():
 def test_the_database_lists_scans_that_were_read_and_have_no_nodule():
     (uid_of_none,) = next(
         iter(
-            lidc.query(
+            lidc_database.query(
                 "select series_instance_uid from scans where id not in "
                 "(select scan_id from annotations) order by id limit 1"
             )
@@ -435,7 +436,7 @@ def test_the_database_lists_scans_that_were_read_and_have_no_nodule():
 
 
 def test_two_scans_of_a_patient_are_told_apart_by_series():
-    rows = lidc.query(
+    rows = lidc_database.query(
         "select series_instance_uid from scans where patient_id = 'LIDC-IDRI-0132'"
     )
     readings = [lidc.read_database(series_uid) for (series_uid,) in rows]

@@ -8,7 +8,8 @@ import pytest
 import SimpleITK
 
 from cohorts import lidc, luna16
-from scan import LEFT, RIGHT, ScanError, consensus, readers_of_label
+from ct.scan import LEFT, RIGHT, ScanError, consensus, readers_of_label
+from nodules import lidc_database
 
 ROOT = Path(__file__).parents[2]
 LIDC_DIR = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
@@ -133,7 +134,7 @@ def test_a_scan_knows_its_subset_and_series(luna):
 
 
 def test_the_patient_of_a_series_is_lidcs(tmp_path):
-    uid, patient = lidc.query(
+    uid, patient = lidc_database.query(
         "select series_instance_uid, patient_id from scans limit 1"
     )[0]
     write_volume(tmp_path / "subset0" / f"{uid}.mhd", volume_hu())
@@ -362,7 +363,9 @@ def test_outlines_that_do_not_fit_the_volume_give_way_to_the_edge_search(
     luna, tmp_path, caplog
 ):
     luna()
-    uid = lidc.query("select series_instance_uid from scans where id = 12")[0][0]
+    uid = lidc_database.query("select series_instance_uid from scans where id = 12")[0][
+        0
+    ]
     for path in (tmp_path / "subset3").iterdir():
         path.write_bytes(path.read_bytes().replace(UID.encode(), uid.encode()))
         path.rename(path.with_name(path.name.replace(UID, uid)))

@@ -9,9 +9,9 @@ import pytest
 import SimpleITK
 
 from cohorts import nifti
-from geometry import flip_xy, to_source
-from scan import AIR_HU, ScanError
-from volume_io import write_nifti
+from ct.geometry import flip_xy, to_source
+from ct.nifti_io import write_nifti
+from ct.scan import AIR_HU, ScanError
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))

@@ -9,8 +9,8 @@ import config
 import preprocess
 import table
 from cohorts import npy
-from scan import ScanError, consensus, read_scan, readers_of_label, write_scan
-from slice_table import SliceTable
+from ct.scan import ScanError, consensus, read_scan, readers_of_label, write_scan
+from dataset.slice_table import SliceTable
 from tests.conftest import SPACING_MM, tiny_scan
 
 LUNG = config.Batches(target="lung", lung_mask=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cohorts import patches
-from scan import ScanError
+from ct.scan import ScanError
 
 SIZE = 32
 

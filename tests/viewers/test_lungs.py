@@ -5,14 +5,14 @@ import nibabel
 import numpy as np
 import pytest
 
-import scan_results
-from geometry import Grid
-from nodules import NODULE_COLUMNS
-from scan import LEFT, RIGHT
-from scan_results import LungRow
+from ct.geometry import Grid
+from ct.nifti_io import read_nifti, write_nifti
+from ct.scan import LEFT, RIGHT
+from nodules.measures import NODULE_COLUMNS
+from results import result_folder
+from results.result_folder import LungRow
 from tests.conftest import canonical_grid
 from viewers import lungs
-from volume_io import read_nifti, write_nifti
 
 ROW = LungRow("scan-1", 12, 900.0, 800.0, 0.97, 0, "", 3.0)
 RADIUS_MM = 40
@@ -82,7 +82,7 @@ def folder(scan, tmp_path):
     std = np.where(np.arange(64) < 32, 0.1, 0.3) * np.ones(scan.hu.shape)
     write_nifti(tmp_path / "scan-1/mask.nii.gz", scan.lung, grid, source)
     write_nifti(tmp_path / "scan-1/std.nii.gz", std, grid, source)
-    scan_results.write_lung_rows(tmp_path / "lungs.csv", [ROW])
+    result_folder.write_lung_rows(tmp_path / "lungs.csv", [ROW])
     return tmp_path / "scan-1"
 
 
@@ -123,8 +123,8 @@ def add_found(folder, scan, ids=(1, 2)):
         | {"case_id": "scan-1", "nodule_id": number, "side": "left", "score": "0.91"}
         for number in ids
     ]
-    path = folder.parent / scan_results.NODULES_CSV
-    scan_results.write_scan_rows(path, {"scan-1": rows})
+    path = folder.parent / result_folder.NODULES_CSV
+    result_folder.write_scan_rows(path, {"scan-1": rows})
     return found
 
 
@@ -200,7 +200,7 @@ def test_the_page_loads_nothing_and_says_what_it_shows(folder, capsys):
     assert "Flag 0" in found.text
     assert "Research code, not a medical device." in found.text
     assert "standard deviation of the probability of lung" in page
-    assert {file.name for file in folder.iterdir()} <= scan_results.MAPS
+    assert {file.name for file in folder.iterdir()} <= result_folder.MAPS
 
 
 def test_a_reason_is_shown_as_text_whatever_it_holds(folder):
@@ -227,7 +227,7 @@ def test_what_is_missing_is_named_with_what_to_do(folder):
 
 
 def test_results_without_a_verdict_are_refused(folder):
-    scan_results.write_lung_rows(
+    result_folder.write_lung_rows(
         folder.parent / "lungs.csv", [replace(ROW, pid="other")]
     )
     with pytest.raises(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import config
-from scan import LEFT, RIGHT, write_scan
+from ct.scan import LEFT, RIGHT, write_scan
 from table import write_npy_slices, write_table
 from viewers import slices
 

@@ -1,0 +1,361 @@
+"""One CT scan in memory and on disk: HU, geometry, lung labels and readers' nodules.
+
+A scan file is HDF5, one Blosc2-compressed chunk per axial slice:
+
+    /hu             (z, y, x) int16   Hounsfield units
+    /lung           (z, y, x) uint8   0 outside, 1 right lung, 2 left lung
+    /reader_bits    (z, y, x) uint8   bit r is set where reader r outlined a nodule
+    /nodule_labels  (z, y, x) uint8   0, or the label of the nodule the voxel belongs to
+
+`lung`, `reader_bits` and `nodule_labels` are absent when unknown. /record holds everything
+else as JSON in UTF-8 bytes; as an attribute it could not exceed 64 kB.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ct import files, hdf5
+from ct.geometry import Grid
+
+if TYPE_CHECKING:
+    import tables
+
+FORMAT_VERSION = 2
+"""Raised when a change makes older scan files unreadable."""
+
+VOLUMES = ("hu", "lung", "reader_bits", "nodule_labels")
+RIGHT, LEFT = 1, 2
+"""Values of lung labels, as lungmask writes them."""
+
+AIR_HU = -1024
+"""Value outside the body and outside the field of view."""
+
+PHANTOM = "PHANTOM-"
+"""How the patient ids of phantoms begin; no patient is called so."""
+
+
+class ScanError(ValueError):
+    """A series cannot be used; the message says which, what was found and expected."""
+
+
+@dataclass(frozen=True)
+class ScanSource:
+    """Where one scan lies, known without reading its pixels.
+
+    Attributes:
+        scan_id: Name of the scan in every output; a SeriesInstanceUID or the list's pid.
+        patient_id: Splits are made by it; never a patient's name.
+        paths: The file, or the DICOM files of the series in any order.
+        annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
+        subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
+        lung: A label volume of the lungs, or None.
+    """
+
+    scan_id: str
+    patient_id: str
+    paths: tuple[Path, ...]
+    annotations: tuple[Path, ...] = ()
+    subset: str = ""
+    lung: Path | None = None
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What one reader said of one nodule.
+
+    Attributes:
+        reader: 0 to 7; the bit of `Scan.reader_bits`.
+        volume_mm3: Outlined voxels times voxel volume.
+        diameter_mm: Largest in-plane extent, see `outlines.diameter_mm`.
+        characteristics: LIDC ratings (subtlety, malignancy, ...), 1 to 5 or 6.
+        outline_volume_mm3, outline_diameter_mm: The same as pylidc defines them, on the
+            outline rather than the mask; larger. None where there is no outline.
+    """
+
+    reader: int
+    volume_mm3: float
+    diameter_mm: float
+    characteristics: dict[str, int] = field(default_factory=dict)
+    outline_volume_mm3: float | None = None
+    outline_diameter_mm: float | None = None
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """One nodule: the annotations of the readers who outlined it.
+
+    Attributes:
+        label: Its value in `Scan.nodule_labels`, 1 to 255.
+        centre_ras_mm: Centre of mass of the union of the readers' masks.
+        annotations: One per reader, by reader.
+    """
+
+    label: int
+    centre_ras_mm: tuple[float, float, float]
+    annotations: tuple[Annotation, ...]
+
+    @property
+    def diameter_mm(self) -> float:
+        """Mean of the readers' diameters."""
+        return sum(a.diameter_mm for a in self.annotations) / len(self.annotations)
+
+    @property
+    def readers(self) -> int:
+        """How many readers outlined it."""
+        return len(self.annotations)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A CT scan in canonical orientation (see `geometry`), with what is known of it.
+
+    Attributes:
+        scan_id, patient_id, subset: As in `ScanSource`.
+        series_uid: SeriesInstanceUID, or "" when the source has none.
+        hu: (z, y, x) int16 Hounsfield units.
+        grid: Where `hu` lies.
+        source_grid: The file's own grid; outputs go back to it by `geometry.to_source`.
+        lung: (z, y, x) uint8 lung labels, or None.
+        reader_bits: (z, y, x) uint8, bit r where reader r outlined a nodule, or None
+            when the scan was never read; all zero when it was read and has no nodule.
+        nodule_labels: (z, y, x) uint8 label per voxel of any reader's mask, or None.
+        nodules: One per label.
+        acquisition: Technical header facts (kernel, kVp, thickness), no identity; and what
+            its source says of findings that are not drawn.
+        whole: False for patches around a nodule (`cohorts.patches`): no lungs are looked
+            for, and what is called mm or HU may be neither.
+    """
+
+    scan_id: str
+    patient_id: str
+    hu: np.ndarray
+    grid: Grid
+    source_grid: Grid
+    series_uid: str = ""
+    subset: str = ""
+    lung: np.ndarray | None = None
+    reader_bits: np.ndarray | None = None
+    nodule_labels: np.ndarray | None = None
+    nodules: tuple[Nodule, ...] = ()
+    acquisition: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """(z, y, x) voxel spacing."""
+        return self.grid.spacing_mm
+
+
+def reader_votes(reader_bits: np.ndarray) -> np.ndarray:
+    """How many readers marked each voxel; uint8, the shape of `reader_bits`."""
+    return np.bitwise_count(reader_bits)
+
+
+def readers_in(bits: np.ndarray | int) -> list[int]:
+    """The readers, rising, whose bit is set anywhere in an array of bits, or in one."""
+    drawn = int(np.bitwise_or.reduce(np.asarray(bits), axis=None))
+    return [reader for reader in range(8) if drawn >> reader & 1]
+
+
+def consensus(
+    reader_bits: np.ndarray,
+    nodule_labels: np.ndarray,
+    readers_of_label: np.ndarray,
+    *,
+    level: float,
+    min_readers: int = 1,
+) -> np.ndarray:
+    """Voxels that at least `level` of a nodule's readers outlined.
+
+    Args:
+        reader_bits: (...) uint8 bits of the readers' masks.
+        nodule_labels: (...) uint8 label of the nodule at each voxel.
+        readers_of_label: (256,) number of readers of each label; entry 0 is unused.
+        level: Share of the nodule's own readers, 0 < level <= 1; pylidc's `clevel`.
+        min_readers: Nodules outlined by fewer readers are left out.
+
+    Returns:
+        (...) bool mask.
+    """
+    readers = np.asarray(readers_of_label, np.float32)
+    votes_needed = np.maximum(np.ceil(readers * level - 1e-6), 1)
+    votes_needed[readers < max(min_readers, 1)] = 255
+    votes_needed[0] = 255
+    return reader_votes(reader_bits) >= votes_needed.astype(np.uint8)[nodule_labels]
+
+
+def readers_of_label(nodules: Iterable[Nodule]) -> np.ndarray:
+    """(256,) uint8: number of readers of each nodule label; 0 where there is none."""
+    counts = np.zeros(256, np.uint8)
+    for nodule in nodules:
+        counts[nodule.label] = nodule.readers
+    return counts
+
+
+def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
+    """Writes a scan file and reads it back; it appears whole or not at all.
+
+    Raises:
+        OSError: If there is no room for it.
+    """
+    record = {
+        "format_version": FORMAT_VERSION,
+        "scan_id": scan.scan_id,
+        "patient_id": scan.patient_id,
+        "series_uid": scan.series_uid,
+        "subset": scan.subset,
+        "grid": scan.grid.to_json(),
+        "source_grid": scan.source_grid.to_json(),
+        "nodules": [nodule_to_json(nodule) for nodule in scan.nodules],
+        "acquisition": scan.acquisition,
+        "whole": scan.whole,
+        "provenance": provenance,
+    }
+    with files.written_whole(path) as partial:
+        with hdf5.written(partial, path) as h5:
+            for name in VOLUMES:
+                volume = getattr(scan, name)
+                if volume is not None:
+                    h5.create_carray(
+                        "/",
+                        name,
+                        obj=volume,
+                        filters=hdf5.filters(volume.dtype),
+                        chunkshape=(1, *volume.shape[1:]),
+                    )
+            text = json.dumps(record).encode()
+            h5.create_array("/", "record", obj=np.frombuffer(text, np.uint8))
+        if not _holds(partial, scan):
+            raise hdf5.not_written(path, "it does not read back as it was written")
+
+
+def _holds(path: Path, scan: Scan) -> bool:
+    """Whether a scan file has the volumes and the nodules of `scan`."""
+    try:
+        found = read_scan(path)
+    except (ScanError, OSError):
+        return False
+    return found.nodules == scan.nodules and all(
+        np.array_equal(getattr(found, name), getattr(scan, name))
+        for name in VOLUMES
+        if getattr(scan, name) is not None
+    )
+
+
+def read_scan(path: Path) -> Scan:
+    """Reads a scan file.
+
+    Raises:
+        ScanError: If the file is damaged or of another format version.
+    """
+    with opened(path) as h5:
+        record = read_record(h5, path)
+        volumes = {
+            name: h5.get_node("/", name)[:] for name in VOLUMES if name in h5.root
+        }
+    return Scan(
+        scan_id=record["scan_id"],
+        patient_id=record["patient_id"],
+        series_uid=record["series_uid"],
+        subset=record["subset"],
+        grid=Grid.from_json(record["grid"]),
+        source_grid=Grid.from_json(record["source_grid"]),
+        nodules=tuple(nodule_from_json(nodule) for nodule in record["nodules"]),
+        acquisition=record["acquisition"],
+        whole=record.get("whole", True),
+        **volumes,
+    )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator["tables.File"]:
+    """A scan file to read.
+
+    Raises:
+        ScanError: If it is damaged or no scan file.
+    """
+    try:
+        with hdf5.opened(path) as h5:
+            yield h5
+    except hdf5.Unreadable as error:
+        raise ScanError(
+            f"not a readable scan file: {error}; remove it and run preprocess.py again"
+        ) from error
+
+
+def read_record(h5: "tables.File", path: Path) -> dict[str, Any]:
+    """The JSON record of an open scan file, its version checked."""
+    if "record" not in h5.root:
+        raise ScanError(
+            f"{path}: no scan record of format {FORMAT_VERSION}; expected a file made by "
+            "this version's preprocess.py"
+        )
+    record = json.loads(h5.root.record[:].tobytes())
+    if record["format_version"] != FORMAT_VERSION:
+        raise ScanError(
+            f"{path}: scan format {record['format_version']}, expected {FORMAT_VERSION}; "
+            "run preprocess.py again with --overwrite"
+        )
+    return record
+
+
+def scan_identity(path: Path) -> tuple[str, str]:
+    """Patient id and scan id of a scan file, without reading its volumes.
+
+    Raises:
+        ScanError: If the file is damaged or of another format version.
+    """
+    with opened(path) as h5:
+        record = read_record(h5, path)
+    return record["patient_id"], record["scan_id"]
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """How a scan file was made; see `read_scan` for errors."""
+    with opened(path) as h5:
+        return read_record(h5, path)["provenance"]
+
+
+def scan_path(scans_dir: Path, scan_id: str) -> Path:
+    """Where preprocess.py keeps the scan file of `scan_id`.
+
+    Raises:
+        ValueError: If the id cannot be a file name.
+    """
+    scan_id = files.checked_id(scan_id, where=f"a scan file in {scans_dir}")
+    return Path(scans_dir) / f"{scan_id}.h5"
+
+
+def scan_files(scans_dir: Path) -> list[Path]:
+    """The scan files in `scans_dir`, sorted by scan id.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    paths = sorted(Path(scans_dir).glob("[!.]*.h5"))
+    if not paths:
+        raise FileNotFoundError(
+            f"no scan files in {scans_dir}; run preprocess.py first"
+        )
+    return paths
+
+
+def nodule_to_json(nodule: Nodule) -> dict[str, Any]:
+    return {
+        "label": nodule.label,
+        "centre_ras_mm": list(nodule.centre_ras_mm),
+        "annotations": [vars(annotation) for annotation in nodule.annotations],
+    }
+
+
+def nodule_from_json(record: dict[str, Any]) -> Nodule:
+    annotations = tuple(
+        Annotation(**annotation) for annotation in record["annotations"]
+    )
+    return Nodule(record["label"], tuple(record["centre_ras_mm"]), annotations)

@@ -1,0 +1,514 @@
+"""Volumes of the table as augmented 3-D batches, and as tiles for validation.
+
+The volumes are those that table.py stores with `table.volume_spacing_mm`; `input_px` of
+`config.Batches` is then (z, y, x). `data_generator.py` draws them and hands them to Keras.
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import config
+from augment import augment2d, augment3d, lesions, synthesis
+from ct import boxes
+from ct.boxes import Box, Crop
+from ct.geometry import Grid, flip_xy
+from ct.scan import PHANTOM, consensus
+from dataset.batching import (
+    CANDIDATE_PX,
+    VOLUME_BATCH,
+    VOLUME_ORDER,
+    Generator,
+    TileGenerator,
+    batches_of,
+    plain,
+    usable,
+)
+from dataset.slice_table import SliceTable
+
+CACHE_BYTES = 2**33
+"""Most memory for volumes that training, and again validation, keeps after use: 290 chests at
+1.5 mm or 85 at 1 mm. One that is not kept is unpacked again, which takes 0.6 s at 1 mm."""
+
+LEAST_VOXELS = 4
+"""Crops are laid around parts of nodules of at least so many voxels: what is left of smaller
+ones after a turn is hardly a nodule."""
+
+DENSE_HU = -500
+"""From here on a voxel in the lungs is no air: vessels, airway walls, the pleura, nodules."""
+
+INNER_PX = 3
+"""Half of the dense voxels lie as far as this within the lungs, among vessels; of all, most
+lie at the pleura."""
+
+MOST_DENSE = 20_000
+"""Dense voxels of either kind that are kept of a volume, spread evenly over all."""
+
+CANDIDATE_REACH = [length / 2 - 1 for length in CANDIDATE_PX]
+"""How far from the middle of a candidate's crop a nodule is drawn, along each axis."""
+
+CANDIDATES_PER_SCAN = 4
+"""Candidates drawn one after the other from a scan, which costs more to read than they."""
+
+TILE_MARGIN_PX = 4
+"""How far the tiles of validation reach beyond the box around the lungs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """What samples are made of.
+
+    Attributes:
+        hu: (z, y, x) int16.
+        marks: (z, y, x) uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
+        lung_box: Around the lungs; None without lungs.
+        nodule_boxes: Around the connected parts of a nodule target; see `nodule_boxes`.
+        others: Of volumes for candidates, flat indices of voxels that samples are laid
+            around besides nodules: `dense_voxels` and, where networks marked something,
+            `hard_negatives`.
+    """
+
+    hu: np.ndarray
+    marks: np.ndarray
+    lung_box: Box | None
+    nodule_boxes: tuple[Box, ...]
+    others: tuple[np.ndarray, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.hu, self.marks, *self.others))
+
+
+class VolumeCache:
+    """Volumes of a table, decompressed; those used last stay. Any thread may ask.
+
+    Args:
+        table: The open table.
+        batches: Target and consensus.
+        candidates: (n, 3) LPS x, y, z in mm that networks marked, by the id of the scan;
+            those that are no nodule are hard negatives.
+        most_bytes: Memory of what is kept.
+    """
+
+    def __init__(
+        self,
+        table: SliceTable,
+        batches: config.Batches,
+        *,
+        candidates: Mapping[str, np.ndarray] | None = None,
+        most_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.table = table
+        self.batches = batches
+        self.candidates = candidates or {}
+        self.most_bytes = most_bytes
+        self.kept: OrderedDict[int, Volume] = OrderedDict()
+        self.kept_bytes = 0
+        self.lock = threading.Lock()
+
+    def read(self, scan_index: int) -> Volume:
+        """The volume of a scan; not to be written to."""
+        with self.lock:
+            if scan_index in self.kept:
+                self.kept.move_to_end(scan_index)
+                return self.kept[scan_index]
+        # Outside of the lock: two threads may read the same volume, and it is kept once.
+        volume = read_table_volume(self.table, scan_index, self.batches)
+        scan_id = str(self.table.scans["scan_id"][scan_index])
+        if scan_id in self.candidates:
+            grid = self.table.volume_grid(scan_index)
+            places = voxels_at(self.candidates[scan_id], grid)
+            negatives = hard_negatives(places, volume.marks)
+            volume = replace(volume, others=(*volume.others, negatives))
+        with self.lock:
+            if scan_index not in self.kept:
+                self.kept[scan_index] = volume
+                self.kept_bytes += volume.nbytes
+            while self.kept_bytes > self.most_bytes:
+                self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
+        return volume
+
+
+class VolumeGenerator(Generator):
+    """Batches of crops of volumes; see `Generator`.
+
+    Args:
+        table: The open table, made with volumes.
+        scans: Indices of scans of the table, e.g. of `slice_idx.scans_of_part`.
+        batches: Crop, window, target and batch size.
+        augmentation: Random changes; None gives plain crops.
+        pathology: Lesions simulated in augmented samples; None for none. They have draws
+            of their own, so the other changes are the same with and without. No nodule has
+            the shape of one of a patient of the table without any of these scans.
+        candidates: As of `VolumeCache`; of scans with hard negatives a third of the
+            samples that are not of a nodule are of these.
+        seed: Of order, crops and augmentation.
+        steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
+        shuffle: True draws a new order and new changes each epoch; False gives the scans
+            in the order given and the same crops every epoch.
+        with_slice_label: As for `Generator`.
+
+    Raises:
+        ValueError: If no scan can be used, or the settings give the answer away.
+    """
+
+    def __init__(
+        self,
+        table: SliceTable,
+        scans: np.ndarray,
+        batches: config.Batches,
+        augmentation: config.Augment | None,
+        *,
+        seed: int,
+        pathology: config.Lesions | None = None,
+        candidates: Mapping[str, np.ndarray] | None = None,
+        steps_per_epoch: int = 0,
+        shuffle: bool = True,
+        with_slice_label: bool = False,
+    ) -> None:
+        self.table = table
+        self.scans = usable_scans(table, scans, batches)
+        patients = table.scans["patient_id"][self.scans].tolist()
+        self.phantoms = np.array([name.startswith(PHANTOM) for name in patients], bool)
+        self.each = CANDIDATES_PER_SCAN if batches.crop == "candidate" else 1
+        own = len(self.scans) * self.each
+        self.samples = steps_per_epoch * batches.batch_size or own
+        steps = batches_of(self.samples, batches)
+        super().__init__(
+            batches,
+            steps,
+            seeds=(VOLUME_BATCH, seed),
+            shuffle=shuffle,
+            with_slice_label=with_slice_label,
+        )
+        self.augmentation = augmentation
+        self.held_out = table.other_patients(scans)
+        self.pathology = lesions.checked_lesions(pathology, batches, self.held_out)
+        self.seed = seed
+        self.cache = VolumeCache(table, batches, candidates=candidates)
+
+    def order_of_epoch(self, epoch: int) -> np.ndarray:
+        """Scans of all batches of an epoch; see `drawn_scans`."""
+        each, count = self.each, len(self.scans)
+        visits = -(-self.samples // each)
+        if not self.shuffle:
+            spread = np.arange(visits)
+            spread = spread % count if visits >= count else spread * count // visits
+            return self.scans[spread].repeat(each)[: self.samples]
+        visited = drawn_scans(
+            self.scans,
+            self.phantoms,
+            visits,
+            self.batches.real_fraction,
+            (VOLUME_ORDER, self.seed, epoch),
+        )
+        return visited.repeat(each)[: self.samples]
+
+    def sample(
+        self, row: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A crop as (z, y, x) float32 input and (z, y, x) uint8 mask of 0 and 1."""
+        volume = self.cache.read(int(row))
+        crop = self.crop(volume, rng)
+        if self.augmentation is None:
+            return plain(volume.hu, volume.marks, crop.start, self.batches)
+        size = self.batches.volume_px
+        warp = augment3d.draw_volume_warp(self.augmentation, crop, size, rng)
+        if self.pathology is not None:
+            own = rng.spawn(1)[0]
+            volume, warp = self.with_lesions(volume, warp, self.pathology, own)
+        return self.changed(volume, warp, self.augmentation, rng)
+
+    def with_lesions(
+        self,
+        volume: Volume,
+        warp: augment3d.VolumeWarp,
+        pathology: config.Lesions,
+        rng: np.random.Generator,
+    ) -> tuple[Volume, augment3d.VolumeWarp]:
+        """The volume with lesions in it, and the warp that sees it as before.
+
+        Nodules, if they are the target, are drawn where the warp looks, and added to the
+        reference; of the volume this part is left.
+        """
+        spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
+        if self.batches.target == "lung":
+            lung = ((volume.marks & augment2d.LUNG_BIT) > 0).view(np.uint8)
+            hu = lesions.simulate(
+                volume.hu, lung, spacing_mm, pathology, rng, held_out=self.held_out
+            )
+            return replace(volume, hu=hu), warp
+        size, full = self.batches.volume_px, volume.hu.shape
+        box = augment3d.reach(warp, size, full)
+        if box is None:
+            return volume, warp
+        beyond = math.ceil(lesions.NODULE_MM[1] / 2 / spacing_mm[0])
+        room = boxes.widened(box, beyond, full)
+        start = np.array([part.start for part in room])
+        to_output = np.linalg.inv(warp.matrix[:, :3])
+
+        def seen(place: tuple[float, ...]) -> bool:
+            at = to_output @ (start + place - warp.matrix[:, 3])
+            return bool(((at >= 0) & (at < size)).all())
+
+        marks = volume.marks[room]
+        lung = ((marks & augment2d.LUNG_BIT) > 0).view(np.uint8)
+        places = None
+        if self.batches.crop == "candidate":
+            middle = warp.matrix @ (*boxes.centre(boxes.whole(size)), 1) - start
+            box = boxes.near(
+                middle, CANDIDATE_REACH, (1, 1, 1), boxes.whole(lung.shape)
+            )
+            # A real nodule in the middle stays; elsewhere one may be drawn in the lungs.
+            taken = (marks[box] & augment2d.TARGET_BIT).any()
+            places = np.argwhere(lung[box] & ~taken) + [part.start for part in box]
+        hu, drawn = lesions.simulate_nodules(
+            volume.hu[room],
+            lung,
+            spacing_mm,
+            pathology,
+            rng,
+            held_out=self.held_out,
+            seen=seen,
+            places=places,
+        )
+        marks = marks | drawn * np.uint8(augment2d.TARGET_BIT)
+        matrix = np.column_stack((warp.matrix[:, :3], warp.matrix[:, 3] - start))
+        part = Volume(hu, marks, None, ())
+        return part, replace(warp, matrix=matrix)
+
+    def changed(
+        self,
+        volume: Volume,
+        warp: augment3d.VolumeWarp,
+        changes: config.Augment,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`sample` after its random changes."""
+        size = self.batches.volume_px
+        scanner = augment3d.draw_scanner(changes, size, rng)
+        marks = augment3d.warp_volume_labels(volume.marks, warp, size)
+        lung = marks & augment2d.LUNG_BIT
+        hu = augment3d.warp_volume(volume.hu, warp, size)
+        if rng.random() < changes.synthesis:
+            hu = synthesis.synthetic(hu, lung, rng)
+        hu = augment3d.scanned(hu, scanner, rng)
+        marks = augment3d.within_field(marks, scanner.field, 0)
+        lung = marks & augment2d.LUNG_BIT
+        image = augment2d.to_input(hu, lung, self.batches, gamma=scanner.gamma)
+        return image, marks & augment2d.TARGET_BIT
+
+    def crop(self, volume: Volume, rng: np.random.Generator) -> Crop:
+        """The part of the volume that becomes the sample, by `batches.crop`."""
+        size, full = self.batches.volume_px, volume.hu.shape
+        near, which, *place = rng.random(8)
+        found = volume.nodule_boxes
+        if self.batches.crop == "centre":
+            return boxes.crop_around(boxes.centre(boxes.whole(full)), full, size)
+        box = volume.lung_box or boxes.whole(full)
+        wanted = found and near < self.batches.nodule_fraction
+        if self.batches.crop == "candidate":
+            others = [kind for kind in volume.others if len(kind)]
+            if wanted:
+                point = boxes.centre(found[int(which * len(found))])
+            elif others:
+                kind = others[int(place[0] * len(others))]
+                point = np.unravel_index(kind[int(which * len(kind))], full)
+            else:
+                point = boxes.point_in(box, place[3:])
+            return boxes.crop_on(point, size)
+        if wanted and self.batches.crop == "nodule":
+            box = found[int(which * len(found))]
+            half = [(part.stop - part.start) / 2 for part in box]
+            return boxes.crop_near(boxes.centre(box), half, full, size, place[:3])
+        return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
+
+
+def drawn_scans(
+    scans: np.ndarray,
+    phantoms: np.ndarray,
+    count: int,
+    real_fraction: float,
+    seeds: tuple[int, ...],
+) -> np.ndarray:
+    """Scans of an epoch in random order.
+
+    Args:
+        scans: (n,) indices, each drawn as often as any other of its kind, or once more.
+        phantoms: (n,) bool.
+        count: How many are drawn.
+        real_fraction: Share of those that are no phantoms, to the nearest scan; 0, or one
+            kind alone, makes one kind of all.
+        seeds: Decide the order, and which are drawn once more.
+    """
+
+    def turns(kind: np.ndarray, most: int) -> np.ndarray:
+        orders = [
+            np.random.default_rng((*seeds, turn)).permutation(kind)
+            for turn in range(-(-most // len(kind)))
+        ]
+        return np.concatenate([kind[:0], *orders])[:most]
+
+    if not real_fraction or not 0 < phantoms.sum() < len(scans):
+        return turns(scans, count)
+    real = round(real_fraction * count)
+    mixed = [turns(scans[~phantoms], real), turns(scans[phantoms], count - real)]
+    return np.random.default_rng((*seeds, count)).permutation(np.concatenate(mixed))
+
+
+def validation_of_volumes(
+    table: SliceTable,
+    scans: np.ndarray,
+    batches: config.Batches,
+    *,
+    most: int = 0,
+    **options: Any,
+) -> Generator:
+    """What validates: every tile of some volumes, or candidates, the same in each epoch.
+
+    Arguments as of `tiles_of_volumes`.
+    """
+    if batches.crop != "candidate":
+        return tiles_of_volumes(table, scans, batches, most=most, **options)
+    return VolumeGenerator(
+        table,
+        scans,
+        batches,
+        None,
+        seed=0,
+        steps_per_epoch=batches_of(most, batches),
+        shuffle=False,
+        **options,
+    )
+
+
+def tiles_of_volumes(
+    table: SliceTable, scans: np.ndarray, batches: config.Batches, **options: Any
+) -> TileGenerator:
+    """Every tile of some volumes, for validation.
+
+    They cover the box around the lungs and a margin, or the volume where no lungs are
+    known.
+
+    Args:
+        table: The open table, made with volumes.
+        scans: Indices of scans of the table.
+        batches: Window, target, size of the tiles and of a batch.
+        options: Of `TileGenerator`.
+    """
+    cache = VolumeCache(table, batches)
+
+    def read(scan: int) -> tuple[np.ndarray, np.ndarray]:
+        volume = cache.read(scan)
+        return volume.hu, volume.marks
+
+    tiles = []
+    for scan in usable_scans(table, scans, batches).tolist():
+        volume = cache.read(scan)
+        full = volume.hu.shape
+        box = boxes.widened(volume.lung_box or boxes.whole(full), TILE_MARGIN_PX, full)
+        tiles += [(scan, tile.start) for tile in boxes.tiles(box, batches.volume_px)]
+    return TileGenerator(tiles, read, batches, **options)
+
+
+def read_table_volume(
+    table: SliceTable, scan_index: int, batches: config.Batches
+) -> Volume:
+    """A scan's volume from the table, with its target and where things are."""
+    hu, lung = (table.volume(scan_index, name) for name in ("hu", "lung"))
+    lung_bits = (lung > 0) * np.uint8(augment2d.LUNG_BIT)
+    if batches.target == "lung":
+        return Volume(hu, lung_bits | (lung > 0), boxes.around(lung), ())
+    mask = consensus(
+        table.volume(scan_index, "reader_bits"),
+        table.volume(scan_index, "nodule_labels"),
+        table.readers_of_label(scan_index),
+        level=batches.consensus_level,
+        min_readers=batches.min_readers,
+    )
+    dense = dense_voxels(hu, lung) if batches.crop == "candidate" else ()
+    return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask), dense)
+
+
+def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
+    """(n, 3) indices (z, y, x) of the voxels at (n, 3) LPS x, y, z in mm.
+
+    Raises:
+        ValueError: If a place lies outside of the volume.
+    """
+    index = np.rint(grid.ras_mm_to_index(flip_xy(places_lps_mm))).astype(int)
+    outside = ((index < 0) | (index >= grid.shape)).any(axis=1)
+    if outside.any():
+        raise ValueError(
+            f"{outside.sum()} of {len(index)} places lie outside of the volume, the first "
+            f"at {tuple(places_lps_mm[outside][0].tolist())} LPS mm"
+        )
+    return index
+
+
+def hard_negatives(places: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """int32 flat indices of the places whose crops have no nodule in their middle.
+
+    Args:
+        places: (n, 3) indices (z, y, x) in the volume.
+        marks: As of `Volume`.
+    """
+    nodule = marks & augment2d.TARGET_BIT
+    alone = [
+        place
+        for place in places.tolist()
+        if not boxes.cut(
+            nodule, boxes.crop_on(place, CANDIDATE_PX).start, CANDIDATE_PX, fill=0
+        ).any()
+    ]
+    index = np.array(alone, np.intp).reshape(-1, 3)
+    return np.ravel_multi_index(tuple(index.T), marks.shape).astype(np.int32)
+
+
+def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 flat indices of voxels in the lungs that are no air: of any, of inner ones."""
+    from scipy import ndimage
+
+    box = boxes.around(lung) or boxes.whole(lung.shape)
+    inner = np.zeros(lung.shape, bool)
+    inner[box] = ndimage.binary_erosion(lung[box] > 0, iterations=INNER_PX)
+    kinds = []
+    for within in (lung > 0, inner):
+        found = np.flatnonzero((hu >= DENSE_HU) & within).astype(np.int32)
+        kinds.append(found[:: len(found) // MOST_DENSE + 1])
+    return kinds[0], kinds[1]
+
+
+def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
+    """The boxes around connected parts of a (z, y, x) bool mask, of `LEAST_VOXELS` or more."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    return tuple(
+        box
+        for number, box in enumerate(ndimage.find_objects(labels), start=1)
+        if np.count_nonzero(labels[box] == number) >= LEAST_VOXELS
+    )
+
+
+def usable_scans(
+    table: SliceTable, scans: np.ndarray, batches: config.Batches
+) -> np.ndarray:
+    """The scans that have what the settings ask for; see `batching.usable`.
+
+    Raises:
+        ValueError: If none has, or the table has no volumes.
+    """
+    if not table.settings.volume_spacing_mm:
+        raise ValueError(
+            f"{table.path} was made with table.volume_spacing_mm=0 and holds no volumes, "
+            f"but batches.input_px is {batches.input_px}; run table.py again with "
+            "--table.volume_spacing_mm"
+        )
+    scans = np.asarray(scans)
+    return scans[usable(table, scans, batches, of="scans")]

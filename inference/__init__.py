@@ -1,0 +1,1 @@
+"""Networks on whole scans: Monte Carlo passes, candidates, nodules and outlines."""

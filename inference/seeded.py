@@ -1,0 +1,264 @@
+"""A run's seeded network on patches: the nodule in the middle of each is outlined.
+
+The middle of a patch is the seed: a click, a candidate. The network looks at the middle at the
+resolution of the patch; a nodule that reaches the border of what it sees is looked at again
+from twice as far, and one that lies off the middle of its slices from above its own middle.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+import config
+from augment import augment2d
+from ct import boxes
+from nodules.measures import components, likeliest
+from training import runs
+
+BORDER_PX = 2
+"""A nodule as near as this to the border of what was seen may go on beyond it."""
+
+FURTHER = 2
+"""How many pixels become one along each axis when a patch is seen from further away."""
+
+OFF_MIDDLE_PX = 6
+"""A nodule whose middle is as far as this from that of its patches is looked at again."""
+
+SURER = 0.05
+"""The second look counts if the Dice that can be expected of it is higher by so much."""
+
+LEAST_CHANCE = 0.02
+"""Lower probabilities are none: there are too many of them to count as nodule in their sum."""
+
+TURNS = 8
+"""Quarter turns of a patch and of its mirror image."""
+
+
+class PatchPredictor:
+    """A seeded network, built and loaded once for any number of patches.
+
+    Args:
+        run_dir: Made by train.py.
+        settings: The run's; `batches.crop` is seed.
+        batch_size: Images the network is given at once; more are padded to it, so that
+            TensorFlow traces it once.
+        turns: How many of the `TURNS` are averaged; 1 is the patch as it is.
+
+    Attributes:
+        postprocess: From the probabilities of a nodule's slices to its mask.
+
+    Raises:
+        ValueError: If the run is not of patches.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: config.Experiment,
+        *,
+        batch_size: int = 64,
+        turns: int = 1,
+    ) -> None:
+        if settings.batches.crop != "seed":
+            raise ValueError(
+                f"{run_dir}: the run was trained with batches.crop="
+                f"{settings.batches.crop}; expected seed, patches around a nodule"
+            )
+        config.require(1 <= turns <= TURNS, "turns", turns, f"1 to {TURNS}")
+        self.batches = settings.batches
+        self.batch_size = batch_size
+        self.turns = turns
+        self.postprocess = settings.postprocess
+        self.network: Any = runs.load_network(
+            run_dir, settings, settings.batches.slice_px
+        )
+
+    def probability(self, patches: np.ndarray) -> np.ndarray:
+        """Probability of the nodule in the middle of each patch.
+
+        Args:
+            patches: (n, y, x) numbers on any rising linear scale of HU, a scale for each patch.
+
+        Returns:
+            (n, y, x) float32; 0 where it was not looked.
+
+        Raises:
+            ValueError: If they are no such array, or not finite.
+        """
+        patches = checked_patches(patches)
+        shape, size = patches.shape[1:], self.batches.slice_px
+        near = self.look([middle(filled_up(patch, size), size) for patch in patches])
+        prob = np.stack([placed(image, shape) for image in near]) if len(near) else near
+        beyond = any(full > part for full, part in zip(shape, size, strict=True))
+        if not beyond or not len(patches):
+            return prob.reshape(patches.shape)
+        wide = tuple(FURTHER * length for length in size)
+        again = np.flatnonzero(reaches_border(near, self.postprocess.threshold))
+        far = [shrunk(middle(patches[i], wide)) for i in again]
+        for i, image in zip(again, self.look(far), strict=True):
+            prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
+        return prob
+
+    def nodule_probability(self, slices: np.ndarray) -> np.ndarray:
+        """Probability of one nodule in patches of its slices.
+
+        The network takes what lies in the middle for the nodule, in each slice by itself. If
+        what it finds in all slices together lies elsewhere, it looks again from there. That
+        counts if the network is surer of it.
+
+        Args:
+            slices: (n, y, x) numbers, slices in their order cut out at one place; some may
+                be left out.
+
+        Returns:
+            (n, y, x) float32; 0 where it was not looked.
+
+        Raises:
+            ValueError: As `probability` does.
+        """
+        slices = checked_patches(slices)
+        first = self.probability(slices)
+        threshold = self.postprocess.threshold
+        middle_yx = middle_of_nodule(first, threshold) if len(first) else None
+        if middle_yx is None:
+            return first
+        off = middle_yx - (np.array(first.shape[1:]) - 1) / 2
+        if np.hypot(*off) < OFF_MIDDLE_PX:
+            return first
+        y, x = np.rint(off).astype(int).tolist()
+        size = (first.shape[1], first.shape[2])
+        moved = [
+            boxes.cut(image, (y, x), size, fill=float(image.min())) for image in slices
+        ]
+        second = np.zeros_like(first)
+        for image, found in zip(second, self.probability(np.stack(moved)), strict=True):
+            boxes.add(image, found, (y, x))
+        surer = expected_dice(second) >= expected_dice(first) + SURER
+        return second if surer else first
+
+    def look(self, images: list[np.ndarray]) -> np.ndarray:
+        """(n, y, x) float32 probability of images of the network's size."""
+        inputs = [augment2d.to_input(image, None, self.batches) for image in images]
+        found = np.zeros((len(images), *self.batches.slice_px), np.float32)
+        turned = (turn(image, t) for image in inputs for t in range(self.turns))
+        for number, prob in enumerate(self.predicted(turned)):
+            index, t = divmod(number, self.turns)
+            found[index] += turned_back(prob, t)
+        found /= self.turns
+        return found
+
+    def predicted(self, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The network's probability of each input, in batches."""
+        batch = np.empty((self.batch_size, *self.batches.slice_px, 1), np.float32)
+        count = 0
+        for image in inputs:
+            batch[count, ..., 0] = image
+            count += 1
+            if count == self.batch_size:
+                yield from self.predicted_batch(batch)
+                count = 0
+        yield from self.predicted_batch(batch)[:count] if count else ()
+
+    def predicted_batch(self, batch: np.ndarray) -> np.ndarray:
+        return np.asarray(runs.mask_of(self.network.predict_on_batch(batch)))[..., 1]
+
+
+def checked_patches(patches: np.ndarray) -> np.ndarray:
+    """Patches as float32.
+
+    Raises:
+        ValueError: If they are no (n, y, x) array of finite numbers.
+    """
+    patches = np.asarray(patches)
+    if patches.ndim != 3 or patches.dtype.kind not in "iufb" or 0 in patches.shape[1:]:
+        raise ValueError(
+            f"patches have shape {patches.shape} and type {patches.dtype}; expected "
+            "(n, y, x) numbers"
+        )
+    patches = patches.astype(np.float32)
+    if not np.isfinite(patches).all():
+        wrong = np.flatnonzero(~np.isfinite(patches).all(axis=(1, 2)))
+        raise ValueError(
+            f"{len(wrong)} of {len(patches)} patches, the first {wrong[0]}, hold NaN or "
+            "infinity; expected finite numbers"
+        )
+    return patches
+
+
+def middle(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The middle of a patch; its least value where it is too small."""
+    start = boxes.crop_at_centre(patch.shape, size).start
+    return boxes.cut(patch, start, size, fill=float(patch.min()))
+
+
+def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A patch whose border pixels are repeated where it is smaller than `size`."""
+    start = boxes.crop_at_centre(patch.shape, size).start
+    lacking = [
+        (max(-first, 0), max(first + seen - length, 0))
+        for first, seen, length in zip(start, size, patch.shape, strict=True)
+    ]
+    return np.pad(patch, lacking, mode="edge")
+
+
+def placed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An image in the middle of one of another shape, 0 elsewhere."""
+    whole = np.zeros(shape, image.dtype)
+    boxes.add(whole, image, boxes.crop_at_centre(shape, image.shape).start)
+    return whole
+
+
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """The mean of every `FURTHER` x `FURTHER` pixels."""
+    size = tuple(length // FURTHER for length in image.shape)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
+    """(n,) bool: whether a pixel of at least `threshold` lies near the border."""
+    inner = np.zeros(prob.shape[1:], bool)
+    inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
+    return prob[:, ~inner].max(axis=1, initial=0) >= threshold
+
+
+def middle_of_nodule(prob: np.ndarray, threshold: float) -> np.ndarray | None:
+    """(y, x) of the middle of the nodule in its slices' probabilities; None of none."""
+    parts = components(prob >= np.float32(threshold), 26)
+    nodule = np.argwhere(likeliest(parts, prob))
+    return nodule[:, 1:].mean(axis=0) if len(nodule) else None
+
+
+def expected_dice(prob: np.ndarray) -> float:
+    """The highest Dice that a map lets expect at any threshold: how sure it is of its nodule.
+
+    If pixel i is nodule with the chance p_i, the mask {p >= t} and the nodule share the sum
+    of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) / (pixels in the mask
+    + sum(p_i)).
+
+    Args:
+        prob: Chances, any shape. Those below `LEAST_CHANCE` are taken for 0.
+
+    Returns:
+        0 to 1; 0 if there is nothing.
+
+    Reference: Lipton et al. 2014, section 4 (F1, which is Dice).
+    """
+    chances = np.sort(prob[prob >= np.float32(LEAST_CHANCE)])[::-1]
+    if not chances.size:
+        return 0.0
+    shared = np.cumsum(chances, dtype=np.float64)
+    return float((2 * shared / (np.arange(1, len(chances) + 1) + shared[-1])).max())
+
+
+def turn(image: np.ndarray, number: int) -> np.ndarray:
+    """One of the `TURNS` of a square image; number 0 leaves it as it is."""
+    return np.rot90(image[:, ::-1] if number >= 4 else image, number % 4)
+
+
+def turned_back(image: np.ndarray, number: int) -> np.ndarray:
+    """What `turn` turned, as it was."""
+    image = np.rot90(image, -number % 4)
+    return image[:, ::-1] if number >= 4 else image

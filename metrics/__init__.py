@@ -1,0 +1,1 @@
+"""Scores: overlap, surfaces, hits, FROC, agreement, calibration and intervals."""

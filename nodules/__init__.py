@@ -1,0 +1,1 @@
+"""Nodules: readers' outlines, shapes, connected components and measurements in mm."""

@@ -1,0 +1,1 @@
+"""Chest phantoms with nodules, written as DICOM series with LIDC-style annotations."""

@@ -1,0 +1,746 @@
+"""The chest of a phantom as distance fields, and the vessels and bronchi in its lungs.
+
+Coordinates are mm in the patient: x to the left, y to the back, z to the head; x = 0 is
+the midline, y = 0 the middle of the rib cage, z = 0 the lowest point of the lungs. A
+field is negative within its organ and gives the distance to its surface in mm to first
+order. Sizes are those of textbook adults; no patient's anatomy was copied.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ct.boxes import Box
+
+FAR_MM = 1e3
+"""Value of a field far from its organ."""
+
+RIB_SLOPE_MM = 85.0
+"""How much lower a rib ends at the front than it begins at the spine."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What differs from one phantom to the next; lengths in mm.
+
+    Attributes:
+        lung_height: From the lowest recess to the apex.
+        half_width, half_depth: Of the rib cage's inside.
+        fat: Mean thickness of the fat under the skin.
+        dome_right, dome_left: Height of the diaphragm's domes above z = 0.
+        heart: Scale of the heart.
+        pitch: Distance between neighbouring vertebrae, and ribs.
+        blood_hu: 40 without contrast agent.
+        gas: Share of the stomach's depth that is gas.
+        breast: Height of the breasts over the chest wall; 0 for none.
+        parenchyma_hu: Mean of the lungs.
+        emphysema: Strength of low-density patches, 0 to 1.
+    """
+
+    lung_height: float
+    half_width: float
+    half_depth: float
+    fat: float
+    dome_right: float
+    dome_left: float
+    heart: float
+    pitch: float
+    blood_hu: float
+    gas: float
+    breast: float
+    parenchyma_hu: float
+    emphysema: float
+
+    @property
+    def wall_back(self) -> float:
+        return 46 + 0.4 * self.fat
+
+    @property
+    def wall_front(self) -> float:
+        return 13 + 0.7 * self.fat
+
+    @property
+    def outline_half_width(self) -> float:
+        return self.half_width + 15 + 0.9 * self.fat
+
+    @property
+    def outline_half_depth(self) -> float:
+        return self.half_depth + (self.wall_front + self.wall_back) / 2
+
+    @property
+    def outline_centre_y(self) -> float:
+        return (self.wall_back - self.wall_front) / 2
+
+
+def draw_body(rng: np.random.Generator) -> Body:
+    """A body drawn from the range of adults."""
+    height = rng.uniform(200, 270)
+    dome_right = rng.uniform(50, 78)
+    contrast = rng.random() < 0.5
+    return Body(
+        lung_height=height,
+        half_width=rng.uniform(116, 140),
+        half_depth=rng.uniform(76, 98),
+        fat=rng.uniform(5, 22),
+        dome_right=dome_right,
+        dome_left=dome_right - rng.uniform(0, 16),
+        heart=rng.uniform(0.85, 1.12),
+        pitch=height / rng.uniform(9.8, 11),
+        blood_hu=rng.uniform(140, 280) if contrast else 42.0,
+        gas=rng.uniform(0.2, 0.75),
+        breast=rng.uniform(10, 35) if rng.random() < 0.45 else 0.0,
+        parenchyma_hu=rng.uniform(-895, -835),
+        emphysema=rng.uniform(0.3, 1) if rng.random() < 0.25 else 0.0,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Voxel centres of a regular grid as open (z, 1, 1), (1, y, 1), (1, 1, x) arrays in mm."""
+
+    z: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.z.size, self.y.size, self.x.size
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        steps = [
+            float(a.flat[1] - a.flat[0]) if a.size > 1 else 1.0
+            for a in (self.z, self.y, self.x)
+        ]
+        return steps[0], steps[1], steps[2]
+
+    def part(self, box: Box) -> "Mesh":
+        """The mesh of a (z, y, x) box of voxels."""
+        return Mesh(self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
+
+    def box_around(self, low_xyz, high_xyz) -> Box | None:
+        """Voxels whose centres lie between two corners in mm; None if there are none."""
+        spans = []
+        for axis, low, high in zip(
+            (self.z, self.y, self.x), low_xyz[::-1], high_xyz[::-1], strict=True
+        ):
+            first, last = np.searchsorted(axis.ravel(), (low, high))
+            if first >= last:
+                return None
+            spans.append(slice(int(first), int(last)))
+        return tuple(spans)
+
+
+def mesh_from_axes(z_mm: np.ndarray, y_mm: np.ndarray, x_mm: np.ndarray) -> Mesh:
+    axes = [np.asarray(axis, np.float32) for axis in (z_mm, y_mm, x_mm)]
+    return Mesh(axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None])
+
+
+def spline_noise(
+    rng: np.random.Generator, mesh: Mesh, knot_mm: float | tuple[float, float, float]
+) -> np.ndarray:
+    """Smooth noise of mean 0 and standard deviation 1: cubic B-splines of white knots.
+
+    Args:
+        rng: Drawn from once per knot.
+        mesh: Where the noise is wanted.
+        knot_mm: Distance between knots, one for all axes or (z, y, x).
+
+    Returns:
+        (z, y, x) float32.
+    """
+    pitches = np.broadcast_to(np.asarray(knot_mm, float), (3,))
+    weights = [
+        _spline_weights(axis.ravel(), pitch)
+        for axis, pitch in zip((mesh.z, mesh.y, mesh.x), pitches, strict=True)
+    ]
+    knots = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
+    # The squared cubic B-spline weights of a point sum to 0.479 per axis on average.
+    noise = knots / np.float32(0.479**1.5)
+    # Each axis as one product of matrices; the axis it makes comes last.
+    for weight in weights:
+        noise = np.tensordot(noise, weight, (0, 1))
+    return noise
+
+
+def _spline_weights(axis_mm: np.ndarray, pitch_mm: float) -> np.ndarray:
+    """(points, knots) weights of uniform cubic B-splines."""
+    at = (axis_mm - axis_mm[0]) / pitch_mm
+    knots = np.arange(-1, int(np.ceil(at[-1])) + 2)
+    away = np.abs(at[:, None] - knots)
+    near = 2 / 3 - away**2 + away**3 / 2
+    return np.where(away < 1, near, np.clip(2 - away, 0, None) ** 3 / 6).astype(
+        np.float32
+    )
+
+
+def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
+    """Union of two fields whose seam is rounded over `blend_mm`."""
+    overlap = np.maximum(blend_mm - np.abs(a - b), 0)
+    return np.minimum(a, b) - overlap * overlap * np.float32(0.25 / blend_mm)
+
+
+def smooth_max(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
+    """Intersection of two fields whose seam is rounded over `blend_mm`."""
+    return -smooth_min(-a, -b, blend_mm)
+
+
+def distance(level: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """First-order distance in mm to the zero level of any smooth function on `mesh`."""
+    slopes = np.gradient(level, *mesh.spacing_mm)
+    steepness = np.sqrt(sum(slope * slope for slope in slopes))
+    return level / np.maximum(steepness, np.float32(1e-3))
+
+
+def ellipsoid(mesh: Mesh, centre_xyz, radii_xyz, turn_deg: float = 0.0) -> np.ndarray:
+    """Field of an ellipsoid, turned about the body's axis."""
+    dx, dy = mesh.x - np.float32(centre_xyz[0]), mesh.y - np.float32(centre_xyz[1])
+    cos, sin = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
+    u = np.float32(cos) * dx + np.float32(sin) * dy
+    v = np.float32(cos) * dy - np.float32(sin) * dx
+    w = mesh.z - np.float32(centre_xyz[2])
+    ru, rv, rw = (np.float32(r) for r in radii_xyz)
+    near = np.sqrt((u / ru) ** 2 + (v / rv) ** 2 + (w / rw) ** 2)
+    slope = np.sqrt((u / ru**2) ** 2 + (v / rv**2) ** 2 + (w / rw**2) ** 2)
+    return near * (near - 1) / np.maximum(slope, np.float32(1e-6))
+
+
+def tube(mesh: Mesh, points_xyz, radii_mm, *, reach_mm: float = 16.0) -> np.ndarray:
+    """Field of a bent tube through points, known up to `reach_mm` from its surface."""
+    field = np.full(mesh.shape, FAR_MM, np.float32)
+    points = np.asarray(points_xyz, np.float32)
+    radii = np.broadcast_to(np.asarray(radii_mm, np.float32), (len(points),))
+    for start, end, r0, r1 in zip(
+        points[:-1], points[1:], radii[:-1], radii[1:], strict=True
+    ):
+        margin = max(r0, r1) + reach_mm
+        box = mesh.box_around(
+            np.minimum(start, end) - margin, np.maximum(start, end) + margin
+        )
+        if box is not None:
+            piece = capsule(mesh.part(box), start, end, r0, r1)
+            np.minimum(field[box], piece, out=field[box])
+    return field
+
+
+def capsule(mesh: Mesh, start, end, r0: float, r1: float) -> np.ndarray:
+    """Field of a round-ended cone from `start` (radius r0) to `end` (radius r1)."""
+    axis = np.asarray(end, np.float32) - start
+    dx, dy, dz = mesh.x - start[0], mesh.y - start[1], mesh.z - start[2]
+    length2 = np.float32(max(float(axis @ axis), 1e-6))
+    along = np.clip((dx * axis[0] + dy * axis[1] + dz * axis[2]) / length2, 0, 1)
+    dx, dy, dz = dx - along * axis[0], dy - along * axis[1], dz - along * axis[2]
+    return np.sqrt(dx * dx + dy * dy + dz * dz) - (r0 + along * np.float32(r1 - r0))
+
+
+@dataclass(frozen=True, eq=False)
+class Organ:
+    """One tissue of the picture: where it is and how dense.
+
+    Attributes:
+        field: (z, y, x) float32 distance field in mm.
+        hu: Its density; a number or (z, y, x) float32.
+    """
+
+    field: np.ndarray
+    hu: float | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Chest:
+    """Every organ of a phantom on a coarse mesh.
+
+    Attributes:
+        organs: In the order of painting; later ones cover earlier ones.
+        lungs: Field of both lungs, lung roots and airway taken out.
+        airway: Field of the lumen of trachea and main bronchi.
+        fissures: Distance to the nearest fissure, never negative.
+        parenchyma_hu: (z, y, x) density of lung tissue.
+        roots_xyz: Where arteries, veins and bronchi enter each lung, right then left.
+    """
+
+    organs: tuple[Organ, ...]
+    lungs: np.ndarray
+    airway: np.ndarray
+    fissures: np.ndarray
+    parenchyma_hu: np.ndarray
+    roots_xyz: tuple[np.ndarray, np.ndarray]
+
+
+def build_chest(body: Body, mesh: Mesh, rng: np.random.Generator) -> Chest:
+    """All organs of `body` on `mesh`."""
+    cage = _cage(body, mesh)
+    diaphragm = _diaphragm(body, mesh, rng)
+    vessels, blood = _great_vessels(body, mesh)
+    heart, chambers = _heart(body, mesh)
+    spine = _vertebral_bodies(body, mesh)
+    airway = _airway(body, mesh)
+    mediastinum = _mediastinum(body, mesh, heart, vessels, spine, airway)
+    lungs = smooth_max(
+        smooth_max(cage + 2 + spline_noise(rng, mesh, 45) * 1.2, -mediastinum, 8.0),
+        -diaphragm,
+        3.0,
+    )
+    organs = [
+        *_wall(body, mesh, cage, rng),
+        Organ(_neck(body, mesh, cage), 45.0),
+        *_abdomen(body, mesh, cage, diaphragm, rng),
+        Organ(heart, 45.0 if body.blood_hu < 100 else 0.45 * body.blood_hu),
+        *(Organ(field, body.blood_hu) for field in (*chambers, *blood)),
+        Organ(_oesophagus(body, mesh), 35.0),
+        *_bones(body, mesh, cage, spine),
+        Organ(airway - 1.5, 30.0),
+        Organ(airway, -990.0),
+    ]
+    roots = tuple(_roots(body, side) for side in (-1, 1))
+    return Chest(
+        organs=tuple(organs),
+        lungs=lungs,
+        airway=airway,
+        fissures=_fissures(body, mesh, rng),
+        parenchyma_hu=_parenchyma(body, mesh, rng),
+        roots_xyz=(roots[0], roots[1]),
+    )
+
+
+def _cage(body: Body, mesh: Mesh) -> np.ndarray:
+    """The inside of the rib cage; its axis leans back towards the apex."""
+    t = np.clip(mesh.z / body.lung_height, 0, None)
+    y = mesh.y - 18 * t**2
+    level = (
+        (np.abs(mesh.x) / body.half_width) ** 2.4
+        + (np.abs(y) / body.half_depth) ** 2.4
+        + t**2.8
+    ) ** (1 / 2.4) - 1
+    return distance(level.astype(np.float32), mesh)
+
+
+def _diaphragm(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
+    """Height above the two domes, as a distance: positive in the chest."""
+    top = []
+    for side, height in ((-1, body.dome_right), (1, body.dome_left)):
+        across = (mesh.x - side * 0.48 * body.half_width) / (0.62 * body.half_width)
+        along = (mesh.y + 12) / (1.08 * body.half_depth)
+        top.append(height - 62 * (across**2 + along**2))
+    surface = smooth_max(top[0], top[1], 12.0)
+    surface = surface + 3 * spline_noise(rng, mesh, 70)[:1]
+    slope_y, slope_x = np.gradient(surface[0], *mesh.spacing_mm[1:])
+    return (mesh.z - surface) / np.sqrt(1 + slope_x**2 + slope_y**2).astype(np.float32)
+
+
+def _spine_y(body: Body, z):
+    """Centre of the vertebral bodies."""
+    t = np.clip(z / body.lung_height, 0, 1.2)
+    return 14 * t**2 + 0.7 * body.half_depth + 5 * np.sin(np.pi * t)
+
+
+def _wrapped(z: np.ndarray, pitch: float) -> np.ndarray:
+    """Signed distance to the nearest multiple of `pitch`."""
+    return (z + pitch / 2) % pitch - pitch / 2
+
+
+def _vertebral_bodies(body: Body, mesh: Mesh) -> np.ndarray:
+    """The column of vertebral bodies and discs, without gaps."""
+    dy = mesh.y - _spine_y(body, mesh.z)
+    waist = 1 + 0.08 * np.cos(2 * np.pi * (mesh.z / body.pitch - 0.5))
+    level = ((np.abs(mesh.x) / 17) ** 2.5 + (np.abs(dy) / 14) ** 2.5) ** 0.4 - waist
+    return (15 * level).astype(np.float32)
+
+
+def _heart(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The heart with its wall, and the blood in its chambers."""
+    s, height = body.heart, body.lung_height
+    base = 0.13 * height + 0.45 * body.dome_left
+    main = ellipsoid(mesh, (22 * s, -24, base), (60 * s, 42 * s, 46 * s), 28)
+    right = ellipsoid(mesh, (-26 * s, -12, base + 14), (30 * s, 32 * s, 42 * s))
+    heart = smooth_min(main, right, 14.0)
+    chambers = [
+        ellipsoid(mesh, (42 * s, -14, base), (30 * s, 20 * s, 26 * s), 28),
+        ellipsoid(mesh, (2 * s, -42, base + 4), (38 * s, 15 * s, 32 * s), 12),
+        ellipsoid(mesh, (-28 * s, -12, base + 14), (24 * s, 26 * s, 36 * s)),
+        ellipsoid(mesh, (4 * s, 16, base + 24), (32 * s, 15 * s, 22 * s)),
+    ]
+    return heart, [np.maximum(chamber, heart + 2) for chamber in chambers]
+
+
+def _great_vessels(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Union of the great vessels, and each by itself."""
+    height = body.lung_height
+
+    def path(*points):
+        return [(x, y, t * height) for x, y, t in points]
+
+    spine_front = float(_spine_y(body, 0.5 * height)) - 20
+    aorta = tube(
+        mesh,
+        path(
+            (-4, -14, 0.38),
+            (-12, -26, 0.5),
+            (-10, -24, 0.62),
+            (4, -6, 0.7),
+            (20, 18, 0.705),
+            (28, spine_front, 0.64),
+            (27, spine_front + 8, 0.5),
+            (18, spine_front + 2, 0.2),
+            (8, spine_front - 4, -0.3),
+        ),
+        (15, 16, 15, 14, 13, 12.5, 12, 11.5, 10.5),
+    )
+    trunk = path((12, -36, 0.42), (16, -26, 0.52), (22, -6, 0.57), (44, 8, 0.57))
+    vessels = [
+        aorta,
+        tube(mesh, trunk, (14, 14, 12, 9)),
+        tube(mesh, path((14, -16, 0.53), (-20, -2, 0.53), (-42, 4, 0.53)), (12, 11, 8)),
+        tube(mesh, path((-27, -14, 0.36), (-25, -14, 0.72), (-22, -18, 0.86)), 9.5),
+        tube(mesh, path((-22, -18, 0.84), (0, -26, 0.79), (26, -24, 0.86)), (8, 7, 6)),
+        tube(mesh, path((-6, -14, 0.7), (-17, -6, 0.86), (-24, -4, 1.2)), (7, 6, 5)),
+        tube(mesh, path((4, -4, 0.7), (14, -4, 0.88), (22, -4, 1.2)), (5, 4.5, 4.5)),
+        tube(mesh, path((14, 8, 0.7), (26, 10, 0.9), (66, 0, 1.03)), (6, 5.5, 5)),
+        tube(mesh, path((-20, -6, 0.9), (-64, 0, 1.03)), (5.5, 5)),
+        tube(mesh, path((-18, 14, 0.44), (-42, 6, 0.45)), (9, 6)),
+        tube(mesh, path((24, 16, 0.46), (44, 8, 0.46)), (9, 6)),
+    ]
+    union = vessels[0]
+    for vessel in vessels[1:]:
+        union = smooth_min(union, vessel, 6.0)
+    return union, vessels
+
+
+def _oesophagus(body: Body, mesh: Mesh) -> np.ndarray:
+    z = np.linspace(-0.2, 1.2, 8, dtype=np.float32) * body.lung_height
+    front = _spine_y(body, z) - 22
+    return tube(mesh, np.stack([np.full_like(z, 4), front, z], 1), 7.0)
+
+
+def _airway(body: Body, mesh: Mesh) -> np.ndarray:
+    """Lumen of the trachea and the main bronchi."""
+    height = body.lung_height
+    fork = (1, 12, 0.63 * height)
+    trachea = tube(mesh, [(0, 2, 1.3 * height), (0, 8, 0.85 * height), fork], 8.5)
+    right = tube(
+        mesh, [fork, (-20, 14, 0.55 * height), (-40, 15, 0.48 * height)], (7, 6.2, 5)
+    )
+    left = tube(
+        mesh, [fork, (22, 16, 0.55 * height), (43, 18, 0.47 * height)], (7, 5.6, 4.6)
+    )
+    return smooth_min(smooth_min(trachea, right, 5.0), left, 5.0)
+
+
+def _mediastinum(body, mesh, heart, vessels, spine, airway) -> np.ndarray:
+    """Everything between the lungs, filled with fat between its organs."""
+    height = body.lung_height
+    union = smooth_min(heart - 3, vessels - 3, 16.0)
+    union = smooth_min(union, airway - 3, 12.0)
+    union = smooth_min(union, spine - 4, 14.0)
+    septum = np.abs(mesh.x) - 3 - np.maximum(0, -mesh.y - 0.66 * body.half_depth)
+    thymus = ellipsoid(
+        mesh, (0, -0.5 * body.half_depth, 0.66 * height), (26, 34, 0.2 * height)
+    )
+    inlet = ellipsoid(mesh, (0, 22, 0.98 * height), (33, 46, 0.26 * height))
+    union = smooth_min(union, np.broadcast_to(septum, mesh.shape), 10.0)
+    return smooth_min(smooth_min(union, thymus, 10.0), inlet, 10.0)
+
+
+def _wall(
+    body: Body, mesh: Mesh, cage: np.ndarray, rng: np.random.Generator
+) -> list[Organ]:
+    """Skin, fat, muscle and what fills the rib cage before any organ is there."""
+    outline = _outline(body, mesh) + 2 * spline_noise(rng, mesh, 60)
+    thickness = body.fat * (1 + 0.3 * spline_noise(rng, mesh, 70)).clip(0.3, 2)
+    t = np.clip(mesh.z / body.lung_height, 0, 1.2)
+    angle = _around(body, mesh)
+    # Thin in front, thick beside the spine and under the arms, thickest at the shoulders.
+    sheet = (
+        13
+        + 12 * np.exp(-((angle / 0.7) ** 2))
+        + 9 * np.exp(-(((angle - 1.2) / 0.5) ** 2))
+    )
+    sheet = sheet + 70 * np.clip(t - 0.66, 0, 1) + 3 * spline_noise(rng, mesh, 50)
+    muscle = np.maximum(outline + 2 + thickness, cage - sheet)
+    planes = np.abs(spline_noise(rng, mesh, (60, 26, 26))) * 12 - 1.4
+    return [
+        Organ(outline, 30.0),
+        Organ(outline + 2, -108.0),
+        Organ(np.maximum(muscle, -planes).astype(np.float32), 52.0),
+        Organ(cage - 1, -98.0),
+    ]
+
+
+def _neck(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
+    """The muscles between and above the apices."""
+    spine = _spine_y(body, mesh.z)
+    column = ellipsoid(mesh, (0, 0, 0), (44, 40, 1e4))
+    shifted = np.hypot(mesh.x / 1.25, mesh.y - spine + 6) - 34
+    top = (0.86 * body.lung_height - mesh.z) * np.float32(0.8)
+    return np.maximum(np.minimum(shifted, column + 6), top).astype(np.float32)
+
+
+def _outline(body: Body, mesh: Mesh) -> np.ndarray:
+    """The skin: wider and flatter at the shoulders, with breasts where there are."""
+    t = mesh.z / body.lung_height
+    shoulder = np.clip((t - 0.72) / 0.3, 0, 1) ** 2
+    half_width = body.outline_half_width * (1 + 0.16 * shoulder)
+    half_depth = body.outline_half_depth * (1 - 0.24 * shoulder)
+    dy = mesh.y - body.outline_centre_y - 12 * shoulder
+    level = (
+        (np.abs(mesh.x) / half_width) ** 2.5 + (np.abs(dy) / half_depth) ** 2.3
+    ) ** (1 / 2.4) - 1
+    outline = distance(level.astype(np.float32), mesh)
+    if body.breast:
+        for side in (-1, 1):
+            centre = (
+                side * 0.52 * body.half_width,
+                -0.72 * body.half_depth,
+                0.4 * body.lung_height,
+            )
+            radii = (58, 30 + body.breast, 62)
+            outline = smooth_min(outline, ellipsoid(mesh, centre, radii), 18.0)
+    return outline
+
+
+def _abdomen(
+    body: Body,
+    mesh: Mesh,
+    cage: np.ndarray,
+    diaphragm: np.ndarray,
+    rng: np.random.Generator,
+) -> list[Organ]:
+    """Diaphragm, liver, spleen, and the stomach with fluid below its gas."""
+    contrast = body.blood_hu > 100
+    below = smooth_max(cage + 1, diaphragm, 4.0)
+    inner = np.maximum(cage + 5, diaphragm + 3)
+    slant = mesh.x - 18 + 0.45 * (mesh.y + 20) + 0.008 * (mesh.y + 10) ** 2
+    slant = 0.8 * slant + 5 * spline_noise(rng, mesh, 40)
+    behind = mesh.y - 0.55 * body.half_depth + 0.5 * (mesh.x + 30)
+    liver = smooth_max(smooth_max(inner, slant, 20.0), 0.7 * behind, 24.0)
+    base = body.dome_left - 46
+    stomach_xyz = (0.42 * body.half_width, -18, base)
+    stomach = np.maximum(
+        ellipsoid(mesh, stomach_xyz, (42, 40, 44), -15), np.maximum(inner, -liver) + 2
+    )
+    spleen_xyz = (0.66 * body.half_width, 0.42 * body.half_depth, base - 4)
+    spleen = np.maximum(ellipsoid(mesh, spleen_xyz, (26, 40, 42), 35), inner + 1)
+    level_y = stomach_xyz[1] - 40 + 80 * body.gas
+    gas = np.maximum(stomach + 3, mesh.y - np.float32(level_y))
+    return [
+        Organ(np.maximum(below, -(diaphragm + 3)), 48.0),
+        Organ(liver, 105.0 if contrast else 58.0),
+        Organ(spleen, 115.0 if contrast else 48.0),
+        Organ(stomach, 45.0),
+        Organ(stomach + 3, 18.0),
+        Organ(gas, -985.0),
+    ]
+
+
+def _bones(body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray) -> list[Organ]:
+    """Ribs, cartilage, spine, sternum, scapulae, clavicles and humeral heads."""
+    bodies = np.maximum(
+        spine, np.abs(_wrapped(mesh.z, body.pitch)) - (0.5 * body.pitch - 2.5)
+    )
+    ribs, cartilage = _ribs(body, mesh, cage)
+    return [
+        Organ(spine + 1, 85.0),
+        Organ(cartilage, 100.0),
+        *_bone(bodies, 2.0, 420.0, 190.0),
+        *_bone(_arches(body, mesh), 2.0, 520.0, 260.0),
+        Organ(_canal(body, mesh), 28.0),
+        *_bone(ribs, 1.4, 560.0, 200.0),
+        *_bone(_sternum(body, mesh, cage), 1.6, 430.0, 130.0),
+        *_bone(_scapulae(body, mesh, cage), 1.4, 560.0, 240.0),
+        *_bone(_shoulders(body, mesh), 2.4, 650.0, 230.0),
+    ]
+
+
+def _bone(field, shell_mm, cortical_hu, marrow_hu) -> list[Organ]:
+    return [Organ(field, cortical_hu), Organ(field + shell_mm, marrow_hu)]
+
+
+def _canal(body: Body, mesh: Mesh) -> np.ndarray:
+    dy = mesh.y - _spine_y(body, mesh.z) - 23
+    return np.broadcast_to(np.hypot(mesh.x, dy) - 8, mesh.shape).astype(np.float32)
+
+
+def _arches(body: Body, mesh: Mesh) -> np.ndarray:
+    """Laminae around the canal, spinous and transverse processes."""
+    dy = mesh.y - _spine_y(body, mesh.z) - 23
+    z = _wrapped(mesh.z + 0.35 * np.clip(dy, 0, 40), body.pitch)
+    lamina = np.maximum(
+        np.abs(np.hypot(mesh.x, dy) - 10.5) - 2.4, np.abs(z) - 0.38 * body.pitch
+    )
+    spinous = np.maximum(
+        np.maximum(np.abs(mesh.x) - 2.6, np.abs(dy - 24) - 14),
+        np.abs(z) - 0.3 * body.pitch,
+    )
+    sideways = np.abs(dy - 2 - 0.2 * np.abs(mesh.x)) - 4
+    transverse = np.maximum(
+        np.maximum(np.abs(np.abs(mesh.x) - 20) - 11, sideways), np.abs(z) - 6
+    )
+    union = np.minimum(np.minimum(lamina, spinous), transverse)
+    return np.broadcast_to(union, mesh.shape).astype(np.float32)
+
+
+def _around(body: Body, mesh: Mesh) -> np.ndarray:
+    """Angle around the rib cage: 0 at the spine, pi at the sternum."""
+    t = np.clip(mesh.z / body.lung_height, 0, 1.2)
+    y = (mesh.y - 18 * t**2) * np.float32(body.half_width / body.half_depth)
+    return np.arctan2(np.abs(mesh.x), y)
+
+
+def _ribs(body: Body, mesh: Mesh, cage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ribs slope down around the cage, one per vertebra; cartilage climbs to the sternum."""
+    angle = _around(body, mesh)
+    turn = np.minimum(angle, 2.2) * (np.pi / 2.2)
+    drop = RIB_SLOPE_MM * (1 - np.cos(turn)) / 2 - 26 * np.clip(angle - 2.2, 0, None)
+    height = mesh.z + drop.astype(np.float32)
+    across = _wrapped(height, body.pitch) / 6.0
+    depth = (cage - 5.5) / 3.6
+    shape = 3.6 * (np.sqrt(across**2 + depth**2) - 1)
+    span = np.maximum(height - body.lung_height * 1.04, -70 - height)
+    ribs = np.maximum(np.maximum(shape, span), 24 - np.abs(mesh.x))
+    front = (2.35 - angle) * 90
+    return np.maximum(ribs, -front), np.maximum(np.maximum(ribs - 1, front), -mesh.z)
+
+
+def _sternum(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
+    t = mesh.z / body.lung_height
+    half_width = 15 + 14 * np.clip((t - 0.68) / 0.16, 0, 1)
+    plate = np.maximum(np.abs(cage - 8.5) - 5, np.abs(mesh.x) - half_width)
+    ends = np.maximum(t - 0.87, 0.3 - t) * np.float32(body.lung_height)
+    return np.maximum(np.maximum(plate, ends), mesh.y + 0.2 * body.half_depth)
+
+
+def _scapulae(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
+    """Thin curved plates behind the ribs, broad above and pointed below."""
+    angle = _around(body, mesh)
+    t = mesh.z / body.lung_height
+    middle = 0.78 + 0.12 * t
+    half_span = np.clip(0.62 * (t - 0.42), 0, 0.36)
+    plate = np.abs(cage - 17 - 26 * (angle - middle) ** 2 - 6 * np.clip(t, 0, 1)) - 2.4
+    edge = (np.abs(angle - middle) - half_span) * 110
+    ridge_angle = np.abs(angle - middle + 0.1) * 110 - 2.6
+    ridge = np.maximum(np.maximum(ridge_angle, np.abs(cage - 28) - 9), (0.78 - t) * 200)
+    blade = np.maximum(plate, edge)
+    return np.maximum(np.minimum(blade, ridge), (t - 1.02) * 200).astype(np.float32)
+
+
+def _shoulders(body: Body, mesh: Mesh) -> np.ndarray:
+    """Clavicles and humeral heads."""
+    height, union = body.lung_height, np.full(mesh.shape, FAR_MM, np.float32)
+    front = -0.55 * body.half_depth
+    for side in (-1, 1):
+        shoulder = side * (body.half_width + 8)
+        clavicle = [
+            (side * 22, front, 0.89 * height),
+            (side * 62, front + 4, 0.95 * height),
+            (shoulder, 14, 1.06 * height),
+        ]
+        head = ellipsoid(mesh, (shoulder + side * 10, 22, 1.07 * height), (23, 23, 25))
+        union = np.minimum(union, np.minimum(tube(mesh, clavicle, 6.0), head))
+    return union
+
+
+def _fissures(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
+    """Distance to the oblique fissures and, in the right lung, the horizontal one."""
+    wave = 4 * spline_noise(rng, mesh, 60)
+    height = body.lung_height
+    slope = 0.62 * height / (2 * body.half_depth)
+    oblique = (mesh.z - 0.42 * height - slope * mesh.y) / np.sqrt(1 + slope**2) + wave
+    horizontal = mesh.z - 0.52 * height - 0.08 * mesh.x + wave
+    minor = np.where((mesh.x < 0) & (oblique > 0), np.abs(horizontal), FAR_MM)
+    return np.minimum(np.abs(oblique), minor).astype(np.float32)
+
+
+def _parenchyma(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
+    """Denser at the back (blood sinks) and at the base, patchy, with emphysema above."""
+    t = mesh.z / body.lung_height
+    density = body.parenchyma_hu + 28 * mesh.y / body.half_depth - 18 * (t - 0.4)
+    density = density + 9 * spline_noise(rng, mesh, 35) + 9 * spline_noise(rng, mesh, 9)
+    patches = np.clip(spline_noise(rng, mesh, 16) - 0.3, 0, 1.2) * np.clip(t, 0, 1)
+    return (density - 75 * body.emphysema * patches).clip(-985).astype(np.float32)
+
+
+def _roots(body: Body, side: int) -> np.ndarray:
+    """(3, xyz): where artery, vein and bronchus enter the lung of `side` (-1 right)."""
+    height = body.lung_height
+    return np.array(
+        [
+            (side * 43, 6, (0.53 if side < 0 else 0.57) * height),
+            (side * 43, 7, (0.45 if side < 0 else 0.46) * height),
+            (side * 42, 16, (0.48 if side < 0 else 0.47) * height),
+        ]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A branching tree of round segments that taper away from the root.
+
+    Attributes:
+        starts, ends: (segments, xyz) in mm.
+        start_radii, end_radii: (segments,) in mm.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    start_radii: np.ndarray
+    end_radii: np.ndarray
+
+
+def grow_tree(
+    root_xyz: np.ndarray,
+    targets_xyz: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    tip_radius_mm: float,
+) -> Tree:
+    """A tree from `root_xyz` that reaches every target.
+
+    Targets are joined from the root outwards, each to the node that makes its path short
+    (Wu and Bullmore's balance of wiring and path length); radii follow Murray's law with
+    the exponent 2.7 that measurements of the lung give.
+    """
+    order = np.argsort(np.linalg.norm(targets_xyz - root_xyz, axis=1))
+    nodes = np.vstack([root_xyz, targets_xyz[order]])
+    parents = np.zeros(len(nodes), int)
+    paths = np.zeros(len(nodes))
+    for node in range(1, len(nodes)):
+        steps = np.linalg.norm(nodes[:node] - nodes[node], axis=1)
+        parents[node] = np.argmin(steps + 0.25 * paths[:node])
+        paths[node] = paths[parents[node]] + steps[parents[node]]
+    nodes = _relaxed(nodes, parents)
+    flow = np.ones(len(nodes))
+    for node in range(len(nodes) - 1, 0, -1):
+        flow[parents[node]] += flow[node]
+    radii = tip_radius_mm * flow ** (1 / 2.7)
+    return _bent(nodes, parents, radii, rng)
+
+
+def _relaxed(nodes: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    """Pulls every fork towards the middle of its neighbours; root and tips stay."""
+    children = np.bincount(parents[1:], minlength=len(nodes))
+    inner = children > 0
+    inner[0] = False
+    for _ in range(4):
+        total = np.zeros_like(nodes)
+        np.add.at(total, parents[1:], nodes[1:])
+        mean_child = total[inner] / children[inner, None]
+        middle = (nodes[parents[inner]] + mean_child) / 2
+        nodes = nodes.copy()
+        nodes[inner] = 0.5 * nodes[inner] + 0.5 * middle
+    return nodes
+
+
+def _bent(nodes, parents, radii, rng) -> Tree:
+    """Each branch as two segments that meet off its straight line."""
+    start, end = nodes[parents[1:]], nodes[1:]
+    length = np.linalg.norm(end - start, axis=1, keepdims=True)
+    middle = (start + end) / 2 + 0.07 * length * rng.standard_normal(start.shape)
+    r_end = radii[1:]
+    r_start = np.minimum(radii[parents[1:]], 1.15 * r_end)
+    r_middle = (r_start + r_end) / 2
+    return Tree(
+        np.vstack([start, middle]),
+        np.vstack([middle, end]),
+        np.concatenate([r_start, r_middle]),
+        np.concatenate([r_middle, r_end]),
+    )

@@ -1,0 +1,1 @@
+"""What is written for people and other systems about a segmented scan."""

@@ -1,0 +1,122 @@
+"""What infer.py wrote of scans: the record beside it, and what it was tuned to."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import config
+from ct import files
+
+FORMAT_VERSION = 1
+"""Of predictions.json and postprocess.json."""
+
+PREDICTIONS_JSON = "predictions.json"
+
+STD_NIFTI = "std.nii.gz"
+"""Standard deviation over passes, beside prob.nii.gz; only where there were several."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What predictions.json says of a folder of predictions; infer.py writes it.
+
+    Attributes:
+        run: Name of the run.
+        weights_sha256: Checksum of the weights.
+        split_sha256: Checksum of the split the run was trained with.
+        training_patients: Patients the weights have seen.
+        scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}, and
+            of a split by slice {"slices": {part: [z, ...]}}.
+        provenance: What wrote the predictions.
+        passes: How several passes were made; empty of one, and of lungs.
+    """
+
+    run: str
+    weights_sha256: str
+    split_sha256: str
+    training_patients: tuple[str, ...]
+    scans: dict[str, dict[str, Any]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, Any] = field(default_factory=dict)
+
+    def of_part(self, part: str) -> dict[str, tuple[int, ...] | None]:
+        """Sorted ids of a part's scans, each with its slices (z) that are in the part.
+
+        None stands for all slices; only a split by slice has others. The part "all" has
+        every scan.
+        """
+        found: dict[str, tuple[int, ...] | None] = {}
+        for scan_id, facts in sorted(self.scans.items()):
+            slices = facts.get("slices")
+            if part == "all" or (slices is None and facts["part"] == part):
+                found[scan_id] = None
+            elif slices is not None and part in slices:
+                found[scan_id] = tuple(slices[part])
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Writes predictions.json into `folder`."""
+        record = {"format_version": FORMAT_VERSION, **asdict(self)}
+        files.write_json(Path(folder) / PREDICTIONS_JSON, record)
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """Reads predictions.json.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is of another version.
+    """
+    path = Path(folder) / PREDICTIONS_JSON
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}; run infer.py first")
+    record = json.loads(path.read_text())
+    if record.pop("format_version", None) != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: not of format {FORMAT_VERSION}; run infer.py again with --overwrite"
+        )
+    for scan_id in record["scans"]:
+        files.checked_id(scan_id, where=str(path))
+    training_patients = tuple(record.pop("training_patients"))
+    return Predictions(training_patients=training_patients, **record)
+
+
+def write_rows(
+    rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
+) -> None:
+    """Writes a CSV with a header; it appears whole or not at all."""
+    with files.written_whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+POSTPROCESS_JSON = "postprocess.json"
+"""Settings and their origin: in a run its tuned values, in predictions what was used."""
+
+
+def tuned_settings(
+    run: Path, experiment: config.Experiment
+) -> tuple[config.Postprocess, int]:
+    """The settings that a run was tuned to, and on how many passes.
+
+    Those of its configuration, and one pass, if it was not tuned.
+
+    Raises:
+        ValueError: If it was tuned with other weights.
+    """
+    base, path = experiment.postprocess, run / POSTPROCESS_JSON
+    if base.method != "tuned" or not path.exists():
+        return base, 1
+    record = json.loads(path.read_text())
+    tuned = record.get("tuned_on", {})
+    if tuned.get("weights_sha256") != files.sha256(run / "best.weights.h5"):
+        raise ValueError(
+            f"{path} was tuned on other weights than {run} has; run infer.py and "
+            "postprocess.py --tune with this run"
+        )
+    settings = config.from_json(config.Postprocess, record["settings"])
+    return settings, int((tuned.get("passes") or {}).get("n", 1))

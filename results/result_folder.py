@@ -1,0 +1,418 @@
+"""What infer.py writes of a scan: maps and labels of its lungs, nodules, rows of tables."""
+
+import csv
+import json
+from collections.abc import Collection
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+import config
+from ct import files, provenance
+from ct.geometry import Grid
+from ct.nifti_io import write_nifti
+from ct.scan import Scan
+from inference.finder import Candidate, Found
+from nodules.measures import NODULE_COLUMNS, nodule_row, shared_columns
+from results import overview
+from results.predictions import write_rows
+
+SaveAs = Literal["nifti", "numpy", "nifti-labels", "nnunet"]
+
+FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
+"""Suffixes where a scan has one file, and no folder."""
+
+LUNGS_CSV, LUNGS_JSON = "lungs.csv", "lungs.json"
+NODULES_CSV, CANDIDATES_CSV = "nodules.csv", "candidates.csv"
+CANDIDATE_COLUMNS = (
+    *NODULE_COLUMNS[: NODULE_COLUMNS.index("z_slice") + 1],
+    "equivalent_diameter_mm",
+    "marked_by",
+)
+"""Columns of candidates.csv; docs/layout.md says what each holds."""
+COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
+
+ScanRows = dict[str, list[dict[str, Any]]]
+"""Rows of a table by the id of their scan."""
+
+LABELS = {"mask.nii.gz"}
+OF_PASSES = {"mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
+OF_NODULES = {"nodules.nii.gz", "overview.png"}
+MAPS = LABELS | OF_PASSES | OF_NODULES
+"""What is written into the folder of a scan: always, unless only labels are asked for, and
+where nodules were looked for."""
+NODULE_SETTINGS = ("settings", "slices", "reduction")
+"""In lungs.json: what makes a nodule of the maps of each network; see `NoduleFinder`."""
+
+FORMAT_VERSION = 3
+"""Of lungs.json with nodules: 2 since there is candidates.csv, 3 since it says who marked
+what; without nodules 1."""
+
+
+@dataclass(frozen=True)
+class LungRow:
+    """A line of lungs.csv; docs/layout.md says what each value is."""
+
+    pid: str
+    n: int
+    right_ml: float
+    left_ml: float
+    score: float
+    flag: int
+    reason: str
+    seconds: float
+
+
+class Results:
+    """A folder of lungs, all made alike.
+
+    Args:
+        folder: The result directory.
+        save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: a
+            folder without the maps; nnunet: one label volume per scan.
+        made_by: What decides the results, JSON-ready.
+        replaced: Scans whose results are removed. If there are any, so are all results
+            that were made otherwise.
+
+    Raises:
+        ValueError: If the folder holds results that were made otherwise, and none is
+            replaced.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        save_as: SaveAs,
+        made_by: dict[str, Any],
+        *,
+        replaced: Collection[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.save_as: SaveAs = save_as
+        self.names = LABELS | (OF_PASSES if save_as == "nifti" else set())
+        self.names |= OF_NODULES if made_by.get("nodules") else set()
+        version = FORMAT_VERSION if made_by.get("nodules") else 1
+        made_by = {"format_version": version, "save_as": save_as, **made_by}
+        path = folder / LUNGS_JSON
+        if path.exists():
+            found = read_lungs_json(path)
+            changed = differing_settings(found, made_by)
+            # With nodules and without, the version differs too.
+            both = found.get("nodules") and made_by["nodules"]
+            others = changed.keys() - (set() if both else {"format_version"})
+            if others == {"nodules"} and not replaced:
+                raise ValueError(
+                    f"{path}: nodules were looked for "
+                    f"{otherwise(found.get('nodules'), made_by['nodules'])}; repeat that "
+                    "with --nodules RUN --slices RUN --reduction RUN (None for no run) "
+                    "--min_score SCORE, use --overwrite or another --result_dir"
+                )
+            if changed and not replaced:
+                raise ValueError(
+                    f"{path}: its results were made otherwise (found, expected): "
+                    f"{changed}; use --overwrite or another --result_dir"
+                )
+            remove(folder, found["save_as"], None if changed else replaced)
+        self.rows = {row.pid: row for row in read_lung_rows(folder / LUNGS_CSV)}
+        self.tables = {name: read_rows(folder / name) for name in COLUMNS}
+        if not path.exists():
+            files.write_json(path, made_by | {"provenance": provenance.record()})
+
+    def path(self, pid: str) -> Path:
+        """What is written of a scan: a folder, or a file with numpy and nnunet."""
+        return self.folder / (pid + FILES.get(self.save_as, ""))
+
+    def complete(self, pid: str) -> bool:
+        """Whether all of a scan's results are there, and its row in lungs.csv."""
+        path = self.path(pid)
+        if self.save_as in FILES:
+            return pid in self.rows and path.exists()
+        return pid in self.rows and all((path / name).exists() for name in self.names)
+
+    def foreign(self, pid: str) -> str:
+        """Why nothing may be written of a scan: something else has its name. "" if it may.
+
+        What a call wrote that was killed before it listed it is not foreign.
+        """
+        path = self.path(pid)
+        if pid in self.rows or not path.exists() or self.started(pid).exists():
+            return ""
+        if path.is_dir() and {file.name for file in path.iterdir()} <= MAPS:
+            return ""
+        return (
+            f"{path.name} exists in {self.folder.name} and is not infer.py's; choose "
+            "another --result_dir"
+        )
+
+    def started(self, pid: str) -> Path:
+        """A file that is there while a scan's results are written."""
+        return self.folder / f".{pid}.started"
+
+    def number_of_nodules(self, pid: str) -> int:
+        return len(self.tables[NODULES_CSV].get(pid, ()))
+
+    def write(
+        self,
+        scan: Scan,
+        row: LungRow,
+        maps: Any,
+        labels: np.ndarray,
+        found: Found | None = None,
+    ) -> None:
+        """Writes a scan's results whole or not at all, and lists it.
+
+        Args:
+            scan: Whose grid they lie on.
+            row: Its line of lungs.csv.
+            maps: With `mean`, `std` and `mutual_information`, (z, y, x) float32.
+            labels: (z, y, x) uint8 lung labels.
+            found: Its nodules; None where none were looked for.
+        """
+        path = self.path(scan.scan_id)
+        self.started(scan.scan_id).touch()
+        if self.save_as == "nnunet":
+            shown = labels if found is None else found.labels
+            write_nifti(path, shown, scan.grid, scan.source_grid)
+        else:
+            with files.written_whole(path) as partial:
+                if self.save_as == "numpy":
+                    write_arrays(partial, maps, labels, scan.grid, found)
+                else:
+                    write_niftis(partial, maps, labels, scan, self.save_as)
+                    if found is not None:
+                        write_found(partial, found, labels, scan, row.reason)
+        if found is not None:
+            rows = {
+                NODULES_CSV: [nodule_row(n, scan) for n in found.nodules],
+                CANDIDATES_CSV: [candidate_row(c, scan) for c in found.candidates],
+            }
+            for name, table in self.tables.items():
+                table[row.pid] = rows[name]
+                write_scan_rows(self.folder / name, table)
+        # Last: it marks the scan as done.
+        self.rows[row.pid] = row
+        write_lung_rows(self.folder / LUNGS_CSV, list(self.rows.values()))
+        self.started(row.pid).unlink()
+
+
+def read_lungs_json(path: Path) -> dict[str, Any]:
+    """lungs.json, with the settings that are newer than it."""
+    record = json.loads(path.read_text())
+    nodules = record.get("nodules") or {}
+    for name in NODULE_SETTINGS:
+        if name in nodules:
+            nodules[name] = config.with_defaults(config.Postprocess, nodules[name])
+    return record
+
+
+def differing_settings(
+    found: dict[str, Any], made_by: dict[str, Any]
+) -> dict[str, Any]:
+    """What differs between two records: name -> (found, expected)."""
+    return {
+        name: (found.get(name), value)
+        for name, value in made_by.items()
+        if found.get(name) != value
+    }
+
+
+def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> str:
+    """How nodules were looked for, as far as it is not how they are now."""
+    if not found:
+        return "by no run"
+    if not made_by:
+        return "by some run, and now by none"
+    if found["weights_sha256"] != made_by["weights_sha256"]:
+        return "by other runs"
+    changed = [
+        f"{key} {before}, now {now}"
+        for name in NODULE_SETTINGS
+        for key, (before, now) in differing_settings(
+            found.get(name, {}), made_by.get(name, {})
+        ).items()
+    ]
+    return f"with {'; '.join(changed)}" if changed else "in another way"
+
+
+def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
+    """Removes what infer.py wrote of scans, and nothing beside it.
+
+    Args:
+        folder: The result directory.
+        save_as: How its results were written.
+        pids: The scans; None for all, and the record.
+    """
+    kept = []
+    for row in read_lung_rows(folder / LUNGS_CSV):
+        if pids is not None and row.pid not in pids:
+            kept.append(row)
+            continue
+        if save_as in FILES:
+            files.remove(folder / (row.pid + FILES[save_as]))
+            continue
+        for name in MAPS:
+            files.remove(folder / row.pid / name)
+        if (folder / row.pid).is_dir() and not any((folder / row.pid).iterdir()):
+            (folder / row.pid).rmdir()
+    if pids is None:
+        for name in (LUNGS_CSV, NODULES_CSV, CANDIDATES_CSV, LUNGS_JSON):
+            files.remove(folder / name)
+        return
+    write_lung_rows(folder / LUNGS_CSV, kept)
+    for name in COLUMNS:
+        if (folder / name).exists():
+            rows = read_rows(folder / name)
+            left = {pid: some for pid, some in rows.items() if pid not in pids}
+            write_scan_rows(folder / name, left)
+
+
+def write_niftis(
+    folder: Path,
+    maps: Any,
+    labels: np.ndarray,
+    scan: Scan,
+    save_as: SaveAs,
+) -> None:
+    """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
+
+    def write(name: str, values: np.ndarray) -> None:
+        write_nifti(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
+
+    write("mask", labels)
+    if save_as == "nifti":
+        write("mean", maps.mean)
+        write("std", maps.std)
+        write("uncertainty", maps.mutual_information)
+
+
+def write_found(
+    folder: Path, found: Found, lung: np.ndarray, scan: Scan, reason: str
+) -> None:
+    """Writes nodules.nii.gz and overview.png, with the reason not to trust the lungs."""
+    path = folder / "nodules.nii.gz"
+    write_nifti(path, found.labels, scan.grid, scan.source_grid)
+    picture = overview.draw(scan, lung, found.labels, found.nodules, warning=reason)
+    path = folder / "overview.png"
+    if not cv2.imwrite(str(path), picture):
+        raise OSError(f"{path}: the picture was not written")
+
+
+def write_arrays(
+    path: Path, maps: Any, labels: np.ndarray, grid: Grid, found: Found | None
+) -> None:
+    """Writes one .npz with the maps, the mask and their affine, (x, y, z) in RAS order.
+
+    And nodules, if they were looked for.
+    """
+    nodules = {} if found is None else {"nodules": to_ras(found.labels)}
+    np.savez_compressed(
+        path,
+        allow_pickle=False,
+        mean=to_ras(maps.mean),
+        std=to_ras(maps.std),
+        uncertainty=to_ras(maps.mutual_information),
+        mask=to_ras(labels),
+        affine=ras_affine(grid),
+        **nodules,
+    )
+
+
+def to_ras(array: np.ndarray) -> np.ndarray:
+    """(x, y, z) rising to the right, front and head, of a canonical (z, y, x) array."""
+    return np.ascontiguousarray(array.transpose(2, 1, 0)[::-1, ::-1])
+
+
+def ras_affine(grid: Grid) -> np.ndarray:
+    """(4, 4) affine from an index of `to_ras` to RAS mm."""
+    _, y, x = grid.shape
+    to_canonical = np.array(
+        [[0, 0, 1, 0], [0, -1, 0, y - 1], [-1, 0, 0, x - 1], [0, 0, 0, 1]]
+    )
+    return grid.affine @ to_canonical
+
+
+def read_lung_rows(path: Path) -> list[LungRow]:
+    """The rows of lungs.csv; none if there is no such file.
+
+    Raises:
+        ValueError: If it is of another version, or an id cannot be a file name.
+    """
+    if not path.exists():
+        return []
+    types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != tuple(types):
+            raise ValueError(
+                f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
+                "again with --overwrite"
+            )
+        found = [
+            LungRow(**{name: kind(row[name]) for name, kind in types.items()})
+            for row in rows
+        ]
+    for row in found:
+        files.checked_id(row.pid, where=str(path))
+    return found
+
+
+def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
+    """Writes lungs.csv, sorted by pid."""
+    with (
+        files.written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(LungRow.__dataclass_fields__)
+        table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
+
+
+def read_rows(path: Path) -> ScanRows:
+    """The rows of nodules.csv or candidates.csv by scan; none if there is no such file.
+
+    Raises:
+        ValueError: If it is another table.
+    """
+    if not path.exists():
+        return {}
+    rows: ScanRows = {}
+    columns = COLUMNS[path.name]
+    with path.open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != columns:
+            raise ValueError(
+                f"{path}: columns {table.fieldnames}; expected {list(columns)}; "
+                "choose another --result_dir"
+            )
+        for row in table:
+            rows.setdefault(row["case_id"], []).append(row)
+    return rows
+
+
+def write_scan_rows(path: Path, rows: ScanRows) -> None:
+    """Writes nodules.csv or candidates.csv, sorted by scan."""
+    some = [row for pid in sorted(rows) for row in rows[pid]]
+    write_rows(some, COLUMNS[path.name], path)
+
+
+def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
+    """One row of candidates.csv."""
+    return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
+
+
+def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
+    """A line of lungs.csv from a `lung_map.Verdict`."""
+    facts = asdict(verdict)
+    reasons = facts.pop("reasons")
+    rounded = {name: round(value, 4) for name, value in facts.items()}
+    return LungRow(
+        pid=pid,
+        n=n,
+        **rounded,
+        flag=int(bool(reasons)),
+        reason="; ".join(reasons),
+        seconds=round(seconds, 2),
+    )

@@ -1,0 +1,1 @@
+"""Windows and pages to look at scans, masks and nodules."""

@@ -17,9 +17,9 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,575 +27,18 @@ import cv2
 import numpy as np
 
 import config
-import slice_idx
 import steps
-from augment import augment2d, lesions
-from ct import boxes, files
-from ct import scan as scans
-from dataset.batching import (
-    SLICE_BATCH,
-    SLICE_NOISE,
-    SLICE_ORDER,
-    Generator,
-    TileGenerator,
-    batches_of,
-    plain,
-    reads_lung,
-    usable,
-)
+from ct import files
+from dataset.batching import Generator
+from dataset.contact_sheet import grey, middle_planes, sheet, visible
+from dataset.generator2d import SliceGenerator
 from dataset.generator3d import VolumeGenerator
 from dataset.slice_table import SliceTable
+from dataset.split import read_split, rows_of_part, scans_of_part
 from viewers import slice_window
 from viewers.slice_window import Picture
 
 log = logging.getLogger(__name__)
-
-SCALE = 2
-"""Magnification of the contact sheet; an outline is one magnified pixel wide."""
-
-OUTLINE_BGR = (60, 230, 60)
-CAPTION_PX = 22
-
-
-class SliceGenerator(Generator):
-    """Batches of slices; see `Generator`.
-
-    Args:
-        table: The open table.
-        rows: Rows of the table to use, e.g. those of one part of the split.
-        batches: Crop, window, target, batch size and share of nodule slices.
-        augmentation: Random changes; None gives plain crops.
-        pathology: Lesions simulated in augmented samples; None for none. They have draws
-            of their own, so the other changes are the same with and without. No nodule has
-            the shape of one of a patient of the table without any of these rows.
-        seed: Of order, crops and augmentation.
-        steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
-        shuffle: True draws a new order and new changes each epoch. False is for
-            validation: all epochs are the same, and rows come in the order given.
-        balanced: Draw `batches.nodule_fraction` of each batch, and at least one row, from
-            the rows with target and the others from those without; the scarcer kind is
-            repeated. False, or a fraction of 0, takes rows as they are.
-        with_slice_label: As for `Generator`.
-
-    Raises:
-        ValueError: If no row can be used, or the settings give the answer away.
-    """
-
-    def __init__(
-        self,
-        table: SliceTable,
-        rows: np.ndarray,
-        batches: config.Batches,
-        augmentation: config.Augment | None,
-        *,
-        seed: int,
-        pathology: config.Lesions | None = None,
-        steps_per_epoch: int = 0,
-        shuffle: bool = True,
-        balanced: bool = True,
-        with_slice_label: bool = False,
-    ) -> None:
-        self.table = table
-        self.rows = usable_rows(table, rows, batches)
-        super().__init__(
-            batches,
-            steps_per_epoch or batches_of(len(self.rows), batches),
-            seeds=(SLICE_BATCH, seed),
-            shuffle=shuffle,
-            with_slice_label=with_slice_label,
-        )
-        self.augmentation = augmentation
-        self.held_out = table.other_patients(table.rows["scan"][rows])
-        self.pathology = lesions.checked_lesions(pathology, batches, self.held_out)
-        self.seed = seed
-        self.readers = None
-        if batches.reference != "consensus":
-            self.readers = Readers(table, batches.min_readers)
-        self.groups = [(self.rows, batches.batch_size)]
-        if balanced and batches.nodule_fraction > 0:
-            self.groups = balanced_groups(table, self.rows, batches)
-        self.rows_once = len(self.groups) == 1 and steps_per_epoch == 0
-        self.noise_field = None
-        if augmentation is not None and augmentation.noise_hu > 0:
-            seeds = (SLICE_NOISE, seed)
-            self.noise_field = augment2d.noise_field(batches.slice_px, seed=seeds)
-
-    def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Table rows of all batches of an epoch, one batch after the other."""
-        rng = None
-        if self.shuffle:
-            rng = np.random.default_rng((SLICE_ORDER, self.seed, epoch))
-        if self.rows_once:
-            return drawn(self.rows, len(self.rows), rng)
-        columns = [
-            drawn(rows, self.steps * count, rng).reshape(self.steps, count)
-            for rows, count in self.groups
-        ]
-        return np.concatenate(columns, axis=1).ravel()
-
-    def sample(self, row: int, rng: np.random.Generator):
-        """One row as (y, x) float32 input and mask; see `Generator.sample`."""
-        batches = self.batches
-        if self.readers is not None and self.augmentation is not None:
-            return self.sample_of_readers(row, rng, self.readers, self.augmentation)
-        hu, mask, lung = read_row(self.table, row, batches)
-        crop = self.crop(mask, lung, rng)
-        marks = marks_of(mask, lung)
-        if self.augmentation is not None:
-            if self.pathology is not None and lung is not None:
-                own = rng.spawn(1)[0]
-                spacing_mm, settings = self.spacing_mm(row), self.pathology
-                hu = lesions.simulate(
-                    hu, lung, spacing_mm, settings, own, held_out=self.held_out
-                )
-            return self.changed(hu, marks, crop, self.augmentation, rng)
-        return plain(hu, marks, crop.start, batches)
-
-    def sample_of_readers(
-        self,
-        row: int,
-        rng: np.random.Generator,
-        readers: "Readers",
-        changes: config.Augment,
-    ):
-        """`sample` with what readers drew, each for himself, in place of the consensus.
-
-        Votes are interpolated, so a border that the warp takes between pixels stays where
-        it is.
-        """
-        hu, consensus, lung = read_row(self.table, row, self.batches)
-        crop = self.crop(consensus, lung, rng)
-        if self.batches.reference == "votes":
-            drawn = readers.votes(row)
-        else:
-            drawn = readers.one(row, rng).astype(np.float32)
-        marks = marks_of(consensus, lung)
-        image, _, warp = self.warped(hu, marks, crop, changes, rng)
-        mask = augment2d.warp_image(drawn, warp, self.batches.slice_px, fill=0)
-        if self.batches.reference == "reader":
-            mask = (mask >= 0.5).astype(np.uint8)
-        return image, mask
-
-    def spacing_mm(self, row: int) -> list[float]:
-        """(y, x) spacing of the pixels of a row's sample."""
-        if self.batches.pixel_mm:
-            return [self.batches.pixel_mm] * 2
-        return stored_spacing_mm(self.table, row)
-
-    def changed(self, hu, marks, crop, changes: config.Augment, rng):
-        """`sample` after its random changes."""
-        image, marks, _ = self.warped(hu, marks, crop, changes, rng)
-        return image, marks & augment2d.TARGET_BIT
-
-    def warped(self, hu, marks, crop, changes: config.Augment, rng):
-        """Input and marks after random changes, and the warp that moved them.
-
-        With `lung_mask` only the box around the lungs is computed: the rest is 0.
-        """
-        batches, size = self.batches, self.batches.slice_px
-        warp = augment2d.draw_warp(changes, crop, size, rng)
-        gamma, noise_hu = augment2d.draw_intensity(changes, rng)
-        marks = augment2d.warp_labels(marks, warp, size)
-        lung = marks & augment2d.LUNG_BIT
-        image = np.zeros(size, np.float32)
-        box = boxes.around(lung) if batches.lung_mask else boxes.whole(size)
-        if box:
-            fill = augment2d.fill(hu, batches)
-            hu = augment2d.warp_image(hu, warp.within(box), image[box].shape, fill=fill)
-            if self.noise_field is not None:
-                hu = augment2d.add_noise(hu, self.noise_field, noise_hu, rng)
-            image[box] = augment2d.windowed(hu, lung[box], batches, gamma=gamma)
-        return augment2d.normalised(image, batches), marks, warp
-
-    def crop(self, mask, lung, rng: np.random.Generator) -> boxes.Crop:
-        """The part of the slice that becomes the sample, by `batches.crop`."""
-        size = self.batches.slice_px
-        match self.batches.crop:
-            case "centre" | "seed":
-                return boxes.crop_at_centre(mask.shape, size)
-            case "lung":
-                return augment2d.crop_at_lungs(lung, size)
-            case "nodule":
-                shift_px = self.augmentation.shift_px if self.augmentation else 0
-                return augment2d.crop_near_nodule(
-                    mask, lung, size, rng, margin_px=shift_px
-                )
-            case other:
-                raise ValueError(f"batches.crop is {other}; expected one of slices")
-
-
-class Readers:
-    """What each reader drew on the slices of a table.
-
-    Args:
-        table: The open table.
-        min_readers: Nodules of fewer readers count as background.
-    """
-
-    def __init__(self, table: SliceTable, min_readers: int = 1) -> None:
-        self.table = table
-        self.min_readers = min_readers
-        self.counts = functools.lru_cache(maxsize=None)(table.readers_of_label)
-        self.bits = functools.lru_cache(maxsize=None)(self.bits_of_scan)
-
-    def votes(self, row: int) -> np.ndarray:
-        """(y, x) float32 share of a nodule's readers that drew the pixel."""
-        bits = self.table.read("reader_bits", row)
-        labels = self.table.read("nodule_labels", row)
-        counts = self.counts(int(self.table.rows["scan"][row]))
-        readers = np.maximum(counts, 1).astype(np.float32)[labels]
-        shares = scans.reader_votes(bits) / readers
-        shares[counts[labels] < self.min_readers] = 0
-        return shares
-
-    def one(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """(y, x) bool: what one reader drew, another one drawn for every nodule."""
-        bits = self.table.read("reader_bits", row)
-        labels = self.table.read("nodule_labels", row)
-        chosen = np.zeros(256, np.uint8)
-        scan = int(self.table.rows["scan"][row])
-        for label, drawn in self.bits(scan).items():
-            readers = scans.readers_in(drawn)
-            if self.counts(scan)[label] < self.min_readers:
-                continue
-            chosen[label] = 1 << readers[int(rng.random() * len(readers))]
-        return (bits & chosen[labels]) > 0
-
-    def bits_of_scan(self, scan_index: int) -> dict[int, int]:
-        """Label to the bits of all who drew that nodule, on any stored slice."""
-        drawn: dict[int, int] = {}
-        for row in self.table.rows_of_scan(scan_index):
-            if self.table.rows["nodule_px"][row]:
-                bits = self.table.read("reader_bits", row)
-                labels = self.table.read("nodule_labels", row)
-                for label in np.unique(labels[bits > 0]).tolist():
-                    found = np.bitwise_or.reduce(bits[labels == label])
-                    drawn[label] = drawn.get(label, 0) | int(found)
-        return drawn
-
-
-def validation_of_slices(
-    table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
-) -> Generator:
-    """What validates: every tile of some slices, or the middle of every patch.
-
-    The reference is the consensus. Arguments as of `tiles_of_slices`.
-    """
-    batches = replace(batches, reference="consensus")
-    if batches.crop != "seed":
-        return tiles_of_slices(table, rows, batches, **options)
-    rows = usable_rows(table, rows, batches)
-    most = options.pop("most", 0) or len(rows)
-    spread = drawn(rows, min(most, len(rows)), None)
-    return SliceGenerator(
-        table, spread, batches, None, seed=0, shuffle=False, balanced=False, **options
-    )
-
-
-def tiles_of_slices(
-    table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
-) -> TileGenerator:
-    """Every tile of some slices.
-
-    They cover the lungs without asking where nodules are, so the score says how a network
-    does where it has to search too. Without a lung mask they cover the whole slice.
-
-    Args:
-        table: The open table.
-        rows: Rows of the table.
-        batches: Window, target, size of the tiles and of a batch.
-        options: Of `TileGenerator`.
-    """
-
-    def read(row: int) -> tuple[np.ndarray, np.ndarray]:
-        hu, mask, lung = read_row(table, row, batches)
-        return hu, marks_of(mask, lung)
-
-    tiles = [
-        (int(row), tile.start)
-        for row in usable_rows(table, rows, batches)
-        for tile in augment2d.tiles(
-            read_row(table, int(row), batches)[2] if reads_lung(batches) else None,
-            augment2d.resized_px(
-                table.settings.size_px, stored_spacing_mm(table, int(row)), batches
-            ),
-            batches.slice_px,
-        )
-    ]
-    return TileGenerator(tiles, read, batches, **options)
-
-
-def read_row(
-    table: SliceTable, row: int, batches: config.Batches
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """HU, target and, if the settings look at it, the lung mask of a row; each (y, x).
-
-    All have pixels of `batches.pixel_mm`, if that is set.
-    """
-    hu = table.read("hu", row)
-    if batches.target == "lung":
-        lung = table.read("lung", row)
-        if batches.pixel_mm:
-            spacing_mm = stored_spacing_mm(table, row)
-            size = augment2d.resized_px(hu.shape, spacing_mm, batches)
-            # Both lungs as one: where they meet, a pixel may be half of neither.
-            mask = augment2d.resized_labels((lung > 0).view(np.uint8), size)
-            return (
-                augment2d.resized(hu, size),
-                mask,
-                augment2d.resized_labels(lung, size),
-            )
-        return hu, (lung > 0).view(np.uint8), lung
-    lung = table.read("lung", row) if reads_lung(batches) else None
-    return hu, row_target(table, row, batches), lung
-
-
-def stored_spacing_mm(table: SliceTable, row: int) -> list[float]:
-    """(y, x) spacing of the pixels of a row as they are stored."""
-    return table.scans["spacing_mm"][table.rows["scan"][row]][1:].tolist()
-
-
-def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
-    """Target and lung as bits of one image, so that one warp moves both."""
-    return mask if lung is None else mask | (lung > 0) * np.uint8(augment2d.LUNG_BIT)
-
-
-def usable_rows(
-    table: SliceTable, rows: np.ndarray, batches: config.Batches
-) -> np.ndarray:
-    """The rows that have what the settings ask for; see `batching.usable`."""
-    rows = np.asarray(rows)
-    return rows[usable(table, table.rows["scan"][rows], batches, of="rows")]
-
-
-def balanced_groups(
-    table: SliceTable, rows: np.ndarray, batches: config.Batches
-) -> list[tuple[np.ndarray, int]]:
-    """Rows with and rows without target, each with its number of rows per batch."""
-    size = batches.batch_size
-    if size == 1:
-        return [(rows, 1)]
-    has_target = rows_with_target(table, rows, batches)
-    if has_target.all() or not has_target.any():
-        return [(rows, size)]
-    count = min(max(round(batches.nodule_fraction * size), 1), size)
-    return [(rows[has_target], count), (rows[~has_target], size - count)]
-
-
-def rows_with_target(
-    table: SliceTable, rows: np.ndarray, batches: config.Batches
-) -> np.ndarray:
-    """(rows,) bool: whether the slice has a pixel of the target.
-
-    Reads the masks of all slices that a reader marked, as the consensus may be empty
-    where one of four readers drew an outline.
-    """
-    if batches.target == "lung":
-        return table.rows["lung_px"][rows] > 0
-    marked = table.rows["nodule_px"][rows] > 0
-    marked[marked] = [
-        row_target(table, int(row), batches).any() for row in rows[marked]
-    ]
-    return marked
-
-
-def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarray:
-    """(y, x) uint8 mask of 0 and 1: the consensus on nodules, or both lungs."""
-    if batches.target == "lung":
-        return (table.read("lung", row) > 0).astype(np.uint8)
-    if table.rows["nodule_px"][row] == 0:
-        return np.zeros(table.settings.size_px, np.uint8)
-    return augment2d.nodule_target(
-        table.read("reader_bits", row),
-        table.read("nodule_labels", row),
-        table.readers_of_label(int(table.rows["scan"][row])),
-        batches,
-    )
-
-
-def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.ndarray:
-    """`count` of `rows`, each as often as any other or once more.
-
-    Without `rng` they keep their order; fewer than all are spread evenly over it.
-    """
-    if rng is None:
-        if count < len(rows):
-            return rows[np.arange(count) * len(rows) // count]
-        return np.resize(rows, count)
-    rounds = count // len(rows) + 1
-    return np.concatenate([rng.permutation(rows) for _ in range(rounds)])[:count]
-
-
-def contact_sheet(
-    generator: SliceGenerator, *, slices: int = 24, columns: int = 6
-) -> np.ndarray:
-    """A picture of the first slices of the generator's epoch, outlined and captioned.
-
-    Slices are shown as the network gets them, but for the normalisation that follows the
-    window; the outline is drawn just outside the reference.
-
-    Args:
-        generator: Whose batches are shown.
-        slices: Number of slices; fewer if the epoch has fewer.
-        columns: Slices in a line.
-
-    Returns:
-        (y, x, 3) uint8 picture in OpenCV's channel order (blue, green, red).
-    """
-    shown = copy.copy(generator)
-    shown.batches = visible(generator.batches)
-    tiles = []
-    for index in range(len(shown)):
-        x, y = shown[index]
-        mask = ((y["mask"] if isinstance(y, dict) else y)[..., 1] >= 0.5).view(np.uint8)
-        rows = shown.rows_of_batch(index)
-        for row, image, reference in zip(rows, x[..., 0], mask, strict=True):
-            text = caption(shown.table, int(row))
-            tiles.append(tile(grey(image), reference, text))
-        if len(tiles) >= slices:
-            break
-    return in_lines(tiles[:slices], columns)
-
-
-def visible(batches: config.Batches) -> config.Batches:
-    """The settings of batches that a person looks at, through `grey`."""
-    if batches.normalisation == "relative":
-        return batches
-    return replace(batches, normalisation="window")
-
-
-def grey(image: np.ndarray) -> np.ndarray:
-    """An input as 0 to 1: as it is if it lies there, else its own range."""
-    least, most = float(image.min()), float(image.max())
-    if least >= 0 and most <= 1:
-        return image
-    return (image - least) / ((most - least) or 1)
-
-
-def volume_sheet(
-    generator: VolumeGenerator, *, crops: int = 8, columns: int = 2
-) -> np.ndarray:
-    """As `contact_sheet`: of each crop the middle axial, coronal and sagittal slice.
-
-    Args:
-        generator: Whose batches are shown.
-        crops: Number of crops; fewer if the epoch has fewer.
-        columns: Crops in a line.
-    """
-    shown = copy.copy(generator)
-    shown.batches = visible(generator.batches)
-    tiles = []
-    for index in range(len(shown)):
-        x, y = shown[index]
-        scans = shown.rows_of_batch(index)
-        for scan, image, reference in zip(scans, x[..., 0], y[..., 1], strict=True):
-            patient = str(shown.table.scans["patient_id"][scan])
-            texts = (f"scan {scan} axial", patient, "sagittal")  # each in its own tile
-            planes = middle_planes(image), middle_planes(reference)
-            tiles.append(
-                np.hstack([tile(*each) for each in zip(*planes, texts, strict=True)])
-            )
-        if len(tiles) >= crops:
-            break
-    return in_lines(tiles[:crops], columns)
-
-
-def pictures(
-    generator: SliceGenerator | VolumeGenerator,
-) -> Callable[[int], Picture]:
-    """Makes the picture of a sample, by its number in the generator's epoch.
-
-    Samples are shown as in `contact_sheet`, of a volume its middle planes.
-    """
-    shown = copy.copy(generator)
-    shown.batches = visible(generator.batches)
-    batch = functools.lru_cache(maxsize=2)(shown.__getitem__)
-    changes = "plain" if generator.augmentation is None else "augmented"
-
-    def picture(number: int) -> Picture:
-        index, place = divmod(number, shown.batches.batch_size)
-        x, y = batch(index)
-        image, mask = x[place, ..., 0], (y[place, ..., 1] >= 0.5).view(np.uint8)
-        if isinstance(shown, VolumeGenerator):
-            image, mask = (np.hstack(middle_planes(v)) for v in (image, mask))
-            scan = shown.rows_of_batch(index)[place]
-            name = f"{shown.table.scans['scan_id'][scan]}\n"
-        else:
-            row = shown.table.rows[shown.rows_of_batch(index)[place]]
-            name = f"{shown.table.scans['scan_id'][row['scan']]}\nz {row['z']}, "
-        return Picture(grey(image), {shown.batches.target: mask}, name + changes)
-
-    return picture
-
-
-def views(
-    generator: SliceGenerator | VolumeGenerator,
-) -> tuple[int, list[Callable[[int], Picture]]]:
-    """How many samples an epoch has, and the ways to show them in a window.
-
-    The second view of an augmented sample is without random changes; a crop that is drawn
-    may lie elsewhere in it.
-    """
-    count = len(generator.order_of_epoch(generator.epoch))
-    shown = [pictures(generator)]
-    if generator.augmentation is not None:
-        unchanged = copy.copy(generator)
-        unchanged.augmentation = None
-        shown.append(pictures(unchanged))
-    return count, shown
-
-
-def middle_planes(volume: np.ndarray) -> list[np.ndarray]:
-    """The middle axial, coronal and sagittal slice, head up, each in a square of zeros.
-
-    Args:
-        volume: (z, y, x).
-
-    Returns:
-        Three square images with the longest side of the volume.
-    """
-    side = max(volume.shape)
-    squares = []
-    for axis, length in enumerate(volume.shape):
-        plane = np.take(volume, length // 2, axis)
-        if axis:
-            plane = plane[::-1]
-        square = np.zeros((side, side), volume.dtype)
-        square[: plane.shape[0], : plane.shape[1]] = plane
-        squares.append(square)
-    return squares
-
-
-def in_lines(tiles: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size, `columns` in a line; black where the last line has fewer."""
-    tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    return np.vstack([np.hstack(line) for line in lines])
-
-
-def tile(image: np.ndarray, mask: np.ndarray, text: str) -> np.ndarray:
-    """One slice of a contact sheet: (y, x, 3) uint8.
-
-    Args:
-        image: (y, x) float32 from 0 to 1.
-        mask: (y, x) uint8 of 0 and 1, outlined.
-        text: Written under the slice.
-    """
-    size_xy = (image.shape[1] * SCALE, image.shape[0] * SCALE)
-    grey = cv2.resize((image * 255).astype(np.uint8), size_xy)
-    picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
-    large = cv2.resize(mask, size_xy, interpolation=cv2.INTER_NEAREST)
-    picture[cv2.dilate(large, np.ones((3, 3), np.uint8)) != large] = OUTLINE_BGR
-    strip = np.zeros((CAPTION_PX, size_xy[0], 3), np.uint8)
-    place = (4, CAPTION_PX - 7)
-    cv2.putText(strip, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255))
-    return np.vstack((picture, strip))
-
-
-def caption(table: SliceTable, row: int) -> str:
-    """Row, patient and slice: what one needs to find it again."""
-    entry = table.rows[row]
-    return f"row {row}  {table.patient_ids[row]}  z {entry['z']}"
 
 
 def slices_per_second(generator: Generator, *, threads: int, seconds: float) -> float:
@@ -641,6 +84,7 @@ def as_pydataset(
     class Dataset(keras.utils.PyDataset):
         def __init__(self) -> None:
             super().__init__(workers=workers, max_queue_size=max_queue_size)
+            self.generator = generator
             self.begun = False
 
         def __len__(self) -> int:
@@ -712,20 +156,13 @@ def run_step(arguments: Arguments) -> steps.Report:
     return steps.Report(f"wrote {arguments.out}: {shown}; {speeds}")
 
 
-def sheet(generator: SliceGenerator | VolumeGenerator, samples: int) -> np.ndarray:
-    """`volume_sheet` or `contact_sheet`."""
-    if isinstance(generator, VolumeGenerator):
-        return volume_sheet(generator, crops=samples)
-    return contact_sheet(generator, slices=samples)
-
-
 def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerator:
     """What is shown of a table's slices."""
     training = arguments.part == "train"
-    split = slice_idx.read_split(arguments.split)
+    split = read_split(arguments.split)
     return SliceGenerator(
         table,
-        slice_idx.rows_of_part(split, table, arguments.part),
+        rows_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
         pathology=arguments.lesions if training else None,
@@ -738,11 +175,11 @@ def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerat
 def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGenerator:
     """What is shown of a table's volumes; a training scan more than once if need be."""
     training = arguments.part == "train"
-    split = slice_idx.read_split(arguments.split)
+    split = read_split(arguments.split)
     size = arguments.batches.batch_size
     return VolumeGenerator(
         table,
-        slice_idx.scans_of_part(split, table, arguments.part),
+        scans_of_part(split, table, arguments.part),
         arguments.batches,
         arguments.augment if training else None,
         pathology=arguments.lesions if training else None,
@@ -761,6 +198,117 @@ def speed_text(
         return f"{speed:.1f} crops/s with {threads} thread(s)"
     read = files.size_text(speed * 2 * np.prod(generator.table.settings.size_px))
     return f"{speed:.0f} slices/s ({read}/s of HU) with {threads} thread(s)"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to train on and, if there are some, to choose by: of slices or of volumes."""
+
+    training: Any
+    validation: Any | None = None
+
+
+def open_data(
+    table: SliceTable,
+    split: Mapping[str, Any],
+    experiment: config.Experiment,
+    candidates: Mapping[str, np.ndarray] | None = None,
+) -> Data:
+    """The generators of the training and the validation part, of slices or of volumes.
+
+    Args:
+        table: The open table.
+        split: Of its patients.
+        experiment: Settings.
+        candidates: As of `candidates_of`, for volumes.
+
+    Raises:
+        ValueError: If nobody is left to train on.
+    """
+    from dataset import generator2d, generator3d
+
+    batches, settings = experiment.batches, experiment.train
+    if len(batches.input_px) == 3:
+        rows_of, kind = scans_of_part, "scans"
+        training, validation = (
+            generator3d.VolumeGenerator,
+            generator3d.validation_of_volumes,
+        )
+    else:
+        rows_of, kind = rows_of_part, "slices"
+        training = generator2d.SliceGenerator
+        validation = generator2d.validation_of_slices
+    options: dict[str, Any] = {"with_slice_label": experiment.model.slice_classifier}
+    if candidates is not None:
+        options["candidates"] = candidates
+    rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
+    if not len(rows["train"]):
+        raise ValueError(
+            f"the training part has no {kind} in {table.path}; run slice_idx.py with other "
+            "fractions or table.py with more scans"
+        )
+    made = training(
+        table,
+        rows["train"],
+        batches,
+        experiment.augment,
+        pathology=experiment.lesions,
+        seed=settings.seed,
+        steps_per_epoch=settings.steps_per_epoch,
+        **options,
+    )
+    if not len(rows["validation"]):
+        log.warning("nobody validates: the last epoch counts as the best")
+        return Data(made)
+    most = settings.validation_tiles
+    return Data(
+        made, validation(table, rows["validation"], batches, most=most, **options)
+    )
+
+
+def pictures(
+    generator: SliceGenerator | VolumeGenerator,
+) -> Callable[[int], Picture]:
+    """Makes the picture of a sample, by its number in the generator's epoch.
+
+    Samples are shown as in `contact_sheet`, of a volume its middle planes.
+    """
+    shown = copy.copy(generator)
+    shown.batches = visible(generator.batches)
+    batch = functools.lru_cache(maxsize=2)(shown.__getitem__)
+    changes = "plain" if generator.augmentation is None else "augmented"
+
+    def picture(number: int) -> Picture:
+        index, place = divmod(number, shown.batches.batch_size)
+        x, y = batch(index)
+        image, mask = x[place, ..., 0], (y[place, ..., 1] >= 0.5).view(np.uint8)
+        if isinstance(shown, VolumeGenerator):
+            image, mask = (np.hstack(middle_planes(v)) for v in (image, mask))
+            scan = shown.rows_of_batch(index)[place]
+            name = f"{shown.table.scans['scan_id'][scan]}\n"
+        else:
+            row = shown.table.rows[shown.rows_of_batch(index)[place]]
+            name = f"{shown.table.scans['scan_id'][row['scan']]}\nz {row['z']}, "
+        return Picture(grey(image), {shown.batches.target: mask}, name + changes)
+
+    return picture
+
+
+def views(
+    generator: SliceGenerator | VolumeGenerator,
+) -> tuple[int, list[Callable[[int], Picture]]]:
+    """How many samples an epoch has, and the ways to show them in a window.
+
+    The second view of an augmented sample is without random changes; a crop that is drawn
+    may lie elsewhere in it.
+    """
+    count = len(generator.order_of_epoch(generator.epoch))
+    shown = [pictures(generator)]
+    if generator.augmentation is not None:
+        unchanged = copy.copy(generator)
+        unchanged.augmentation = None
+        shown.append(pictures(unchanged))
+    return count, shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,61 +19,36 @@ from typing import Any
 import numpy as np
 
 import config
-import postprocess
 import steps
 from ct import files, provenance
+from ct.files import refuse_other_folder, write_rows
 from ct.nifti_io import check_same_grid, read_nifti
 from ct.provenance import DISCLAIMER
-from ct.scan import Scan, ScanError, read_scan, scan_identity, scan_path
-from metrics import calibration, froc, froc_points, nodule_scores, overlap
-from metrics.overlap import Interval
-from results import result_folder
-from results.predictions import (
-    POSTPROCESS_JSON,
-    Predictions,
-    read_predictions,
-    write_rows,
+from ct.scan import Scan, ScanError, read_scan, reference_mask, scan_identity, scan_path
+from metrics import calibration, figures, froc, froc_points, nodule_scores, overlap
+from metrics.figures import draw_froc
+from metrics.surfaces import surface_distances
+from metrics.tables import (
+    Scored,
+    calibration_lines,
+    column,
+    curve_of,
+    froc_lines,
+    latex,
+    leak_text,
+    markdown,
+    number,
+    summary,
 )
+from results import result_folder
+from results.predictions import Predictions, read_predictions, settings_text
+from results.rows import CANDIDATES_CSV, LUNGS_JSON, NODULES_CSV
 from training import runs
+from training.runs import POSTPROCESS_JSON
 
 log = logging.getLogger(__name__)
 
 FIGURES = ("dice.png", "overlays.png")
-
-PER_SCAN = {
-    "dice": "Dice per scan",
-    "dice_nodule_slices": "Dice per scan, slices with a nodule only",
-    "iou": "IoU per scan",
-    "sensitivity": "Voxel sensitivity per scan",
-    "precision": "Voxel precision per scan",
-    "hd95_mm": "HD95 (mm)",
-    "surface_dice": "Surface Dice",
-    "lung_dice": "Lung mask Dice",
-    "lung_inclusion": "Consensus nodule voxels inside the scan file's lung mask",
-}
-"""Columns of scores.csv that are averaged over scans, and their names in the tables."""
-
-AGREEING_READERS = 3
-"""Readers of a nodule whose agreement is compared with the prediction's."""
-
-AGREEMENT = {
-    "dice_consensus": "Dice with the 50 % consensus",
-    "dice_reader_consensus": "One reader's Dice with the 50 % consensus, himself counted",
-    "dice_others": "Dice with the majority of all readers but one",
-    "dice_reader_others": "One reader's Dice with the majority of the others",
-    "dice_readers": "Dice with one reader",
-    "dice_reader_reader": "One reader's Dice with another",
-}
-"""Columns of nodules.csv, in pairs of prediction and reader; see agreement.py."""
-
-HEADLINE = (
-    "Dice per scan",
-    "Dice, pooled",
-    "Nodule sensitivity, all",
-    "False positives per scan",
-    "CPM (mean of these)",
-)
-"""Scores that are also given without patients that were trained on."""
 
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
 """Columns that have no value where only some slices of a scan count."""
@@ -116,36 +91,6 @@ class Job:
     slices: tuple[int, ...] | None
     """The slices (z) that count; None for all."""
     arguments: Arguments
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of one scan.
-
-    Attributes:
-        row: Its row of the table.
-        nodules: One row per reference nodule.
-        reliability: (fine bins, 3) of `calibration.histogram`;
-            None if the probability is not known.
-        candidates, targets, irrelevant: For `froc.mark`; None of patches and of slices.
-    """
-
-    row: dict[str, Any]
-    nodules: list[dict[str, Any]]
-    reliability: np.ndarray | None = None
-    candidates: np.ndarray | None = None
-    targets: np.ndarray | None = None
-    irrelevant: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table of scores."""
-
-    name: str
-    interval: Interval
-    defined: int
-    total: int
 
 
 def evaluate(arguments: Arguments) -> steps.Report:
@@ -198,7 +143,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
         if curve is not None:
             draw_froc(curve, out / "froc.png")
         if known:
-            calibration.write_reliability(np.sum(known, axis=0), out)
+            figures.write_reliability(np.sum(known, axis=0), out)
         steps.write_failures(failures, out / "skipped.csv")
     out = arguments.out
     sys.stdout.write(markdown(lines, facts, head=seen) + "\n")
@@ -209,19 +154,6 @@ def evaluate(arguments: Arguments) -> steps.Report:
         f"wrote {out}: {scans}, {scored}; figures {named}",
         failures,
     )
-
-
-def refuse_other_folder(folder: Path, mark: str) -> None:
-    """Refuses to replace a folder that lacks the file all of its kind have.
-
-    Raises:
-        FileExistsError: If something else is in it.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise FileExistsError(
-            f"{folder} holds something else ({mark} is missing) and would be replaced; "
-            "choose another --out"
-        )
 
 
 def setting(arguments: Arguments, predictions: Predictions) -> dict[str, Any]:
@@ -261,7 +193,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
                 f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
                 "--overwrite"
             )
-    path = arguments.predictions / result_folder.LUNGS_JSON
+    path = arguments.predictions / LUNGS_JSON
     save_as = json.loads(path.read_text())["save_as"] if path.exists() else "nifti"
     if save_as in result_folder.FILES:
         raise ValueError(
@@ -283,7 +215,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
             f"{parts}; choose another --part"
         )
     if in_lungs(arguments.predictions):
-        path = arguments.predictions / result_folder.CANDIDATES_CSV
+        path = arguments.predictions / CANDIDATES_CSV
         froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
         if job.leak:
@@ -321,13 +253,13 @@ def score(job: Job) -> Scored:
     """
     arguments = job.arguments
     scan, labels = read_pair(job)
-    reference = postprocess.reference_mask(
+    reference = reference_mask(
         scan,
         consensus_level=arguments.consensus_level,
         min_readers=arguments.min_readers,
     )
     labels, reference = (
-        postprocess.only_slices(volume, job.slices) for volume in (labels, reference)
+        overlap.only_slices(volume, job.slices) for volume in (labels, reference)
     )
     predicted = labels > 0
     counts = overlap.count_voxels(reference, predicted)
@@ -352,7 +284,7 @@ def score(job: Job) -> Scored:
     }
     if job.slices is not None:  # single slices have neither surfaces nor whole nodules
         return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
-    surfaces = overlap.surface_distances(reference, predicted, scan.spacing_mm)
+    surfaces = surface_distances(reference, predicted, scan.spacing_mm)
     known = nodule_scores.nodules_that_count(scan, arguments.min_readers)
     labels_ref = nodule_scores.reference_labels(scan, reference, known)
     _, irrelevant = froc_points.spheres_of(scan, arguments.min_readers)
@@ -410,7 +342,7 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
 
 def in_lungs(predictions: Path) -> dict[str, Any] | None:
     """How nodules were found in lungs: None if these are no lungs, {} if not looked for."""
-    path = predictions / result_folder.LUNGS_JSON
+    path = predictions / LUNGS_JSON
     if not path.exists():
         return None
     return json.loads(path.read_text()).get("nodules") or {}
@@ -439,10 +371,10 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     candidates of any score count.
     """
     folder = job.arguments.predictions
-    path = folder / job.scan_id / result_folder.NODULES_CSV
+    path = folder / job.scan_id / NODULES_CSV
     shared = in_lungs(folder) is not None
     if shared:
-        path = folder / result_folder.CANDIDATES_CSV
+        path = folder / CANDIDATES_CSV
     if not scan.whole or not path.exists():
         return {}
     targets, irrelevant = froc_points.spheres_of(scan, job.arguments.min_readers)
@@ -456,34 +388,6 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     except ValueError as error:
         raise ScanError(f"scan {job.scan_id}: {error}") from error
     return points
-
-
-def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
-    """The FROC curve of whole scans; None if there are none, or none with a nodule."""
-    whole = [item for item in scored if item.candidates is not None]
-    if not any(len(np.asarray(item.targets)) for item in whole):
-        return None
-    ids = [item.row["scan_id"] for item in whole]
-    marks = froc.mark(
-        ids,
-        *(
-            {item.row["scan_id"]: getattr(item, name) for item in whole}
-            for name in ("candidates", "targets", "irrelevant")
-        ),
-    )
-    return froc.froc(marks, [item.row["patient_id"] for item in whole], draws=draws)
-
-
-def froc_lines(curve: froc.Froc | None, scored: Sequence[Scored]) -> list[Line]:
-    """Sensitivities at LUNA16's rates, and their mean."""
-    if curve is None:
-        return []
-    scans = sum(item.candidates is not None for item in scored), len(scored)
-    lines = [
-        Line(f"Sensitivity at {rate:g} false positives per scan", found, *scans)
-        for rate, found in zip(froc.RATES, curve.at_rates, strict=True)
-    ]
-    return [*lines, Line("CPM (mean of these)", curve.cpm, *scans)]
 
 
 def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
@@ -535,96 +439,6 @@ def votes_of(job: Job) -> np.ndarray | None:
     return None if scan.reader_bits is None else votes_met(job, scan)
 
 
-def summary(
-    rows: Sequence[dict[str, Any]], nodules: Sequence[dict[str, Any]], *, draws: int
-) -> list[Line]:
-    """The lines of the table: means over scans, pooled voxels, nodules, sizes."""
-    patients = column(rows, "patient_id")
-    lines = []
-    for name, text in PER_SCAN.items():
-        values = column(rows, name)
-        if np.isfinite(values).any():
-            interval = overlap.bootstrap_mean(values, patients, n=draws)
-            lines.append(
-                Line(text, interval, int(np.isfinite(values).sum()), len(rows))
-            )
-    counts = np.stack([column(rows, name) for name in ("tp", "fp", "fn")], axis=1)
-    for name in ("dice", "sensitivity", "precision"):
-        interval = overlap.bootstrap_pooled(counts, patients, name, n=draws)
-        text = f"Voxel {name}, pooled" if name != "dice" else "Dice, pooled"
-        lines.append(Line(text, interval, len(rows), len(rows)))
-    lines.append(
-        Line(
-            "False positives per scan",
-            overlap.bootstrap_mean(column(rows, "false_positives"), patients, n=draws),
-            len(rows),
-            len(rows),
-        )
-    )
-    return lines + nodule_lines(nodules, draws=draws)
-
-
-def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
-    """Sensitivity and Dice over nodules, all and by stratum."""
-    if not nodules:
-        return []
-    lines = []
-    for name, some in nodule_scores.strata(nodules):
-        patients = column(some, "patient_id")
-        for key, text in (("hit", "Nodule sensitivity"), ("dice", "Dice per nodule")):
-            values = column(some, key).astype(float)
-            interval = overlap.bootstrap_mean(values, patients, n=draws)
-            defined = int(np.isfinite(values).sum())
-            lines.append(Line(f"{text}, {name}", interval, defined, len(nodules)))
-    return lines + reader_lines(nodules, draws=draws)
-
-
-def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
-    """Prediction and readers on the same nodules, those that enough readers drew."""
-    some = [nodule for nodule in nodules if nodule["readers"] >= AGREEING_READERS]
-    if not some:
-        return []
-    patients = column(some, "patient_id")
-    return [
-        Line(
-            f"{text}, nodules of {AGREEING_READERS} or more readers",
-            overlap.bootstrap_mean(column(some, name), patients, n=draws),
-            int(np.isfinite(column(some, name)).sum()),
-            len(nodules),
-        )
-        for name, text in AGREEMENT.items()
-    ]
-
-
-def calibration_lines(
-    scored: Sequence[Scored], temperature: float | None, *, draws: int
-) -> list[Line]:
-    """How far probabilities lie from the share of readers who drew the voxel."""
-    known = [item for item in scored if item.reliability is not None]
-    if not known:
-        return []
-    counts = [np.asarray(item.reliability) for item in known]
-    patients = np.array([item.row["patient_id"] for item in known])
-    text = "Calibration error (ECE) against readers' votes"
-    kinds = {text: counts}
-    if temperature is not None:
-        scaled = [calibration.scaled(some, temperature) for some in counts]
-        kinds[f"{text}, temperature scaled"] = scaled
-    return [
-        Line(
-            name,
-            calibration.ece(np.stack(some), patients, draws=draws),
-            len(known),
-            len(scored),
-        )
-        for name, some in kinds.items()
-    ]
-
-
-def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows])
-
-
 def protocol(
     arguments: Arguments,
     predictions: Predictions,
@@ -673,38 +487,12 @@ def protocol(
     ]
 
 
-def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
-    """How many patients were trained on, and the scores of `HEADLINE` without them."""
-    patients = {item.row["patient_id"] for item in scored}
-    leaks = {item.row["patient_id"] for item in scored if item.row["leak"]}
-    if not leaks:
-        return "No scored patient was trained on."
-    if leaks == patients:
-        return (
-            f"WARNING: every scored patient ({len(leaks)} of {len(patients)}) was trained "
-            "on; these scores say nothing of new patients."
-        )
-    others = [item for item in scored if item.row["patient_id"] not in leaks]
-    nodules = [nodule for item in others for nodule in item.nodules]
-    lines = summary([item.row for item in others], nodules, draws=draws)
-    lines += froc_lines(curve_of(others, draws=draws), others)
-    figures = "; ".join(
-        f"{line.name} {number(line.interval.value)} ({bounds(line.interval)})"
-        for line in lines
-        if line.name in HEADLINE
-    )
-    return (
-        f"WARNING: {len(leaks)} of {len(patients)} patients were trained on. Without "
-        f"them: {figures}."
-    )
-
-
 def masks_made_by(predictions: Path) -> str:
     """The settings the masks were made with, in a sentence."""
     found = in_lungs(predictions)
     if found:
         used = config.from_json(config.Postprocess, found["settings"])
-        how = postprocess.settings_text(used)
+        how = settings_text(used)
         if "reduction" in found:
             kept = config.from_json(config.Postprocess, found["reduction"])
             how = (
@@ -713,7 +501,7 @@ def masks_made_by(predictions: Path) -> str:
             )
             if "slices" in found:
                 used = config.from_json(config.Postprocess, found["slices"])
-                how += f", of slices {postprocess.settings_text(used)}"
+                how += f", of slices {settings_text(used)}"
             how += (
                 f"; reported from a score of {kept.min_score:g}, the probability of who "
                 "marked it times that of who judges it"
@@ -728,49 +516,7 @@ def masks_made_by(predictions: Path) -> str:
         return "How the masks were made is unknown."
     record = json.loads(path.read_text())
     used = config.from_json(config.Postprocess, record["settings"])
-    return f"Masks: {postprocess.settings_text(used)}; {record['origin']}."
-
-
-def markdown(lines: Sequence[Line], facts: Sequence[str], *, head: str) -> str:
-    """The table of scores in Markdown, with one of the facts above it."""
-    table = ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
-    table += [
-        f"| {line.name} | {number(line.interval.value)} | {bounds(line.interval)} "
-        f"| {line.defined} of {line.total} |"
-        for line in lines
-    ]
-    below = [fact for fact in facts if fact != head]
-    return "\n".join([head, "", *table, "", *below, ""])
-
-
-def latex(lines: Sequence[Line], facts: Sequence[str]) -> str:
-    """The table of scores in LaTeX, for the package booktabs."""
-    rows = [
-        f"{line.name} & {number(line.interval.value)} & {bounds(line.interval)} "
-        f"& {line.defined}/{line.total} \\\\"
-        for line in lines
-    ]
-    comments = [f"% {fact}" for fact in facts]
-    head = [
-        "\\begin{tabular}{lrrr}",
-        "\\toprule",
-        "Score & Value & 95\\,\\% interval & n \\\\",
-    ]
-    return "\n".join(
-        [*comments, *head, "\\midrule", *rows, "\\bottomrule", "\\end{tabular}", ""]
-    )
-
-
-def number(value: float) -> str:
-    return "undefined" if np.isnan(value) else f"{value:.3f}"
-
-
-def bounds(interval: Interval) -> str:
-    if np.isnan(interval.value):
-        return "-"
-    if np.isnan(interval.low):
-        return "one patient"
-    return f"{interval.low:.3f} to {interval.high:.3f}"
+    return f"Masks: {settings_text(used)}; {record['origin']}."
 
 
 def draw_figures(
@@ -802,32 +548,6 @@ def draw_figures(
     draw_overlays(arguments, rows).savefig(out / FIGURES[1], dpi=120)
 
 
-def draw_froc(curve: froc.Froc, path: Path) -> None:
-    """The FROC curve, with the intervals at LUNA16's rates."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    rates = np.geomspace(froc.RATES[0], froc.RATES[-1], 200)
-    axes.plot(
-        rates, np.interp(rates, curve.fp_per_scan, curve.sensitivity), color="0.2"
-    )
-    values, low, high = np.array(curve.at_rates).T
-    axes.errorbar(
-        froc.RATES, values, (values - low, high - values), fmt="o", color="0.2"
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(froc.RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    axes.set(
-        xlabel="false positives per scan",
-        ylabel="nodule sensitivity",
-        ylim=(0, 1),
-        title=f"FROC, CPM {number(curve.cpm.value)}",
-    )
-    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
 def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
     """The slice with most reference in the best, the median and the worst scan.
 
@@ -845,7 +565,7 @@ def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
         row = order[place]
         job = Job(row["scan_id"], row["patient_id"], "", False, None, arguments)
         scan, labels = read_pair(job)
-        reference = postprocess.reference_mask(
+        reference = reference_mask(
             scan,
             consensus_level=arguments.consensus_level,
             min_readers=arguments.min_readers,

@@ -21,8 +21,8 @@ import numpy as np
 
 import config
 import steps
-from augment import augment2d
 from ct import files, provenance
+from ct.inputs import EPSILON, POPULATION_HU, to_input
 from training import runs
 
 TOLERANCE = 1e-4
@@ -172,13 +172,13 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
             image = tf.where(lung > 0, image, 0.0)
         if batches.normalisation in ("zscore", "relative"):
             mean, variance = tf.nn.moments(image, axes=axes, keepdims=True)
-            image = (image - mean) / (tf.sqrt(variance) + augment2d.EPSILON)
+            image = (image - mean) / (tf.sqrt(variance) + EPSILON)
         elif batches.normalisation == "minmax":
             least = tf.reduce_min(image, axis=axes, keepdims=True)
             most = tf.reduce_max(image, axis=axes, keepdims=True)
-            image = (image - least) / (most - least + augment2d.EPSILON)
+            image = (image - least) / (most - least + EPSILON)
         elif batches.normalisation == "population":
-            mean, sd = augment2d.POPULATION_HU
+            mean, sd = POPULATION_HU
             image = (image * (high - low) + low - mean) / sd
         output = network(tf.expand_dims(image, -1), training=False)
         return {"probability": runs.mask_of(output)[..., 1]}
@@ -197,8 +197,7 @@ def largest_difference(
         inputs["lung"] = (rng.random((2, *size_px)) < 0.5).astype(np.uint8)
     lungs = inputs.get("lung", [None, None])
     images = [
-        augment2d.to_input(image, lung, batches)
-        for image, lung in zip(hu, lungs, strict=True)
+        to_input(image, lung, batches) for image, lung in zip(hu, lungs, strict=True)
     ]
     expected = runs.mask_of(network.predict_on_batch(np.stack(images)[..., None]))
     return float(np.abs(served(model_dir, inputs) - np.asarray(expected)[..., 1]).max())

@@ -19,40 +19,26 @@ import numpy as np
 import config
 import steps
 from configs.rules import RULES, Rule
-from ct import boxes, files, provenance
-from ct.geometry import Grid, canonical_grid
+from ct import files, provenance
+from ct.files import write_rows
+from ct.geometry import canonical_grid
 from ct.nifti_io import check_same_grid, read_nifti, write_nifti
-from ct.scan import Scan, ScanError, consensus, read_scan, readers_of_label, scan_path
-from metrics.overlap import Counts
-from nodules.measures import (
-    NODULE_COLUMNS,
-    connected,
-    find_nodules,
-    label_nodules,
-    measure_nodules,
-    nodule_row,
-    within_lung,
-)
+from ct.scan import Scan, ScanError, read_scan, reference_mask, scan_path
+from metrics.tuning import best_of_grid, tuning_counts
+from nodules.components import label_nodules
+from nodules.measures import find_nodules, measure_nodules
 from results.predictions import (
     FORMAT_VERSION,
-    POSTPROCESS_JSON,
     STD_NIFTI,
     Predictions,
     read_predictions,
-    write_rows,
+    settings_text,
 )
+from results.rows import NODULE_COLUMNS, nodule_row
 from training import runs
+from training.runs import POSTPROCESS_JSON
 
 log = logging.getLogger(__name__)
-
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-EROSIONS_PX = (0, 3, 5)
-MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
-MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
-"""The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
-
-FALSE_PRICE = 0.02
-"""What a false component costs, in Dice of its scan."""
 
 
 def postprocess(
@@ -180,25 +166,6 @@ def std_of(job: Job, scan: Scan) -> np.ndarray | None:
     return std
 
 
-def reference_mask(
-    scan: Scan, *, consensus_level: float, min_readers: int
-) -> np.ndarray:
-    """(z, y, x) bool consensus of the scan's readers.
-
-    Raises:
-        ScanError: If no reader looked at the scan.
-    """
-    if scan.reader_bits is None or scan.nodule_labels is None:
-        raise ScanError(f"scan {scan.scan_id} has no readers' marks to compare with")
-    return consensus(
-        scan.reader_bits,
-        scan.nodule_labels,
-        readers_of_label(scan.nodules),
-        level=consensus_level,
-        min_readers=min_readers,
-    )
-
-
 def count_for_tuning(job: Job) -> np.ndarray:
     """What each setting of the grid gives on one scan.
 
@@ -218,123 +185,6 @@ def count_for_tuning(job: Job) -> np.ndarray:
         within=lung_of(scan) > 0 if job.settings.within_lung else None,
         slices=job.slices,
     )
-
-
-def only_slices(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
-    """A (z, y, x) volume that is 0 in all but some slices; None keeps all."""
-    if slices is None:
-        return volume
-    kept = np.zeros_like(volume)
-    kept[list(slices)] = volume[list(slices)]
-    return kept
-
-
-def tuning_counts(
-    prob: np.ndarray,
-    reference: np.ndarray,
-    grid: Grid,
-    settings: config.Postprocess,
-    *,
-    within: np.ndarray | None = None,
-    slices: Sequence[int] | None = None,
-) -> np.ndarray:
-    """See `count_for_tuning`; each component is found once for all volumes and scores.
-
-    Of `settings` counts what is not tuned: connectivity, `min_voxels`, `fill_holes`.
-
-    Components and their volumes are those of the whole scan, but only voxels and
-    components in `slices` are counted.
-    """
-    grid_axes = (THRESHOLDS, EROSIONS_PX, MIN_VOLUMES_MM3, MIN_SCORES)
-    counts = np.zeros((*map(len, grid_axes), 4), np.int64)
-    reference = only_slices(reference, slices)
-    total_ref = int(np.count_nonzero(reference))
-    counts[..., 2] = total_ref
-    box = boxes.around(prob >= np.float32(THRESHOLDS[0]))
-    if box is None:
-        return counts
-    prob, reference = prob[box], reference[box]
-    counted = np.ones(len(prob), bool)
-    if slices is not None:
-        counted = np.isin(np.arange(len(prob)) + box[0].start, list(slices))
-    for t, threshold in enumerate(THRESHOLDS):
-        for e, erosion_px in enumerate(EROSIONS_PX):
-            tried = replace(settings, erosion_px=erosion_px)
-            parts = connected(prob >= np.float32(threshold), tried)
-            if within is not None:
-                parts[~within_lung(parts, within[box])[parts]] = 0
-            mask = parts > 0
-            owners = parts[mask]
-            voxels = np.bincount(owners, minlength=1)
-            scores = np.bincount(owners, weights=prob[mask], minlength=1)
-            scores = scores / np.maximum(voxels, 1)
-            mask[~counted] = False
-            sizes = np.bincount(parts[mask], minlength=len(voxels))
-            shared = np.bincount(parts[mask & reference], minlength=len(sizes))
-            for v, s in np.ndindex(len(MIN_VOLUMES_MM3), len(MIN_SCORES)):
-                kept = (sizes > 0) & (voxels * grid.voxel_mm3 >= MIN_VOLUMES_MM3[v])
-                kept &= (voxels >= settings.min_voxels) & (scores >= MIN_SCORES[s])
-                tp, size = shared[kept].sum(), sizes[kept].sum()
-                false = np.count_nonzero(shared[kept] == 0)
-                counts[t, e, v, s] = tp, size - tp, total_ref - tp, false
-    return counts
-
-
-def best_of_grid(
-    counts: np.ndarray, base: config.Postprocess
-) -> tuple[config.Postprocess, dict[str, Any]]:
-    """The plainest setting that is not worse than the best by more than chance explains.
-
-    A scan scores its Dice, 0 if it has no nodule, less `FALSE_PRICE` for every false
-    component. A setting is as good as the best if its mean score lacks no more than one
-    standard error of the scans' differences. Of those, the one fewest steps of the grid
-    away from threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is taken:
-    few scans cannot tell more apart.
-
-    Args:
-        counts: (scans, thresholds, erosions, volumes, scores, 4) of `count_for_tuning`.
-        base: Gives what is not tuned.
-
-    Returns:
-        The settings, and what they reach: mean Dice of the scans with nodules, and false
-        components per scan.
-
-    Reference: Breiman et al. 1984 (the rule of one standard error).
-    """
-    dice = Counts(counts[..., 0], counts[..., 1], counts[..., 2]).dice
-    with_nodule = (counts[..., 0] + counts[..., 2]).max(axis=(1, 2, 3, 4)) > 0
-    scores = np.nan_to_num(dice)
-    scores[~with_nodule] = 0.0
-    scores -= FALSE_PRICE * counts[..., 3]
-    best = np.unravel_index(scores.mean(axis=0).argmax(), scores.shape[1:])
-    lack = scores[:, *best].reshape(-1, 1, 1, 1, 1) - scores
-    error = lack.std(axis=0, ddof=1) if len(scores) > 1 else np.zeros(lack.shape[1:])
-    good = lack.mean(axis=0) <= error / np.sqrt(len(scores)) + 1e-9
-
-    def steps_away(place: tuple[int, ...]) -> tuple[int, ...]:
-        t, e, v, s = place
-        usual = THRESHOLDS.index(0.5), MIN_VOLUMES_MM3.index(14.0)
-        return (abs(t - usual[0]) + e + abs(v - usual[1]) + s, *place)
-
-    taken = min(
-        (place for place in np.ndindex(good.shape) if good[place]), key=steps_away
-    )
-    settings = replace(
-        base,
-        method="tuned",
-        threshold=THRESHOLDS[taken[0]],
-        erosion_px=EROSIONS_PX[taken[1]],
-        min_volume_mm3=MIN_VOLUMES_MM3[taken[2]],
-        min_score=MIN_SCORES[taken[3]],
-    )
-    reached = {
-        "mean_dice": float(dice[with_nodule, *taken].mean())
-        if with_nodule.any()
-        else None,
-        "false_components_per_scan": float(counts[:, *taken, 3].mean()),
-        "scans_with_nodule": int(with_nodule.sum()),
-    }
-    return settings, reached
 
 
 @dataclass(frozen=True)
@@ -541,24 +391,6 @@ def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
             f"{folder} holds masks made otherwise ({'; '.join(changed)}); "
             "add --overwrite to make them again"
         )
-
-
-def settings_text(settings: config.Postprocess) -> str:
-    """The settings in a phrase."""
-    threshold = (
-        "K-means threshold"
-        if settings.method == "kmeans"
-        else f"threshold {settings.threshold:g}"
-    )
-    text = f"{threshold}, erosion {settings.erosion_px} px, "
-    if settings.fill_holes:
-        text += "holes filled, "
-    if settings.one_nodule:
-        text += "the likeliest component, "
-    text += f"at least {settings.min_volume_mm3:g} mm3"
-    if settings.min_voxels:
-        text += f", {settings.min_voxels} voxels"
-    return f"{text} and mean probability {settings.min_score:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,15 +6,22 @@ Example:
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import config
 import steps
 from ct import files, provenance
-from ct.scan import Scan, ScanError, ScanSource, read_provenance, scan_path, write_scan
-from lungs.classical import segment_lungs
+from ct.scan import (
+    ScanError,
+    ScanSource,
+    read_provenance,
+    scan_path,
+    without_folders,
+    write_scan,
+)
+from lungs.classical import with_lungs
 
 Repair = Literal["gaps", "duplicates", "tilt"]
 
@@ -159,32 +166,6 @@ def prepare(task: PrepareTask) -> str:
     record = provenance.record() | task.made_by()
     write_scan(scan, scan_path(task.scans, scan.scan_id), record)
     return scan.scan_id
-
-
-def without_folders(text: str, source: ScanSource) -> str:
-    """A message without the folders of a source, which hospitals name after patients."""
-    folders = {path.parent for path in (*source.paths, *source.annotations)}
-    folders -= {Path(), Path("/")}
-    for folder in sorted(folders, key=lambda folder: -len(str(folder))):
-        text = text.replace(f"{folder}/", "").replace(str(folder), "its folder")
-    return text
-
-
-def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
-    """The scan with lung labels; those its source came with are kept, patches get none.
-
-    Raises:
-        ScanError: If no lung is found.
-    """
-    if scan.lung is not None or not scan.whole:
-        return scan
-    labels = segment_lungs(scan.hu, scan.spacing_mm, mask)
-    if not labels.any():
-        raise ScanError(
-            f"scan {scan.scan_id}: no lung found in {len(scan.hu)} slices; expected a "
-            "chest CT in HU; give lung masks with the cohort if it is one"
-        )
-    return replace(scan, lung=labels)
 
 
 def folder_bytes(folder: Path) -> int:

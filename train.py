@@ -16,18 +16,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
 
 import config
-import slice_idx
 import steps
 from ct import files, provenance
 from dataset.slice_table import SliceTable
+from dataset.split import patients_of_part, read_split, scans_of_part
 from metrics import froc_points
 from training import runs
+
+if TYPE_CHECKING:
+    import data_generator
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +75,6 @@ class Arguments:
     postprocess: config.Postprocess = field(default_factory=config.Postprocess)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Batches to train on and, if there are some, to choose by: of slices or of volumes."""
-
-    training: Any
-    validation: Any | None = None
-
-
 def train(
     table_path: Path,
     split_path: Path,
@@ -114,7 +109,9 @@ def train(
             "train.freeze_normalisation is set without --init, so there is nothing to "
             "leave as it is; name weights to start from"
         )
-    split = slice_idx.read_split(split_path)
+    import data_generator
+
+    split = read_split(split_path)
     with SliceTable(table_path) as table:
         marked = None
         if candidates is not None:
@@ -143,7 +140,7 @@ def train(
             )
         warn_of_seen_patients(record["init_training_patients"], split)
         warn_of_other_spacing(init, experiment)
-        data = open_data(table, split, experiment, marked)
+        data = data_generator.open_data(table, split, experiment, marked)
         start_run(partial, record, experiment, split)
         if not (partial / "training.json").is_file():  # else only its name is missing
             fit(partial, data, experiment, workers=workers, init=init)
@@ -196,7 +193,7 @@ def warn_of_other_spacing(init: Path | None, experiment: config.Experiment) -> N
 
 def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None:
     for part in ("validation", "test"):
-        shared = set(seen) & set(slice_idx.patients_of_part(split, part))
+        shared = set(seen) & set(patients_of_part(split, part))
         if shared:
             log.warning(
                 "the weights to start from were trained on %d patients of the %s part",
@@ -255,65 +252,6 @@ def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     ]
 
 
-def open_data(
-    table: SliceTable,
-    split: Mapping[str, Any],
-    experiment: config.Experiment,
-    candidates: Mapping[str, np.ndarray] | None = None,
-) -> Data:
-    """The generators of the training and the validation part, of slices or of volumes.
-
-    Args:
-        table: The open table.
-        split: Of its patients.
-        experiment: Settings.
-        candidates: As of `candidates_of`, for volumes.
-
-    Raises:
-        ValueError: If nobody is left to train on.
-    """
-    import data_generator
-    from dataset import generator3d
-
-    batches, settings = experiment.batches, experiment.train
-    if len(batches.input_px) == 3:
-        rows_of, kind = slice_idx.scans_of_part, "scans"
-        training, validation = (
-            generator3d.VolumeGenerator,
-            generator3d.validation_of_volumes,
-        )
-    else:
-        rows_of, kind = slice_idx.rows_of_part, "slices"
-        training = data_generator.SliceGenerator
-        validation = data_generator.validation_of_slices
-    options: dict[str, Any] = {"with_slice_label": experiment.model.slice_classifier}
-    if candidates is not None:
-        options["candidates"] = candidates
-    rows = {part: rows_of(split, table, part) for part in ("train", "validation")}
-    if not len(rows["train"]):
-        raise ValueError(
-            f"the training part has no {kind} in {table.path}; run slice_idx.py with other "
-            "fractions or table.py with more scans"
-        )
-    made = training(
-        table,
-        rows["train"],
-        batches,
-        experiment.augment,
-        pathology=experiment.lesions,
-        seed=settings.seed,
-        steps_per_epoch=settings.steps_per_epoch,
-        **options,
-    )
-    if not len(rows["validation"]):
-        log.warning("nobody validates: the last epoch counts as the best")
-        return Data(made)
-    most = settings.validation_tiles
-    return Data(
-        made, validation(table, rows["validation"], batches, most=most, **options)
-    )
-
-
 def candidates_of(
     path: Path, table: SliceTable, split: Mapping[str, Any], batches: config.Batches
 ) -> dict[str, np.ndarray]:
@@ -342,7 +280,7 @@ def candidates_of(
             generator3d.voxels_at(places, grid)
         except ValueError as error:
             raise ValueError(f"{path}, scan {scan_id}: {error}") from error
-    training = slice_idx.scans_of_part(split, table, "train").tolist()
+    training = scans_of_part(split, table, "train").tolist()
     trained = [ids[index] for index in training if ids[index] in known]
     if not trained:
         raise ValueError(
@@ -378,7 +316,7 @@ def start_run(
 
 def fit(
     directory: Path,
-    data: Data,
+    data: "data_generator.Data",
     experiment: config.Experiment,
     *,
     workers: int = 1,
@@ -393,6 +331,7 @@ def fit(
         workers: Threads that make batches.
         init: Weights to start from.
     """
+    from data_generator import as_pydataset
     from training import callbacks, loop
 
     settings = experiment.train
@@ -414,12 +353,13 @@ def fit(
     if progress.epoch < settings.epochs and not progress.stopped:
         loop.run_epochs(
             model,
-            data.training,
-            data.validation,
+            as_pydataset(data.training, workers=workers),
+            None
+            if data.validation is None
+            else as_pydataset(data.validation, workers=workers),
             settings,
             progress,
             run_dir=directory,
-            workers=workers,
             pictured=pictured_slices(data.validation or data.training),
             by_slice=experiment.batches.crop == "candidate",
         )

@@ -28,9 +28,10 @@ from scipy import ndimage
 import config
 import data_generator
 from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from ct.scan import AIR_HU, Scan, scan_path, write_scan
-from data_generator import SliceGenerator
+from dataset import generator2d
+from dataset.generator2d import SliceGenerator
 from dataset.slice_table import SliceTable
 from table import write_table
 
@@ -55,7 +56,7 @@ class SciPyGenerator(SliceGenerator):
         changes = self.augmentation or config.Augment()
         hu = self.table.read("hu", row).astype(np.float32)
         lung = self.table.read("lung", row) > 0
-        mask = data_generator.row_target(self.table, row, self.batches)
+        mask = generator2d.row_target(self.table, row, self.batches)
         size = self.batches.input_px
         warp = augment2d.draw_warp(changes, self.crop(mask, lung, rng), size, rng)
         image = scipy_warp(hu, warp, size, order=1, fill=AIR_HU)
@@ -106,7 +107,7 @@ def main() -> None:
 
 def bench_scans() -> tuple[list[Scan], str]:
     """Scans with lung masks and nodules, and where they come from."""
-    from preprocess import with_lungs
+    from lungs.classical import with_lungs
 
     data = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
     if data.is_dir():
@@ -114,9 +115,9 @@ def bench_scans() -> tuple[list[Scan], str]:
 
         loaded = [lidc.load_scan(source) for source in lidc.find_scans(data)]
         return [with_lungs(scan, config.LungMask()) for scan in loaded], "LIDC-IDRI"
-    from phantoms import chest
+    from phantoms import chest, write
 
-    return [chest.to_scan(chest.make_phantom(seed)) for seed in (0, 1)], "phantoms"
+    return [write.to_scan(chest.make_phantom(seed)) for seed in (0, 1)], "phantoms"
 
 
 def build_table(scans: list[Scan], folder: Path, *, copies: int) -> Path:
@@ -191,18 +192,16 @@ def where_time_goes(table: SliceTable) -> None:
     stages: dict[str, Callable[[], object]] = {
         "read HU": lambda: table.read("hu", row),
         "read lung": lambda: table.read("lung", row),
-        "read readers, consensus": lambda: data_generator.row_target(
-            table, row, BATCHES
-        ),
+        "read readers, consensus": lambda: generator2d.row_target(table, row, BATCHES),
         "draw an affine warp": lambda: augment2d.draw_warp(
             config.Augment(), crop, size, rng
         ),
         "warp HU": lambda: augment2d.warp_image(hu, flat, size),
         "warp masks": lambda: augment2d.warp_labels(lung, flat, size),
-        "window and lung mask": lambda: augment2d.to_input(image, marks, BATCHES),
-        "one-hot": lambda: augment2d.one_hot(marks & 1),
+        "window and lung mask": lambda: inputs.to_input(image, marks, BATCHES),
+        "one-hot": lambda: inputs.one_hot(marks & 1),
         "(noise)": lambda: augment2d.add_noise(image, field, 10, rng),
-        "(gamma)": lambda: augment2d.to_input(image, marks, BATCHES, gamma=1.2),
+        "(gamma)": lambda: inputs.to_input(image, marks, BATCHES, gamma=1.2),
         "(draw an elastic warp)": lambda: augment2d.draw_warp(changes, crop, size, rng),
         "(warp HU elastically)": lambda: augment2d.warp_image(hu, bent, size),
         "(warp masks elastically)": lambda: augment2d.warp_labels(lung, bent, size),

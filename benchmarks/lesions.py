@@ -20,11 +20,11 @@ import cv2
 import numpy as np
 
 import config
-from augment import lesions
+from augment import lesions, nodule_shapes, textures
 from benchmarks.generator import bench_scans, build_table
 from configs.lungs2d import LUNG2D
 from ct.scan import Scan
-from data_generator import SliceGenerator
+from dataset.generator2d import SliceGenerator
 from dataset.slice_table import SliceTable
 
 TURNS = 40
@@ -64,9 +64,9 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
         )
         for kind in (NOTHING, "circles", "realistic")
     }
-    for number in range(lesions.SHAPES):  # read once per process
-        lesions.nodule_shape(number, lesions.SHAPE_MM)
-    lesions.stored_cells()
+    for number in range(nodule_shapes.SHAPES):  # read once per process
+        nodule_shapes.nodule_shape(number, nodule_shapes.SHAPE_MM)
+    textures.stored_cells()
     cpu_ms = {kind: [] for kind in generators}
     for turn in range(TURNS + 1):
         for kind, generator in generators.items():

@@ -16,9 +16,9 @@ import tyro
 import config
 from cohorts import lidc
 from ct.scan import Scan
-from lungs import classical
+from lungs import classical, slice_rule
 from metrics import overlap
-from phantoms import chest
+from phantoms import chest, write
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read(data: Path) -> tuple[Scan, float]:
         source = min(lidc.find_scans(data), key=lambda item: item.patient_id)
         started = time.perf_counter()
         return lidc.load_scan(source), time.perf_counter() - started
-    return chest.to_scan(chest.make_phantom(1)), float("nan")
+    return write.to_scan(chest.make_phantom(1)), float("nan")
 
 
 def main() -> None:
@@ -75,10 +75,10 @@ def main() -> None:
         started = time.perf_counter()
         plain, plain_threshold = plain_slice_rule(image)
         between = time.perf_counter()
-        ours = classical.slice_rule(image)
+        ours = slice_rule.slice_rule(image)
         ours_s += time.perf_counter() - between
         plain_s += between - started
-        agree = abs(plain_threshold - classical.slice_threshold(image)) < 10
+        agree = abs(plain_threshold - slice_rule.slice_threshold(image)) < 10
         dice = overlap.dice(plain, ours)
         (same if agree else others).append(dice)
     slices = len(same) + len(others)

@@ -24,7 +24,8 @@ import numpy as np
 import tyro
 
 import config
-from inference.predictor3d import Passes, VolumePredictor
+from inference.passes import Passes
+from inference.predictor3d import VolumePredictor
 from training.runs import Precision
 
 

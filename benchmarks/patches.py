@@ -23,9 +23,8 @@ import numpy as np
 import tyro
 
 import config
-from augment import augment2d
 from configs import CONFIGS
-from ct import files
+from ct import files, inputs
 from inference import seeded
 from training import runs
 
@@ -93,7 +92,7 @@ def naive(predictor: seeded.PatchPredictor) -> Callable[[np.ndarray], None]:
     def segment(some: np.ndarray) -> None:
         for image in some:
             seen = seeded.middle(image.astype(np.float32), size)
-            seen = augment2d.to_input(seen, None, predictor.batches)
+            seen = inputs.to_input(seen, None, predictor.batches)
             predictor.network.predict(seen[None, ..., None], verbose=0)
 
     return segment
@@ -112,7 +111,7 @@ def pytorch(settings: Any) -> Callable[[np.ndarray], None] | None:
 
     def segment(some: np.ndarray) -> None:
         seen = [
-            augment2d.to_input(seeded.middle(image, size), None, settings.batches)
+            inputs.to_input(seeded.middle(image, size), None, settings.batches)
             for image in some.astype(np.float32)
         ]
         x = torch.from_numpy(np.stack(seen))[:, None].expand(-1, channels, -1, -1)

@@ -63,26 +63,27 @@ def main(
     with stages("imports"):
         import keras  # noqa: F401 - what infer.py imports when a network is loaded
 
-        import infer
         from cohorts import nifti
-        from inference import finder
-        from inference.predictor3d import Passes
+        from inference import segment
+
+        pass
+        from inference.passes import Passes
         from lungs.labels import LungMap
-        from phantoms import chest
+        from phantoms import chest, write
         from results import result_folder
 
     with stages("reading"):
         if image.exists():
             scan = nifti.load_scan(nifti.find_scans(image)[0])
         else:
-            scan = chest.to_scan(chest.make_phantom(1))
-    lungs = infer.Lungs(passes=Passes(n=n or "auto"), labels=LungMap())
+            scan = write.to_scan(chest.make_phantom(1))
+    lungs = segment.Lungs(passes=Passes(n=n or "auto"), labels=LungMap())
     with stages("loading networks"):
-        predictor, reach_mm, finder = infer.scan_networks(
-            infer.SHIPPED, lungs, infer.SHIPPED_RUNS
+        predictor, reach_mm, finder = segment.scan_networks(
+            segment.SHIPPED, lungs, segment.SHIPPED_RUNS
         )
     with stages("lungs"):
-        maps, labels, _ = infer.lungs_of(scan, predictor, lungs.labels, reach_mm)
+        maps, labels, _ = segment.lungs_of(scan, predictor, lungs.labels, reach_mm)
     stages.watch(finder.predictor, "maps", "nodules: 3-D network")
     stages.watch(finder.slices, "probability", "nodules: slices")
     stages.watch(finder.classifier, "probabilities", "nodules: candidates judged")

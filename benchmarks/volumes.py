@@ -24,6 +24,7 @@ import config
 from augment import augment2d, augment3d, synthesis
 from benchmarks.generator import bench_scans, cpu_ms, speed_and_cpu
 from configs.lungs3d import LUNG3D_3MM
+from ct import inputs
 from ct.scan import AIR_HU, write_scan
 from dataset.generator3d import VolumeGenerator
 from dataset.slice_table import SliceTable
@@ -55,7 +56,7 @@ class SciPyGenerator(VolumeGenerator):
             hu = synthesis.synthetic(hu, marks & augment2d.LUNG_BIT, rng)
         hu = augment3d.scanned(hu, scanner, rng)
         marks = augment3d.within_field(marks, scanner.field, 0)
-        image = augment2d.to_input(hu, None, self.batches, gamma=scanner.gamma)
+        image = inputs.to_input(hu, None, self.batches, gamma=scanner.gamma)
         return image, marks & augment2d.TARGET_BIT
 
 
@@ -148,8 +149,8 @@ def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
         "blur": lambda: augment3d.blurred(hu, 1.0),
         "noise": lambda: augment3d.noise(hu.shape, 1.0, rng),
         "thick slices": lambda: augment3d.thick_slices(hu, 2.5, 0.3),
-        "window, gamma": lambda: augment2d.to_input(hu, None, batches, gamma=1.2),
-        "one-hot": lambda: augment2d.one_hot(marks & 1),
+        "window, gamma": lambda: inputs.to_input(hu, None, batches, gamma=1.2),
+        "one-hot": lambda: inputs.one_hot(marks & 1),
     }
     print("where time goes, ms of one thread:")
     for name, stage in stages.items():

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from cohorts import dicom, nifti
+from cohorts import nifti, plausible, volume_file
+from cohorts.lists import check_unique
 from ct import files
 from ct.geometry import Grid
 from ct.scan import Scan, ScanError, ScanSource
@@ -69,7 +70,7 @@ def find_scans(source: Path) -> list[ScanSource]:
             f"columns {', '.join(REQUIRED_COLUMNS)}, as table.py --npy-slices writes it"
         )
     sources = [found for path in lists for found in _sources(path)]
-    nifti.check_unique([(s.scan_id, str(s.annotations[0])) for s in sources], source)
+    check_unique([(s.scan_id, str(s.annotations[0])) for s in sources], source)
     return sorted(sources, key=lambda source: source.scan_id)
 
 
@@ -168,14 +169,14 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     name = f"{listed}, scan {source.scan_id}"
     _check_rows(rows, name)
     images = _stack([row.image for row in rows])
-    hu = nifti.to_hu(images, listed)
+    hu = volume_file.to_hu(images, listed)
     grid = _grid(hu.shape, rows[0])
-    dicom.check_field(grid, name)
-    dicom.check_hu(hu, name)
+    plausible.check_field(grid, name)
+    plausible.check_hu(hu, name)
     known: dict[str, Any] = {}
     lung = _mask([row.lung for row in rows], hu.shape, f"{name}, lung_path")
     if lung is not None:
-        known["lung"] = nifti.checked_lung_labels(lung, f"{name}, lung_path")
+        known["lung"] = volume_file.checked_lung_labels(lung, f"{name}, lung_path")
     seg = _mask([row.seg for row in rows], hu.shape, f"{name}, seg_path")
     if seg is not None:
         known |= nifti.nodules_of_mask(seg > 0, grid, f"{name}, seg_path")

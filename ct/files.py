@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, their checksums, and names safe on disk."""
 
+import csv
 import glob
 import hashlib
 import json
@@ -8,14 +9,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an id must look like to become a file name."""
-
 
 ABANDONED_S = 24 * 3600
 """A partial file older than this belongs to a process that was killed."""
@@ -126,3 +126,26 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def refuse_other_folder(folder: Path, mark: str) -> None:
+    """Refuses to replace a folder that lacks the file all of its kind have.
+
+    Raises:
+        FileExistsError: If something else is in it.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise FileExistsError(
+            f"{folder} holds something else ({mark} is missing) and would be replaced; "
+            "choose another --out"
+        )
+
+
+def write_rows(
+    rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
+) -> None:
+    """Writes a CSV with a header; it appears whole or not at all."""
+    with written_whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

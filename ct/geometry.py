@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ct.boxes import Box
+
 CANONICAL = ("S", "P", "L")
 """Direction in which each axis of a canonical (z, y, x) array rises."""
 
@@ -135,3 +137,45 @@ def to_source(array: np.ndarray, grid: Grid, source: Grid) -> np.ndarray:
             f"grid (shape {source.shape})"
         )
     return turned
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Voxel centres of a regular grid as open (z, 1, 1), (1, y, 1), (1, 1, x) arrays in mm."""
+
+    z: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.z.size, self.y.size, self.x.size
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        steps = [
+            float(a.flat[1] - a.flat[0]) if a.size > 1 else 1.0
+            for a in (self.z, self.y, self.x)
+        ]
+        return steps[0], steps[1], steps[2]
+
+    def part(self, box: Box) -> "Mesh":
+        """The mesh of a (z, y, x) box of voxels."""
+        return Mesh(self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
+
+    def box_around(self, low_xyz, high_xyz) -> Box | None:
+        """Voxels whose centres lie between two corners in mm; None if there are none."""
+        spans = []
+        for axis, low, high in zip(
+            (self.z, self.y, self.x), low_xyz[::-1], high_xyz[::-1], strict=True
+        ):
+            first, last = np.searchsorted(axis.ravel(), (low, high))
+            if first >= last:
+                return None
+            spans.append(slice(int(first), int(last)))
+        return tuple(spans)
+
+
+def mesh_from_axes(z_mm: np.ndarray, y_mm: np.ndarray, x_mm: np.ndarray) -> Mesh:
+    axes = [np.asarray(axis, np.float32) for axis in (z_mm, y_mm, x_mm)]
+    return Mesh(axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None])

@@ -26,6 +26,7 @@ from ct.geometry import Grid
 if TYPE_CHECKING:
     import tables
 
+
 FORMAT_VERSION = 2
 """Raised when a change makes older scan files unreadable."""
 
@@ -359,3 +360,31 @@ def nodule_from_json(record: dict[str, Any]) -> Nodule:
         Annotation(**annotation) for annotation in record["annotations"]
     )
     return Nodule(record["label"], tuple(record["centre_ras_mm"]), annotations)
+
+
+def reference_mask(
+    scan: Scan, *, consensus_level: float, min_readers: int
+) -> np.ndarray:
+    """(z, y, x) bool consensus of the scan's readers.
+
+    Raises:
+        ScanError: If no reader looked at the scan.
+    """
+    if scan.reader_bits is None or scan.nodule_labels is None:
+        raise ScanError(f"scan {scan.scan_id} has no readers' marks to compare with")
+    return consensus(
+        scan.reader_bits,
+        scan.nodule_labels,
+        readers_of_label(scan.nodules),
+        level=consensus_level,
+        min_readers=min_readers,
+    )
+
+
+def without_folders(text: str, source: ScanSource) -> str:
+    """A message without the folders of a source, which hospitals name after patients."""
+    folders = {path.parent for path in (*source.paths, *source.annotations)}
+    folders -= {Path(), Path("/")}
+    for folder in sorted(folders, key=lambda folder: -len(str(folder))):
+        text = text.replace(f"{folder}/", "").replace(str(folder), "its folder")
+    return text

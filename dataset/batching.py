@@ -10,7 +10,7 @@ import numpy as np
 
 import config
 from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from dataset.slice_table import SliceTable
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Generator(ABC):
         y = np.empty((len(rows), *self.batches.input_px, 2), kind)
         for position, row in enumerate(rows):
             x[position, ..., 0], mask = self.sample(row, rng)
-            y[position] = augment2d.one_hot(mask)
+            y[position] = inputs.one_hot(mask)
         if self.with_slice_label:
             present = [[self.holds_target(mask)] for mask in y[..., 1]]
             return x, {"mask": y, "slice": np.array(present, np.float32)}
@@ -180,9 +180,9 @@ def plain(
         start: Where the part begins; beyond the ends is air.
         batches: Size, window and normalisation.
     """
-    hu = boxes.cut(hu, start, batches.input_px, fill=augment2d.fill(hu, batches))
+    hu = boxes.cut(hu, start, batches.input_px, fill=inputs.fill(hu, batches))
     marks = boxes.cut(marks, start, batches.input_px, fill=0)
-    image = augment2d.to_input(hu, marks & augment2d.LUNG_BIT, batches)
+    image = inputs.to_input(hu, marks & augment2d.LUNG_BIT, batches)
     return image, marks & augment2d.TARGET_BIT
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import config
 from augment import augment2d, augment3d, lesions, synthesis
-from ct import boxes
+from ct import boxes, inputs
 from ct.boxes import Box, Crop
 from ct.geometry import Grid, flip_xy
 from ct.scan import PHANTOM, consensus
@@ -300,7 +300,7 @@ class VolumeGenerator(Generator):
         hu = augment3d.scanned(hu, scanner, rng)
         marks = augment3d.within_field(marks, scanner.field, 0)
         lung = marks & augment2d.LUNG_BIT
-        image = augment2d.to_input(hu, lung, self.batches, gamma=scanner.gamma)
+        image = inputs.to_input(hu, lung, self.batches, gamma=scanner.gamma)
         return image, marks & augment2d.TARGET_BIT
 
     def crop(self, volume: Volume, rng: np.random.Generator) -> Crop:

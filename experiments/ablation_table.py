@@ -18,10 +18,9 @@ from typing import Any
 
 import steps
 from ct import files
+from ct.files import refuse_other_folder, write_rows
 from ct.provenance import DISCLAIMER
-from evaluate import refuse_other_folder
 from experiments import paired
-from results.predictions import write_rows
 
 MEASURES = (
     paired.pooled_dice("Dice, pooled"),

@@ -34,8 +34,8 @@ from ct.scan import (
     scan_path,
     write_scan,
 )
+from lungs.classical import with_lungs
 from nodules import outlines
-from preprocess import with_lungs
 
 DENSER_HU = 150.0
 """What became so much denser is disease that a mask may lose."""
@@ -83,7 +83,7 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
     if scan.lung is None:
         raise ScanError(
             f"scan {scan.scan_id} has no lung labels; expected scan files whose lungs are "
-            "known, as phantoms.chest or experiments.lung_labels write them"
+            "known, as phantoms.write or experiments.lung_labels write them"
         )
     rng = np.random.default_rng((seed, *scan.scan_id.encode()))
     lung = np.asarray(scan.lung)

@@ -20,17 +20,24 @@ from typing import Any
 
 import numpy as np
 
-import slice_idx
 import steps
 from ct import boxes, files
+from ct.files import refuse_other_folder, write_rows
 from ct.nifti_io import check_same_grid, read_nifti
 from ct.provenance import DISCLAIMER
-from ct.scan import Scan, ScanError, read_scan, scan_files, scan_identity, scan_path
-from evaluate import refuse_other_folder
+from ct.scan import (
+    Scan,
+    ScanError,
+    read_scan,
+    reference_mask,
+    scan_files,
+    scan_identity,
+    scan_path,
+)
+from dataset.split import patients_of_part, read_split
 from experiments import paired
-from metrics import overlap
-from postprocess import reference_mask
-from results.predictions import write_rows
+from metrics import calibration, overlap
+from metrics.surfaces import surface_distances
 
 AT_PLEURA_MM = 3.0
 """A nodule this near to the lungs' surface is juxtapleural."""
@@ -154,8 +161,8 @@ def jobs_of(arguments: Arguments) -> tuple[list[Job], list[steps.Failure]]:
     """
     wanted = None
     if arguments.split is not None:
-        split = slice_idx.read_split(arguments.split)
-        wanted = set(slice_idx.patients_of_part(split, arguments.part))
+        split = read_split(arguments.split)
+        wanted = set(patients_of_part(split, arguments.part))
     jobs, unreadable = [], []
     for path in scan_files(arguments.scans):
         try:
@@ -214,7 +221,9 @@ def score(job: Job) -> Scored:
         if reference is not None and prob_path.exists():
             prob, grid = read_nifti(prob_path)
             check_same_grid(grid, scan.grid, prob_path)
-            reliability[name] = overlap.reliability_counts(prob, reference, bins=BINS)
+            reliability[name] = calibration.reliability_counts(
+                prob, reference, bins=BINS
+            )
     return Scored(rows, nodules, reliability)
 
 
@@ -319,7 +328,7 @@ def overlap_scores(
     """
     if reference is None:
         return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), np.nan)
-    surfaces = overlap.surface_distances(reference, mask, scan.spacing_mm)
+    surfaces = surface_distances(reference, mask, scan.spacing_mm)
     diagonal_mm = np.linalg.norm(np.array(mask.shape) * scan.spacing_mm)
     return {
         "dice": overlap.dice(reference, mask),
@@ -380,7 +389,7 @@ def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None
     rows, curves = [], {}
     for name in names:
         counts = sum(counts[name] for counts in found if name in counts)
-        curve = overlap.reliability(np.asarray(counts))
+        curve = calibration.reliability(np.asarray(counts))
         curves[name] = curve
         rows += [
             {
@@ -398,7 +407,7 @@ def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None
     draw_calibration(curves, out / "calibration.png")
 
 
-def draw_calibration(curves: dict[str, overlap.Reliability], path: Path) -> None:
+def draw_calibration(curves: dict[str, calibration.Reliability], path: Path) -> None:
     """Observed share of lung against predicted probability."""
     from matplotlib.figure import Figure
 

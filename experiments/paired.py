@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluate import bounds, number
-from metrics import overlap
-from metrics.overlap import Counts, Interval
+from metrics import intervals, overlap
+from metrics.intervals import Interval
+from metrics.overlap import Counts
+from metrics.tables import bounds, number
 
 Row = Mapping[str, Any]
 """A scan's scores by name, numbers or their text."""
@@ -70,8 +71,8 @@ def mean_of(name: str, text: str) -> Measure:
     """The mean over scans of one score, undefined ones left out."""
     return Measure(
         text,
-        lambda rows: overlap.mean_columns(numbers(name)(rows)[:, 0]),
-        overlap.mean_of_sums,
+        lambda rows: intervals.mean_columns(numbers(name)(rows)[:, 0]),
+        intervals.mean_of_sums,
         lambda rows: np.isfinite(numbers(name)(rows)[:, 0]),
     )
 
@@ -116,12 +117,12 @@ def compare(
     cells = []
     for measure in measures:
         values = measure.columns(rows)
-        interval = overlap.bootstrap(values, patients, measure.statistic, n=draws)
+        interval = intervals.bootstrap(values, patients, measure.statistic, n=draws)
         difference = None
         if base is not None:
             in_both = measure.defined(rows) & measure.defined(base)
             both = np.hstack([values, measure.columns(base)]) * in_both[:, None]
-            difference = overlap.bootstrap(
+            difference = intervals.bootstrap(
                 both, patients, difference_of(measure.statistic), n=draws
             )
         cells.append(Cell(run, measure.name, interval, difference))

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 import config
-from augment import augment2d
 from ct import boxes, resample
 from ct.geometry import Grid
+from ct.inputs import to_input
 from ct.scan import AIR_HU, Scan
 from inference import predictor3d
-from nodules.measures import components
+from nodules.components import components
 from training import runs
 from training.runs import Precision
 
@@ -82,7 +82,7 @@ class CandidateClassifier:
         for start in range(0, len(places), CANDIDATES_AT_ONCE):
             some = found[start : start + CANDIDATES_AT_ONCE]
             for index, crop in enumerate(itertools.islice(cut, len(some))):
-                image = augment2d.to_input(crop, None, self.batches)
+                image = to_input(crop, None, self.batches)
                 batch[index] = [np.flip(image, axes) for axes in MIRRORS]
             inputs = batch.reshape(-1, *size_px, 1)
             judged = np.asarray(self.network.predict_on_batch(inputs)["slice"])

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 import config
-from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from ct.scan import Scan, ScanError
 from inference import predictor3d
-from inference.predictor3d import Maps, Passes
+from inference.passes import Maps, Passes, converge
 from training import runs
 from training.runs import Precision
 
@@ -59,9 +58,7 @@ class Predictor:
     def maps(self, scan: Scan, threshold: float) -> Maps:
         """Mean, standard deviation and mutual information of the passes over a scan."""
         own_px = scan.hu.shape[1:]
-        seen_px = augment2d.resized_px(
-            own_px, scan.spacing_mm[1:], self.settings.batches
-        )
+        seen_px = inputs.resized_px(own_px, scan.spacing_mm[1:], self.settings.batches)
 
         def one_pass(k: int) -> np.ndarray:
             if self.dropout:
@@ -73,11 +70,11 @@ class Predictor:
         def to_scan(values: np.ndarray) -> np.ndarray:
             if seen_px == own_px:
                 return values
-            return np.stack([augment2d.resized(image, own_px) for image in values])
+            return np.stack([inputs.resized(image, own_px) for image in values])
 
         n = self.passes.n if self.dropout else 1
         shape = (len(scan.hu), *seen_px)
-        return Maps(predictor3d.converge(one_pass, shape, n, threshold), to_scan)
+        return Maps(converge(one_pass, shape, n, threshold), to_scan)
 
     def probability(self, scan: Scan) -> np.ndarray:
         """Probability of the target at every pixel the network sees of a scan.
@@ -97,14 +94,12 @@ class Predictor:
         batches = self.settings.batches
         size = batches.slice_px
         lung = lung_for(scan, batches)
-        seen_px = augment2d.resized_px(scan.hu.shape[1:], scan.spacing_mm[1:], batches)
+        seen_px = inputs.resized_px(scan.hu.shape[1:], scan.spacing_mm[1:], batches)
         prob = np.zeros((len(scan.hu), *seen_px), np.float32)
         tiles = [
             (z, tile)
             for z in range(len(scan.hu))
-            for tile in augment2d.tiles(
-                None if lung is None else lung[z], seen_px, size
-            )
+            for tile in inputs.tiles(None if lung is None else lung[z], seen_px, size)
         ]
         seen = functools.lru_cache(maxsize=1)(lambda z: seen_slice(scan, z, batches))
         for start in range(0, len(tiles), self.batch_size):
@@ -143,8 +138,8 @@ def seen_slice(
     """(y, x) HU of a slice in the network's pixels, and its lung labels if they mask it."""
     hu, lung = scan.hu[z], None
     if batches.pixel_mm:
-        size = augment2d.resized_px(hu.shape, scan.spacing_mm[1:], batches)
-        hu = augment2d.resized(hu, size)
+        size = inputs.resized_px(hu.shape, scan.spacing_mm[1:], batches)
+        hu = inputs.resized(hu, size)
     if batches.lung_mask and scan.lung is not None:
         lung = scan.lung[z]
     return hu, lung
@@ -160,5 +155,5 @@ def tile_input(
     size = batches.slice_px
     if lung is not None:
         lung = boxes.cut(lung, start, size, fill=0)
-    hu = boxes.cut(hu, start, size, fill=augment2d.fill(hu, batches))
-    return augment2d.to_input(hu, lung, batches)
+    hu = boxes.cut(hu, start, size, fill=inputs.fill(hu, batches))
+    return inputs.to_input(hu, lung, batches)

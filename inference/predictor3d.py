@@ -8,33 +8,28 @@ one call took 0.96 s each, one by one 0.77 s.
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 import config
-from augment import augment2d
 from ct import boxes, resample
 from ct.boxes import Box
 from ct.geometry import Grid
+from ct.inputs import to_input
 from ct.scan import AIR_HU, Scan
-from inference.moments import RunningMoments, expected_dice_error
-from lungs import classical
+from inference.moments import RunningMoments
+from inference.passes import Maps, Passes, converge
+from lungs import sides
 from training import runs
 from training.runs import Precision
 
-MIN_PASSES, MAX_PASSES, CHECK_EVERY = 8, 100, 4
-"""With n="auto": fewest and most passes, and how often it is asked if they are enough."""
-
-CONVERGED_DICE = 0.003
-"""The mask has converged when its expected Dice with that of endlessly many passes lacks no
-more than this. With the lungs that ship 40 passes do; they lack 0.002 against 100."""
-
 MEMORY_GB = 4.0
 """What the passes may take; half of a small laptop's memory."""
+
 BYTES_PER_VOXEL = 32
 """Memory of a pass per voxel and filter of the first level: 26 were measured with float32,
 18 with bfloat16, at 128^3 voxels and 16 filters."""
@@ -42,138 +37,19 @@ BYTES_PER_VOXEL = 32
 PADDED_PX = 32
 """Volumes are padded to multiples of this, so that scans share few shapes: a network is
 built and traced for each, which costs about as much as half a pass."""
+
 NETWORKS = 3
 """Networks kept for shapes seen before; each has its own copy of the weights."""
 
 BODY_SHARE = 0.1
 """Tissue counts as body in parts of at least this share of the largest: both halves of a
 cut body and arms, but not what lies on the table."""
+
 BODY_MARGIN_PX = 2
 """Air kept around the body."""
+
 LUNG_MARGIN_PX = 8
 """Tissue kept around the lungs where nodules are looked for."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often a network looks at a scan, and what differs each time."""
-
-    n: int | Literal["auto"] = "auto"
-    """Passes; auto goes on until the mask of the lungs has converged, at most 100, and is one
-    pass of a run for nodules. 0 and 1 are one look at the whole scan, nothing hidden, of
-    which the standard deviation is 0. In lungs, nodules are looked for as often as their
-    run was tuned for."""
-    draw: Literal["auto", "masks", "dropout", "both"] = "auto"
-    """What is drawn in each pass; auto is masks if the run was trained with them, else
-    dropout if it has any."""
-    mask_fraction: float | None = None
-    """Share of the cubes that masks hide; by default what the run was trained with, on the
-    mean if that varied. With more hidden, lungs are guessed more from their surroundings
-    and borders blur."""
-    seed: int = 0
-    """Seed of masks and dropout: same seed, same result."""
-
-    def __post_init__(self) -> None:
-        n, share = self.n, self.mask_fraction
-        config.require(
-            share is None or 0 < share < 1, "mask_fraction", share, "between 0 and 1"
-        )
-        config.require(n == "auto" or n >= 0, "n", n, "auto, or 0 or more")
-        config.require(self.seed >= 0, "seed", self.seed, "0 or more")
-
-    def drawn(self, model: config.Model) -> tuple[bool, bool]:
-        """Whether masks, and whether dropout, are drawn with this network.
-
-        Raises:
-            ValueError: If the run was trained without what `draw` asks for, has nothing to
-                draw in the passes that `n` asks for, or nothing is masked and
-                `mask_fraction` is set.
-        """
-        masks, dropout = self._drawn(model)
-        if self.mask_fraction is not None and not masks:
-            raise ValueError(
-                f"mask_fraction is {self.mask_fraction}, but no cubes are hidden in "
-                f"n={self.n} passes with draw={self.draw} of this {model.name} (trained with "
-                f"mask_fraction {model.mask_fraction}); leave it out, or ask for more passes"
-            )
-        return masks, dropout
-
-    def _drawn(self, model: config.Model) -> tuple[bool, bool]:
-        if self.n != "auto" and self.n <= 1:
-            return False, False
-        has_masks = model.name == "unet3d" and model.mask_fraction > 0
-        has_dropout = model.dropout > 0
-        if self.draw == "auto":
-            if self.n != "auto" and not (has_masks or has_dropout):
-                raise ValueError(
-                    f"n is {self.n}, but the run was trained with neither masks nor dropout, "
-                    "so all passes would be the same; use --n 1"
-                )
-            return has_masks, has_dropout and not has_masks
-        masks = self.draw in ("masks", "both")
-        dropout = self.draw in ("dropout", "both")
-        if (masks and not has_masks) or (dropout and not has_dropout):
-            raise ValueError(
-                f"draw is {self.draw!r}, but the run's {model.name} has mask_fraction "
-                f"{model.mask_fraction} and dropout {model.dropout}; use --draw auto"
-            )
-        return masks, dropout
-
-
-@dataclass(frozen=True, eq=False)
-class Maps:
-    """What passes said of a scan; a map is made when it is first asked for.
-
-    Attributes:
-        moments: Of the passes, on the grid and in the part that the network saw.
-        to_scan: Brings (z, y, x) values from there to the scan's grid.
-    """
-
-    moments: RunningMoments
-    to_scan: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def n(self) -> int:
-        """Passes made."""
-        return self.moments.n
-
-    @functools.cached_property
-    def mean(self) -> np.ndarray:
-        """(z, y, x) float32 mean probability on the scan's grid."""
-        return self.to_scan(self.moments.mean)
-
-    @functools.cached_property
-    def std(self) -> np.ndarray:
-        """(z, y, x) float32 standard deviation on the scan's grid."""
-        return self.to_scan(self.moments.std)
-
-    @property
-    def mutual_information(self) -> np.ndarray:
-        """(z, y, x) float32, in nats, on the scan's grid."""
-        return self.to_scan(self.moments.mutual_information)
-
-
-def converge(
-    one_pass: Callable[[int], np.ndarray],
-    shape: tuple[int, ...],
-    n: int | Literal["auto"],
-    threshold: float,
-) -> RunningMoments:
-    """Makes passes and keeps their moments alone.
-
-    Args:
-        one_pass: Gives pass k, float32 probabilities.
-        shape: Of a pass.
-        n: Passes; "auto" stops when `expected_dice_error` is below `CONVERGED_DICE`.
-        threshold: Of the mask that shall converge.
-    """
-    moments = RunningMoments(shape)
-    for k in range(MAX_PASSES if n == "auto" else max(n, 1)):
-        moments.add(one_pass(k))
-        asked = n == "auto" and moments.n >= MIN_PASSES and moments.n % CHECK_EVERY == 0
-        if asked and expected_dice_error(moments, threshold) < CONVERGED_DICE:
-            break
-    return moments
 
 
 class VolumePredictor:
@@ -243,7 +119,7 @@ class VolumePredictor:
         network = self.network(tile_px)
         tiles = boxes.tiles(boxes.whole(hu.shape), tile_px)
         cuts = [boxes.cut(hu, tile.start, tile_px, fill=AIR_HU) for tile in tiles]
-        inputs = [augment2d.to_input(cut, None, self.settings.batches) for cut in cuts]
+        inputs = [to_input(cut, None, self.settings.batches) for cut in cuts]
 
         def one_pass(k: int) -> np.ndarray:
             prob = np.zeros(hu.shape, np.float32)
@@ -341,7 +217,7 @@ def body_box(hu: np.ndarray) -> Box:
     """
     import cc3d
 
-    parts = cc3d.connected_components(hu > classical.TISSUE_HU, connectivity=6)
+    parts = cc3d.connected_components(hu > sides.TISSUE_HU, connectivity=6)
     counts = np.bincount(parts.ravel())
     counts[0] = 0
     large = (counts > 0) & (counts >= BODY_SHARE * counts.max())

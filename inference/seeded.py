@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 import config
-from augment import augment2d
 from ct import boxes
-from nodules.measures import components, likeliest
+from ct.inputs import to_input
+from nodules.components import components, likeliest
 from training import runs
 
 BORDER_PX = 2
@@ -141,7 +141,7 @@ class PatchPredictor:
 
     def look(self, images: list[np.ndarray]) -> np.ndarray:
         """(n, y, x) float32 probability of images of the network's size."""
-        inputs = [augment2d.to_input(image, None, self.batches) for image in images]
+        inputs = [to_input(image, None, self.batches) for image in images]
         found = np.zeros((len(images), *self.batches.slice_px), np.float32)
         turned = (turn(image, t) for image in inputs for t in range(self.turns))
         for number, prob in enumerate(self.predicted(turned)):

@@ -6,7 +6,6 @@ otherwise than its header says. They do not find a volume that is mirrored left 
 the heart lies to the left in most, but too little so in some to tell.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -14,49 +13,9 @@ import numpy as np
 
 import config
 from ct import boxes
-from ct.scan import LEFT, RIGHT, Scan
-from lungs.classical import (
-    AIRWAY_HU,
-    TISSUE_HU,
-    body_middle_x,
-    coarse_factors,
-    distance_mm,
-    per_slice,
-    sides,
-)
-
-LUNGS_ML = (500.0, 12_000.0)
-"""Both lungs of an adult: from deep expiration in a small patient to emphysema."""
-LUNG_ML = 100.0
-"""A lung that is smaller, or a tenth of the other, was not found."""
-SMALLEST_SHARE = 0.1
-END_CM2 = 10.0
-"""More lung in the first or last slice, and a part of it lies outside of the field. In real
-scans that hold whole lungs the classical mask leaves up to 5 cm2 there."""
-FIELD_MM = (150.0, 200.0, 200.0)
-"""Least (z, y, x) field that can hold the lungs of an adult."""
-SLICE_MM = 10.0
-"""With slices further apart, tips and bases of the lungs are guesses."""
-LUNG_HU = (-980.0, -250.0)
-"""Median within a lung: above gas without tissue, below a lung filled throughout. In real
-scans it is -920 to -670."""
-BORDER_STD = 0.3
-"""Mean standard deviation in the outermost voxels of the mask; passes that agreed on no
-border at all would give 0.5."""
-LEAST_SCORE = 0.9
-"""A mask that its own map expects to have a lower Dice is not trusted."""
-END_SHARE = 0.25
-"""Share of the slices with lung, at each end, in which head and feet are told apart."""
-AIRWAY_MM = (50.0, 25.0)
-"""Largest (y, x) distance of the airway from the middle."""
-SWAPPED_MM2 = 40.0
-"""In six real scans and eight phantoms a slice near the head has 82 to 242 mm2 more air of
-the airway than one near the feet, and 44 to 126 cm2 less tissue."""
-BONE_HU = 400.0
-"""Denser than blood with contrast medium."""
-BONE_MM = -5.0
-"""The middle of bone lies 9 to 91 mm behind that of the lungs in six real scans, so not in
-front of it."""
+from ct.scan import LEFT, RIGHT
+from lungs.coarse import coarse_factors, per_slice
+from lungs.sides import distance_mm, sides
 
 
 @dataclass(frozen=True)
@@ -88,22 +47,6 @@ class LungMap:
         config.require(0 <= share <= 1, "min_share", share, "0 to 1")
         config.require(self.max_pieces >= 1, "max_pieces", self.max_pieces, "1 or more")
         config.require(self.snap >= 0, "snap", self.snap, "0 or more")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is to be thought of lung labels.
-
-    Attributes:
-        right_ml, left_ml: Volumes.
-        score: The Dice that the map itself expects of its mask, 0 to 1.
-        reasons: Why not to trust it, in plain words; empty if nothing was found.
-    """
-
-    right_ml: float
-    left_ml: float
-    score: float
-    reasons: tuple[str, ...]
 
 
 def labels_from_map(
@@ -251,186 +194,8 @@ def side_of(
     return side[:z, :y, :x]
 
 
-def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> Verdict:
-    """Volumes, score, and what speaks against lung labels.
-
-    Args:
-        labels: (z, y, x) uint8 from `labels_from_map`.
-        mean: (z, y, x) mean probability.
-        std: (z, y, x) its standard deviation over passes.
-        scan: Where they lie, and its HU.
-    """
-    right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
-    score = expected_dice(labels, mean)
-    if not labels.any():
-        reasons = ["no lung was found"]
-    else:
-        reasons = [
-            *wrong_volumes(right_ml, left_ml),
-            *missing_parts(labels, scan.spacing_mm),
-            *doubts(labels, std, score),
-            *wrong_values(labels, scan.hu),
-            *wrong_orientation(labels, scan.hu, scan.spacing_mm),
-        ]
-    reasons += small_field(labels.shape, scan.spacing_mm)
-    return Verdict(right_ml, left_ml, score, tuple(reasons))
-
-
-def volumes_ml(labels: np.ndarray, voxel_mm3: float) -> tuple[float, float]:
-    """Volumes of the right and of the left lung."""
-    voxels = np.bincount(labels.ravel(), minlength=3)
-    return float(voxels[RIGHT] * voxel_mm3 / 1000), float(
-        voxels[LEFT] * voxel_mm3 / 1000
-    )
-
-
-def expected_dice(labels: np.ndarray, mean: np.ndarray) -> float:
-    """Dice of the labels' mask with the truth, if every probability is right.
-
-    2 sum of the probabilities in the mask / (its voxels + sum of all probabilities), which
-    is the ratio of the expected values; 0 for an empty mask.
-    """
-    mask = labels > 0
-    in_mask = float(mean[mask].sum(dtype=np.float64))
-    total = float(mask.sum()) + float(mean.sum(dtype=np.float64))
-    return 2 * in_mask / total if total else 0.0
-
-
-def wrong_volumes(right_ml: float, left_ml: float) -> Iterator[str]:
-    least, most = LUNGS_ML
-    both_ml = right_ml + left_ml
-    if not least <= both_ml <= most:
-        yield (
-            f"the lungs hold {both_ml / 1000:.2g} l; expected {least / 1000:g} to "
-            f"{most / 1000:g} l"
-        )
-    for side, own_ml, other_ml in (
-        ("right", right_ml, left_ml),
-        ("left", left_ml, right_ml),
-    ):
-        if own_ml < max(LUNG_ML, SMALLEST_SHARE * other_ml) and own_ml <= other_ml:
-            yield f"only one lung was found: the {side} one holds {own_ml:.0f} ml"
-
-
-def missing_parts(
-    labels: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> Iterator[str]:
-    for place, part, z in (("lowest", "bases", 0), ("highest", "apices", -1)):
-        area_cm2 = end_cm2(labels, spacing_mm, z)
-        if area_cm2 > END_CM2:
-            yield (
-                f"the {part} are cut off: {area_cm2:.0f} cm2 of lung in the {place} slice"
-            )
-
-
-def end_cm2(
-    labels: np.ndarray, spacing_mm: tuple[float, float, float], z: int
-) -> float:
-    """Area of lung in slice `z`, in cm2."""
-    return float(np.count_nonzero(labels[z]) * spacing_mm[1] * spacing_mm[2] / 100)
-
-
-def small_field(
-    shape: tuple[int, ...], spacing_mm: tuple[float, float, float]
-) -> Iterator[str]:
-    sizes_mm = [length * mm for length, mm in zip(shape, spacing_mm, strict=True)]
-    if any(size < least for size, least in zip(sizes_mm, FIELD_MM, strict=True)):
-        found, expected = (
-            " x ".join(f"{mm:.0f}" for mm in sizes) for sizes in (sizes_mm, FIELD_MM)
-        )
-        yield f"the field is {found} mm (z, y, x); expected {expected} or more"
-    if spacing_mm[0] > SLICE_MM:
-        yield (
-            f"the slices are {spacing_mm[0]:.3g} mm apart; expected {SLICE_MM:g} or less"
-        )
-
-
-def doubts(labels: np.ndarray, std: np.ndarray, score: float) -> Iterator[str]:
-    if score < LEAST_SCORE:
-        yield (
-            f"the probabilities expect a Dice of {score:.2f}; expected {LEAST_SCORE} or "
-            "more"
-        )
-    border_std = float(std[border(labels > 0)].mean())
-    if border_std > BORDER_STD:
-        yield (
-            f"the passes disagree on the border: standard deviation {border_std:.2f}; "
-            f"expected {BORDER_STD} or less"
-        )
-
-
 def border(mask: np.ndarray) -> np.ndarray:
     """The voxels of a mask that have others beside them in their slice."""
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     inner = per_slice(lambda image: cv2.erode(image, cross), mask.view(np.uint8))
     return mask & (inner == 0)
-
-
-def wrong_values(labels: np.ndarray, hu: np.ndarray) -> Iterator[str]:
-    """Each lung by itself: the median of both says nothing of the smaller one."""
-    least, most = LUNG_HU
-    thin = (slice(None, None, 2),) * 3
-    for side, label in (("right", RIGHT), ("left", LEFT)):
-        values_hu = hu[thin][labels[thin] == label]
-        if len(values_hu) and not least <= np.median(values_hu) <= most:
-            yield (
-                f"the median within the {side} lung is {np.median(values_hu):.0f} HU; "
-                f"expected {least:.0f} to {most:.0f}"
-            )
-
-
-def wrong_orientation(
-    labels: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> Iterator[str]:
-    whole = all(end_cm2(labels, spacing_mm, z) <= END_CM2 for z in (0, -1))
-    if whole and upside_down(labels, hu, spacing_mm):
-        yield (
-            "head and feet look swapped: an airway runs at the lower end of the lungs, "
-            "and the upper end has more tissue around it"
-        )
-    back_mm = bone_behind_mm(labels, hu, spacing_mm)
-    if back_mm < BONE_MM:
-        yield (
-            "front and back look swapped: the middle of bone lies "
-            f"{-back_mm:.0f} mm in front of that of the lungs"
-        )
-
-
-def upside_down(
-    labels: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> bool:
-    """Whether airway and belly both lie at the wrong end of the lungs.
-
-    False in doubt: gas in the gut can look like an airway, and arms beside the head add
-    tissue. Labels that take the airway in leave the question open.
-    """
-    slices = np.flatnonzero(labels.any(axis=(1, 2)))
-    rows = np.flatnonzero(labels.any(axis=(0, 2)))
-    count = max(int(len(slices) * END_SHARE), 1)
-    centre = (rows[0] + rows[-1]) / 2, body_middle_x(hu)
-    y, x = (
-        slice(max(round(c - reach / mm), 0), max(round(c + reach / mm), 0) + 1)
-        for c, reach, mm in zip(centre, AIRWAY_MM, spacing_mm[1:], strict=True)
-    )
-    airway, tissue = [], []
-    for end in (slices[:count], slices[-count:]):
-        air = (hu[end, y, x] < AIRWAY_HU) & (labels[end, y, x] == 0)
-        airway.append(np.median(air.sum(axis=(1, 2))) * spacing_mm[1] * spacing_mm[2])
-        tissue.append(np.count_nonzero(hu[end] > TISSUE_HU))
-    return airway[0] - airway[1] > SWAPPED_MM2 and tissue[0] < tissue[1]
-
-
-def bone_behind_mm(
-    labels: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> float:
-    """How far bone lies behind the middle of the lungs, in the slices with lung, in mm.
-
-    0 where there is no bone.
-    """
-    lungs_y = np.flatnonzero(labels.any(axis=(0, 2)))
-    with_lung = labels.any(axis=(1, 2))
-    bone = (hu[with_lung] > BONE_HU).sum(axis=(0, 2))
-    if not bone.any():
-        return 0.0
-    bone_y = np.average(np.arange(len(bone)), weights=bone)
-    return float((bone_y - (lungs_y[0] + lungs_y[-1]) / 2) * spacing_mm[1])

@@ -5,15 +5,15 @@ summed probability and their summed votes. Histograms of scans add.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ct import files
 from ct.nifti_io import check_same_grid, read_nifti
-from ct.provenance import DISCLAIMER
 from ct.scan import Scan, ScanError, reader_votes, readers_of_label
-from metrics import overlap
-from results.predictions import write_rows
+from metrics import intervals, overlap
+from metrics.overlap import ratio
 
 LEAST_PROBABILITY = 0.01
 """Calibration looks at voxels above it, and at those that a reader drew."""
@@ -43,9 +43,7 @@ def histogram(path: Path, scan: Scan) -> np.ndarray:
     check_probabilities(prob, path)
     counts = readers_of_label(scan.nodules)[scan.nodule_labels]
     votes = reader_votes(np.asarray(scan.reader_bits)) / np.maximum(counts, 1)
-    return overlap.reliability_counts(
-        prob, votes, bins=FINE_BINS, least=LEAST_PROBABILITY
-    )
+    return reliability_counts(prob, votes, bins=FINE_BINS, least=LEAST_PROBABILITY)
 
 
 def check_probabilities(prob: np.ndarray, path: Path) -> None:
@@ -125,7 +123,7 @@ def coarse(counts: np.ndarray) -> np.ndarray:
     return counts.reshape(*counts.shape[:-2], BINS, -1, 3).sum(axis=-2)
 
 
-def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> overlap.Interval:
+def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> intervals.Interval:
     """Expected calibration error with its interval by patient.
 
     Args:
@@ -141,66 +139,57 @@ def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> overlap.Inte
         )
         return overlap.ratio(np.abs(summed - votes).sum(axis=-1), voxels.sum(axis=-1))
 
-    return overlap.bootstrap(cells.reshape(len(cells), -1), patients, error, n=draws)
+    return intervals.bootstrap(cells.reshape(len(cells), -1), patients, error, n=draws)
 
 
-def write_reliability(counts: np.ndarray, out: Path) -> None:
-    """Writes reliability.csv, one row per bin of probability, and reliability.png.
+class Reliability(NamedTuple):
+    """How often what is predicted with some probability holds, by bins of probability.
+
+    Attributes:
+        probability: (bins,) mean predicted probability; NaN in an empty bin.
+        observed: (bins,) share of voxels that are foreground; NaN in an empty bin.
+        voxels: (bins,) voxels.
+        ece: Expected calibration error: mean |probability - observed| over the voxels.
+    """
+
+    probability: np.ndarray
+    observed: np.ndarray
+    voxels: np.ndarray
+    ece: float
+
+
+def reliability_counts(
+    prob: np.ndarray, mask_ref: np.ndarray, *, bins: int = 20, least: float = 0.0
+) -> np.ndarray:
+    """(bins, 3) voxels, summed probability and foreground voxels; sums over cases add.
+
+    Voxels of probability 0 outside of the reference are left out: there is more of them the
+    larger the field of view is, and all would look well calibrated.
 
     Args:
-        counts: (fine bins, 3) of all scans.
-        out: The folder.
+        prob: Probabilities 0..1, any shape; not checked.
+        mask_ref: bool, or the share of readers that drew each voxel; the same shape.
+        bins: Bins of equal width.
+        least: Voxels of at most this probability are left out too.
     """
-    curve = overlap.reliability(coarse(counts))
-    bounds_of_bins = np.linspace(0, 1, len(curve.voxels) + 1)
-    rows = [
-        {
-            "low": low,
-            "high": high,
-            "voxels": int(voxels),
-            "mean_probability": probability,
-            "mean_vote": vote,
-        }
-        for low, high, voxels, probability, vote in zip(
-            bounds_of_bins[:-1].round(6),
-            bounds_of_bins[1:].round(6),
-            curve.voxels,
-            curve.probability,
-            curve.observed,
-            strict=True,
-        )
-    ]
-    write_rows(rows, list(rows[0]), out / "reliability.csv")
-    draw_reliability(curve, out / "reliability.png")
-
-
-def draw_reliability(curve: overlap.Reliability, path: Path) -> None:
-    """Share of readers against predicted probability, over the voxels of each bin."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5.5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfect calibration")
-    upper.plot(
-        curve.probability,
-        curve.observed,
-        "o-",
-        color="0.2",
-        clip_on=False,
-        zorder=3,
-        label="predictions",
+    counted = (mask_ref > 0) | (prob > least)
+    values, inside = prob[counted], mask_ref[counted].astype(np.float64)
+    place = np.minimum((values * bins).astype(np.int64), bins - 1)
+    return np.stack(
+        [
+            np.bincount(place, minlength=bins).astype(np.float64),
+            np.bincount(place, weights=values, minlength=bins),
+            np.bincount(place, weights=inside, minlength=bins),
+        ],
+        axis=1,
     )
-    upper.set(
-        ylabel="share of readers who drew the voxel",
-        xlim=(0, 1),
-        ylim=(0, 1),
-        title=f"Reliability, ECE {curve.ece:.3f}",
-    )
-    upper.legend(loc="upper left")
-    width = 1 / len(curve.voxels)
-    middles = (np.arange(len(curve.voxels)) + 0.5) * width
-    lower.bar(middles, curve.voxels, width, color="0.6", edgecolor="white")
-    lower.set(xlabel="predicted probability", ylabel="voxels", yscale="log")
-    lower.set_ylim(bottom=0.5)  # or a bin of one voxel has no height
-    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def reliability(counts: np.ndarray) -> Reliability:
+    """The reliability curve of `reliability_counts`.
+
+    Reference: Guo et al. 2017, On calibration of modern neural networks, equation 3.
+    """
+    voxels, summed, inside = np.moveaxis(counts, -1, 0)
+    ece = float(np.abs(summed - inside).sum() / voxels.sum())
+    return Reliability(ratio(summed, voxels), ratio(inside, voxels), voxels, ece)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.overlap import Interval
+from metrics.intervals import Interval
 
 RATES: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """False positives per scan at which sensitivities are averaged to the CPM."""

@@ -9,6 +9,7 @@ import numpy as np
 from ct import boxes
 from ct.scan import Nodule, Scan, readers_in
 from metrics import agreement, overlap
+from metrics.surfaces import surface_distances
 from nodules.measures import pleura_distance_mm
 
 MAX_LABEL = 255
@@ -139,7 +140,7 @@ def nodule_rows(
         box = hull([near, *(boxes_pred[label - 1] for label in touching)])
         index = place[nodule.label]
         component = int(match.component[index])
-        surfaces = overlap.surface_distances(
+        surfaces = surface_distances(
             labels_ref[box] == nodule.label,
             (labels_pred[box] == component) & (component > 0),
             scan.spacing_mm,

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ct.boxes import Box
-
-FAR_MM = 1e3
-"""Value of a field far from its organ."""
+from ct.geometry import Mesh
+from phantoms.fields import (
+    FAR_MM,
+    distance,
+    ellipsoid,
+    smooth_max,
+    smooth_min,
+    spline_noise,
+    tube,
+)
 
 RIB_SLOPE_MM = 85.0
 """How much lower a rib ends at the front than it begins at the spine."""
@@ -92,145 +98,6 @@ def draw_body(rng: np.random.Generator) -> Body:
         parenchyma_hu=rng.uniform(-895, -835),
         emphysema=rng.uniform(0.3, 1) if rng.random() < 0.25 else 0.0,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Mesh:
-    """Voxel centres of a regular grid as open (z, 1, 1), (1, y, 1), (1, 1, x) arrays in mm."""
-
-    z: np.ndarray
-    y: np.ndarray
-    x: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.z.size, self.y.size, self.x.size
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        steps = [
-            float(a.flat[1] - a.flat[0]) if a.size > 1 else 1.0
-            for a in (self.z, self.y, self.x)
-        ]
-        return steps[0], steps[1], steps[2]
-
-    def part(self, box: Box) -> "Mesh":
-        """The mesh of a (z, y, x) box of voxels."""
-        return Mesh(self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
-
-    def box_around(self, low_xyz, high_xyz) -> Box | None:
-        """Voxels whose centres lie between two corners in mm; None if there are none."""
-        spans = []
-        for axis, low, high in zip(
-            (self.z, self.y, self.x), low_xyz[::-1], high_xyz[::-1], strict=True
-        ):
-            first, last = np.searchsorted(axis.ravel(), (low, high))
-            if first >= last:
-                return None
-            spans.append(slice(int(first), int(last)))
-        return tuple(spans)
-
-
-def mesh_from_axes(z_mm: np.ndarray, y_mm: np.ndarray, x_mm: np.ndarray) -> Mesh:
-    axes = [np.asarray(axis, np.float32) for axis in (z_mm, y_mm, x_mm)]
-    return Mesh(axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None])
-
-
-def spline_noise(
-    rng: np.random.Generator, mesh: Mesh, knot_mm: float | tuple[float, float, float]
-) -> np.ndarray:
-    """Smooth noise of mean 0 and standard deviation 1: cubic B-splines of white knots.
-
-    Args:
-        rng: Drawn from once per knot.
-        mesh: Where the noise is wanted.
-        knot_mm: Distance between knots, one for all axes or (z, y, x).
-
-    Returns:
-        (z, y, x) float32.
-    """
-    pitches = np.broadcast_to(np.asarray(knot_mm, float), (3,))
-    weights = [
-        _spline_weights(axis.ravel(), pitch)
-        for axis, pitch in zip((mesh.z, mesh.y, mesh.x), pitches, strict=True)
-    ]
-    knots = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
-    # The squared cubic B-spline weights of a point sum to 0.479 per axis on average.
-    noise = knots / np.float32(0.479**1.5)
-    # Each axis as one product of matrices; the axis it makes comes last.
-    for weight in weights:
-        noise = np.tensordot(noise, weight, (0, 1))
-    return noise
-
-
-def _spline_weights(axis_mm: np.ndarray, pitch_mm: float) -> np.ndarray:
-    """(points, knots) weights of uniform cubic B-splines."""
-    at = (axis_mm - axis_mm[0]) / pitch_mm
-    knots = np.arange(-1, int(np.ceil(at[-1])) + 2)
-    away = np.abs(at[:, None] - knots)
-    near = 2 / 3 - away**2 + away**3 / 2
-    return np.where(away < 1, near, np.clip(2 - away, 0, None) ** 3 / 6).astype(
-        np.float32
-    )
-
-
-def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Union of two fields whose seam is rounded over `blend_mm`."""
-    overlap = np.maximum(blend_mm - np.abs(a - b), 0)
-    return np.minimum(a, b) - overlap * overlap * np.float32(0.25 / blend_mm)
-
-
-def smooth_max(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Intersection of two fields whose seam is rounded over `blend_mm`."""
-    return -smooth_min(-a, -b, blend_mm)
-
-
-def distance(level: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """First-order distance in mm to the zero level of any smooth function on `mesh`."""
-    slopes = np.gradient(level, *mesh.spacing_mm)
-    steepness = np.sqrt(sum(slope * slope for slope in slopes))
-    return level / np.maximum(steepness, np.float32(1e-3))
-
-
-def ellipsoid(mesh: Mesh, centre_xyz, radii_xyz, turn_deg: float = 0.0) -> np.ndarray:
-    """Field of an ellipsoid, turned about the body's axis."""
-    dx, dy = mesh.x - np.float32(centre_xyz[0]), mesh.y - np.float32(centre_xyz[1])
-    cos, sin = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
-    u = np.float32(cos) * dx + np.float32(sin) * dy
-    v = np.float32(cos) * dy - np.float32(sin) * dx
-    w = mesh.z - np.float32(centre_xyz[2])
-    ru, rv, rw = (np.float32(r) for r in radii_xyz)
-    near = np.sqrt((u / ru) ** 2 + (v / rv) ** 2 + (w / rw) ** 2)
-    slope = np.sqrt((u / ru**2) ** 2 + (v / rv**2) ** 2 + (w / rw**2) ** 2)
-    return near * (near - 1) / np.maximum(slope, np.float32(1e-6))
-
-
-def tube(mesh: Mesh, points_xyz, radii_mm, *, reach_mm: float = 16.0) -> np.ndarray:
-    """Field of a bent tube through points, known up to `reach_mm` from its surface."""
-    field = np.full(mesh.shape, FAR_MM, np.float32)
-    points = np.asarray(points_xyz, np.float32)
-    radii = np.broadcast_to(np.asarray(radii_mm, np.float32), (len(points),))
-    for start, end, r0, r1 in zip(
-        points[:-1], points[1:], radii[:-1], radii[1:], strict=True
-    ):
-        margin = max(r0, r1) + reach_mm
-        box = mesh.box_around(
-            np.minimum(start, end) - margin, np.maximum(start, end) + margin
-        )
-        if box is not None:
-            piece = capsule(mesh.part(box), start, end, r0, r1)
-            np.minimum(field[box], piece, out=field[box])
-    return field
-
-
-def capsule(mesh: Mesh, start, end, r0: float, r1: float) -> np.ndarray:
-    """Field of a round-ended cone from `start` (radius r0) to `end` (radius r1)."""
-    axis = np.asarray(end, np.float32) - start
-    dx, dy, dz = mesh.x - start[0], mesh.y - start[1], mesh.z - start[2]
-    length2 = np.float32(max(float(axis @ axis), 1e-6))
-    along = np.clip((dx * axis[0] + dy * axis[1] + dz * axis[2]) / length2, 0, 1)
-    dx, dy, dz = dx - along * axis[0], dy - along * axis[1], dz - along * axis[2]
-    return np.sqrt(dx * dx + dy * dy + dz * dz) - (r0 + along * np.float32(r1 - r0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -668,79 +535,4 @@ def _roots(body: Body, side: int) -> np.ndarray:
             (side * 43, 7, (0.45 if side < 0 else 0.46) * height),
             (side * 42, 16, (0.48 if side < 0 else 0.47) * height),
         ]
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Tree:
-    """A branching tree of round segments that taper away from the root.
-
-    Attributes:
-        starts, ends: (segments, xyz) in mm.
-        start_radii, end_radii: (segments,) in mm.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
-    start_radii: np.ndarray
-    end_radii: np.ndarray
-
-
-def grow_tree(
-    root_xyz: np.ndarray,
-    targets_xyz: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    tip_radius_mm: float,
-) -> Tree:
-    """A tree from `root_xyz` that reaches every target.
-
-    Targets are joined from the root outwards, each to the node that makes its path short
-    (Wu and Bullmore's balance of wiring and path length); radii follow Murray's law with
-    the exponent 2.7 that measurements of the lung give.
-    """
-    order = np.argsort(np.linalg.norm(targets_xyz - root_xyz, axis=1))
-    nodes = np.vstack([root_xyz, targets_xyz[order]])
-    parents = np.zeros(len(nodes), int)
-    paths = np.zeros(len(nodes))
-    for node in range(1, len(nodes)):
-        steps = np.linalg.norm(nodes[:node] - nodes[node], axis=1)
-        parents[node] = np.argmin(steps + 0.25 * paths[:node])
-        paths[node] = paths[parents[node]] + steps[parents[node]]
-    nodes = _relaxed(nodes, parents)
-    flow = np.ones(len(nodes))
-    for node in range(len(nodes) - 1, 0, -1):
-        flow[parents[node]] += flow[node]
-    radii = tip_radius_mm * flow ** (1 / 2.7)
-    return _bent(nodes, parents, radii, rng)
-
-
-def _relaxed(nodes: np.ndarray, parents: np.ndarray) -> np.ndarray:
-    """Pulls every fork towards the middle of its neighbours; root and tips stay."""
-    children = np.bincount(parents[1:], minlength=len(nodes))
-    inner = children > 0
-    inner[0] = False
-    for _ in range(4):
-        total = np.zeros_like(nodes)
-        np.add.at(total, parents[1:], nodes[1:])
-        mean_child = total[inner] / children[inner, None]
-        middle = (nodes[parents[inner]] + mean_child) / 2
-        nodes = nodes.copy()
-        nodes[inner] = 0.5 * nodes[inner] + 0.5 * middle
-    return nodes
-
-
-def _bent(nodes, parents, radii, rng) -> Tree:
-    """Each branch as two segments that meet off its straight line."""
-    start, end = nodes[parents[1:]], nodes[1:]
-    length = np.linalg.norm(end - start, axis=1, keepdims=True)
-    middle = (start + end) / 2 + 0.07 * length * rng.standard_normal(start.shape)
-    r_end = radii[1:]
-    r_start = np.minimum(radii[parents[1:]], 1.15 * r_end)
-    r_middle = (r_start + r_end) / 2
-    return Tree(
-        np.vstack([start, middle]),
-        np.vstack([middle, end]),
-        np.concatenate([r_start, r_middle]),
-        np.concatenate([r_middle, r_end]),
     )

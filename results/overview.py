@@ -9,7 +9,7 @@ import numpy as np
 from ct import boxes, files
 from ct.provenance import DISCLAIMER
 from ct.scan import LEFT, RIGHT, Scan
-from nodules.measures import FoundNodule
+from nodules.found import FoundNodule
 
 SIDE_PX = 360
 """Of a tile of the picture."""

@@ -1,14 +1,31 @@
 """What infer.py wrote of scans: the record beside it, and what it was tuned to."""
 
-import csv
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import config
 from ct import files
+
+
+def settings_text(settings: config.Postprocess) -> str:
+    """The settings in a phrase."""
+    threshold = (
+        "K-means threshold"
+        if settings.method == "kmeans"
+        else f"threshold {settings.threshold:g}"
+    )
+    text = f"{threshold}, erosion {settings.erosion_px} px, "
+    if settings.fill_holes:
+        text += "holes filled, "
+    if settings.one_nodule:
+        text += "the likeliest component, "
+    text += f"at least {settings.min_volume_mm3:g} mm3"
+    if settings.min_voxels:
+        text += f", {settings.min_voxels} voxels"
+    return f"{text} and mean probability {settings.min_score:g}"
+
 
 FORMAT_VERSION = 1
 """Of predictions.json and postprocess.json."""
@@ -82,41 +99,3 @@ def read_predictions(folder: Path) -> Predictions:
         files.checked_id(scan_id, where=str(path))
     training_patients = tuple(record.pop("training_patients"))
     return Predictions(training_patients=training_patients, **record)
-
-
-def write_rows(
-    rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
-) -> None:
-    """Writes a CSV with a header; it appears whole or not at all."""
-    with files.written_whole(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-POSTPROCESS_JSON = "postprocess.json"
-"""Settings and their origin: in a run its tuned values, in predictions what was used."""
-
-
-def tuned_settings(
-    run: Path, experiment: config.Experiment
-) -> tuple[config.Postprocess, int]:
-    """The settings that a run was tuned to, and on how many passes.
-
-    Those of its configuration, and one pass, if it was not tuned.
-
-    Raises:
-        ValueError: If it was tuned with other weights.
-    """
-    base, path = experiment.postprocess, run / POSTPROCESS_JSON
-    if base.method != "tuned" or not path.exists():
-        return base, 1
-    record = json.loads(path.read_text())
-    tuned = record.get("tuned_on", {})
-    if tuned.get("weights_sha256") != files.sha256(run / "best.weights.h5"):
-        raise ValueError(
-            f"{path} was tuned on other weights than {run} has; run infer.py and "
-            "postprocess.py --tune with this run"
-        )
-    settings = config.from_json(config.Postprocess, record["settings"])
-    return settings, int((tuned.get("passes") or {}).get("n", 1))

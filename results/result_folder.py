@@ -1,9 +1,7 @@
 """What infer.py writes of a scan: maps and labels of its lungs, nodules, rows of tables."""
 
-import csv
 import json
 from collections.abc import Collection
-from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,28 +13,27 @@ from ct import files, provenance
 from ct.geometry import Grid
 from ct.nifti_io import write_nifti
 from ct.scan import Scan
-from inference.finder import Candidate, Found
-from nodules.measures import NODULE_COLUMNS, nodule_row, shared_columns
+from nodules.found import Found
 from results import overview
-from results.predictions import write_rows
+from results.rows import (
+    CANDIDATES_CSV,
+    COLUMNS,
+    LUNGS_CSV,
+    LUNGS_JSON,
+    NODULES_CSV,
+    LungRow,
+    candidate_row,
+    nodule_row,
+    read_lung_rows,
+    read_rows,
+    write_lung_rows,
+    write_scan_rows,
+)
 
 SaveAs = Literal["nifti", "numpy", "nifti-labels", "nnunet"]
 
 FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
 """Suffixes where a scan has one file, and no folder."""
-
-LUNGS_CSV, LUNGS_JSON = "lungs.csv", "lungs.json"
-NODULES_CSV, CANDIDATES_CSV = "nodules.csv", "candidates.csv"
-CANDIDATE_COLUMNS = (
-    *NODULE_COLUMNS[: NODULE_COLUMNS.index("z_slice") + 1],
-    "equivalent_diameter_mm",
-    "marked_by",
-)
-"""Columns of candidates.csv; docs/layout.md says what each holds."""
-COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
-
-ScanRows = dict[str, list[dict[str, Any]]]
-"""Rows of a table by the id of their scan."""
 
 LABELS = {"mask.nii.gz"}
 OF_PASSES = {"mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
@@ -44,26 +41,13 @@ OF_NODULES = {"nodules.nii.gz", "overview.png"}
 MAPS = LABELS | OF_PASSES | OF_NODULES
 """What is written into the folder of a scan: always, unless only labels are asked for, and
 where nodules were looked for."""
+
 NODULE_SETTINGS = ("settings", "slices", "reduction")
 """In lungs.json: what makes a nodule of the maps of each network; see `NoduleFinder`."""
 
 FORMAT_VERSION = 3
 """Of lungs.json with nodules: 2 since there is candidates.csv, 3 since it says who marked
 what; without nodules 1."""
-
-
-@dataclass(frozen=True)
-class LungRow:
-    """A line of lungs.csv; docs/layout.md says what each value is."""
-
-    pid: str
-    n: int
-    right_ml: float
-    left_ml: float
-    score: float
-    flag: int
-    reason: str
-    seconds: float
 
 
 class Results:
@@ -332,87 +316,3 @@ def ras_affine(grid: Grid) -> np.ndarray:
         [[0, 0, 1, 0], [0, -1, 0, y - 1], [-1, 0, 0, x - 1], [0, 0, 0, 1]]
     )
     return grid.affine @ to_canonical
-
-
-def read_lung_rows(path: Path) -> list[LungRow]:
-    """The rows of lungs.csv; none if there is no such file.
-
-    Raises:
-        ValueError: If it is of another version, or an id cannot be a file name.
-    """
-    if not path.exists():
-        return []
-    types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != tuple(types):
-            raise ValueError(
-                f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
-                "again with --overwrite"
-            )
-        found = [
-            LungRow(**{name: kind(row[name]) for name, kind in types.items()})
-            for row in rows
-        ]
-    for row in found:
-        files.checked_id(row.pid, where=str(path))
-    return found
-
-
-def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
-    """Writes lungs.csv, sorted by pid."""
-    with (
-        files.written_whole(path) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(LungRow.__dataclass_fields__)
-        table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
-
-
-def read_rows(path: Path) -> ScanRows:
-    """The rows of nodules.csv or candidates.csv by scan; none if there is no such file.
-
-    Raises:
-        ValueError: If it is another table.
-    """
-    if not path.exists():
-        return {}
-    rows: ScanRows = {}
-    columns = COLUMNS[path.name]
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != columns:
-            raise ValueError(
-                f"{path}: columns {table.fieldnames}; expected {list(columns)}; "
-                "choose another --result_dir"
-            )
-        for row in table:
-            rows.setdefault(row["case_id"], []).append(row)
-    return rows
-
-
-def write_scan_rows(path: Path, rows: ScanRows) -> None:
-    """Writes nodules.csv or candidates.csv, sorted by scan."""
-    some = [row for pid in sorted(rows) for row in rows[pid]]
-    write_rows(some, COLUMNS[path.name], path)
-
-
-def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
-    """One row of candidates.csv."""
-    return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
-
-
-def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
-    """A line of lungs.csv from a `lung_map.Verdict`."""
-    facts = asdict(verdict)
-    reasons = facts.pop("reasons")
-    rounded = {name: round(value, 4) for name, value in facts.items()}
-    return LungRow(
-        pid=pid,
-        n=n,
-        **rounded,
-        flag=int(bool(reasons)),
-        reason="; ".join(reasons),
-        seconds=round(seconds, 2),
-    )

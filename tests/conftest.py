@@ -103,6 +103,14 @@ def chest(shape=(40, 200, 200)):
     return hu, right, left, trachea
 
 
+@pytest.fixture(autouse=True)
+def key_file(tmp_path_factory, monkeypatch):
+    """Keeps the key of pseudonyms out of the home of whoever runs the tests."""
+    path = tmp_path_factory.mktemp("key") / "lung-nodules/patient_key"
+    monkeypatch.setenv("LUNG_PATIENT_KEY_FILE", str(path))
+    return path
+
+
 @pytest.fixture
 def scan():
     return tiny_scan()

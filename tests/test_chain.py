@@ -18,7 +18,8 @@ import table
 import train
 from ct.geometry import flip_xy
 from ct.nifti_io import read_nifti, write_nifti
-from ct.scan import scan_path, write_scan
+from ct.scan import reference_mask, scan_path, write_scan
+from dataset.split import read_split
 from inference.predictor2d import Predictor
 from results.predictions import Predictions
 from tests.conftest import tiny_scan
@@ -61,7 +62,7 @@ def manifest(work):
 
 
 def test_only_validation_and_test_patients_are_segmented(work):
-    split = slice_idx.read_split(work / "split.json")
+    split = read_split(work / "split.json")
     segmented = {facts["patient_id"] for facts in manifest(work)["scans"].values()}
     assert segmented == {*split["parts"]["validation"], *split["parts"]["test"]}
     assert set(manifest(work)["training_patients"]) == set(split["parts"]["train"])
@@ -157,7 +158,7 @@ def test_a_perfect_prediction_scores_one(work, tmp_path, make_scan):
     record = manifest(work)
     for scan_id in record["scans"]:
         scan = make_scan(int(scan_id.rpartition("-")[2]))
-        mask = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+        mask = reference_mask(scan, consensus_level=0.5, min_readers=1)
         labels = (scan.nodule_labels * mask).astype(np.uint8)
         write_nifti(
             folder / scan_id / "mask.nii.gz", labels, scan.grid, scan.source_grid
@@ -184,7 +185,7 @@ def test_of_a_split_by_slice_only_the_slices_of_the_part_are_scored(
     record = manifest(work)
     scan_id = next(iter(record["scans"]))
     scan = make_scan(int(scan_id.rpartition("-")[2]))
-    reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    reference = reference_mask(scan, consensus_level=0.5, min_readers=1)
     slices = np.flatnonzero(reference.any(axis=(1, 2)))[:2].tolist()
     labels = np.ones(reference.shape, np.uint8)  # all wrong but in the slices
     labels[slices] = reference[slices]

@@ -14,12 +14,13 @@ from matplotlib.backend_bases import KeyEvent
 import config
 import data_generator
 import slice_idx
-from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from ct.scan import consensus, readers_of_label, write_scan
-from data_generator import SliceGenerator, as_pydataset, drawn
+from data_generator import as_pydataset
+from dataset import contact_sheet, generator2d
+from dataset.generator2d import SliceGenerator, drawn
 from dataset.slice_table import SliceTable
-from phantoms import drawn_nodules
+from nodules import shapes
 from table import write_table
 from tests.conftest import tiny_scan
 from viewers.slice_window import SliceWindow
@@ -157,7 +158,7 @@ def test_scarce_rows_are_repeated_evenly():
 
 def test_slices_with_too_few_readers_are_negatives(table):
     batches = replace(BATCHES, min_readers=3)
-    has_target = data_generator.rows_with_target(table, all_rows(table), batches)
+    has_target = generator2d.rows_with_target(table, all_rows(table), batches)
     # Nodule 1 (four readers, slices 8 to 12) counts; nodule 2 (two, 13 to 15) does not.
     assert set(table.rows["z"][has_target]) == set(range(8, 13))
     assert has_target.sum() == 5 * 5
@@ -259,7 +260,7 @@ def test_samples_have_pixels_of_the_size_that_is_set(table):
     own_mm = float(table.scans["spacing_mm"][0][1])
     coarse = replace(batches, pixel_mm=2 * own_mm, input_px=(16, 16))
     size = table.settings.size_px
-    hu, mask, lung = data_generator.read_row(table, 0, coarse)
+    hu, mask, lung = generator2d.read_row(table, 0, coarse)
     assert hu.shape == mask.shape == tuple(n // 2 for n in size)
     fine = table.read("hu", 0).astype(float)
     means = fine.reshape(size[0] // 2, 2, size[1] // 2, 2).mean((1, 3))
@@ -270,9 +271,9 @@ def test_samples_have_pixels_of_the_size_that_is_set(table):
     assert made.spacing_mm(0) == [2 * own_mm, 2 * own_mm]
     # Tiles that look for the lungs look for them in these pixels.
     sought = replace(coarse, crop="lung", input_px=(32, 32))
-    tiles = data_generator.tiles_of_slices(table, all_rows(table)[:1], sought)
+    tiles = generator2d.tiles_of_slices(table, all_rows(table)[:1], sought)
     ((_, start),) = tiles.tiles
-    assert start == augment2d.tiles(lung, hu.shape, (32, 32))[0].start
+    assert start == inputs.tiles(lung, hu.shape, (32, 32))[0].start
 
 
 def test_pixels_of_another_size_are_for_lungs_in_slices():
@@ -346,10 +347,10 @@ def test_keras_trains_on_the_batches_of_each_epoch(table, workers):
 
 def test_a_contact_sheet_outlines_the_reference(table):
     generator = plain(table, replace(BATCHES, batch_size=6))
-    picture = data_generator.contact_sheet(generator, slices=12, columns=4)
-    height, width = 2 * 48 + data_generator.CAPTION_PX, 2 * 48
+    picture = contact_sheet.contact_sheet(generator, slices=12, columns=4)
+    height, width = 2 * 48 + contact_sheet.CAPTION_PX, 2 * 48
     assert picture.shape == (3 * height, 4 * width, 3)
-    green = (picture == data_generator.OUTLINE_BGR).all(axis=-1)
+    green = (picture == contact_sheet.OUTLINE_BGR).all(axis=-1)
     for number in range(12):
         top, left = number // 4 * height, number % 4 * width
         _, y = generator[number // 6]
@@ -401,7 +402,7 @@ def test_intensity_changes_leave_the_outside_of_the_lungs_alone(table):
 def test_tiles_show_all_lungs_of_the_rows_without_asking_for_nodules(table):
     rows = np.arange(len(table))
     batches = replace(BATCHES, input_px=(32, 32), batch_size=5)
-    generator = data_generator.tiles_of_slices(table, rows, batches)
+    generator = generator2d.tiles_of_slices(table, rows, batches)
     seen = {
         int(row): np.zeros(table.settings.size_px, bool) for row, _ in generator.tiles
     }
@@ -424,8 +425,8 @@ def test_tiles_show_all_lungs_of_the_rows_without_asking_for_nodules(table):
 def test_fewer_tiles_are_spread_over_all_rows(table):
     rows = np.arange(len(table))
     batches = replace(BATCHES, input_px=(32, 32))
-    every = data_generator.tiles_of_slices(table, rows, batches).tiles
-    some = data_generator.tiles_of_slices(table, rows, batches, most=7).tiles
+    every = generator2d.tiles_of_slices(table, rows, batches).tiles
+    some = generator2d.tiles_of_slices(table, rows, batches, most=7).tiles
     assert len(some) == 7
     assert some == [every[i * len(every) // 7] for i in range(7)]
 
@@ -464,7 +465,7 @@ def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table):
     assert some.held_out == {table.scans["patient_id"][1]}
     everyone = training(table, LUNGS, pathology=nodules)
     assert everyone.held_out == frozenset()
-    everyone.held_out = frozenset(drawn_nodules.shape_index()[1])
+    everyone.held_out = frozenset(shapes.shape_index()[1])
     with pytest.raises(ValueError, match="patients who are held out"):
         everyone[0]
 
@@ -568,13 +569,13 @@ def test_validation_looks_at_the_consensus_whatever_is_trained_on(table):
     rows = all_rows(table)[:6]
     batches = replace(BATCHES, reference="votes", lung_mask=False)
     expected = plain(table, replace(BATCHES, lung_mask=False))
-    whole = data_generator.validation_of_slices(table, rows, batches)
+    whole = generator2d.validation_of_slices(table, rows, batches)
     assert whole[0][1].dtype == np.uint8
     seeded = replace(batches, crop="seed")
-    middles = data_generator.validation_of_slices(table, rows, seeded)
+    middles = generator2d.validation_of_slices(table, rows, seeded)
     assert len(middles) == 2
     assert np.array_equal(middles[0][1], expected[0][1])
-    few = data_generator.validation_of_slices(table, rows, seeded, most=3)
+    few = generator2d.validation_of_slices(table, rows, seeded, most=3)
     assert few.rows_of_batch(0).tolist() == rows[::2].tolist()
 
 
@@ -584,10 +585,10 @@ def test_relative_input_is_the_same_for_any_scale(table):
     assert np.allclose(x.mean(axis=(1, 2)), 0, atol=1e-4)
     assert np.allclose(x.std(axis=(1, 2)), 1, atol=1e-3)
     hu = table.read("hu", 0)
-    one = augment2d.to_input(hu, None, batches)
-    assert np.allclose(augment2d.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
-    assert augment2d.fill(hu, batches) == hu.min()
-    flat = augment2d.to_input(np.full((4, 4), 9.0), None, batches)
+    one = inputs.to_input(hu, None, batches)
+    assert np.allclose(inputs.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
+    assert inputs.fill(hu, batches) == hu.min()
+    flat = inputs.to_input(np.full((4, 4), 9.0), None, batches)
     assert not flat.any()
 
 

@@ -11,12 +11,12 @@ import pytest
 
 import config
 import evaluate
-import postprocess
+from ct.files import write_rows
 from ct.nifti_io import write_nifti
-from ct.scan import Annotation, Nodule, read_scan, scan_path, write_scan
-from metrics import calibration, overlap
-from results import result_folder
-from results.predictions import Predictions, write_rows
+from ct.scan import Annotation, Nodule, read_scan, reference_mask, scan_path, write_scan
+from metrics import calibration
+from results.predictions import Predictions
+from results.rows import CANDIDATES_CSV, LUNGS_JSON
 from tests.conftest import tiny_scan
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def found_in(scan):
 
 def labels_of(scan):
     """The readers' consensus, as a mask of nodules."""
-    mask = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    mask = reference_mask(scan, consensus_level=0.5, min_readers=1)
     return (scan.nodule_labels * mask).astype(np.uint8)
 
 
@@ -152,8 +152,8 @@ def write_shared(folder, rows, **more):
     record = {"settings": config.to_json(config.Postprocess()), "passes": 1}
     record |= {"weights_sha256": ["c" * 64], **more}
     text = json.dumps({"save_as": "nifti", "nodules": record})
-    (folder / result_folder.LUNGS_JSON).write_text(text)
-    write_found(folder / result_folder.CANDIDATES_CSV, rows)
+    (folder / LUNGS_JSON).write_text(text)
+    write_found(folder / CANDIDATES_CSV, rows)
     for path in folder.glob("*/mask.nii.gz"):
         path.rename(path.with_name("nodules.nii.gz"))
 
@@ -187,7 +187,7 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
     )
     assert "reported from a score of 0.87" in text
     # As a candidate of its own it is a false positive.
-    table_path = tmp_path / "predictions" / result_folder.CANDIDATES_CSV
+    table_path = tmp_path / "predictions" / CANDIDATES_CSV
     write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])
     _, scores = evaluated(tmp_path)
     assert (
@@ -199,7 +199,7 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
 def test_predictions_of_before_candidates_have_no_froc(scan, tmp_path, caplog):
     write_predictions(tmp_path, [scan])
     write_shared(tmp_path / "predictions", found_in(scan))
-    (tmp_path / "predictions" / result_folder.CANDIDATES_CSV).unlink()
+    (tmp_path / "predictions" / CANDIDATES_CSV).unlink()
     _, scores = evaluated(tmp_path)
     assert "CPM (mean of these)" not in scores
     assert "candidates.csv is missing: no FROC" in caplog.text
@@ -312,7 +312,7 @@ def test_a_temperature_is_fitted_on_validation_and_told_on_test(scan, tmp_path):
     )
     found = calibration.scaled(counts, float(temperature))
     assert after == pytest.approx(
-        overlap.reliability(calibration.coarse(found)).ece, abs=1e-3
+        calibration.reliability(calibration.coarse(found)).ece, abs=1e-3
     )
     assert after != before
 

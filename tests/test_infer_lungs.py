@@ -19,9 +19,18 @@ import infer
 import postprocess
 from ct import files
 from ct.scan import Annotation, Nodule, scan_path, write_scan
-from infer import NoduleRuns
+from inference import segment as segment_module
+from inference.passes import Passes
 from inference.predictor2d import Predictor
-from inference.predictor3d import Passes
+from inference.segment import (
+    CANDIDATES2D,
+    NO_RUNS,
+    OUTLINES,
+    SHIPPED,
+    Lungs,
+    NoduleRuns,
+    scan_networks,
+)
 from lungs.labels import LungMap
 from training import runs
 from training.runs import read_settings
@@ -40,7 +49,7 @@ def volume(make_chest):
 
 AFFINE = np.diag([-3.0, -3.0, 5.0, 1.0])
 
-WITHOUT_SKIN = infer.Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
+WITHOUT_SKIN = Lungs(Passes(n=1), LungMap(min_volume_mm3=60_000))
 """Parts of the skin, which the network set by hand takes for lung, are smaller."""
 
 
@@ -181,8 +190,8 @@ def test_same_seed_same_bytes_another_seed_others(run, volume, tmp_path):
     bytes_of = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / name
-        lungs = infer.Lungs(passes=Passes(n=2, seed=seed))
-        infer.infer(run, out, input=path, lungs=lungs, nodules=infer.NO_RUNS)
+        lungs = Lungs(passes=Passes(n=2, seed=seed))
+        infer.infer(run, out, input=path, lungs=lungs, nodules=NO_RUNS)
         bytes_of[name] = [
             (out / "chest" / f"{m}.nii.gz").read_bytes() for m in ("mean", "std")
         ]
@@ -217,10 +226,8 @@ def test_a_single_look_finds_both_lungs_and_they_are_trusted(run, volume, tmp_pa
 def test_numpy_holds_the_same_in_ras_order(run, volume, tmp_path):
     path = save(tmp_path / "chest.nii.gz", volume)
     for save_as in ("numpy", "nifti"):
-        lungs = infer.Lungs(passes=Passes(n=2), save_as=save_as)
-        infer.infer(
-            run, tmp_path / save_as, input=path, lungs=lungs, nodules=infer.NO_RUNS
-        )
+        lungs = Lungs(passes=Passes(n=2), save_as=save_as)
+        infer.infer(run, tmp_path / save_as, input=path, lungs=lungs, nodules=NO_RUNS)
     assert not (tmp_path / "numpy/chest").exists()
     folder = tmp_path / "nifti/chest"
     with np.load(tmp_path / "numpy/chest.npz", allow_pickle=False) as arrays:
@@ -273,7 +280,7 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
         tmp_path / "out",
         input=tmp_path / "ct.nii.gz",
         lungs=WITHOUT_SKIN,
-        nodules=infer.NO_RUNS,
+        nodules=NO_RUNS,
     )
     source = SimpleITK.ReadImage(str(tmp_path / "ct.nii.gz"))
     mask = SimpleITK.ReadImage(str(tmp_path / "out/ct/mask.nii.gz"))
@@ -301,19 +308,17 @@ def test_simpleitk_reads_the_mask_where_the_oblique_source_lies(
 def test_what_is_there_is_kept_and_other_settings_are_refused(run, volume, tmp_path):
     path = save(tmp_path / "chest.nii.gz", volume)
     out = tmp_path / "out"
-    one = infer.Lungs(passes=Passes(n=1))
-    infer.infer(run, out, input=path, lungs=one, nodules=infer.NO_RUNS)
+    one = Lungs(passes=Passes(n=1))
+    infer.infer(run, out, input=path, lungs=one, nodules=NO_RUNS)
     mask = out / "chest/mask.nii.gz"
     before = mask.stat().st_mtime_ns
-    report = infer.infer(run, out, input=path, lungs=one, nodules=infer.NO_RUNS)
+    report = infer.infer(run, out, input=path, lungs=one, nodules=NO_RUNS)
     assert "(1 scan there before)" in report.line
     assert mask.stat().st_mtime_ns == before
-    other = infer.Lungs(passes=Passes(n=2))
+    other = Lungs(passes=Passes(n=2))
     with pytest.raises(ValueError, match=r"'n': \(1, 2\).*use --overwrite"):
-        infer.infer(run, out, input=path, lungs=other, nodules=infer.NO_RUNS)
-    infer.infer(
-        run, out, input=path, lungs=other, overwrite=True, nodules=infer.NO_RUNS
-    )
+        infer.infer(run, out, input=path, lungs=other, nodules=NO_RUNS)
+    infer.infer(run, out, input=path, lungs=other, overwrite=True, nodules=NO_RUNS)
     assert rows_of(out)["chest"]["n"] == "2"
 
 
@@ -324,8 +329,8 @@ def test_a_slab_without_lungs_is_flagged(run, volume, tmp_path):
         run,
         tmp_path / "out",
         input=path,
-        lungs=infer.Lungs(Passes(n=1)),
-        nodules=infer.NO_RUNS,
+        lungs=Lungs(Passes(n=1)),
+        nodules=NO_RUNS,
     )
     row = rows_of(tmp_path / "out")["slab"]
     assert row["flag"] == "1"
@@ -364,9 +369,7 @@ def test_what_is_no_whole_chest_is_flagged_with_its_reason(
     run, volume, tmp_path, spoil, reason
 ):
     path = save(tmp_path / "ct.nii.gz", np.ascontiguousarray(spoil(volume)))
-    infer.infer(
-        run, tmp_path / "out", input=path, lungs=WITHOUT_SKIN, nodules=infer.NO_RUNS
-    )
+    infer.infer(run, tmp_path / "out", input=path, lungs=WITHOUT_SKIN, nodules=NO_RUNS)
     row = rows_of(tmp_path / "out")["ct"]
     assert row["flag"] == "1"
     assert reason in row["reason"]
@@ -381,7 +384,7 @@ def test_thick_and_many_slices_give_the_same_lungs(
     path = save(tmp_path / "ct.nii.gz", cut, np.diag([-6.0, -6.0, step_mm, 1.0]))
     lungs = replace(WITHOUT_SKIN, save_as="nifti-labels")
     report = infer.infer(
-        run, tmp_path / "out", input=path, lungs=lungs, nodules=infer.NO_RUNS
+        run, tmp_path / "out", input=path, lungs=lungs, nodules=NO_RUNS
     )
     assert not report.failures
     row = rows_of(tmp_path / "out")["ct"]
@@ -405,7 +408,7 @@ def test_thick_and_many_slices_give_the_same_lungs(
 )
 def test_what_is_no_ct_is_refused(run, volume, tmp_path, spoil, message):
     path = save(tmp_path / "bad.nii.gz", np.ascontiguousarray(spoil(volume)))
-    report = infer.infer(run, tmp_path / "out", input=path, nodules=infer.NO_RUNS)
+    report = infer.infer(run, tmp_path / "out", input=path, nodules=NO_RUNS)
     assert message in report.failures[0].reason
     assert str(tmp_path) not in report.failures[0].reason
 
@@ -416,8 +419,8 @@ def test_a_patient_that_was_trained_on_is_named(run, volume, tmp_path, caplog):
         run,
         tmp_path / "out",
         input=path,
-        lungs=infer.Lungs(Passes(n=1)),
-        nodules=infer.NO_RUNS,
+        lungs=Lungs(Passes(n=1)),
+        nodules=NO_RUNS,
     )
     assert "patient trained-on was trained on (by hand)" in caplog.text
 
@@ -439,8 +442,8 @@ def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplo
         trained,
         tmp_path / "a",
         input=path,
-        lungs=infer.Lungs(Passes(n=1)),
-        nodules=infer.NO_RUNS,
+        lungs=Lungs(Passes(n=1)),
+        nodules=NO_RUNS,
     )
     assert "patient LIDC-IDRI-0001 was trained on (by run)" in caplog.text
     caplog.clear()
@@ -450,8 +453,8 @@ def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplo
         trained,
         tmp_path / "b",
         csv_file=scans,
-        lungs=infer.Lungs(Passes(n=1)),
-        nodules=infer.NO_RUNS,
+        lungs=Lungs(Passes(n=1)),
+        nodules=NO_RUNS,
     )
     assert "patient someone was trained on (by run)" in caplog.text
 
@@ -465,8 +468,8 @@ def test_every_network_of_a_result_counts(
         name: with_training_patients(made, tmp_path / name, f"of-{name}")
         for name, made in runs_of.items()
     }
-    monkeypatch.setattr(infer, "OUTLINES", tmp_path / "outlines")
-    with_training_patients(nodule_run, infer.OUTLINES, "of-outlines")
+    monkeypatch.setattr(segment_module, "OUTLINES", tmp_path / "outlines")
+    with_training_patients(nodule_run, OUTLINES, "of-outlines")
     provenance = {"init_training_patients": ["of-before"]}
     (trained["nodules"] / "provenance.json").write_text(json.dumps(provenance))
     for name in (*trained, "outlines", "before", "nobody"):
@@ -502,15 +505,13 @@ def test_a_2d_run_writes_the_same_files(make_lung_run, run, volume, tmp_path):
     thin = np.ascontiguousarray(volume[..., 10:14])
     path = save(tmp_path / "thin.nii.gz", thin)
     out = tmp_path / "out"
-    lungs = infer.Lungs(passes=Passes(n=3))  # drawn by dropout, for it has no masks
-    infer.infer(flat, out, input=path, lungs=lungs, nodules=infer.NO_RUNS)
+    lungs = Lungs(passes=Passes(n=3))  # drawn by dropout, for it has no masks
+    infer.infer(flat, out, input=path, lungs=lungs, nodules=NO_RUNS)
     assert rows_of(out)["thin"]["n"] == "3"
     mean, std = (read(out / "thin" / f"{name}.nii.gz") for name in ("mean", "std"))
     assert mean.shape == thin.shape
     assert std.max() > 0
-    infer.infer(
-        flat, tmp_path / "again", input=path, lungs=lungs, nodules=infer.NO_RUNS
-    )
+    infer.infer(flat, tmp_path / "again", input=path, lungs=lungs, nodules=NO_RUNS)
     for name in ("mean", "std"):
         one, other = (
             (folder / "thin" / f"{name}.nii.gz").read_bytes()
@@ -544,11 +545,9 @@ def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tm
 
 
 def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "SHIPPED", tmp_path / "weights/lung3d")
+    monkeypatch.setattr(segment_module, "SHIPPED", tmp_path / "weights/lung3d")
     with pytest.raises(FileNotFoundError, match="weights/lung3d.*--exp_dir"):
-        infer.infer(
-            infer.SHIPPED, tmp_path / "out", input=tmp_path, nodules=infer.NO_RUNS
-        )
+        infer.infer(SHIPPED, tmp_path / "out", input=tmp_path, nodules=NO_RUNS)
 
 
 def test_a_list_and_an_input_are_one_too_many(run, tmp_path):
@@ -558,7 +557,7 @@ def test_a_list_and_an_input_are_one_too_many(run, tmp_path):
             tmp_path,
             input=tmp_path / "a",
             csv_file=tmp_path / "b",
-            nodules=infer.NO_RUNS,
+            nodules=NO_RUNS,
         )
 
 
@@ -566,7 +565,7 @@ def test_a_list_without_a_usable_row_fails(run, tmp_path):
     path = write_list(tmp_path / "scans.csv", [("..", "ct.nii.gz")])
     assert run_main("--csv_file", path, "--result_dir", tmp_path, "--exp_dir", run) == 1
     with pytest.raises(ValueError, match="no row can be used"):
-        infer.infer(run, tmp_path / "out", csv_file=path, nodules=infer.NO_RUNS)
+        infer.infer(run, tmp_path / "out", csv_file=path, nodules=NO_RUNS)
 
 
 def test_the_record_says_how_the_lungs_were_made(written):
@@ -644,7 +643,7 @@ def test_a_call_that_is_killed_has_said_whose_results_these_are(
 
     monkeypatch.setattr(infer, "read_and_map", killed)
     with pytest.raises(KeyboardInterrupt):
-        infer.infer(run, tmp_path / "OUT", csv_file=beside, nodules=infer.NO_RUNS)
+        infer.infer(run, tmp_path / "OUT", csv_file=beside, nodules=NO_RUNS)
     record = json.loads((tmp_path / "OUT/predictions.json").read_text())
     assert len(record["weights_sha256"]) == 64
     assert record["scans"] == {}
@@ -789,7 +788,7 @@ def test_nnunets_files_hold_the_lungs_where_no_nodules_are_looked_for(
     def segment(save_as, **options):
         lungs = replace(WITHOUT_SKIN, save_as=save_as)
         return infer.infer(
-            run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS, **options
+            run, out, input=source, lungs=lungs, nodules=NO_RUNS, **options
         ).line
 
     segment("nnunet")
@@ -811,7 +810,7 @@ def test_a_case_is_not_written_over_its_own_image(run, volume, tmp_path):
     source = save(tmp_path / "chest.nii.gz", volume)
     before = source.read_bytes()
     report = infer.infer(
-        run, tmp_path, input=source, lungs=lungs, overwrite=True, nodules=infer.NO_RUNS
+        run, tmp_path, input=source, lungs=lungs, overwrite=True, nodules=NO_RUNS
     )
     assert "is not infer.py's" in report.failures[0].reason
     assert source.read_bytes() == before
@@ -828,7 +827,7 @@ def test_probabilities_of_nodules_have_no_nnunet_form(nodule_run, volume, tmp_pa
             tmp_path / "OUT",
             input=source,
             lungs=lungs,
-            nodules=infer.NO_RUNS,
+            nodules=NO_RUNS,
         )
 
 
@@ -841,7 +840,7 @@ def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
     expected = read(out / "ill/nodules.nii.gz").transpose(2, 1, 0)  # rises to S, P, L
     assert expected.any()
     options = {"exp_dir": run, "nodules": alone(nodule_run)}
-    predict = functools.partial(infer.predict, lungs=WITHOUT_SKIN, **options)
+    predict = functools.partial(segment_module.predict, lungs=WITHOUT_SKIN, **options)
     assert np.array_equal(predict(source), expected)
     array = np.ascontiguousarray(ill_volume.transpose(2, 1, 0))
     labels = predict(array, (5, 3, 3))
@@ -853,7 +852,7 @@ def test_predict_finds_in_a_file_and_in_an_array_what_the_command_does(
     assert float(nodules_of(out)[0]["long_axis_mm"]) == pytest.approx(
         rows[0]["long_axis_mm"], abs=1e-3
     )
-    infer.scan_networks.cache_clear()
+    scan_networks.cache_clear()
 
 
 def test_predict_names_a_patient_that_was_trained_on(
@@ -861,26 +860,26 @@ def test_predict_names_a_patient_that_was_trained_on(
 ):
     source = save(tmp_path / "trained-on.nii.gz", volume)
     options = {"exp_dir": run, "nodules": alone(nodule_run)}
-    assert not infer.predict(source, lungs=WITHOUT_SKIN, **options).any()
+    assert not segment_module.predict(source, lungs=WITHOUT_SKIN, **options).any()
     assert "patient trained-on was trained on (by hand, nodules)" in caplog.text
-    infer.scan_networks.cache_clear()
+    scan_networks.cache_clear()
 
 
 def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
     with pytest.raises(ValueError, match="spacing_mm is missing"):
-        infer.predict(volume)
+        segment_module.predict(volume)
     with pytest.raises(ValueError, match=r"array: .* expected \(z, y, x\) HU"):
-        infer.predict(volume[0], (1, 1, 1))
+        segment_module.predict(volume[0], (1, 1, 1))
     with pytest.raises(ValueError, match="no Hounsfield units"):
-        infer.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
+        segment_module.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
     for name in ("a", "b"):
         save(tmp_path / f"{name}.nii.gz", volume)
     with pytest.raises(ValueError, match="says its own"):
-        infer.predict(tmp_path / "a.nii.gz", (1, 1, 1))
+        segment_module.predict(tmp_path / "a.nii.gz", (1, 1, 1))
     with pytest.raises(ValueError, match="2 scans; expected one"):
-        infer.predict(tmp_path)
+        segment_module.predict(tmp_path)
     with pytest.raises(ValueError, match="segments nodule; expected one for lungs"):
-        infer.predict(tmp_path / "a.nii.gz", exp_dir=nodule_run)
+        segment_module.predict(tmp_path / "a.nii.gz", exp_dir=nodule_run)
 
 
 def test_nodules_of_a_folder_without_a_run_are_refused(run, volume, tmp_path):
@@ -929,7 +928,7 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
 def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tmp_path):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     lungs = replace(WITHOUT_SKIN, save_as="nnunet")
-    infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
+    infer.infer(run, out, input=source, lungs=lungs, nodules=NO_RUNS)
     assert {path.name for path in out.iterdir()} == {
         "chest.nii.gz",
         "lungs.csv",
@@ -940,12 +939,12 @@ def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tm
     lines = (out / "lungs.csv").read_text().splitlines(keepends=True)
     (out / "lungs.csv").write_text(lines[0])
     (out / ".chest.started").touch()
-    infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
+    infer.infer(run, out, input=source, lungs=lungs, nodules=NO_RUNS)
     assert rows_of(out).keys() == {"chest"}
     assert not (out / ".chest.started").exists()
     # Without that mark it is another's.
     (out / "lungs.csv").write_text(lines[0])
-    report = infer.infer(run, out, input=source, lungs=lungs, nodules=infer.NO_RUNS)
+    report = infer.infer(run, out, input=source, lungs=lungs, nodules=NO_RUNS)
     assert "is not infer.py's" in report.failures[0].reason
 
 
@@ -983,9 +982,9 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
     with pytest.raises(ValueError, match="expected a run for nodules in slices"):
         find(nodule_run, nodule_run, reduction_run)
     with pytest.raises(ValueError, match="expected a run for nodules in slices"):
-        find(nodule_run, infer.OUTLINES, reduction_run)
+        find(nodule_run, OUTLINES, reduction_run)
     # The runs that ship are left out without a word.
-    find(nodule_run, infer.CANDIDATES2D, None)
+    find(nodule_run, CANDIDATES2D, None)
     assert rows_of(out).keys() == {"chest"}
 
 
@@ -1000,9 +999,11 @@ def test_what_would_not_be_used_is_refused(run, nodule_run, volume, tmp_path):
     with pytest.raises(ValueError, match="expected 0 to below 1"):
         replace(unused, min_score=1.0)
     with pytest.raises(ValueError, match="expected a run that looks for nodules"):
-        infer.predict(source, exp_dir=run, nodules=infer.NO_RUNS)
+        segment_module.predict(source, exp_dir=run, nodules=NO_RUNS)
     with pytest.raises(ValueError, match="--reduction None"):
-        infer.predict(source, exp_dir=run, nodules=NoduleRuns(nodule_run, run, None))
+        segment_module.predict(
+            source, exp_dir=run, nodules=NoduleRuns(nodule_run, run, None)
+        )
     assert not out.exists()
 
 
@@ -1072,7 +1073,7 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
         tmp_path / "OUT", tmp_path / "scores", scans=tmp_path / "scans"
     )
     options = {"scans": tmp_path / "scans", "parts": ("test",), "lungs": WITHOUT_SKIN}
-    infer.infer(run, arguments.predictions, nodules=infer.NO_RUNS, **options)
+    infer.infer(run, arguments.predictions, nodules=NO_RUNS, **options)
     with pytest.raises(ValueError, match="no nodules were looked for"):
         evaluate.evaluate(arguments)
     infer.infer(

@@ -12,7 +12,8 @@ import infer
 import postprocess
 from ct.nifti_io import read_nifti
 from ct.scan import scan_path, write_scan
-from inference.predictor3d import Passes
+from inference import segment
+from inference.passes import Passes
 from lungs.classical import segment_lungs
 from training.runs import read_settings
 
@@ -46,7 +47,7 @@ def chest(chest_scan):
 
 def infer_chest(run, chest, tmp_path, **passes):
     write_scan(chest, scan_path(tmp_path / "scans", chest.scan_id), {})
-    lungs = infer.Lungs(passes=Passes(**passes))
+    lungs = segment.Lungs(passes=Passes(**passes))
     infer.infer(run, tmp_path / "out", scans=tmp_path / "scans", lungs=lungs)
     return tmp_path / "out"
 

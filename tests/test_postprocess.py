@@ -10,9 +10,12 @@ import postprocess
 from config import Experiment, Postprocess
 from configs.rules import RULES, Rule
 from ct.nifti_io import read_nifti, write_nifti
-from ct.scan import read_scan, write_scan
-from nodules.measures import axes_mm, components, erode, find_nodules, kmeans_threshold
-from postprocess import Arguments, best_of_grid, postprocess_predictions, tuning_counts
+from ct.scan import read_scan, reference_mask, write_scan
+from metrics import tuning
+from metrics.tuning import best_of_grid, tuning_counts
+from nodules.components import components, erode, kmeans_threshold
+from nodules.measures import axes_mm, find_nodules
+from postprocess import Arguments, postprocess_predictions
 from results.predictions import Predictions, read_predictions
 from tests.conftest import SHAPE, SPACING_MM, ball, canonical_grid, tiny_scan
 
@@ -244,10 +247,10 @@ def test_tuning_counts_are_those_of_the_settings_themselves(within_lung, others)
     for t, e, v, s in ((6, 0, 0, 0), (5, 1, 2, 0), (7, 0, 1, 1), (4, 2, 3, 0)):
         settings = replace(
             base,
-            threshold=postprocess.THRESHOLDS[t],
-            erosion_px=postprocess.EROSIONS_PX[e],
-            min_volume_mm3=postprocess.MIN_VOLUMES_MM3[v],
-            min_score=postprocess.MIN_SCORES[s],
+            threshold=tuning.THRESHOLDS[t],
+            erosion_px=tuning.EROSIONS_PX[e],
+            min_volume_mm3=tuning.MIN_VOLUMES_MM3[v],
+            min_score=tuning.MIN_SCORES[s],
         )
         labels, nodules = find_nodules(prob, canonical_grid(), settings, lung=lung)
         mask = labels > 0
@@ -264,9 +267,9 @@ def test_tuning_takes_the_best_mean_dice():
     counts = grid_counts(2, (0, 0, 10, 0))  # nothing is found anywhere
     counts[:, 3, 1, 2] = (10, 0, 0, 0)
     settings, reached = best_of_grid(counts, Postprocess())
-    assert settings.threshold == postprocess.THRESHOLDS[3]
-    assert settings.erosion_px == postprocess.EROSIONS_PX[1]
-    assert settings.min_volume_mm3 == postprocess.MIN_VOLUMES_MM3[2]
+    assert settings.threshold == tuning.THRESHOLDS[3]
+    assert settings.erosion_px == tuning.EROSIONS_PX[1]
+    assert settings.min_volume_mm3 == tuning.MIN_VOLUMES_MM3[2]
     assert settings.method == "tuned"
     assert reached["mean_dice"] == 1
 
@@ -274,10 +277,10 @@ def test_tuning_takes_the_best_mean_dice():
 def grid_counts(scans, counts):
     """The same (tp, fp, fn, false) for every setting of `scans` scans."""
     shape = (
-        len(postprocess.THRESHOLDS),
-        len(postprocess.EROSIONS_PX),
-        len(postprocess.MIN_VOLUMES_MM3),
-        len(postprocess.MIN_SCORES),
+        len(tuning.THRESHOLDS),
+        len(tuning.EROSIONS_PX),
+        len(tuning.MIN_VOLUMES_MM3),
+        len(tuning.MIN_SCORES),
     )
     return np.tile(np.array(counts), (scans, *shape, 1))
 
@@ -286,7 +289,7 @@ def test_of_equal_settings_the_plainest_is_taken_unless_others_find_less_falsely
     counts = grid_counts(1, (1, 1, 1, 1))
     assert best_of_grid(counts, Postprocess())[0] == Postprocess(method="tuned")
     counts[0, 8, 2, 4, :, 3] = 0
-    assert best_of_grid(counts, Postprocess())[0].threshold == postprocess.THRESHOLDS[8]
+    assert best_of_grid(counts, Postprocess())[0].threshold == tuning.THRESHOLDS[8]
 
 
 def test_a_difference_that_chance_explains_does_not_move_the_setting():
@@ -297,7 +300,7 @@ def test_a_difference_that_chance_explains_does_not_move_the_setting():
     counts[1, 8, 0, 0] = (75, 25, 25, 0)
     assert best_of_grid(counts, Postprocess())[0].threshold == 0.5
     counts[:, 8, 0, 0] = (90, 10, 10, 0)  # better in every scan
-    assert best_of_grid(counts, Postprocess())[0].threshold == postprocess.THRESHOLDS[8]
+    assert best_of_grid(counts, Postprocess())[0].threshold == tuning.THRESHOLDS[8]
 
 
 def test_scans_without_nodule_count_by_what_is_falsely_found_and_not_by_silence():
@@ -327,7 +330,7 @@ def test_of_some_slices_components_keep_their_whole_volume():
     ball_mask = ball((8, 20, 20), 4.0)
     prob = prob_of((ball_mask, 0.9))
     counts = tuning_counts(prob, ball_mask, canonical_grid(), FIXED, slices=[8])
-    largest = len(postprocess.MIN_VOLUMES_MM3) - 1
+    largest = len(tuning.MIN_VOLUMES_MM3) - 1
     assert counts[5, 0, largest, 0].tolist() == [ball_mask[8].sum(), 0, 0, 0]
 
 
@@ -458,7 +461,7 @@ def work(tmp_path):
         write_scan(scan, tmp_path / "scans" / f"{scan.scan_id}.h5", {})
         prob = np.zeros(SHAPE, np.float32)
         prob[scan.nodule_labels > 0] = 0.3
-        reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+        reference = reference_mask(scan, consensus_level=0.5, min_readers=1)
         prob[reference & (scan.lung > 0)] = 0.6
         path = tmp_path / "predictions" / scan.scan_id / "prob.nii.gz"
         write_nifti(path, prob, scan.grid, scan.source_grid)
@@ -512,7 +515,7 @@ def test_the_step_tunes_and_writes_masks_and_nodules(work):
     assert tuned["reached"]["mean_dice"] > 0.95
     scan = read_scan(work / "scans/scan-001.h5")
     labels, _ = read_nifti(work / "predictions/scan-001/mask.nii.gz")
-    reference = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    reference = reference_mask(scan, consensus_level=0.5, min_readers=1)
     assert np.array_equal(labels > 0, reference & (scan.lung > 0))
     rows = read_rows(work / "predictions/scan-001/nodules.csv")
     assert [row["side"] for row in rows] in (["right", "left"], ["left", "right"])

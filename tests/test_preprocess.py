@@ -7,6 +7,7 @@ import pytest
 import config
 import preprocess
 from ct.scan import AIR_HU, ScanError, read_provenance, read_scan
+from lungs import classical
 
 MASK = config.LungMask()
 
@@ -38,10 +39,10 @@ def test_scan_files_keep_hu_and_place_and_gain_lungs(make_chest, tmp_path):
 
 
 def test_lungs_that_a_source_has_are_kept_and_none_is_an_error(scan):
-    assert np.array_equal(preprocess.with_lungs(scan, MASK).lung, scan.lung)
+    assert np.array_equal(classical.with_lungs(scan, MASK).lung, scan.lung)
     water = replace(scan, lung=None, hu=np.full_like(scan.hu, 40))
     with pytest.raises(ScanError, match="no lung found in 24 slices"):
-        preprocess.with_lungs(water, MASK)
+        classical.with_lungs(water, MASK)
 
 
 def test_bad_volumes_do_not_stop_the_cohort(make_chest, tmp_path):

@@ -13,11 +13,12 @@ import pytest
 
 import config
 import infer
-import slice_idx
 from ct import files
 from ct.nifti_io import read_nifti
 from ct.scan import read_scan, readers_in
-from inference.predictor3d import Passes
+from dataset.split import patients_of_part, read_split
+from inference import segment
+from inference.passes import Passes
 from lungs.classical import segment_lungs
 from metrics import agreement, overlap
 from nodules.measures import find_nodules
@@ -26,10 +27,10 @@ from training import runs
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
 
-ONE_LOOK = replace(infer.USUAL, passes=Passes(n=1))
+ONE_LOOK = replace(segment.USUAL, passes=Passes(n=1))
 
 
-def lungs_found(source, folder, lungs, *, weights=infer.SHIPPED):
+def lungs_found(source, folder, lungs, *, weights=segment.SHIPPED):
     """The mask of the only scan in `source`, and its standard deviation."""
     report = infer.infer(weights, folder, input=source, lungs=lungs)
     assert not report.failures
@@ -53,21 +54,21 @@ PART_OF_VERB = {"trained": "train", "chose": "validation", "tested": "test"}
 
 
 def test_the_default_weights_are_among_those_that_ship():
-    used = {infer.SHIPPED, *infer.SHIPPED_RUNS.used.values(), infer.OUTLINES}
+    used = {segment.SHIPPED, *segment.SHIPPED_RUNS.used.values(), segment.OUTLINES}
     assert used <= set(WEIGHTS)
 
 
 def test_all_networks_of_a_whole_scan_say_whom_they_have_seen():
-    seen = infer.seen_for_nodules(infer.SHIPPED_RUNS)
-    split = slice_idx.read_split(infer.SHIPPED / "split.json")
-    predictions = infer.new_predictions(infer.SHIPPED, split)
-    seen[str(infer.SHIPPED)] = predictions.training_patients
-    used = (infer.SHIPPED, *infer.SHIPPED_RUNS.used.values(), infer.OUTLINES)
+    seen = segment.seen_for_nodules(segment.SHIPPED_RUNS)
+    split = read_split(segment.SHIPPED / "split.json")
+    predictions = infer.new_predictions(segment.SHIPPED, split)
+    seen[str(segment.SHIPPED)] = predictions.training_patients
+    used = (segment.SHIPPED, *segment.SHIPPED_RUNS.used.values(), segment.OUTLINES)
     assert len(used) == 5
     assert set(seen) == {str(folder) for folder in used}
     for folder in used:
-        split = slice_idx.read_split(folder / "split.json")
-        trained = slice_idx.patients_of_part(split, "train")
+        split = read_split(folder / "split.json")
+        trained = patients_of_part(split, "train")
         assert trained and set(trained) <= set(seen[str(folder)])
 
 
@@ -99,7 +100,7 @@ def numbers(pattern, text):
 
 @pytest.mark.parametrize("folder", WEIGHTS, ids=lambda folder: folder.name)
 def test_the_card_names_patients_in_the_part_they_are_in(folder):
-    split = slice_idx.read_split(folder / "split.json")
+    split = read_split(folder / "split.json")
     made_by = json.loads((folder / "provenance.json").read_text())
     assert made_by["split_sha256"] == split["sha256"]
     card = (folder / "README.md").read_text()
@@ -108,7 +109,7 @@ def test_the_card_names_patients_in_the_part_they_are_in(folder):
     claims = claims_of(card)
     assert claims["train"]
     for part, text in claims.items():
-        patients = set(slice_idx.patients_of_part(split, part))
+        patients = set(patients_of_part(split, part))
         phantoms = [patient for patient in patients if patient.startswith("PHANTOM-")]
         assert set(re.findall(r"LIDC-IDRI-\d{4}", text)) <= patients
         for number in numbers(r"\b(\d+)\s+phantoms", text):
@@ -148,17 +149,18 @@ def test_a_claim_of_a_card_is_read():
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     """The folder of a phantom that no weights have seen; its truth is beside it."""
-    from phantoms import chest
+    from phantoms import write
+    from phantoms.settings import Settings
 
     folder = tmp_path_factory.mktemp("phantom")
-    settings = chest.Settings(nodules=(7, 7))
-    chest.write_phantoms(folder, 1, seed=9000, settings=settings)
+    settings = Settings(nodules=(7, 7))
+    write.write_phantoms(folder, 1, seed=9000, settings=settings)
     return folder / "PHANTOM-9000"
 
 
 def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
     (truth,) = phantom.with_name("truth").glob("*.h5")
-    four = replace(infer.USUAL, passes=Passes(n=4))
+    four = replace(segment.USUAL, passes=Passes(n=4))
     mask, std = lungs_found(phantom, tmp_path / "out", four)
     lung = np.asarray(read_scan(truth).lung)
     assert overlap.dice(lung > 0, mask > 0) > 0.96
@@ -184,11 +186,11 @@ def nodules_met(source, folder):
     from cohorts import lidc
 
     infer.infer(
-        infer.SHIPPED,
+        segment.SHIPPED,
         folder,
         input=source,
         lungs=ONE_LOOK,
-        nodules=infer.SHIPPED_RUNS,
+        nodules=segment.SHIPPED_RUNS,
     )
     scan = lidc.load_scan(lidc.find_scans(source)[0])
     (path,) = folder.glob("*/nodules.nii.gz")
@@ -231,7 +233,7 @@ def test_a_nodule_in_a_patch_is_outlined_and_the_vessel_beside_it_is_not():
     hu[np.broadcast_to(np.abs(x - 24) <= 2, hu.shape)] = 30
     hu[disc] = 40
     blurred = cv2.GaussianBlur(hu, (0, 0), 0.8)
-    (prob,) = infer.segment_patches(blurred[None])
+    (prob,) = segment.segment_patches(blurred[None])
     assert overlap.dice(disc, prob >= 0.5) > 0.85
     assert prob[:, 64 + 22 : 64 + 27].max() < 0.5
 
@@ -245,9 +247,9 @@ def test_others_agree_more_with_outlines_of_unseen_patients_than_with_a_reader()
 
     run = ROOT / "weights/nodule2d"
     settings = runs.read_settings(run)
-    predictor = infer.SeededPredictor(run, settings)
-    split = slice_idx.read_split(run / "split.json")
-    tested = set(slice_idx.patients_of_part(split, "test"))
+    predictor = segment.SeededPredictor(run, settings)
+    split = read_split(run / "split.json")
+    tested = set(patients_of_part(split, "test"))
     scans = (s for s in patches.find_scans(source) if s.patient_id in tested)
     own, readers = [], []
     for scan in map(patches.load_scan, itertools.islice(scans, 60)):

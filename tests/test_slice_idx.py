@@ -15,7 +15,14 @@ import steps
 import table
 from ct import scan as scans_module
 from dataset.slice_table import SliceTable
-from slice_idx import PARTS
+from dataset.split import (
+    PARTS,
+    patients_of_part,
+    read_split,
+    rows_of_part,
+    slices_of_part,
+    split_sha256,
+)
 from tests.conftest import tiny_scan
 
 FOLDS = config.Split(method="folds", folds=5)
@@ -167,16 +174,16 @@ def test_strata_go_by_the_largest_nodule(scans, tmp_path):
 
 
 def test_rows_of_the_parts_partition_the_table_by_patient(table_path):
-    split = slice_idx.read_split(written(table_path))
+    split = read_split(written(table_path))
     with SliceTable(table_path) as opened:
-        rows = {part: slice_idx.rows_of_part(split, opened, part) for part in PARTS}
+        rows = {part: rows_of_part(split, opened, part) for part in PARTS}
         assert np.array_equal(
             np.sort(np.concatenate(list(rows.values()))), np.arange(len(opened))
         )
         for part in PARTS:
             assert np.array_equal(rows[part], np.unique(rows[part]))
             assert set(opened.patient_ids[rows[part]]) == set(split["parts"][part])
-            members = slice_idx.patients_of_part(split, part)
+            members = patients_of_part(split, part)
             assert members == sorted(split["parts"][part])
     assert split["nodules"]["train"] == {"10 to 20 mm": 7}
     assert not split["leaks"]
@@ -186,17 +193,17 @@ def test_the_split_by_slice_is_marked_as_leaking_and_does_leak(table_path):
     out = table_path.with_name("slices.json")
     settings = config.Split(unit="slice")
     report = slice_idx.write_split(table_path, out, settings)
-    split = slice_idx.read_split(out)
+    split = read_split(out)
     assert split["leaks"]
     assert "LEAKS" in report.line
     with SliceTable(table_path) as opened:
-        rows = [slice_idx.rows_of_part(split, opened, part) for part in PARTS]
+        rows = [rows_of_part(split, opened, part) for part in PARTS]
         assert sorted(np.concatenate(rows).tolist()) == list(range(len(opened)))
         assert [len(r) for r in rows] == [112, 16, 32]
         assert set(opened.patient_ids[rows[0]]) & set(opened.patient_ids[rows[2]])
         patients = set(opened.patient_ids[rows[2]].tolist())
-    assert slice_idx.patients_of_part(split, "test") == sorted(patients)
-    tested = slice_idx.slices_of_part(split, "test")
+    assert patients_of_part(split, "test") == sorted(patients)
+    tested = slices_of_part(split, "test")
     assert sum(map(len, tested.values())) == 32
     assert all(z == sorted(set(z)) for z in tested.values())
     with pytest.raises(ValueError, match="unit=slice cannot keep subsets"):
@@ -204,7 +211,7 @@ def test_the_split_by_slice_is_marked_as_leaking_and_does_leak(table_path):
 
 
 def test_a_split_of_other_patients_is_refused(table_path, scans, tmp_path):
-    split = slice_idx.read_split(written(table_path))
+    split = read_split(written(table_path))
     newcomer = replace(scans[0], scan_id="new", patient_id="zoe")
     scans_module.write_scan(newcomer, tmp_path / "scans/new.h5", {})
     (tmp_path / "scans/scan-000.h5").unlink()
@@ -216,7 +223,7 @@ def test_a_split_of_other_patients_is_refused(table_path, scans, tmp_path):
             ValueError, match="zoe only in the table, patient-000 only in the "
         ),
     ):
-        slice_idx.rows_of_part(split, opened, "train")
+        rows_of_part(split, opened, "train")
 
 
 def test_one_series_under_two_patients_is_refused(scans, tmp_path):
@@ -237,10 +244,10 @@ def test_two_patients_are_split_without_a_leak_and_said_so(scans, tmp_path):
     out = tmp_path / "split.json"
     report = slice_idx.write_split(tmp_path / "table.h5", out, config.Split())
     assert report.line.endswith("NOBODY in validation")
-    split = slice_idx.read_split(out)
+    split = read_split(out)
     assert [len(split["parts"][part]) for part in PARTS] == [1, 0, 1]
     with SliceTable(tmp_path / "table.h5") as opened:
-        assert len(slice_idx.rows_of_part(split, opened, "validation")) == 0
+        assert len(rows_of_part(split, opened, "validation")) == 0
 
 
 def test_an_equal_split_stays_and_another_is_replaced_only_when_told(table_path):
@@ -266,11 +273,11 @@ def test_a_split_edited_by_hand_is_taken_only_without_its_checksum(table_path):
     parts["test"].append(parts["train"].pop())
     edited(out, parts=parts)
     with pytest.raises(ValueError, match="was edited. Remove its sha256 to accept"):
-        slice_idx.read_split(out)
+        read_split(out)
     bare = {key: record[key] for key in ("format_version", "settings")}
     out.write_text(json.dumps(bare | {"parts": parts}))
-    split = slice_idx.read_split(out)
-    assert split["sha256"] == slice_idx.split_sha256(parts)
+    split = read_split(out)
+    assert split["sha256"] == split_sha256(parts)
     assert split["leaks"] is False
 
 
@@ -281,7 +288,7 @@ def test_a_patient_in_two_parts_is_refused(table_path):
     parts["test"].append(leaked)
     edited(out, parts=parts)
     with pytest.raises(ValueError, match=f"{leaked} stands twice, in train and test"):
-        slice_idx.read_split(out)
+        read_split(out)
 
 
 @pytest.mark.parametrize(
@@ -295,18 +302,18 @@ def test_a_patient_in_two_parts_is_refused(table_path):
 def test_what_is_no_split_is_refused(tmp_path, text, message):
     path = tmp_path / "split.json"
     with pytest.raises(FileNotFoundError, match="run slice_idx.py first"):
-        slice_idx.read_split(path)
+        read_split(path)
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        slice_idx.read_split(path)
+        read_split(path)
 
 
 def test_the_checksum_is_of_who_is_where(table_path):
     parts = {"train": ["a", "b"], "validation": [], "test": ["c"]}
     turned = parts | {"train": ["b", "a"]}
     moved = {"train": ["a"], "validation": ["b"], "test": ["c"]}
-    assert slice_idx.split_sha256(parts) == slice_idx.split_sha256(turned)
-    assert slice_idx.split_sha256(parts) != slice_idx.split_sha256(moved)
+    assert split_sha256(parts) == split_sha256(turned)
+    assert split_sha256(parts) != split_sha256(moved)
 
 
 def test_nnunet_gets_every_fold_by_scan(table_path):

@@ -22,7 +22,7 @@ import steps
 import table
 from ct import scan as scans_module
 from ct.scan import AIR_HU, VOLUMES, ScanError, write_scan
-from dataset import slice_table
+from dataset import exports, slice_table, table_part
 from dataset.slice_table import SliceTable, verify_table
 from tests.conftest import tiny_scan
 
@@ -112,7 +112,7 @@ def test_negatives_are_as_many_as_asked_and_have_lung_and_no_nodule(scan, tmp_pa
     nodule_px = np.count_nonzero(scan.reader_bits, axis=(1, 2))
     for ratio, negatives in ((0.0, 0), (0.5, 4), (1.0, 8), (9.0, 10)):
         settings = replace(SETTINGS, negatives_per_nodule_slice=ratio)
-        z = table.choose_slices(scan, lung_px, nodule_px, settings)
+        z = table_part.choose_slices(scan, lung_px, nodule_px, settings)
         assert set(z) >= set(range(8, 16))
         assert len(z) == 8 + negatives
         assert set(z) <= set(range(3, 21))
@@ -137,7 +137,7 @@ def test_lung_takes_lung_slices_and_all_takes_all(scan):
     lung_px = np.count_nonzero(scan.lung, axis=(1, 2))
     for slices, expected in (("lung", range(3, 21)), ("all", range(24))):
         settings = replace(SETTINGS, slices=slices)
-        chosen = table.choose_slices(scan, lung_px, 0 * lung_px, settings)
+        chosen = table_part.choose_slices(scan, lung_px, 0 * lung_px, settings)
         assert chosen.tolist() == list(expected)
 
 
@@ -153,8 +153,8 @@ def test_a_healthy_scan_gives_negatives_and_a_scan_without_rows_keeps_its_place(
     table.write_table(tmp_path / "scans", tmp_path / "table.h5", SETTINGS)
     with SliceTable(tmp_path / "table.h5") as opened:
         assert opened.scans["scan_id"].tolist() == ["a", "b", "scan-000"]
-        assert opened.scans["rows"].tolist() == [0, table.HEALTHY_SLICES, 16]
-        assert opened.scans["first_row"].tolist() == [0, 0, table.HEALTHY_SLICES]
+        assert opened.scans["rows"].tolist() == [0, table_part.HEALTHY_SLICES, 16]
+        assert opened.scans["first_row"].tolist() == [0, 0, table_part.HEALTHY_SLICES]
         assert opened.scans["patient_id"][0] == "p"
     assert verify_table(tmp_path / "table.h5") == []
 
@@ -181,7 +181,9 @@ def test_a_scan_without_the_mask_that_decides_is_refused(
     scan, slices, unknown, message
 ):
     with pytest.raises(ScanError, match=message):
-        table.make_part(replace(scan, **unknown), replace(SETTINGS, slices=slices), "")
+        table_part.make_part(
+            replace(scan, **unknown), replace(SETTINGS, slices=slices), ""
+        )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_scan_without_the_mask_that_decides_is_refused(
     [(512, 400, -56), (400, 512, 56), (5, 4, 0), (4, 5, 0), (5, 2, -1), (7, 7, 0)],
 )
 def test_offset_centres_and_an_odd_pixel_goes_last(full, size, expected):
-    assert table.offset_px((full, 9), (size, 9)) == (expected, 0)
+    assert table_part.offset_px((full, 9), (size, 9)) == (expected, 0)
 
 
 def test_other_sizes_are_padded_with_air_and_cut_around_the_centre(scan, tmp_path):
@@ -408,7 +410,7 @@ def test_an_id_too_long_for_the_table_is_a_scan_error(scan):
     with pytest.raises(
         ScanError, match="patient_id has 129 bytes; the table holds 128"
     ):
-        table.make_part(replace(scan, patient_id="p" * 129), SETTINGS, "")
+        table_part.make_part(replace(scan, patient_id="p" * 129), SETTINGS, "")
 
 
 def test_patient_ids_may_have_any_letters(scan, tmp_path):
@@ -549,7 +551,7 @@ def test_the_thesis_layout_holds_consensus_and_hu_within_the_lungs(
     path, out = tmp_path / "table.h5", tmp_path / "thesis.h5"
     table.write_table(scans_dir, path, SETTINGS)
     batches = config.Batches(input_px=(60, 60), lung_mask=True)
-    table.write_thesis_layout(path, out, batches)
+    exports.write_thesis_layout(path, out, batches)
     with SliceTable(path) as opened, tables.open_file(out) as h5:
         assert h5.root.data.shape == h5.root.truth.shape == (64, 60, 60)
         assert h5.root.data.dtype == np.float32

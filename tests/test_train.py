@@ -21,6 +21,7 @@ import steps
 import table
 import train
 from ct import scan as scan_files
+from dataset.split import read_split, rows_of_part, split_sha256
 from training import runs
 
 ROOT = Path(train.__file__).parent
@@ -122,8 +123,8 @@ def test_a_run_says_what_it_was_trained_with(run, data):
     assert experiment.model == TINY.model
     assert experiment.table.size_px == (64, 64)
     assert experiment.split.fractions == (0.5, 0.2, 0.3)
-    split = slice_idx.read_split(run / "split.json")
-    assert split == slice_idx.read_split(data / "split.json")
+    split = read_split(run / "split.json")
+    assert split == read_split(data / "split.json")
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["split_sha256"] == split["sha256"]
 
@@ -139,7 +140,7 @@ def test_the_summary_names_the_best_epoch(run):
 def test_best_weights_give_the_validation_dice_of_the_best_epoch(run, data):
     import keras
 
-    from data_generator import SliceGenerator
+    from dataset.generator2d import SliceGenerator
     from dataset.slice_table import SliceTable
     from models import build_model
 
@@ -147,8 +148,8 @@ def test_best_weights_give_the_validation_dice_of_the_best_epoch(run, data):
     model.load_weights(run / "best.weights.h5")
     shared = volumes = 0
     with SliceTable(data / "table.h5") as source:
-        split = slice_idx.read_split(data / "split.json")
-        rows = slice_idx.rows_of_part(split, source, "validation")
+        split = read_split(data / "split.json")
+        rows = rows_of_part(split, source, "validation")
         generator = SliceGenerator(
             source, rows, TINY.batches, None, seed=0, shuffle=False, balanced=False
         )
@@ -290,7 +291,7 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
     ):
         np.testing.assert_allclose(found, before, atol=1e-6)
     record = json.loads((run_dir / "provenance.json").read_text())
-    split = slice_idx.read_split(run / "split.json")
+    split = read_split(run / "split.json")
     assert record["init_training_patients"] == split["parts"]["train"]
 
 
@@ -434,7 +435,7 @@ def test_patients_of_every_earlier_run_count_as_seen(tmp_path):
             "format_version": 1,
             "settings": config.to_json(config.Split()),
             "leaks": False,
-            "sha256": slice_idx.split_sha256(parts),
+            "sha256": split_sha256(parts),
             "parts": parts,
         }
         (run / "split.json").write_text(json.dumps(split))

@@ -9,7 +9,6 @@ import numpy as np
 from keras import layers, ops
 
 import config
-import data_generator
 from models import build_loss, build_model
 from models.losses import PooledDice
 from training import callbacks
@@ -138,7 +137,6 @@ def run_epochs(
     progress: callbacks.Progress,
     *,
     run_dir: Path,
-    workers: int,
     pictured: tuple[np.ndarray, np.ndarray],
     by_slice: bool = False,
 ) -> None:
@@ -146,29 +144,23 @@ def run_epochs(
 
     Args:
         model: From `prepared_model`, at the state of `progress`.
-        training: Generator of batches.
-        validation: Generator of batches; None for no validation.
+        training: Batches, of `data_generator.as_pydataset`.
+        validation: Batches to validate on; None for no validation.
         settings: Epochs and patience.
         progress: Kept up to date.
         run_dir: Gets history, weights, state, pictures and curves.
-        workers: Threads that make batches.
         pictured: Images and masks for the pictures.
         by_slice: Let the classifier's validation loss choose the epoch, not the Dice.
     """
-    dataset = data_generator.as_pydataset(training, workers=workers)
     model.fit(
-        dataset,
-        validation_data=(
-            None
-            if validation is None
-            else data_generator.as_pydataset(validation, workers=workers)
-        ),
+        training,
+        validation_data=validation,
         epochs=settings.epochs,
         initial_epoch=progress.epoch,
         shuffle=False,  # the generator shuffles; Keras would by Python's global state
         verbose="auto" if sys.stderr.isatty() else 0,
         callbacks=[
-            callbacks.EpochOfBatches(training),
+            callbacks.EpochOfBatches(training.generator),
             callbacks.StopAtNaN(),
             keras.callbacks.TensorBoard(run_dir / "tensorboard", write_graph=False),
             callbacks.Pictures(*pictured, run_dir / "pictures"),

@@ -8,9 +8,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import config
-import slice_idx
+from ct import files
+from dataset import split
 
 log = logging.getLogger(__name__)
+
+POSTPROCESS_JSON = "postprocess.json"
+"""Settings and their origin: in a run its tuned values, in predictions what was used."""
+
+
+def tuned_settings(
+    run: Path, experiment: config.Experiment
+) -> tuple[config.Postprocess, int]:
+    """The settings that a run was tuned to, and on how many passes.
+
+    Those of its configuration, and one pass, if it was not tuned.
+
+    Raises:
+        ValueError: If it was tuned with other weights.
+    """
+    base, path = experiment.postprocess, run / POSTPROCESS_JSON
+    if base.method != "tuned" or not path.exists():
+        return base, 1
+    record = json.loads(path.read_text())
+    tuned = record.get("tuned_on", {})
+    if tuned.get("weights_sha256") != files.sha256(run / "best.weights.h5"):
+        raise ValueError(
+            f"{path} was tuned on other weights than {run} has; run infer.py and "
+            "postprocess.py --tune with this run"
+        )
+    settings = config.from_json(config.Postprocess, record["settings"])
+    return settings, int((tuned.get("passes") or {}).get("n", 1))
+
 
 Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
@@ -46,7 +75,7 @@ def training_patients_of(weights: Path | None) -> list[str]:
     if not split_path.is_file():
         log.warning("no %s: who %s was trained on is unknown", split_path, weights)
         return []
-    seen = slice_idx.patients_of_part(slice_idx.read_split(split_path), "train")
+    seen = split.patients_of_part(split.read_split(split_path), "train")
     made_by = json.loads((weights.parent / "provenance.json").read_text())
     return sorted({*seen, *made_by.get("init_training_patients", ())})
 

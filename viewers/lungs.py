@@ -25,8 +25,7 @@ from ct import files, resample
 from ct.geometry import Grid
 from ct.nifti_io import check_same_grid, read_nifti
 from ct.scan import LEFT, RIGHT
-from results import result_folder
-from results.result_folder import LungRow
+from results.rows import LUNGS_CSV, NODULES_CSV, LungRow, read_lung_rows, read_rows
 
 SMOOTHING = 0.8
 """Standard deviation, in voxels of the coarse mask, that takes the steps off its surface."""
@@ -164,8 +163,8 @@ def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
                 f"{folder}: no {name} (found {found or 'nothing'}); run infer.py with a run "
                 "for lungs and --save_as nifti --overwrite"
             )
-    table = folder.parent / result_folder.LUNGS_CSV
-    rows = {row.pid: row for row in result_folder.read_lung_rows(table)}
+    table = folder.parent / LUNGS_CSV
+    rows = {row.pid: row for row in read_lung_rows(table)}
     if pid not in rows:
         raise ValueError(
             f"{table}: no row of {pid}, so nothing says whether its lungs can be trusted; "
@@ -193,7 +192,7 @@ def read_nodules(
         ValueError: If a file is missing or damaged, or they do not fit each other.
     """
     folder = folder.absolute()
-    rows = result_folder.read_rows(folder.parent / result_folder.NODULES_CSV)
+    rows = read_rows(folder.parent / NODULES_CSV)
     by_id = {int(row["nodule_id"]): row for row in rows.get(folder.name, [])}
     path = folder / "nodules.nii.gz"
     if not by_id:

@@ -7,6 +7,7 @@ from scipy import ndimage
 from augment import augment2d
 from augment.augment2d import Warp, warp_image, warp_labels, warp_matrix
 from config import Augment, Batches
+from ct import inputs
 from ct.boxes import Crop, cut
 
 SIZE = (96, 80)
@@ -246,12 +247,12 @@ def test_neighbouring_noise_is_alike_and_distant_noise_is_not():
 
 def test_a_window_maps_low_to_0_and_high_to_1():
     hu = np.array([[-2000, -1000, -300, 400, 3000]], np.int16)
-    assert augment2d.to_input(hu, None, PLAIN).tolist() == [[0, 0, 0.5, 1, 1]]
+    assert inputs.to_input(hu, None, PLAIN).tolist() == [[0, 0, 0.5, 1, 1]]
 
 
 def test_gamma_is_an_exponent_of_the_windowed_image():
     hu = np.array([[-1000, -650, -300, 400]], np.int16)
-    got = augment2d.to_input(hu, None, PLAIN, gamma=2.0)
+    got = inputs.to_input(hu, None, PLAIN, gamma=2.0)
     assert got == pytest.approx(np.array([[0, 0.0625, 0.25, 1]]), abs=1e-6)
 
 
@@ -259,19 +260,19 @@ def test_outside_the_lungs_is_the_low_end_of_the_window():
     hu = np.full((2, 2), 400, np.int16)
     lung = np.array([[0, 1], [2, 0]], np.uint8)
     batches = replace(PLAIN, lung_mask=True)
-    assert augment2d.to_input(hu, lung, batches).tolist() == [[0, 1], [1, 0]]
+    assert inputs.to_input(hu, lung, batches).tolist() == [[0, 1], [1, 0]]
 
 
 def test_a_missing_lung_mask_is_refused():
     with pytest.raises(ValueError, match=r"no lung mask.*preprocess\.py"):
-        augment2d.to_input(np.zeros((2, 2), np.int16), None, Batches(lung_mask=True))
+        inputs.to_input(np.zeros((2, 2), np.int16), None, Batches(lung_mask=True))
 
 
 def test_zscore_and_minmax_by_hand():
     hu = np.array([[-650, -300], [-300, 50]], np.int16)  # windowed: 1/4, 1/2, 1/2, 3/4
-    zscore = augment2d.to_input(hu, None, replace(PLAIN, normalisation="zscore"))
+    zscore = inputs.to_input(hu, None, replace(PLAIN, normalisation="zscore"))
     assert zscore.ravel() == pytest.approx([-(2**0.5), 0, 0, 2**0.5], abs=1e-4)
-    minmax = augment2d.to_input(hu, None, replace(PLAIN, normalisation="minmax"))
+    minmax = inputs.to_input(hu, None, replace(PLAIN, normalisation="minmax"))
     assert minmax.ravel() == pytest.approx([0, 0.5, 0.5, 1], abs=1e-4)
 
 
@@ -281,7 +282,7 @@ def test_population_normalisation_takes_the_published_numbers():
     batches = replace(PLAIN, normalisation="population", window_hu=(-1024.0, 276.0))
     hu = np.array([[-2000, -1024, -370, 66.6, 276, 3000]])
     expected = [-1.49794, -1.49794, 0, 1, 1.47962, 1.47962]
-    assert augment2d.to_input(hu, None, batches).ravel() == pytest.approx(
+    assert inputs.to_input(hu, None, batches).ravel() == pytest.approx(
         expected, abs=2e-5
     )
 
@@ -289,9 +290,7 @@ def test_population_normalisation_takes_the_published_numbers():
 def test_an_even_image_stays_finite():
     hu = np.zeros((4, 4), np.int16)
     for normalisation in ("zscore", "minmax"):
-        image = augment2d.to_input(
-            hu, None, replace(PLAIN, normalisation=normalisation)
-        )
+        image = inputs.to_input(hu, None, replace(PLAIN, normalisation=normalisation))
         assert not image.any()
 
 
@@ -311,9 +310,7 @@ def test_the_target_is_the_consensus_of_the_nodules_readers():
 
 
 def test_one_hot_puts_the_background_first():
-    assert augment2d.one_hot(np.array([[0, 1]], np.uint8)).tolist() == [
-        [[1, 0], [0, 1]]
-    ]
+    assert inputs.one_hot(np.array([[0, 1]], np.uint8)).tolist() == [[[1, 0], [0, 1]]]
 
 
 def test_a_crop_at_the_lungs_is_centred_on_them():
@@ -393,17 +390,17 @@ def test_larger_pixels_hold_the_mean_of_the_smaller():
     image = np.arange(24, dtype=np.int16).reshape(4, 6) * 10
     means = image.reshape(2, 2, 2, 3).mean((1, 3))
     batches = Batches(target="lung", lung_mask=False, pixel_mm=3.0)
-    size = augment2d.resized_px((4, 6), (1.5, 1.0), batches)
+    size = inputs.resized_px((4, 6), (1.5, 1.0), batches)
     assert size == (2, 2)
-    assert np.allclose(augment2d.resized(image, size), means, atol=0.5)
-    assert augment2d.resized_px((4, 6), (1.5, 1.0), PLAIN) == (4, 6)
+    assert np.allclose(inputs.resized(image, size), means, atol=0.5)
+    assert inputs.resized_px((4, 6), (1.5, 1.0), PLAIN) == (4, 6)
 
 
 def test_pixels_that_grow_along_one_axis_alone_are_means_there():
     stripes = np.zeros((8, 4), np.float32)
     stripes[::2] = 200
-    assert np.allclose(augment2d.resized(stripes, (4, 4)), 100)
-    assert np.allclose(augment2d.resized(stripes, (4, 8)), 100)
+    assert np.allclose(inputs.resized(stripes, (4, 4)), 100)
+    assert np.allclose(inputs.resized(stripes, (4, 8)), 100)
 
 
 def test_a_larger_pixel_has_the_label_that_holds_at_least_half_of_it():
@@ -411,4 +408,4 @@ def test_a_larger_pixel_has_the_label_that_holds_at_least_half_of_it():
     labels[:2, 0] = 1
     labels[2:, 1:] = 2
     labels[0, 2] = 2
-    assert augment2d.resized_labels(labels, (2, 2)).tolist() == [[1, 0], [2, 2]]
+    assert inputs.resized_labels(labels, (2, 2)).tolist() == [[1, 0], [2, 2]]

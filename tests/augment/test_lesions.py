@@ -9,9 +9,9 @@ import pytest
 from scipy import ndimage
 
 import config
-from augment import lesions
+from augment import lesion_paint, lesions, nodule_shapes, textures
 from ct.scan import LEFT, RIGHT
-from phantoms import drawn_nodules
+from nodules import shapes
 
 SPACING_MM = (2.0, 1.0, 1.0)
 FINDINGS = config.Lesions().findings
@@ -81,13 +81,13 @@ def test_a_slice_is_a_volume_of_one(settings):
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_nothing_changes_away_from_the_lungs(finding):
     hu, lung = chest()
-    near = near_lung(lung, math.ceil(lesions.RIM_MM))
+    near = near_lung(lung, math.ceil(lesion_paint.RIM_MM))
     for seed in range(4):
         changed = simulated(hu, lung, only(finding), seed) != hu
         assert changed.any()
         assert not (changed & ~near).any()
         # The wall is soft tissue, so none of it is the rim that may be filled.
-        assert not (changed & (lung == 0) & (hu > lesions.RIM_HU[1])).any()
+        assert not (changed & (lung == 0) & (hu > lesion_paint.RIM_HU[1])).any()
 
 
 def test_the_rim_is_filled_and_airways_beside_the_lung_are_not():
@@ -158,9 +158,9 @@ def test_fluid_fills_the_back_up_to_a_level():
 def test_the_level_holds_the_share_asked_for():
     mask = np.zeros((2, 10, 4), np.uint8)
     mask[:, 2:8] = 1  # six rows
-    assert lesions.fluid_level(mask, 0.5) == 5
-    assert lesions.fluid_level(mask, 1 / 6) == 7
-    assert lesions.fluid_level(mask, 1.0) == 2
+    assert lesion_paint.fluid_level(mask, 0.5) == 5
+    assert lesion_paint.fluid_level(mask, 1 / 6) == 7
+    assert lesion_paint.fluid_level(mask, 1.0) == 2
 
 
 def test_fibrosis_lies_under_the_pleura():
@@ -261,7 +261,7 @@ def test_the_middle_of_a_nodule_lies_where_it_may():
     after, drawn = lesions.simulate_nodules(
         hu, lung, SPACING_MM, settings, rng, held_out=frozenset(), seen=seen
     )
-    assert len(asked) >= lesions.TRIES
+    assert len(asked) >= lesion_paint.TRIES
     assert not drawn.any()
     np.testing.assert_array_equal(after, hu)
 
@@ -282,16 +282,16 @@ def test_nodules_are_of_the_kinds_that_are_asked_for():
 
 def test_shapes_of_patients_held_out_are_not_drawn():
     count, size_mm = lesions.NODULE_SHAPES, lesions.NODULE_MM
-    patients = [lesions.patient_of_shape(i, size_mm) for i in range(count)]
+    patients = [nodule_shapes.patient_of_shape(i, size_mm) for i in range(count)]
     assert len(set(patients)) > 150
     (one,) = np.flatnonzero(np.array(patients) == "LIDC-IDRI-0003").tolist()
 
     def number(seed, held_out):
         rng = np.random.default_rng(seed)
-        shape = lesions.drawn_shape(count, size_mm, held_out, rng)
+        shape = nodule_shapes.drawn_shape(count, size_mm, held_out, rng)
         after = rng.bit_generator.state
         (which,) = (
-            i for i in range(count) if lesions.nodule_shape(i, size_mm) is shape
+            i for i in range(count) if nodule_shapes.nodule_shape(i, size_mm) is shape
         )
         return which, after
 
@@ -311,25 +311,24 @@ def test_shapes_of_patients_held_out_are_not_drawn():
 
 def test_the_patient_of_a_shape_is_who_has_it():
     for number in range(5):
-        shape = lesions.nodule_shape(number, lesions.NODULE_MM)
-        patient = lesions.patient_of_shape(number, lesions.NODULE_MM)
-        index, patients = drawn_nodules.shape_index()
+        shape = nodule_shapes.nodule_shape(number, lesions.NODULE_MM)
+        patient = nodule_shapes.patient_of_shape(number, lesions.NODULE_MM)
+        index, patients = shapes.shape_index()
         own = index[np.array(patients) == patient, 0].astype(int).tolist()
-        assert shape.ratings in [drawn_nodules.read_shape(i).ratings for i in own]
-        assert shape.diameter_mm in [
-            drawn_nodules.read_shape(i).diameter_mm for i in own
-        ]
+        assert shape.ratings in [shapes.read_shape(i).ratings for i in own]
+        assert shape.diameter_mm in [shapes.read_shape(i).diameter_mm for i in own]
 
 
 def test_few_shapes_are_told_and_none_is_refused(caplog):
     pathology = config.Lesions(probability=1.0)
     batches = config.Batches(target="lung")
     everybody = {
-        lesions.patient_of_shape(i, lesions.SHAPE_MM) for i in range(lesions.SHAPES)
+        nodule_shapes.patient_of_shape(i, nodule_shapes.SHAPE_MM)
+        for i in range(nodule_shapes.SHAPES)
     }
     assert lesions.checked_lesions(pathology, batches, frozenset()) == pathology
     assert not caplog.records
-    some = everybody - {lesions.patient_of_shape(0, lesions.SHAPE_MM)}
+    some = everybody - {nodule_shapes.patient_of_shape(0, nodule_shapes.SHAPE_MM)}
     lesions.checked_lesions(pathology, batches, some)
     assert "drawn nodules have 1 of 64 shapes" in caplog.text
     with pytest.raises(ValueError, match=r"all 64 outlines .* --lesions.probability 0"):
@@ -344,13 +343,13 @@ def test_nodules_differ_where_their_shape_is_held_out_and_nowhere_else():
     hu, lung = chest(12)
     size_mm = lesions.NODULE_MM
     everybody = {
-        lesions.patient_of_shape(i, size_mm) for i in range(lesions.NODULE_SHAPES)
+        nodule_shapes.patient_of_shape(i, size_mm) for i in range(lesions.NODULE_SHAPES)
     }
     seeds = range(6)
     usual = [nodules(hu, lung, seed)[0] for seed in seeds]
     same = [nodules(hu, lung, seed, held_out={"nobody"})[0] for seed in seeds]
     np.testing.assert_array_equal(usual, same)
-    kept = lesions.patient_of_shape(0, size_mm)
+    kept = nodule_shapes.patient_of_shape(0, size_mm)
     other = [nodules(hu, lung, seed, held_out=everybody - {kept})[0] for seed in seeds]
     assert not any(np.array_equal(a, b) for a, b in zip(usual, other, strict=True))
 
@@ -453,7 +452,7 @@ def test_noise_is_measured_as_it_was_made():
     white = rng.normal(0, 1, (1, 512, 512)).astype(np.float32)
     for sigma, sd in ((0.5, 30.0), (0.9, 15.0)):
         smooth = cv2.GaussianBlur(white[0], (0, 0), sigma)[None]
-        found = lesions.measured_grain(40 + sd * smooth / smooth.std())
+        found = textures.measured_grain(40 + sd * smooth / smooth.std())
         assert 0.65 * sd < found.sd_hu < 1.05 * sd
         assert found.sigma_px == pytest.approx(sigma, abs=0.25)
 
@@ -471,8 +470,8 @@ def test_small_images_have_lesions_too(shape):
 
 def test_noise_is_a_default_where_there_is_no_tissue():
     nothing = np.full((1, 200, 200), -1000, np.int16)
-    found = lesions.measured_grain(nothing)
-    assert found == lesions.Grain(lesions.GRAIN_SD_HU, lesions.GRAIN_SIGMA_PX)
+    found = textures.measured_grain(nothing)
+    assert found == textures.Grain(textures.GRAIN_SD_HU, textures.GRAIN_SIGMA_PX)
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -498,4 +497,4 @@ def test_settings_out_of_range_are_refused(name, value):
 
 
 def test_every_finding_has_a_painter():
-    assert set(lesions.PAINTERS) == set(lesions.BOTH_LUNGS) == set(FINDINGS)
+    assert set(lesion_paint.PAINTERS) == set(lesion_paint.BOTH_LUNGS) == set(FINDINGS)

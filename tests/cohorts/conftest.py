@@ -88,14 +88,6 @@ def save_series(images, folder: Path, *, suffix=".dcm"):
     return paths
 
 
-@pytest.fixture(autouse=True)
-def key_file(tmp_path_factory, monkeypatch):
-    """Keeps the key of pseudonyms out of the home of whoever runs the tests."""
-    path = tmp_path_factory.mktemp("key") / "lung-nodules/patient_key"
-    monkeypatch.setenv("LUNG_PATIENT_KEY_FILE", str(path))
-    return path
-
-
 @pytest.fixture
 def chest():
     return chest_hu

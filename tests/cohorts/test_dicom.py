@@ -17,7 +17,14 @@ from pydicom.uid import (
     RTStructureSetStorage,
 )
 
-from cohorts import dicom
+from cohorts import (
+    dicom,
+    dicom_checks,
+    dicom_headers,
+    dicom_volume,
+    plausible,
+    pseudonyms,
+)
 from ct import files
 from ct.geometry import flip_xy, to_source
 from ct.scan import AIR_HU, ScanError
@@ -44,7 +51,7 @@ def read_with_itk(paths):
 
 
 def without_padding(hu):
-    return np.where(hu < dicom.PADDING_HU, AIR_HU, hu)
+    return np.where(hu < dicom_volume.PADDING_HU, AIR_HU, hu)
 
 
 def refused(images, saved, **options):
@@ -116,10 +123,10 @@ def test_compressed_series_give_the_same_hu(
 def test_jpeg_2000_with_a_wrong_sign_in_its_header_is_read():
     # The codestream says unsigned, the DICOM header signed; from pydicom's own tests.
     path = PYDICOM_FILES / "J2K_pixelrep_mismatch.dcm"
-    (item,) = dicom.read_slices([path])
-    (stored,) = dicom._stored_pixels(path, [item])
+    (item,) = dicom_headers.read_slices([path])
+    (stored,) = dicom_volume._stored_pixels(path, [item])
     assert stored.min() == -2000
-    assert dicom.to_hu(stored, item)[0, 0] == AIR_HU
+    assert dicom_volume.to_hu(stored, item)[0, 0] == AIR_HU
 
 
 def test_jpeg_extended_is_decoded_as_another_decoder_does():
@@ -478,7 +485,10 @@ REFUSALS = {
         changed("Rows", 12),
         r"mixed matrix size: \[12, 36\] in 1 of 8 images .first 021-3.dcm.",
     ),
-    **{tag: (drop(tag), rf"021-3.dcm has no {tag}") for tag in dicom.REQUIRED_TAGS},
+    **{
+        tag: (drop(tag), rf"021-3.dcm has no {tag}")
+        for tag in dicom_headers.REQUIRED_TAGS
+    },
     "short tag": (
         changed("ImageOrientationPatient", [1, 0, 0, 0, 1]),
         "021-3.dcm: a value of the header has the wrong form",
@@ -638,7 +648,7 @@ def test_values_of_another_modality_are_refused():
     rng = np.random.default_rng(0)
     mr = rng.integers(0, 700, (4, 30, 30)).astype(np.int16)
     with pytest.raises(ScanError, match="scan: .*expected air near -1000"):
-        dicom.check_hu(mr, "scan")
+        plausible.check_hu(mr, "scan")
 
 
 def test_a_field_wider_than_any_scanner_is_refused(series, saved):
@@ -776,20 +786,20 @@ def test_patient_ids_that_are_not_public_become_pseudonyms_of_a_secret_key(
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert len(key_file.read_bytes()) == 32
     assert list(key_file.parent.iterdir()) == [key_file]
-    dicom.read_key.cache_clear()  # as a later run of the same user
+    pseudonyms.read_key.cache_clear()  # as a later run of the same user
     assert found() == first
     key_file.write_bytes(bytes(32))
-    dicom.read_key.cache_clear()
+    pseudonyms.read_key.cache_clear()
     assert found()[0] not in first
 
 
 def test_the_key_lies_in_the_users_settings(monkeypatch, tmp_path):
     monkeypatch.delenv("LUNG_PATIENT_KEY_FILE")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    assert dicom.key_path() == tmp_path / "lung-nodules/patient_key"
+    assert pseudonyms.key_path() == tmp_path / "lung-nodules/patient_key"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert dicom.key_path() == tmp_path / "home/.config/lung-nodules/patient_key"
+    assert pseudonyms.key_path() == tmp_path / "home/.config/lung-nodules/patient_key"
 
 
 def test_a_damaged_key_is_refused_not_replaced(series, saved, key_file):
@@ -864,14 +874,14 @@ def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
     if not (DATA / folder).is_dir():
         pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
     (source,) = dicom.find_scans(DATA / folder)
-    slices = dicom.sorted_slices(dicom.read_slices(source.paths))
-    volume, _ = dicom.stack_slices(slices)
+    slices = dicom_headers.sorted_slices(dicom_headers.read_slices(source.paths))
+    volume, _ = dicom_volume.stack_slices(slices)
     blank, half_blank, offset, copied = (volume.copy() for _ in range(4))
     blank[20:23] = AIR_HU
     half_blank[20:23, 256:] = AIR_HU
     offset[len(offset) // 2 :] += 1024
     copied[30] = copied[29]
-    dicom.check_neighbours(volume, slices)
+    dicom_checks.check_neighbours(volume, slices)
     for damaged, message in (
         (blank, "3 of .* are blank"),
         (half_blank, f"change 2 times .* from {slices[19].name} to {slices[20].name}"),
@@ -879,4 +889,4 @@ def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
         (copied, f"1 of .*{slices[30].name}.* equal to the slice before"),
     ):
         with pytest.raises(ScanError, match=message):
-            dicom.check_neighbours(damaged, slices)
+            dicom_checks.check_neighbours(damaged, slices)

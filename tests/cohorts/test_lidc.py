@@ -17,7 +17,7 @@ from matplotlib.path import Path as Polygon
 from pydicom import uid
 from scipy.sparse import csgraph
 
-from cohorts import lidc
+from cohorts import lidc, lidc_readings
 from ct.scan import ScanError, ScanSource, consensus, readers_of_label
 from nodules import lidc_database
 from nodules.measures import axes_mm
@@ -412,13 +412,13 @@ def test_sessions_end_where_the_ids_change_form_or_a_nodule_returns():
     ids = ["Nodule 001", "Nodule 003", "IL057_7", "12", "15", "11", "40"]
     #       nodule 0      nodule 1      0          0     1     0     2
     nodules = [[0, 2, 3, 5], [1, 4], [6]]
-    assert lidc.sessions_of(ids, nodules) == [0, 0, 1, 2, 2, 3, 3]
+    assert lidc_readings.sessions_of(ids, nodules) == [0, 0, 1, 2, 2, 3, 3]
 
 
 def test_pieces_of_one_nodule_do_not_make_a_fifth_reader():
     # Reader 1 drew nodule 0 in two pieces, 20976 and 20972.
     ids = ["Nodule 001", "20976", "20972", "11786", "0"]
-    assert lidc.sessions_of(ids, [[0, 1, 2, 3, 4]]) == [0, 1, 1, 2, 3]
+    assert lidc_readings.sessions_of(ids, [[0, 1, 2, 3, 4]]) == [0, 1, 1, 2, 3]
 
 
 def test_the_database_lists_scans_that_were_read_and_have_no_nodule():
@@ -430,16 +430,16 @@ def test_the_database_lists_scans_that_were_read_and_have_no_nodule():
             )
         )
     )
-    reading = lidc.read_database(uid_of_none)
+    reading = lidc_readings.read_database(uid_of_none)
     assert reading is not None and reading.findings == ()
-    assert lidc.read_database("1.2.3") is None
+    assert lidc_readings.read_database("1.2.3") is None
 
 
 def test_two_scans_of_a_patient_are_told_apart_by_series():
     rows = lidc_database.query(
         "select series_instance_uid from scans where patient_id = 'LIDC-IDRI-0132'"
     )
-    readings = [lidc.read_database(series_uid) for (series_uid,) in rows]
+    readings = [lidc_readings.read_database(series_uid) for (series_uid,) in rows]
     assert len(readings) == 2
     zs = [{r.z_mm for f in reading.findings for r in f.rois} for reading in readings]
     assert zs[0] != zs[1]

@@ -9,7 +9,7 @@ import SimpleITK
 
 from cohorts import lidc, luna16
 from ct.scan import LEFT, RIGHT, ScanError, consensus, readers_of_label
-from nodules import lidc_database
+from nodules import lidc_database, wand
 
 ROOT = Path(__file__).parents[2]
 LIDC_DIR = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
@@ -144,7 +144,7 @@ def test_the_patient_of_a_series_is_lidcs(tmp_path):
 
 def wand_on(*spheres, centre_zyx=CENTRE_ZYX, radius_mm=RADIUS_MM, hu=None):
     hu = volume_hu(*spheres) if hu is None else hu
-    mask, box = luna16.wand(hu, np.asarray(centre_zyx), 2 * radius_mm, SPACING_MM)
+    mask, box = wand.wand(hu, np.asarray(centre_zyx), 2 * radius_mm, SPACING_MM)
     whole = np.zeros(SHAPE, bool)
     whole[box] = mask
     return whole
@@ -389,7 +389,7 @@ def test_the_wand_comes_near_the_readers_on_real_nodules(real):
     kept = [nodule for nodule in scan.nodules if nodule.readers >= 3]
     for row, nodule in zip(rows, kept, strict=True):
         centre = luna16.checked_centre(row, scan)
-        mask, box = luna16.wand(scan.hu, centre, row.diameter_mm, scan.spacing_mm)
+        mask, box = wand.wand(scan.hu, centre, row.diameter_mm, scan.spacing_mm)
         reference = agreed & (scan.nodule_labels == nodule.label)
         assert np.count_nonzero(reference) == np.count_nonzero(reference[box])
         assert dice(mask, reference[box]) > 0.85

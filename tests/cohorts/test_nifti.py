@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from cohorts import nifti
+from cohorts import nifti, pseudonyms, volume_file
 from ct.geometry import flip_xy, to_source
 from ct.nifti_io import write_nifti
 from ct.scan import AIR_HU, ScanError
@@ -73,7 +73,7 @@ def test_a_nifti_volume_is_read_as_it_is(chest_file, chest):
     assert scan.lung is None
 
 
-@pytest.mark.parametrize("suffix", nifti.SUFFIXES)
+@pytest.mark.parametrize("suffix", volume_file.SUFFIXES)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_every_format_places_voxels_where_simpleitk_does(
     suffix, mirrored, chest, tmp_path
@@ -298,7 +298,7 @@ def test_lungs_on_the_wrong_sides_are_refused(listed, tmp_path, chest):
 
 def test_other_lung_labels_are_refused():
     with pytest.raises(ScanError, match="lung labels 0, 3, 4; expected 0, 1"):
-        nifti.checked_lung_labels(np.array([[[0, 3, 4]]]), "lung.nii")
+        volume_file.checked_lung_labels(np.array([[[0, 3, 4]]]), "lung.nii")
 
 
 def test_labels_of_another_geometry_are_refused(listed, tmp_path, chest):
@@ -427,7 +427,7 @@ def test_the_patient_of_a_listed_series_is_that_of_its_header(
     def unwritable(path):
         raise PermissionError(f"{path}: read-only")
 
-    monkeypatch.setattr(nifti.dicom, "read_key", unwritable)
+    monkeypatch.setattr(pseudonyms, "read_key", unwritable)
     assert patients("x,series\n") == ["x"]
 
 
@@ -525,20 +525,20 @@ def test_a_header_cannot_name_a_file_outside_its_folder(
     with pytest.raises(
         ScanError, match=rf"{name}: its voxels are said to be in .*secret"
     ):
-        nifti.read_volume_file(path)
+        volume_file.read_volume_file(path)
 
 
 def test_a_header_may_name_a_file_beside_it(chest, tmp_path):
     (tmp_path / "my scan..raw").write_bytes(chest().tobytes())
     path = tmp_path / "a.mhd"
     path.write_text(META + "ElementDataFile = my scan..raw\n")
-    assert np.array_equal(nifti.read_volume_file(path)[0], chest().T)
+    assert np.array_equal(volume_file.read_volume_file(path)[0], chest().T)
 
 
 def test_a_header_without_end_is_refused(tmp_path):
     (tmp_path / "a.mhd").write_text(META + "Comment = x\n" * 100_000)
     with pytest.raises(ScanError, match="no end of a MetaImage .* first 1048576 bytes"):
-        nifti.read_volume_file(tmp_path / "a.mhd")
+        volume_file.read_volume_file(tmp_path / "a.mhd")
 
 
 def test_a_second_channel_in_a_plain_folder_is_no_second_patient(chest, tmp_path):
@@ -669,4 +669,4 @@ def test_a_real_lobe_map_is_no_ct_and_no_lung_mask():
         load(path)
     grid = load(DATA / "CIP/ct-64.nrrd").grid
     with pytest.raises(ScanError, match="lung labels 0, 9, 10"):
-        nifti.checked_lung_labels(nifti.read_labels(path, grid), str(path))
+        volume_file.checked_lung_labels(volume_file.read_labels(path, grid), str(path))

@@ -10,6 +10,7 @@ import preprocess
 import table
 from cohorts import npy
 from ct.scan import ScanError, consensus, read_scan, readers_of_label, write_scan
+from dataset import exports
 from dataset.slice_table import SliceTable
 from tests.conftest import SPACING_MM, tiny_scan
 
@@ -35,7 +36,7 @@ def table_path(tmp_path_factory):
 
 @pytest.fixture
 def folder(table_path, tmp_path):
-    table.write_npy_slices(table_path, tmp_path / "npy", LUNG)
+    exports.write_npy_slices(table_path, tmp_path / "npy", LUNG)
     return tmp_path / "npy"
 
 
@@ -81,7 +82,7 @@ def test_scans_come_back_as_they_were(folder):
 
 
 def test_nodules_are_written_as_the_consensus_of_readers(table_path, tmp_path):
-    table.write_npy_slices(table_path, tmp_path / "npy", NODULE)
+    exports.write_npy_slices(table_path, tmp_path / "npy", NODULE)
     found, scan = loaded(tmp_path / "npy"), tiny_scan(0)
     expected = consensus(
         scan.reader_bits,
@@ -103,7 +104,7 @@ def test_nodules_are_written_as_the_consensus_of_readers(table_path, tmp_path):
 def test_the_middle_slices_of_each_scan(table_path, tmp_path, middle, expected):
     # 24 slices: seven on either side of the middle ten.
     out = tmp_path / "npy"
-    count = table.write_npy_slices(table_path, out, LUNG, middle=middle)
+    count = exports.write_npy_slices(table_path, out, LUNG, middle=middle)
     assert count == 3 * len(expected)
     rows = npy.read_slice_list(out / "patient-000" / npy.LIST)
     for scan_id in ("scan-000", "scan-001"):
@@ -114,7 +115,7 @@ def test_the_middle_slices_of_each_scan(table_path, tmp_path, middle, expected):
 
 
 def test_the_middle_slices_keep_their_height(table_path, tmp_path):
-    table.write_npy_slices(table_path, tmp_path / "npy", LUNG, middle=10)
+    exports.write_npy_slices(table_path, tmp_path / "npy", LUNG, middle=10)
     found = loaded(tmp_path / "npy")
     assert np.array_equal(found.hu, tiny_scan(0).hu[7:17])
     assert found.grid.affine[2, 3] == pytest.approx(7 * 2.5)
@@ -150,12 +151,12 @@ def test_a_folder_with_something_else_in_it_is_never_replaced(table_path, tmp_pa
     with pytest.raises(
         ValueError, match="holds work.txt, which is no folder of slices"
     ):
-        table.write_npy_slices(table_path, tmp_path / "mine", LUNG)
+        exports.write_npy_slices(table_path, tmp_path / "mine", LUNG)
     assert (tmp_path / "mine/work.txt").read_text() == "years"
 
 
 def test_slices_written_again_leave_no_old_ones(table_path, folder):
-    table.write_npy_slices(table_path, folder, LUNG, middle=2)
+    exports.write_npy_slices(table_path, folder, LUNG, middle=2)
     names = [path.name for path in (folder / "patient-002").glob("*.npy")]
     assert len(names) == 4
 
@@ -166,7 +167,7 @@ def test_a_patient_that_cannot_name_a_folder_is_refused(tmp_path):
     settings = config.Table(size_px=(64, 64), slices="all")
     table.write_table(tmp_path / "scans", tmp_path / "table.h5", settings)
     with pytest.raises(ValueError, match=r"the id '../else' cannot name a file"):
-        table.write_npy_slices(tmp_path / "table.h5", tmp_path / "npy", LUNG)
+        exports.write_npy_slices(tmp_path / "table.h5", tmp_path / "npy", LUNG)
     assert not (tmp_path / "npy").exists()
 
 

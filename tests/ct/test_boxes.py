@@ -4,8 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from ct.boxes import Crop, add, around, cut
 
 SHAPES = [
@@ -143,7 +142,7 @@ def test_tiles_on_a_mask_hold_some_of_it_and_give_all_of_it():
     cv2.ellipse(lung, (40, 70), (30, 60), 0, 0, 360, 1, -1)
     cv2.circle(lung, (150, 20), 15, 2, -1)
     size, again = (48, 64), np.zeros_like(image)
-    tiles = augment2d.tiles(lung, image.shape, size)
+    tiles = inputs.tiles(lung, image.shape, size)
     assert len(tiles) < len(boxes.tiles(boxes.around(lung), size))
     for tile in tiles:
         assert cut(lung, tile.start, size, fill=0).any()
@@ -152,8 +151,8 @@ def test_tiles_on_a_mask_hold_some_of_it_and_give_all_of_it():
 
 
 def test_an_empty_mask_has_no_tile_and_without_mask_all_is_covered():
-    assert augment2d.tiles(np.zeros((90, 90), np.uint8), (90, 90), (64, 64)) == []
+    assert inputs.tiles(np.zeros((90, 90), np.uint8), (90, 90), (64, 64)) == []
     total = np.zeros((90, 70), np.float32)
-    for tile in augment2d.tiles(None, total.shape, (64, 96)):
+    for tile in inputs.tiles(None, total.shape, (64, 96)):
         add(total, tile.weights, tile.start)
     assert np.allclose(total, 1, atol=1e-6)

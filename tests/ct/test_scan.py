@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(scan, tmp_path):
         code = (
             "import resource, signal\n"
             "from pathlib import Path\n"
-            "from scan import read_scan, write_scan\n"
+            "from ct.scan import read_scan, write_scan\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             f"scan = read_scan(Path({str(tmp_path / 'whole.h5')!r}))\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"

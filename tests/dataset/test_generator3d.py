@@ -13,13 +13,14 @@ import data_generator
 import slice_idx
 import steps
 from augment import augment2d
-from ct import boxes
+from ct import boxes, inputs
 from ct.geometry import Grid
 from ct.scan import consensus, readers_of_label, write_scan
-from dataset import batching, generator3d
+from dataset import batching, contact_sheet, generator3d
 from dataset.generator3d import VolumeCache, VolumeGenerator, tiles_of_volumes
 from dataset.slice_table import SliceTable
-from phantoms import drawn_nodules
+from dataset.split import PARTS, read_split, scans_of_part
+from nodules import shapes
 from table import write_table
 from tests.conftest import tiny_scan
 
@@ -283,10 +284,8 @@ def test_scans_without_lungs_cannot_be_used(folder, tmp_path):
 
 
 def test_scans_of_a_part_are_those_of_its_patients(table, folder):
-    split = slice_idx.read_split(folder / "split.json")
-    parts = {
-        part: slice_idx.scans_of_part(split, table, part) for part in slice_idx.PARTS
-    }
+    split = read_split(folder / "split.json")
+    parts = {part: scans_of_part(split, table, part) for part in PARTS}
     assert sorted(np.concatenate(list(parts.values()))) == list(range(5))
     for part, scans in parts.items():
         patients = set(table.scans["patient_id"][scans].tolist())
@@ -296,23 +295,23 @@ def test_scans_of_a_part_are_those_of_its_patients(table, folder):
 def test_a_split_by_slice_is_refused(table):
     split = {"settings": {"unit": "slice"}}
     with pytest.raises(ValueError, match="--split.unit patient"):
-        slice_idx.scans_of_part(split, table, "train")
+        scans_of_part(split, table, "train")
 
 
 def test_the_sheet_shows_three_planes_of_every_crop(table):
     batches = replace(LUNGS, input_px=(12, 20, 16))
-    sheet = data_generator.volume_sheet(training(table, batches), crops=3, columns=2)
-    side = 20 * data_generator.SCALE
-    height = side + data_generator.CAPTION_PX
+    sheet = contact_sheet.volume_sheet(training(table, batches), crops=3, columns=2)
+    side = 20 * contact_sheet.SCALE
+    height = side + contact_sheet.CAPTION_PX
     assert sheet.shape == (2 * height, 2 * 3 * side, 3)
-    assert (sheet == data_generator.OUTLINE_BGR).all(-1).any()
+    assert (sheet == contact_sheet.OUTLINE_BGR).all(-1).any()
     assert not sheet[height:, 3 * side :].any()  # three crops, the fourth is black
 
 
 def test_planes_stand_head_up():
     volume = np.zeros((4, 6, 6), np.uint8)
     volume[3] = 1  # the head
-    axial, coronal, sagittal = data_generator.middle_planes(volume)
+    axial, coronal, sagittal = contact_sheet.middle_planes(volume)
     assert not axial.any()
     assert coronal[0].all() and not coronal[1:].any()
     assert sagittal[0].all() and not sagittal[1:].any()
@@ -351,7 +350,7 @@ def test_a_mask_of_a_volume_sets_all_else_to_air():
     lung = np.zeros(hu.shape, np.uint8)
     lung[1, 2, 3] = 2
     batches = config.Batches(window_hu=(0.0, 200.0), lung_mask=True)
-    image = augment2d.to_input(hu, lung, batches)
+    image = inputs.to_input(hu, lung, batches)
     assert image[1, 2, 3] == pytest.approx(0.5)
     assert image.sum() == pytest.approx(0.5)
 
@@ -401,7 +400,7 @@ def test_nodules_are_not_shaped_after_patients_who_are_not_trained_on(table, tar
     assert some.held_out == {names[1], names[4]}
     everyone = training(table, batches, pathology=nodules)
     assert everyone.held_out == frozenset()
-    everyone.held_out = frozenset(drawn_nodules.shape_index()[1])
+    everyone.held_out = frozenset(shapes.shape_index()[1])
     with pytest.raises(ValueError, match="patients who are held out"):
         everyone[0]
 

@@ -78,7 +78,7 @@ def test_the_seed_decides_and_scans_differ():
 
 def test_scans_without_known_lungs_are_refused():
     with pytest.raises(
-        ScanError, match=r"scan-000 has no lung labels; .*phantoms.chest"
+        ScanError, match=r"scan-000 has no lung labels; .*phantoms.write"
     ):
         lesioned_scans.lesioned(replace(healthy(), lung=None), MASSES, seed=0)
 

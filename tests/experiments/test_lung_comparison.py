@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import postprocess
 from ct.nifti_io import write_nifti
-from ct.scan import scan_path, write_scan
+from ct.scan import reference_mask, scan_path, write_scan
 from experiments import lung_comparison
 from experiments.lung_comparison import Arguments
-from metrics import overlap
+from metrics import calibration
 from tests.conftest import SPACING_MM, tiny_scan
 
 
@@ -69,7 +68,7 @@ def cell(tables, run, score):
 def test_what_a_mask_lacks_is_counted(work):
     _, tables = compared(work, "whole", "holed")
     scan = tiny_scan(0)
-    nodule = postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+    nodule = reference_mask(scan, consensus_level=0.5, min_readers=1)
     nodule &= scan.nodule_labels == 1
     lacks = {
         (row["method"], row["scan_id"], row["label"]): int(row["voxels"])
@@ -97,7 +96,7 @@ def test_the_distance_to_the_pleura_is_that_of_the_nearest_voxel(work):
     outside = np.argwhere(scan.lung == 0) * SPACING_MM
     voxels = np.argwhere(
         (scan.nodule_labels == 2)
-        & postprocess.reference_mask(scan, consensus_level=0.5, min_readers=1)
+        & reference_mask(scan, consensus_level=0.5, min_readers=1)
     )
     nearest = min(
         np.sqrt(((outside - v * SPACING_MM) ** 2).sum(1)).min() for v in voxels
@@ -162,9 +161,9 @@ def test_a_method_without_name_or_folder_is_refused(methods, tmp_path):
 def test_reliability_by_hand():
     prob = np.array([0.1, 0.1, 0.1, 0.1, 0.8, 0.8, 1.0, 0.0])
     truth = np.array([0, 0, 0, 1, 1, 1, 1, 0], bool)
-    counts = overlap.reliability_counts(prob, truth, bins=2)
+    counts = calibration.reliability_counts(prob, truth, bins=2)
     assert counts == pytest.approx(np.array([[4, 0.4, 1], [3, 2.6, 3]]))
-    curve = overlap.reliability(counts + counts)  # cases add
+    curve = calibration.reliability(counts + counts)  # cases add
     assert curve.probability == pytest.approx([0.1, 2.6 / 3])
     assert curve.observed == pytest.approx([0.25, 1])
     assert curve.ece == pytest.approx((0.6 + 0.4) / 7)

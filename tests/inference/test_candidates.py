@@ -80,7 +80,7 @@ def test_what_a_low_threshold_joins_is_judged_one_by_one(
 
 
 def test_each_mirror_image_is_judged(make_reduction_run, tmp_path):
-    from augment import augment2d
+    from ct import inputs
 
     scan = tiny_scan()
     classifier = CandidateClassifier(make_reduction_run(tmp_path / "run"))
@@ -93,7 +93,7 @@ def test_each_mirror_image_is_judged(make_reduction_run, tmp_path):
         classifier.probabilities(scan, places[3:4]), found[3:4], atol=1e-6
     )
     (crop,) = crops(scan, places[:1], SPACING_MM, SIZE)
-    image = augment2d.to_input(crop, None, classifier.batches)
+    image = inputs.to_input(crop, None, classifier.batches)
     mirrored = np.stack(
         [image, image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]]
     )

@@ -11,15 +11,8 @@ import config
 from ct import boxes, files
 from ct.geometry import Grid
 from ct.scan import ScanError
-from inference.finder import (
-    PATCH_PX,
-    PIXEL_MM,
-    Component,
-    NoduleFinder,
-    joined,
-    outlined,
-    renumbered,
-)
+from inference.finder import PIXEL_MM, Component, NoduleFinder, joined
+from inference.outlining import PATCH_PX, outlined, renumbered
 from tests.conftest import tiny_scan
 
 

@@ -6,10 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from augment import augment2d
+from ct.inputs import to_input
 from inference import predictor3d
 from inference.moments import RunningMoments, expected_dice_error
-from inference.predictor3d import Maps, Passes, VolumePredictor
+from inference.passes import (
+    CONVERGED_DICE,
+    MAX_PASSES,
+    MIN_PASSES,
+    Maps,
+    Passes,
+    converge,
+)
+from inference.predictor3d import VolumePredictor
 from training.runs import read_settings
 
 
@@ -49,7 +57,7 @@ def lung_cube():
 def kept_passes(predictor, hu):
     """Every pass, kept, of a volume that the network sees as it is."""
     network = predictor.network(hu.shape)
-    values = augment2d.to_input(hu, None, predictor.settings.batches)
+    values = to_input(hu, None, predictor.settings.batches)
     return np.stack(
         [predictor.probability(network, values, k) for k in range(predictor.passes.n)]
     )
@@ -108,7 +116,7 @@ def test_a_pass_does_not_depend_on_the_passes_before_it(random_run):
     predictor = predictor_of(random_run, n=3, draw="both")
     hu = lung_cube()
     network = predictor.network(hu.shape)
-    values = augment2d.to_input(hu, None, predictor.settings.batches)
+    values = to_input(hu, None, predictor.settings.batches)
 
     def make(k):
         seed_dropout(network, predictor.passes.seed, k)
@@ -127,7 +135,7 @@ def test_passes_in_one_call_are_those_made_one_by_one(random_run):
     kept = kept_passes(predictor, hu)
     from models.masking import mask_noise
 
-    values = augment2d.to_input(hu, None, predictor.settings.batches)[None, ..., None]
+    values = to_input(hu, None, predictor.settings.batches)[None, ..., None]
     cube_px = predictor.settings.model.mask_cube_px
     inputs = {
         "volume": np.repeat(values, 4, axis=0),
@@ -161,9 +169,9 @@ def test_dropout_alone_is_seeded_and_leaves_batch_normalisation_alone(
 def test_auto_stops_when_the_mask_has_converged():
     rng = np.random.default_rng(0)
     sure = converged_passes(lambda k: np.full(100, 0.9, np.float32))
-    assert sure.n == predictor3d.MIN_PASSES
+    assert sure.n == MIN_PASSES
     unsure = converged_passes(lambda k: rng.random(100, np.float32))
-    assert unsure.n == predictor3d.MAX_PASSES
+    assert unsure.n == MAX_PASSES
     # 100 000 voxels from 0 to 1, spread 0.015: the voxels expected to be wrong after n passes
     # are 100 000 * 2 * 0.4 * 0.015 / sqrt(n) of 2 * 45 000, below 0.003 from n = 20 on.
     base = np.linspace(0, 1, 100_000)
@@ -171,11 +179,11 @@ def test_auto_stops_when_the_mask_has_converged():
         lambda k: (base + 0.015 * rng.standard_normal(100_000)).astype(np.float32)
     )
     assert 16 <= some.n <= 24
-    assert expected_dice_error(some, 0.55) < predictor3d.CONVERGED_DICE
+    assert expected_dice_error(some, 0.55) < CONVERGED_DICE
 
 
 def converged_passes(one_pass):
-    return predictor3d.converge(one_pass, one_pass(0).shape, "auto", 0.55)
+    return converge(one_pass, one_pass(0).shape, "auto", 0.55)
 
 
 def test_tiles_give_what_the_whole_volume_gives(run):

@@ -18,6 +18,7 @@ import slice_idx
 import table
 import train
 from ct.scan import ScanError, read_scan, scan_files
+from inference import segment
 from inference.seeded import (
     TURNS,
     PatchPredictor,
@@ -201,23 +202,23 @@ def test_turning_back_undoes_a_turn_and_all_turns_differ():
 
 
 def test_segment_patches_is_the_predictor_and_loads_once(work, predictor, some):
-    prob = infer.segment_patches(some, work / "run")
+    prob = segment.segment_patches(some, work / "run")
     assert np.allclose(prob, predictor.probability(some), atol=1e-6)
-    infer.segment_patches(some, str(work / "run"), turns=TURNS)
-    before = infer.patch_predictor.cache_info().misses
-    infer.segment_patches(some, work / "run")
-    assert infer.patch_predictor.cache_info().misses == before
+    segment.segment_patches(some, str(work / "run"), turns=TURNS)
+    before = segment.patch_predictor.cache_info().misses
+    segment.segment_patches(some, work / "run")
+    assert segment.patch_predictor.cache_info().misses == before
 
 
 def test_no_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        infer.segment_patches(np.zeros((1, 64, 64)), tmp_path)
+        segment.segment_patches(np.zeros((1, 64, 64)), tmp_path)
 
 
 def test_patches_have_no_lungs_and_whole_scans_no_seed(work, make_scan):
     scan = read_scan(scan_files(work / "scans")[0])
     assert scan.lung is None and not scan.whole
-    seeded = infer.SeededPredictor(work / "run", EXPERIMENT)
+    seeded = segment.SeededPredictor(work / "run", EXPERIMENT)
     with pytest.raises(ScanError, match="segment_patches"):
         seeded.probability(make_scan(0))
 
@@ -297,8 +298,8 @@ def test_segment_nodule_decides_over_all_slices(work, tmp_path, some):
     record["postprocess"] |= {"one_nodule": True}
     (run / "config.json").write_text(json.dumps(record))
     nodule = np.stack([some[1], some[1], np.full_like(some[1], 60)])
-    mask, prob = infer.segment_nodule(nodule, run)
-    assert np.array_equal(prob, infer.segment_patches(nodule, run))
+    mask, prob = segment.segment_nodule(nodule, run)
+    assert np.array_equal(prob, segment.segment_patches(nodule, run))
     assert overlap.dice(np.stack([disc(7)] * 2), mask[:2]) > 0.8
     assert mask.dtype == bool and mask.any(axis=(1, 2))[:2].all()
     assert not (mask & (prob < 0.5)).any()
@@ -330,5 +331,5 @@ def test_a_small_patch_goes_on_as_its_border(predictor):
 
 
 def test_no_slices_hold_no_nodule(work):
-    mask, prob = infer.segment_nodule(np.zeros((0, SIZE, SIZE)), work / "run")
+    mask, prob = segment.segment_nodule(np.zeros((0, SIZE, SIZE)), work / "run")
     assert mask.shape == prob.shape == (0, SIZE, SIZE)

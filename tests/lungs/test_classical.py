@@ -3,7 +3,7 @@ import pytest
 
 import config
 from ct.scan import LEFT, RIGHT
-from lungs import classical
+from lungs import classical, sides, slice_rule
 
 SPACING_MM = (2.5, 1.5, 1.5)
 
@@ -14,11 +14,11 @@ def dice(a, b):
 
 def test_kmeans_threshold_of_two_values_lies_between_them():
     values = np.array([-900] * 30 + [100] * 70, np.int16)
-    assert classical.kmeans_threshold_hu(values) == -400
+    assert slice_rule.kmeans_threshold_hu(values) == -400
 
 
 def test_kmeans_threshold_of_one_value_is_that_value():
-    assert classical.kmeans_threshold_hu(np.full(9, 7, np.int16)) == 7
+    assert slice_rule.kmeans_threshold_hu(np.full(9, 7, np.int16)) == 7
 
 
 def test_kmeans_threshold_agrees_with_scikit_learn():
@@ -29,7 +29,7 @@ def test_kmeans_threshold_agrees_with_scikit_learn():
         [rng.normal(-850, 60, 4000), rng.normal(40, 80, 6000)]
     ).astype(np.int16)
     fitted = KMeans(n_clusters=2, n_init=5, random_state=0).fit(values.reshape(-1, 1))
-    assert classical.kmeans_threshold_hu(values) == pytest.approx(
+    assert slice_rule.kmeans_threshold_hu(values) == pytest.approx(
         fitted.cluster_centers_.mean(), abs=1e-2
     )
 
@@ -40,7 +40,7 @@ def test_squares_of_even_side_lie_as_in_scikit_image():
 
     mask = np.random.default_rng(0).random((60, 60)) < 0.3
     for side in (3, 4, 10):
-        ours = classical.by_square(cv2.dilate, mask.astype(np.uint8), side)
+        ours = slice_rule.by_square(cv2.dilate, mask.astype(np.uint8), side)
         theirs = morphology.dilation(mask, np.ones((side, side)))
         assert np.array_equal(ours > 0, theirs)
 
@@ -51,7 +51,7 @@ def test_the_slice_rule_keeps_regions_by_place_and_size():
     image[511, 511] = 3000
     image[150:300, 100:200] = -850
     image[10:60, 300:350] = -850  # begins above row 40
-    mask = classical.slice_rule(image)
+    mask = slice_rule.slice_rule(image)
     assert mask[150:300, 100:200].all()
     assert not mask[10:60, 300:350].any()
 
@@ -113,7 +113,7 @@ def test_a_body_without_lungs_has_none(make_chest):
 def test_thesis_mode_is_the_slice_rule_alone(make_chest):
     hu, *_ = make_chest()
     labels = classical.segment_lungs(hu, SPACING_MM, config.LungMask(cleaning=False))
-    expected = np.stack([classical.slice_rule(image) for image in hu])
+    expected = np.stack([slice_rule.slice_rule(image) for image in hu])
     assert np.array_equal(labels > 0, expected)
 
 
@@ -121,7 +121,7 @@ def test_a_small_lung_keeps_its_side():
     lungs = np.zeros((40, 60, 80), bool)
     lungs[2:38, 10:50, 5:35] = True
     lungs[5:15, 20:40, 55:70] = True  # 7 % of the other
-    labels = classical.sides(lungs, (2.5, 3.0, 3.0))
+    labels = sides.sides(lungs, (2.5, 3.0, 3.0))
     assert (labels[:, :, :40][lungs[:, :, :40]] == RIGHT).all()
     assert (labels[:, :, 40:][lungs[:, :, 40:]] == LEFT).all()
 
@@ -152,7 +152,7 @@ def test_a_bridge_is_cut_in_its_middle(turn_deg, thick_mm):
     along_mm = x * np.cos(turn) - y * np.sin(turn)
     bridge = np.zeros(right.shape, bool)
     bridge[20:40] = (np.abs(across_mm) < thick_mm / 2) & (np.abs(along_mm) < 50)
-    labels = classical.sides(right | left | bridge, (3.0, 3.0, 3.0))
+    labels = sides.sides(right | left | bridge, (3.0, 3.0, 3.0))
     assert (labels[right] == RIGHT).all()
     assert (labels[left] == LEFT).all()
     for side, own_mm in ((RIGHT, -along_mm), (LEFT, along_mm)):
@@ -162,7 +162,7 @@ def test_a_bridge_is_cut_in_its_middle(turn_deg, thick_mm):
 
 def test_a_collapsed_lung_is_told_from_the_one_it_touches():
     right, left = ellipsoids(left_radii_mm=(30, 25, 20), left_mm=(-10, 0, 10))
-    labels = classical.sides(right | left, (3.0, 3.0, 3.0))
+    labels = sides.sides(right | left, (3.0, 3.0, 3.0))
     assert left.sum() < 0.1 * right.sum()
     assert (labels[right] == RIGHT).all()
     wrong_x = np.nonzero(left & (labels != LEFT))[2]
@@ -174,7 +174,7 @@ def test_lungs_pushed_aside_keep_their_sides(push_px):
     right, left = ellipsoids()
     bridged = right | left
     bridged[28:32, 30:40, 40:50] = True
-    labels = classical.sides(np.roll(bridged, push_px, axis=2), (3.0, 3.0, 3.0))
+    labels = sides.sides(np.roll(bridged, push_px, axis=2), (3.0, 3.0, 3.0))
     assert (labels[np.roll(right, push_px, axis=2)] == RIGHT).all()
     assert (labels[np.roll(left, push_px, axis=2)] == LEFT).all()
 
@@ -182,22 +182,22 @@ def test_lungs_pushed_aside_keep_their_sides(push_px):
 @pytest.mark.parametrize(("middle_x", "side"), [(45, RIGHT), (5, LEFT)])
 def test_one_lung_is_not_taken_apart(middle_x, side):
     right, _ = ellipsoids()
-    labels = classical.sides(right, (3.0, 3.0, 3.0), middle_x)
+    labels = sides.sides(right, (3.0, 3.0, 3.0), middle_x)
     assert (labels[right] == side).all()
 
 
 def test_a_lung_astride_the_middle_is_not_taken_apart():
     right, _ = ellipsoids()
     astride = np.roll(right, 17, axis=2)
-    assert len(np.unique(classical.sides(astride, (3.0, 3.0, 3.0))[astride])) == 1
+    assert len(np.unique(sides.sides(astride, (3.0, 3.0, 3.0))[astride])) == 1
 
 
 @pytest.mark.parametrize("shape", [(20, 320, 36), (150, 60, 256), (1, 512, 512)])
 def test_slices_of_any_shape_have_a_middle(shape):
     hu = np.random.default_rng(0).integers(-1000, 200, shape).astype(np.int16)
-    middle = classical.middle_of(hu[0])
+    middle = slice_rule.middle_of(hu[0])
     assert min(middle.shape) >= 1
     share = middle.size / hu[0].size
-    full = classical.middle_of(np.zeros((512, 512), np.int16)).size / 512**2
+    full = slice_rule.middle_of(np.zeros((512, 512), np.int16)).size / 512**2
     assert share == pytest.approx(full, rel=0.15)
     classical.segment_lungs(hu, (2.5, 1.0, 1.0), config.LungMask())

@@ -8,16 +8,10 @@ import pytest
 
 import config
 from ct.scan import LEFT, RIGHT, Scan
-from lungs.classical import body_middle_x, distance_mm, segment_lungs
-from lungs.labels import (
-    LungMap,
-    border,
-    expected_dice,
-    judge,
-    labels_from_map,
-    side_of,
-    snapped,
-)
+from lungs.checks import expected_dice, judge
+from lungs.classical import segment_lungs
+from lungs.labels import LungMap, border, labels_from_map, side_of, snapped
+from lungs.sides import body_middle_x, distance_mm
 
 SPACING_MM = (4.0, 2.0, 2.0)
 VOXEL_MM3 = 16
@@ -26,9 +20,9 @@ VOXEL_MM3 = 16
 @pytest.fixture(scope="module")
 def phantom():
     """(scan, labels): a phantom with ribs and spine, thinned to seconds."""
-    from phantoms import chest
+    from phantoms import chest, write
 
-    full = chest.to_scan(chest.make_phantom(4))
+    full = write.to_scan(chest.make_phantom(4))
     thin = (slice(None), slice(None, None, 4), slice(None, None, 4))
     affine = full.grid.affine @ np.diag([1, 4, 4, 1])
     hu = np.ascontiguousarray(full.hu[thin])

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from metrics import calibration, overlap
+from metrics import calibration
 
 
 def drawn(prob, votes):
-    return overlap.reliability_counts(prob, votes, bins=calibration.FINE_BINS)
+    return calibration.reliability_counts(prob, votes, bins=calibration.FINE_BINS)
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def test_the_temperature_of_a_network_is_found(shares, temperature):
     counts = drawn(sure(shares, temperature), shares)
     found = calibration.fit_temperature(counts)
     assert found == pytest.approx(temperature, rel=0.02)
-    before = overlap.reliability(calibration.coarse(counts)).ece
-    after = overlap.reliability(
+    before = calibration.reliability(calibration.coarse(counts)).ece
+    after = calibration.reliability(
         calibration.coarse(calibration.scaled(counts, found))
     ).ece
     assert after < 0.003
@@ -48,7 +48,7 @@ def test_a_map_that_is_right_has_temperature_1_whatever_lies_below_the_least():
     logit = np.concatenate([rng.normal(-7, 1, 200_000), rng.normal(0, 2, 20_000)])
     prob = 1 / (1 + np.exp(-logit))
     drawn_by_one = (rng.uniform(size=prob.size) < prob).astype(float)
-    counts = overlap.reliability_counts(
+    counts = calibration.reliability_counts(
         prob, drawn_by_one, bins=calibration.FINE_BINS, least=0.01
     )
     assert calibration.fit_temperature(counts) == pytest.approx(1, abs=0.03)
@@ -73,7 +73,7 @@ def test_scaling_moves_voxels_and_keeps_them(shares):
 
 
 def test_fine_bins_hold_what_coarse_ones_do(shares):
-    coarse = overlap.reliability_counts(shares, shares > 0.4, bins=calibration.BINS)
+    coarse = calibration.reliability_counts(shares, shares > 0.4, bins=calibration.BINS)
     fine = drawn(shares, shares > 0.4)
     np.testing.assert_allclose(calibration.coarse(fine), coarse)
 

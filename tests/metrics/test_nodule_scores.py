@@ -44,7 +44,7 @@ def scan_of(drawn, *, ratings=(), lung=None, whole=True):
 
 def rows_of(scan, predicted, *, level=0.5, min_readers=1):
     """The rows of a prediction given as voxels of each component."""
-    from postprocess import reference_mask
+    from ct.scan import reference_mask
 
     labels = np.zeros(SHAPE, np.uint8)
     for component, voxels in enumerate(predicted, start=1):

@@ -3,19 +3,9 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.distance import cdist
 
-from metrics.overlap import (
-    Counts,
-    bootstrap,
-    bootstrap_mean,
-    bootstrap_pooled,
-    count_voxels,
-    dice,
-    element_areas_mm2,
-    match_nodules,
-    ratio,
-    surface,
-    surface_distances,
-)
+from metrics.intervals import bootstrap, bootstrap_mean, bootstrap_pooled
+from metrics.overlap import Counts, count_voxels, dice, match_nodules, ratio
+from metrics.surfaces import element_areas_mm2, surface, surface_distances
 
 SHAPE = (16, 20, 24)
 SPACING_MM = (2.5, 0.7, 0.9)

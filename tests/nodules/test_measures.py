@@ -9,7 +9,8 @@ from scipy.ndimage import gaussian_filter
 
 from config import Postprocess
 from ct.geometry import Grid
-from nodules.measures import axes_mm, find_nodules, label_nodules, pleura_distance_mm
+from nodules.components import label_nodules
+from nodules.measures import axes_mm, find_nodules, pleura_distance_mm
 
 SETTINGS = Postprocess(method="fixed", within_lung=False, min_volume_mm3=0.0)
 

@@ -16,16 +16,18 @@ import pytest
 from scipy import ndimage
 
 from cohorts import lidc
-from ct import files
+from ct import files, geometry
 from ct.geometry import Grid
 from ct.scan import AIR_HU, LEFT, RIGHT, Scan, read_scan
 from metrics.overlap import dice
+from nodules import shapes
 from nodules.outlines import READERS, diameter_mm, fill_outline
-from phantoms import anatomy, chest, dicom_series, drawn_nodules
+from phantoms import anatomy, chest, dicom_series, drawn_nodules, render, write
+from phantoms.settings import KERNELS, Settings
 
 ROOT = Path(__file__).parents[2]
 SEED = 62
-SETTINGS = chest.Settings(
+SETTINGS = Settings(
     size_px=192, slice_spacing_mm=5.0, nodules=(6, 6), diameter_mm=(10.0, 24.0)
 )
 SPACING_MM = (2.5, 0.75, 0.75)
@@ -56,9 +58,9 @@ def written(tmp_path_factory):
     """The phantom, its folder, the scan read from its DICOM and XML, and its truth."""
     out = tmp_path_factory.mktemp("phantoms")
     made = chest.make_phantom(SEED, SETTINGS)
-    chest.write_phantom(made, out)
+    write.write_phantom(made, out)
     (source,) = lidc.find_scans(out)
-    truth = read_scan(chest.truth_path(out, made.series_uid))
+    truth = read_scan(write.truth_path(out, made.series_uid))
     return Written(made, out, lidc.load_scan(source), truth)
 
 
@@ -72,7 +74,7 @@ def nodule_of(diameter, rng, **changes):
         site="isolated",
         centre_xyz=rng.uniform(-1, 1, 3),
         diameter_mm=diameter,
-        shape=drawn_nodules.draw_shape(rng, diameter),
+        shape=shapes.draw_shape(rng, diameter),
         hu=20.0,
         haze_hu=-600.0,
         core=1.0,
@@ -81,7 +83,7 @@ def nodule_of(diameter, rng, **changes):
 
 
 def fine_mesh(half_mm=40.0):
-    return anatomy.mesh_from_axes(
+    return geometry.mesh_from_axes(
         *(np.arange(-half_mm, half_mm, step) for step in SPACING_MM)
     )
 
@@ -190,7 +192,7 @@ def test_nodules_have_the_density_of_their_kind(written):
             middle = ndimage.distance_transform_edt(inside, made.grid.spacing_mm)
             core_hu = np.median(made.hu[middle > 0.8 * middle.max()])
             assert core_hu > nodule.haze_hu + 150
-    assert kinds == set(drawn_nodules.KINDS)
+    assert kinds == set(shapes.KINDS)
 
 
 def test_lung_bone_and_air_have_their_densities(written):
@@ -221,11 +223,11 @@ def neighbours_agree(noise, pixels):
 def noise_of(kernel, pixel_mm):
     """Noise of 20 HU where everything absorbs alike."""
     flat = np.ones((384, 384), np.float32)
-    grain = chest._Grain(kernel, pixel_mm, 20.0, flat, np.zeros(1))
+    grain = render._Grain(kernel, pixel_mm, 20.0, flat, np.zeros(1))
     return grain.at(0, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("kernel", chest.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_noise_is_correlated_and_band_passed(kernel):
     """White noise of as many pixels stays below 0.01, at any distance."""
     noise = noise_of(kernel, 0.7)
@@ -234,7 +236,7 @@ def test_noise_is_correlated_and_band_passed(kernel):
     assert neighbours_agree(noise, round(2 * kernel.grain_mm[1] / 0.7)) < -0.005
 
 
-@pytest.mark.parametrize("kernel", chest.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_noise_is_the_difference_of_its_kernels_gaussians(kernel):
     """Its correlation by hand, on pixels fine enough for the integral to hold."""
     pixel_mm = 0.3
@@ -317,7 +319,7 @@ def test_run_lengths_of_every_length_read_back(written):
     )
     hu = np.stack([row, row[::-1], np.full_like(row, 7)]).astype(np.int16)[None]
     series = replace(
-        chest.to_series(written.made), hu=hu, outside_fov=None, transfer_syntax="rle"
+        write.to_series(written.made), hu=hu, outside_fov=None, transfer_syntax="rle"
     )
     image = dicom_series.dicom_slice(series, 0)
     assert np.array_equal(image.pixel_array + dicom_series.INTERCEPT_HU, hu[0])
@@ -331,7 +333,7 @@ def checksums(folder):
 def test_a_seed_gives_the_same_bytes_in_another_process_and_another_seed_others(
     written, tmp_path
 ):
-    command = [sys.executable, "-m", "phantoms.chest", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "phantoms.write", "--out", str(tmp_path)]
     command += ["--count", "2", "--seed", str(SEED - 1), "--phantom.size-px", "192"]
     command += ["--phantom.slice-spacing-mm", "5", "--phantom.nodules", "6", "6"]
     command += ["--phantom.diameter-mm", "10", "24"]
@@ -352,14 +354,14 @@ def copied(written, tmp_path, monkeypatch):
         made.append(seed)
         return written.made
 
-    monkeypatch.setattr(chest, "make_phantom", make)
-    chest.write_phantom(written.made, tmp_path)
+    monkeypatch.setattr(write, "make_phantom", make)
+    write.write_phantom(written.made, tmp_path)
     return tmp_path, made
 
 
 def write_again(out, **options):
     options = {"settings": SETTINGS, **options}
-    return chest.write_phantoms(out, 1, seed=SEED, **options)
+    return write.write_phantoms(out, 1, seed=SEED, **options)
 
 
 def test_a_phantom_that_is_there_is_not_made_again(copied):
@@ -378,7 +380,7 @@ def test_a_phantom_that_is_half_there_is_made_again(copied, written, lost):
     write_again(out)
     assert made == [SEED]
     assert checksums(patient) == checksums(written.out / patient.name)
-    assert chest.truth_path(out, written.made.series_uid).is_file()
+    assert write.truth_path(out, written.made.series_uid).is_file()
 
 
 def test_a_phantom_of_other_settings_is_not_taken_for_this_one(copied):
@@ -399,4 +401,4 @@ def test_a_phantom_of_other_settings_is_not_taken_for_this_one(copied):
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*expected"):
-        chest.Settings(**wrong)
+        Settings(**wrong)

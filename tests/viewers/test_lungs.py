@@ -8,9 +8,14 @@ import pytest
 from ct.geometry import Grid
 from ct.nifti_io import read_nifti, write_nifti
 from ct.scan import LEFT, RIGHT
-from nodules.measures import NODULE_COLUMNS
 from results import result_folder
-from results.result_folder import LungRow
+from results.rows import (
+    NODULE_COLUMNS,
+    NODULES_CSV,
+    LungRow,
+    write_lung_rows,
+    write_scan_rows,
+)
 from tests.conftest import canonical_grid
 from viewers import lungs
 
@@ -82,7 +87,7 @@ def folder(scan, tmp_path):
     std = np.where(np.arange(64) < 32, 0.1, 0.3) * np.ones(scan.hu.shape)
     write_nifti(tmp_path / "scan-1/mask.nii.gz", scan.lung, grid, source)
     write_nifti(tmp_path / "scan-1/std.nii.gz", std, grid, source)
-    result_folder.write_lung_rows(tmp_path / "lungs.csv", [ROW])
+    write_lung_rows(tmp_path / "lungs.csv", [ROW])
     return tmp_path / "scan-1"
 
 
@@ -123,8 +128,8 @@ def add_found(folder, scan, ids=(1, 2)):
         | {"case_id": "scan-1", "nodule_id": number, "side": "left", "score": "0.91"}
         for number in ids
     ]
-    path = folder.parent / result_folder.NODULES_CSV
-    result_folder.write_scan_rows(path, {"scan-1": rows})
+    path = folder.parent / NODULES_CSV
+    write_scan_rows(path, {"scan-1": rows})
     return found
 
 
@@ -227,9 +232,7 @@ def test_what_is_missing_is_named_with_what_to_do(folder):
 
 
 def test_results_without_a_verdict_are_refused(folder):
-    result_folder.write_lung_rows(
-        folder.parent / "lungs.csv", [replace(ROW, pid="other")]
-    )
+    write_lung_rows(folder.parent / "lungs.csv", [replace(ROW, pid="other")])
     with pytest.raises(
         ValueError, match=r"lungs.csv: no row of scan-1.*infer.py again"
     ):

@@ -5,7 +5,8 @@ import pytest
 
 import config
 from ct.scan import LEFT, RIGHT, write_scan
-from table import write_npy_slices, write_table
+from dataset.exports import write_npy_slices
+from table import write_table
 from viewers import slices
 
 

@@ -1,0 +1,192 @@
+"""The voxels of a DICOM series: HU, grid, and repairs of gaps and tilt."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from pydicom.pixels.utils import iter_pixels
+from pydicom.uid import JPEGLSLossless, JPEGLSNearLossless
+
+from cohorts.dicom_checks import GAP_ATOL_MM, GAP_RTOL
+from cohorts.dicom_headers import PIXEL_ERRORS, Slice, along_normal_mm, slice_normal
+from ct import geometry
+from ct.geometry import Grid
+from ct.scan import AIR_HU, ScanError
+
+log = logging.getLogger(__name__)
+
+PADDING_HU = -1500
+"""Lower values are no density: scanners write -2000 or less outside the field of view."""
+
+TISSUE_HU = (-900, 3000)
+"""A padding value between these could be tissue; it is not replaced."""
+
+PLUGINS = {JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls"}
+"""Decoders that are faster than pydicom's own choice: 9 ms against 40 ms per slice."""
+
+
+def stack_slices(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
+    """HU of sorted slices, and their grid.
+
+    Returns:
+        (slice, row, column) int16 HU, and the grid, with the mean step between slices.
+
+    Raises:
+        ScanError: If the pixels of a file cannot be decoded.
+    """
+    first, last = ordered[0], ordered[-1]
+    volume = np.empty((len(ordered), *first.size_px), np.int16)
+    index_of = {(item.path, item.frame): k for k, item in enumerate(ordered)}
+    by_file = sorted(ordered, key=lambda s: (s.path, s.frame))
+    for path, group in groupby(by_file, key=lambda s: s.path):
+        frames = list(group)
+        for item, stored in zip(frames, _stored_pixels(path, frames), strict=True):
+            volume[index_of[path, item.frame]] = to_hu(stored, item)
+    step_lps_mm = (last.position_lps_mm - first.position_lps_mm) / (len(ordered) - 1)
+    return volume, _grid(volume.shape, first, step_lps_mm)
+
+
+def _stored_pixels(path: Path, frames: Sequence[Slice]) -> Iterator[np.ndarray]:
+    syntax = frames[0].transfer_syntax
+    arrays = iter_pixels(
+        path,
+        indices=[item.frame for item in frames],
+        raw=True,
+        decoding_plugin=PLUGINS.get(syntax, ""),
+    )
+    try:
+        for item, stored in zip(frames, arrays, strict=True):
+            if stored.shape != item.size_px:
+                raise ValueError(f"shape {stored.shape}, expected {item.size_px}")
+            yield stored
+    except PIXEL_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ScanError(
+            f"series {frames[0].series_uid}: the pixels of {path.name} ({syntax.name}) "
+            f"cannot be read: {reason}; restore the file from its source"
+        ) from error
+
+
+def to_hu(stored: np.ndarray, item: Slice) -> np.ndarray:
+    """HU of one image: rescaled, rounded, clipped to int16, padding set to AIR_HU."""
+    if item.slope == 1 and item.intercept.is_integer():
+        hu = stored.astype(np.int32) + int(item.intercept)
+    else:
+        hu = np.rint(stored * item.slope + item.intercept)
+    limits = np.iinfo(np.int16)
+    hu = np.clip(hu, limits.min, limits.max).astype(np.int16)
+    hu[hu < PADDING_HU] = AIR_HU
+    if item.padding is not None:
+        low, high = item.padding
+        ends_hu = np.array(item.padding) * item.slope + item.intercept
+        tissue = (ends_hu.max() >= TISSUE_HU[0]) & (ends_hu.min() <= TISSUE_HU[1])
+        if not tissue:
+            hu[(stored >= low) & (stored <= high)] = AIR_HU
+    return hu
+
+
+def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid:
+    """Grid of (slice, row, column) voxels: LPS columns of the affine, turned to RAS."""
+    columns_lps = np.stack(
+        [
+            step_lps_mm,
+            first.axes_lps[0] * first.spacing_mm[0],
+            first.axes_lps[1] * first.spacing_mm[1],
+            first.position_lps_mm,
+        ]
+    )
+    affine = np.eye(4)
+    affine[:3] = geometry.flip_xy(columns_lps).T
+    slices, rows, columns = shape
+    return Grid((slices, rows, columns), affine)
+
+
+def reversed_axes(grid: Grid) -> Grid:
+    """The same voxels in the opposite order of axes."""
+    i, j, k = grid.shape
+    return Grid((k, j, i), grid.affine[:, [2, 1, 0, 3]])
+
+
+def _z_of_sop(ordered: Sequence[Slice], grid: Grid) -> dict[str, int]:
+    single_frame = len({s.path for s in ordered}) == len(ordered)
+    axial = int(np.argmax(np.abs(slice_normal(ordered[0])))) == 2
+    if not (single_frame and axial):
+        return {}
+    centre_px = (np.array(ordered[0].size_px) - 1) / 2 * ordered[0].spacing_mm
+    centre_lps_mm = centre_px @ ordered[0].axes_lps
+    at_ras_mm = geometry.flip_xy(
+        np.array([s.position_lps_mm for s in ordered]) + centre_lps_mm
+    )
+    z = np.rint(grid.ras_mm_to_index(at_ras_mm)[:, 0]).astype(int).tolist()
+    return {item.sop_uid: k for item, k in zip(ordered, z, strict=True)}
+
+
+def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
+    """Slices at even distances, linearly interpolated where there was none.
+
+    Args:
+        volume: (slice, row, column) HU at the positions of `ordered`.
+        ordered: Its slices, none doubled.
+
+    Returns:
+        The regular volume, int16, from the first to the last slice, and its grid.
+    """
+    along_mm = along_normal_mm(ordered)
+    length_mm = along_mm[-1] - along_mm[0]
+    count = round(length_mm / np.median(np.diff(along_mm))) + 1
+    wanted_mm = np.linspace(along_mm[0], along_mm[-1], count)
+    right = np.clip(np.searchsorted(along_mm, wanted_mm), 1, len(along_mm) - 1)
+    span_mm = along_mm[right] - along_mm[right - 1]
+    shares = (wanted_mm - along_mm[right - 1]) / span_mm
+    # A slice that is there stays as it is, though it lies a hair beside its place.
+    close = GAP_ATOL_MM + GAP_RTOL * span_mm
+    shares[np.abs(wanted_mm - along_mm[right - 1]) <= close] = 0
+    shares[np.abs(wanted_mm - along_mm[right]) <= close] = 1
+    regular = np.empty((count, *volume.shape[1:]), np.int16)
+    for k, (after, share) in enumerate(zip(right, shares, strict=True)):
+        mixed = volume[after - 1] * (1 - share) + volume[after] * share
+        regular[k] = np.rint(mixed)
+    step = (ordered[-1].position_lps_mm - ordered[0].position_lps_mm) / (count - 1)
+    log.info(
+        "series %s: %d slices became %d", ordered[0].series_uid, len(volume), count
+    )
+    return regular, _grid(regular.shape, ordered[0], step)
+
+
+def straighten(volume: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
+    """Undoes the shear of a tilted stack by shifting each slice within its plane.
+
+    Args:
+        volume: (slice, row, column) HU.
+        grid: Its sheared grid.
+
+    Returns:
+        The volume on a grid with perpendicular axes, int16; rows and columns are added
+        so that no slice is cut, and filled with AIR_HU.
+    """
+    from scipy import ndimage
+
+    matrix = grid.affine[:3, :3]
+    in_plane = matrix[:, 1:] / np.linalg.norm(matrix[:, 1:], axis=0)
+    spacing_mm = np.array(grid.spacing_mm[1:])
+    lean_px = (
+        in_plane.T @ matrix[:, 0] / spacing_mm
+    )  # per slice, along rows and columns
+    shifts_px = np.outer(np.arange(len(volume)), lean_px)
+    least_px = shifts_px.min(axis=0)
+    added = np.ceil(shifts_px.max(axis=0) - least_px - 1e-6).astype(int)
+    shape = (len(volume), *(np.array(volume.shape[1:]) + added).tolist())
+    straight = np.full(shape, AIR_HU, np.int16)
+    for k, shift_px in enumerate(shifts_px - least_px):
+        grown = np.pad(
+            volume[k].astype(np.float32),
+            [(0, n) for n in added],
+            constant_values=AIR_HU,
+        )
+        straight[k] = np.rint(ndimage.shift(grown, shift_px, order=1, cval=AIR_HU))
+    affine = grid.affine.copy()
+    affine[:3, 0] -= in_plane @ (lean_px * spacing_mm)
+    affine[:3, 3] += matrix[:, 1:] @ least_px
+    return straight, Grid(shape, affine)

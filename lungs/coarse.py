@@ -1,0 +1,39 @@
+"""Volumes slice by slice, and on a coarser grid."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
+from typing import Any
+
+import cv2
+import numpy as np
+
+
+def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
+    """Stacks `function` of every slice; OpenCV and NumPy leave the threads free to run."""
+    with ThreadPoolExecutor() as threads:
+        return np.stack(list(threads.map(function, *volumes)))
+
+
+def coarse_factors(spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
+    """How many voxels make one coarse voxel along each axis."""
+    z, y, x = (max(ceil(COARSE_MM / spacing - 0.1), 1) for spacing in spacing_mm)
+    return z, y, x
+
+
+def shrink(hu: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
+    """(z, y, x) float32 means over blocks; the last slice of an odd depth stands alone."""
+    size = (-(-hu.shape[2] // factors[2]), -(-hu.shape[1] // factors[1]))
+
+    def smaller(image: np.ndarray) -> np.ndarray:
+        return cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+
+    planes = per_slice(smaller, hu)
+    starts = np.arange(0, len(planes), factors[0])
+    sums = np.add.reduceat(planes, starts, axis=0)
+    counts = np.diff(np.append(starts, len(planes)))
+    return sums / counts[:, None, None].astype(np.float32)
+
+
+COARSE_MM = 2.0
+"""Voxel size of the grid on which anatomy is found, or a little more."""

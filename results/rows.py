@@ -1,0 +1,198 @@
+"""Rows of lungs.csv, nodules.csv and candidates.csv."""
+
+import csv
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ct import files
+from ct.files import write_rows
+from ct.geometry import flip_xy
+from ct.scan import Scan
+from nodules.found import Candidate, FoundNodule
+
+NODULE_COLUMNS = (
+    "case_id",
+    "series_uid",
+    "nodule_id",
+    "score",
+    "score_std",
+    "max_prob",
+    "x_lps_mm",
+    "y_lps_mm",
+    "z_lps_mm",
+    "i_source",
+    "j_source",
+    "k_source",
+    "z_slice",
+    "long_axis_mm",
+    "short_axis_mm",
+    "equivalent_diameter_mm",
+    "volume_mm3",
+    "mean_hu",
+    "side",
+    "pleura_distance_mm",
+)
+"""Columns of nodules.csv; docs/layout.md says what each holds."""
+
+
+def shared_columns(found: Any, scan: Scan) -> dict[str, Any]:
+    """Of a nodule or a candidate, the columns that both tables have."""
+    centre_ras_mm = scan.grid.index_to_ras_mm(np.array(found.centre_zyx))
+    x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
+    i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
+    numbers = {
+        "score": found.score,
+        "score_std": found.score_std,
+        "max_prob": found.max_prob,
+        "x_lps_mm": x_mm,
+        "y_lps_mm": y_mm,
+        "z_lps_mm": z_mm,
+        "i_source": i,
+        "j_source": j,
+        "k_source": k,
+        "equivalent_diameter_mm": found.equivalent_diameter_mm,
+    }
+    return {
+        "case_id": scan.scan_id,
+        "series_uid": scan.series_uid,
+        "nodule_id": found.nodule_id or "",
+        "z_slice": round(found.centre_zyx[0]),
+        **numbers_text(numbers),
+    }
+
+
+def numbers_text(numbers: dict[str, float | None]) -> dict[str, str]:
+    """Numbers as tables hold them; "" for None."""
+    return {name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()}
+
+
+def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
+    """One row of nodules.csv."""
+    numbers = {
+        "long_axis_mm": nodule.long_axis_mm,
+        "short_axis_mm": nodule.short_axis_mm,
+        "volume_mm3": nodule.volume_mm3,
+        "mean_hu": nodule.mean_hu,
+        "pleura_distance_mm": nodule.pleura_distance_mm,
+    }
+    return {
+        **shared_columns(nodule, scan),
+        "side": nodule.side,
+        **numbers_text(numbers),
+    }
+
+
+LUNGS_CSV, LUNGS_JSON = "lungs.csv", "lungs.json"
+NODULES_CSV, CANDIDATES_CSV = "nodules.csv", "candidates.csv"
+CANDIDATE_COLUMNS = (
+    *NODULE_COLUMNS[: NODULE_COLUMNS.index("z_slice") + 1],
+    "equivalent_diameter_mm",
+    "marked_by",
+)
+"""Columns of candidates.csv; docs/layout.md says what each holds."""
+
+COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
+
+ScanRows = dict[str, list[dict[str, Any]]]
+"""Rows of a table by the id of their scan."""
+
+
+@dataclass(frozen=True)
+class LungRow:
+    """A line of lungs.csv; docs/layout.md says what each value is."""
+
+    pid: str
+    n: int
+    right_ml: float
+    left_ml: float
+    score: float
+    flag: int
+    reason: str
+    seconds: float
+
+
+def read_lung_rows(path: Path) -> list[LungRow]:
+    """The rows of lungs.csv; none if there is no such file.
+
+    Raises:
+        ValueError: If it is of another version, or an id cannot be a file name.
+    """
+    if not path.exists():
+        return []
+    types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != tuple(types):
+            raise ValueError(
+                f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
+                "again with --overwrite"
+            )
+        found = [
+            LungRow(**{name: kind(row[name]) for name, kind in types.items()})
+            for row in rows
+        ]
+    for row in found:
+        files.checked_id(row.pid, where=str(path))
+    return found
+
+
+def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
+    """Writes lungs.csv, sorted by pid."""
+    with (
+        files.written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        table.writerow(LungRow.__dataclass_fields__)
+        table.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.pid))
+
+
+def read_rows(path: Path) -> ScanRows:
+    """The rows of nodules.csv or candidates.csv by scan; none if there is no such file.
+
+    Raises:
+        ValueError: If it is another table.
+    """
+    if not path.exists():
+        return {}
+    rows: ScanRows = {}
+    columns = COLUMNS[path.name]
+    with path.open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != columns:
+            raise ValueError(
+                f"{path}: columns {table.fieldnames}; expected {list(columns)}; "
+                "choose another --result_dir"
+            )
+        for row in table:
+            rows.setdefault(row["case_id"], []).append(row)
+    return rows
+
+
+def write_scan_rows(path: Path, rows: ScanRows) -> None:
+    """Writes nodules.csv or candidates.csv, sorted by scan."""
+    some = [row for pid in sorted(rows) for row in rows[pid]]
+    write_rows(some, COLUMNS[path.name], path)
+
+
+def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
+    """One row of candidates.csv."""
+    return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
+
+
+def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
+    """A line of lungs.csv from a `lung_map.Verdict`."""
+    facts = asdict(verdict)
+    reasons = facts.pop("reasons")
+    rounded = {name: round(value, 4) for name, value in facts.items()}
+    return LungRow(
+        pid=pid,
+        n=n,
+        **rounded,
+        flag=int(bool(reasons)),
+        reason="; ".join(reasons),
+        seconds=round(seconds, 2),
+    )

@@ -26,7 +26,6 @@ from inference.segment import (
     CANDIDATES2D,
     NO_RUNS,
     OUTLINES,
-    SHIPPED,
     Lungs,
     NoduleRuns,
     scan_networks,
@@ -545,9 +544,9 @@ def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tm
 
 
 def test_without_weights_that_ship_a_run_must_be_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_module, "SHIPPED", tmp_path / "weights/lung3d")
+    monkeypatch.setattr(infer, "SHIPPED", tmp_path / "weights/lung3d")
     with pytest.raises(FileNotFoundError, match="weights/lung3d.*--exp_dir"):
-        infer.infer(SHIPPED, tmp_path / "out", input=tmp_path, nodules=NO_RUNS)
+        infer.infer(infer.SHIPPED, tmp_path / "out", input=tmp_path, nodules=NO_RUNS)
 
 
 def test_a_list_and_an_input_are_one_too_many(run, tmp_path):

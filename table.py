@@ -4,7 +4,7 @@ Example:
     python table.py thesis --scans work/scans --out work/table.h5
 
 A table holds facts, not choices: HU and masks as they are; window, crop and augmentation
-come later. Its format is in docs/layout.md. Each scan is first written to a part of its
+come later. Its format is in docs/formats.md. Each scan is first written to a part of its
 own in OUT.parts, so a build that was stopped goes on where it stood; parts are then
 joined, chunk by chunk, and removed. Disk needed while it builds: twice the table.
 """

@@ -1,6 +1,6 @@
 """Reading the table of slices, from any number of threads; its format and checksums.
 
-The format is in docs/layout.md; table.py writes it.
+The format is in docs/formats.md; table.py writes it.
 """
 
 import functools
@@ -90,7 +90,7 @@ class SliceTable:
         path: The file.
         settings: The `config.Table` it was made with.
         provenance: What made it.
-        rows, scans, nodules: Structured arrays; fields in docs/layout.md.
+        rows, scans, nodules: Structured arrays; fields in docs/formats.md.
         patient_ids: (rows,) str patient of each row.
         sha256: Checksum of the table's content, from its scans' checksums.
     """

@@ -102,7 +102,7 @@ def nodule_rows(
     *,
     tolerance_mm: float,
 ) -> list[dict[str, Any]]:
-    """One row per nodule; docs/layout.md says what each column holds.
+    """One row per nodule; docs/formats.md says what each column holds.
 
     A nodule without any voxel is missed; its other scores are NaN.
 

@@ -35,7 +35,7 @@ NODULE_COLUMNS = (
     "side",
     "pleura_distance_mm",
 )
-"""Columns of nodules.csv; docs/layout.md says what each holds."""
+"""Columns of nodules.csv; docs/formats.md says what each holds."""
 
 
 def shared_columns(found: Any, scan: Scan) -> dict[str, Any]:
@@ -92,7 +92,7 @@ CANDIDATE_COLUMNS = (
     "equivalent_diameter_mm",
     "marked_by",
 )
-"""Columns of candidates.csv; docs/layout.md says what each holds."""
+"""Columns of candidates.csv; docs/formats.md says what each holds."""
 
 COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
 
@@ -102,7 +102,7 @@ ScanRows = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class LungRow:
-    """A line of lungs.csv; docs/layout.md says what each value is."""
+    """A line of lungs.csv; docs/formats.md says what each value is."""
 
     pid: str
     n: int

@@ -1,1 +1,1 @@
-"""Random changes of images and volumes, and simulated disease."""
+"""Augmentation of images and volumes, and simulated pathology."""

@@ -1,9 +1,9 @@
-"""Random changes of a slice and its masks, its crops, and what enters a network.
+"""Augmentation of slices: crops, spatial warps, intensity changes and nodule targets.
 
-Everything that moves pixels (flips, rotation, zoom, shift, elastic displacement and the
-crop) is one map from output pixels to slice pixels, so an image is interpolated once and
-its masks follow it exactly. Points and displacements in arrays for OpenCV are (x, y);
-everything else is (y, x).
+All spatial changes (flips, rotation, zoom, shift, elastic displacement and the crop)
+are combined in one map from output pixels to slice pixels, so an image is interpolated
+once and its masks follow exactly. Points and displacements in arrays for OpenCV are (x,
+y); everything else is (y, x).
 """
 
 import functools
@@ -19,28 +19,28 @@ from ct.boxes import Box, Crop
 from ct.scan import AIR_HU
 
 TARGET_BIT, LUNG_BIT = 1, 2
-"""A slice's masks travel as bits of one uint8 image, so that one warp moves both."""
+"""Bits of the target and lung masks in one uint8 image, so that one warp moves both."""
 
 NOISE_CORRELATION_PX = 0.8
-"""Width (sigma) of the kernel that makes neighbouring pixels' noise alike, as
+"""Sigma of the Gaussian that correlates the noise of neighbouring pixels, as CT
 reconstruction does."""
 
 
 @dataclass(frozen=True, eq=False)
 class Warp:
-    """Where each output pixel is taken from.
+    """Map from output pixels to slice pixels.
 
     Attributes:
         matrix: (2, 3) float64; output (x, y, 1) to slice (x, y).
-        points: (2, y, x) float32 slice x and y of each output pixel, where `matrix` alone
-            does not give them; else None.
+        points: (2, y, x) float32 slice x and y of each output pixel, for a warp with
+            elastic displacement; None if `matrix` alone describes the warp.
     """
 
     matrix: np.ndarray
     points: np.ndarray | None = None
 
     def within(self, box: Box) -> "Warp":
-        """The same warp, for a (y, x) box of the output alone."""
+        """Returns the same warp restricted to a (y, x) box of the output."""
         matrix = self.matrix.copy()
         matrix[:, 2] += self.matrix[:, :2] @ (box[1].start, box[0].start)
         points = None if self.points is None else self.points[:, box[0], box[1]]
@@ -48,7 +48,9 @@ class Warp:
 
 
 def crop_at_lungs(lung: np.ndarray, output_px: tuple[int, int]) -> Crop:
-    """The part centred on the lungs' bounding box; the slice's centre without lungs.
+    """Returns the crop centred on the lungs, or on the slice if it has no lungs.
+
+    The centre of the lungs is the centre of their bounding box.
 
     Args:
         lung: (y, x) uint8 lung labels.
@@ -68,18 +70,20 @@ def crop_near_nodule(
     *,
     margin_px: float = 0.0,
 ) -> Crop:
-    """A part with a nodule anywhere in it, drawn evenly among the slice's nodules.
+    """Draws a crop with a nodule at a random place in it.
 
-    A slice without a nodule is treated as if a random point of its lungs' bounding box
-    were one, so that negatives come from where nodules are. The crop stays within the
-    slice where it can. Turns and zooms are pinned to the nodule, which stays inside.
+    Every nodule of the slice is equally likely. In a slice without nodules, a random
+    point of the lungs' bounding box takes the nodule's place, so negative crops come
+    from the region where nodules occur. The crop stays within the slice where possible.
+    Rotation and zoom are pinned to the nodule, which therefore stays inside the crop.
 
     Args:
         target: (y, x) uint8, above 0 in nodules.
         lung: (y, x) uint8 lung labels.
         output_px: (y, x) size of the crop.
-        rng: Draws which nodule, and where in the crop it lies.
-        margin_px: Distance the nodule keeps from the crop's border, for a later shift.
+        rng: Chooses the nodule and its place in the crop.
+        margin_px: Minimum distance of the nodule from the crop's border, which leaves
+            room for a later shift.
     """
     which, *place = rng.random(5)
     box = _nodule_box(target, which)
@@ -96,7 +100,10 @@ def crop_near_nodule(
 
 
 def _nodule_box(target: np.ndarray, which: float) -> Box | None:
-    """The box around one connected nodule; `which` in [0, 1) chooses. None without any."""
+    """Returns the box of the connected component that `which` in [0, 1) selects.
+
+    Returns None if the target is empty.
+    """
     whole = boxes.around(target)
     if whole is None:
         return None
@@ -113,10 +120,10 @@ def draw_warp(
     output_px: tuple[int, int],
     rng: np.random.Generator,
 ) -> Warp:
-    """A random warp around the crop's pin.
+    """Draws a random warp around the crop's pin.
 
-    Every number is drawn whatever the settings, so switching one change off leaves the
-    others as they were.
+    Every random number is drawn whatever the settings, so switching one change off does
+    not alter the others.
     """
     flip_x, flip_y, turn, scale, *shift = rng.random(6)
     matrix = warp_matrix(
@@ -145,15 +152,15 @@ def warp_matrix(
     zoom: float = 1.0,
     shift_yx=(0.0, 0.0),
 ) -> np.ndarray:
-    """The affine map from output (x, y, 1) to slice (x, y), in pixels.
+    """Returns the affine map from output (x, y, 1) to slice (x, y), in pixels.
 
     Args:
-        crop: Its pin stays in place but for `shift_yx`.
-        flip_x: Mirror left-right, before the turn.
-        flip_y: Mirror front-back, before the turn.
-        rotate_deg: Counter-clockwise turn of what is seen.
-        zoom: Above 1 makes things larger.
-        shift_yx: How far what is seen moves down and right, in output pixels.
+        crop: Crop whose pin stays in place, apart from `shift_yx`.
+        flip_x: Mirror left-right, before the rotation.
+        flip_y: Mirror front-back, before the rotation.
+        rotate_deg: Counter-clockwise rotation of the visible content.
+        zoom: Magnification; above 1 enlarges.
+        shift_yx: Shift of the visible content down and right, in output pixels.
 
     Returns:
         (2, 3) float64.
@@ -169,14 +176,14 @@ def warp_matrix(
 
 
 def source_points(matrix: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """Where each output pixel is taken from: the affine map, and the displacement added.
+    """Returns the slice position of each output pixel: affine map plus displacement.
 
     Args:
         matrix: (2, 3) output (x, y, 1) to slice (x, y).
         displacement: (2, y, x) float32, in slice pixels.
 
     Returns:
-        (2, y, x) float32: the slice's x and y.
+        (2, y, x) float32 x and y in the slice.
     """
     x, y = np.arange(displacement.shape[2]), np.arange(displacement.shape[1])
     points = np.empty_like(displacement)
@@ -190,13 +197,13 @@ def source_points(matrix: np.ndarray, displacement: np.ndarray) -> np.ndarray:
 def smooth_displacement(
     size_px: tuple[int, int], sd_px: float, distance_px: float, *, seed: int
 ) -> np.ndarray:
-    """A smooth random field: cubic B-splines with normal weights.
+    """Draws a smooth displacement field of cubic B-splines with normal weights.
 
     Args:
         size_px: (y, x) size of the field.
         sd_px: Standard deviation at every pixel.
-        distance_px: Between the knots of the splines.
-        seed: Of the weights.
+        distance_px: Distance between the knots of the splines.
+        seed: Seed of the weights.
 
     Returns:
         (2, y, x) float32, in pixels.
@@ -214,10 +221,10 @@ def smooth_displacement(
 
 
 def product(a: np.ndarray, b: np.ndarray, flags: int = 0) -> np.ndarray:
-    """The matrix product, without BLAS.
+    """Multiplies two matrices without BLAS.
 
-    NumPy's wakes the threads of BLAS, which compete with those that make batches: 10 ms
-    in place of 0.1 ms where all cores are busy.
+    NumPy's product wakes the BLAS threads, which compete with the threads that make
+    batches: it takes 10 ms instead of 0.1 ms when all cores are busy.
     """
     nothing = np.empty((0, 0), np.float32)
     return cv2.gemm(a, b, 1, nothing, 0, flags=flags)
@@ -225,7 +232,10 @@ def product(a: np.ndarray, b: np.ndarray, flags: int = 0) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def spline_basis(length: int, distance_px: float) -> np.ndarray:
-    """(length, knots) float32 cubic B-splines whose squares sum to 1 at every pixel."""
+    """Returns (length, knots) float32 cubic B-splines, normalised at every pixel.
+
+    The squared weights of each pixel sum to 1.
+    """
     cell, t = np.divmod(np.arange(length) / distance_px, 1)
     weights = (
         np.stack(
@@ -248,13 +258,14 @@ def spline_basis(length: int, distance_px: float) -> np.ndarray:
 def warp_image(
     image: np.ndarray, warp: Warp, output_px: tuple[int, int], *, fill: float = AIR_HU
 ) -> np.ndarray:
-    """A (y, x) image seen through `warp`, interpolated linearly.
+    """Warps a (y, x) image with linear interpolation.
 
-    OpenCV is slow on int16, so the image is made float32 first: 0.5 ms in place of 2 ms
-    for 400 x 400 pixels.
+    OpenCV is slow on int16, so the image is converted to float32 first: 0.5 ms instead
+        of
+    2 ms for 400 x 400 pixels.
 
     Returns:
-        (y, x) float32; `fill` where the warp reaches beyond the image.
+        (y, x) float32; `fill` at pixels that map outside the image.
     """
     return _warped(image.astype(np.float32), warp, output_px, cv2.INTER_LINEAR, fill)
 
@@ -262,7 +273,10 @@ def warp_image(
 def warp_labels(
     labels: np.ndarray, warp: Warp, output_px: tuple[int, int]
 ) -> np.ndarray:
-    """A (y, x) uint8 image of labels or bits seen through `warp`; nearest, 0 beyond."""
+    """Warps a (y, x) uint8 image of labels or bits with nearest-neighbour sampling.
+
+    Pixels that map outside the image are 0.
+    """
     return _warped(labels, warp, output_px, cv2.INTER_NEAREST, 0)
 
 
@@ -290,9 +304,9 @@ def _warped(image, warp, output_px, interpolation, fill):
 def draw_intensity(
     settings: config.Augment, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """A random exponent for `to_input` and a standard deviation for `add_noise`.
+    """Draws an exponent for `to_input` and a standard deviation for `add_noise`.
 
-    The logarithm of the exponent is uniform, so darker and brighter are as likely.
+    The logarithm of the exponent is uniform, so darker and brighter are equally likely.
     """
     darker, noisier = rng.random(2)
     gamma = (1 + settings.gamma) ** (2 * darker - 1)
@@ -300,10 +314,12 @@ def draw_intensity(
 
 
 def noise_field(output_px: tuple[int, int], *, seed: int | Sequence[int]) -> np.ndarray:
-    """Correlated normal noise of mean 0 and standard deviation 1, to cut crops from.
+    """Draws correlated normal noise of mean 0 and standard deviation 1.
+
+    `add_noise` cuts random parts from it.
 
     Returns:
-        (2 y, 2 x) float32.
+        (2 y, 2 x) float32, twice the output size along each axis.
     """
     size = (2 * output_px[0], 2 * output_px[1])
     white = np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
@@ -314,13 +330,13 @@ def noise_field(output_px: tuple[int, int], *, seed: int | Sequence[int]) -> np.
 def add_noise(
     image_hu: np.ndarray, field: np.ndarray, sd_hu: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Adds a random, randomly mirrored cut of a noise field.
+    """Adds a random cut of a noise field, with random sign.
 
     Args:
         image_hu: (y, x) float32.
-        field: From `noise_field`, of the same output size.
+        field: Noise from `noise_field` for the same output size.
         sd_hu: Standard deviation of the noise.
-        rng: Draws the cut.
+        rng: Draws the cut and its sign.
 
     Returns:
         (y, x) float32 noisy image.
@@ -338,13 +354,15 @@ def nodule_target(
     readers_of_label: np.ndarray,
     batches: config.Batches,
 ) -> np.ndarray:
-    """The readers' consensus of one slice; `scan.consensus` where it need be computed.
+    """Returns the readers' consensus of one slice.
+
+    `scan.consensus` runs only on the bounding box of the nodules.
 
     Args:
-        reader_bits: (y, x) uint8 bits of the readers' masks.
+        reader_bits: (y, x) uint8, one bit per reader's mask.
         nodule_labels: (y, x) uint8 label of the nodule at each pixel.
-        readers_of_label: (256,) number of readers of each label of this scan.
-        batches: Level of consensus, least number of readers.
+        readers_of_label: (256,) number of readers who outlined each label of this scan.
+        batches: Gives the consensus level and the minimum number of readers.
 
     Returns:
         (y, x) uint8, 0 or 1.

@@ -1,10 +1,10 @@
-"""Random changes of a volume and its masks: where voxels come from, and how it was scanned.
+"""Augmentation of volumes: spatial warps and simulated scanner properties.
 
-As in `augment`, everything that moves voxels (flips, turns, zoom, stretch, shift, elastic
-displacement and the crop) is one map from output to source, so HU are interpolated once and
-the masks follow exactly. Points and displacements are (z, y, x).
+As in `augment2d`, all spatial changes (flips, rotation, zoom, stretch, shift, elastic
+displacement and the crop) are combined in one map from output to source, so HU are
+interpolated once and the masks follow exactly. Points and displacements are (z, y, x).
 
-`draw_*` take the settings and a generator and say what is done; the others do it.
+The `draw_*` functions draw random parameters from the settings; the others apply them.
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,26 @@ from ct.boxes import Box, Crop
 from ct.scan import AIR_HU
 
 CHUNK_VOXELS = 150_000
-"""Voxels that are warped at once: what fits in the cache, and in OpenCV's 32767 rows."""
+"""Voxels warped at once; they fit the cache. OpenCV takes at most 32767 rows."""
 
 CURVE_HU = (-1000.0, -850.0, -100.0, 0.0, 50.0, 500.0)
 """Knots of the random curve of HU: air, lung, fat, water, soft tissue, bone."""
 
 SOFT_TISSUE = 4
-"""First knot that contrast agent lifts."""
+"""Index of the first knot that contrast agent raises."""
 
 LEAST_SLICES = 4
-"""A volume is never averaged to fewer slices than this."""
+"""Minimum number of slices after averaging to thick slices."""
 
 
 @dataclass(frozen=True, eq=False)
 class VolumeWarp:
-    """Where each output voxel is taken from.
+    """Map from output voxels to volume voxels.
 
     Attributes:
         matrix: (3, 4) float64; output (z, y, x, 1) to volume (z, y, x).
-        displacement: (3, z, y, x) float32, added to that, in voxels of the volume; or None.
+        displacement: (3, z, y, x) float32 in voxels of the volume, added to the affine
+            position; None for no elastic displacement.
     """
 
     matrix: np.ndarray
@@ -47,17 +48,18 @@ class VolumeWarp:
 
 
 class Scanner(NamedTuple):
-    """How a volume was scanned: the draws of `draw_scanner`.
+    """Simulated scanner properties, drawn by `draw_scanner`.
 
     Attributes:
-        curve_hu: HU that those of `CURVE_HU` become; None changes nothing.
-        blur_px: Width (sigma) of the reconstruction kernel; 0 for none.
+        curve_hu: New HU of the knots `CURVE_HU`; None leaves HU unchanged.
+        blur_px: Sigma of the reconstruction kernel; 0 for no blur.
         noise_hu: Standard deviation of the noise before slices are averaged.
-        noise_width_px: Width (sigma) of what makes noise alike within a slice.
-        slice_px: Thickness of the slices; 1 or less for none.
-        first_slice_px: Centre of the first of them.
-        field: (z, y, x) part of the output within the field of view.
-        gamma: Exponent on the windowed volume.
+        noise_width_px: Sigma of the Gaussian that correlates noise within a slice.
+        slice_px: Thickness of the averaged slices, in voxels; 1 or less for no
+            averaging.
+        first_slice_px: Centre of the first averaged slice.
+        field: (z, y, x) box of the output inside the field of view.
+        gamma: Exponent applied to the windowed volume.
     """
 
     curve_hu: np.ndarray | None
@@ -76,14 +78,14 @@ def draw_volume_warp(
     output_px: tuple[int, int, int],
     rng: np.random.Generator,
 ) -> VolumeWarp:
-    """A random warp around the crop's pin.
+    """Draws a random warp around the crop's pin.
 
-    With `flip` volumes are mirrored left-right and front-back, each one time in two: the
-    first are hearts on the right and series with a wrong orientation, both are a patient
-    who lies on the belly. Head and feet are never exchanged.
+    `flip` mirrors left-right and front-back, each with probability 1/2. A left-right
+    flip imitates a heart on the right or a series with a wrong orientation; both flips
+    together imitate a patient in prone position. Head and feet are never exchanged.
 
-    Every number is drawn whatever the settings, so switching one change off leaves the
-    others as they were.
+    Every random number is drawn whatever the settings, so switching one change off does
+    not alter the others.
     """
     share = rng.random(12)
     even = 2 * share - 1
@@ -120,15 +122,16 @@ def volume_warp_matrix(
     zoom_zyx: tuple[float, ...] = (1.0, 1.0, 1.0),
     shift_zyx: tuple[float, ...] = (0.0, 0.0, 0.0),
 ) -> np.ndarray:
-    """The affine map from output (z, y, x, 1) to volume (z, y, x), in voxels.
+    """Returns the affine map from output (z, y, x, 1) to volume (z, y, x), in voxels.
 
     Args:
-        crop: Its pin stays in place but for `shift_zyx`.
-        flip_y: Mirror front-back, before the turns.
-        flip_x: Mirror left-right, before the turns.
-        turn_deg: Turns of what is seen about z, y and x, each as `np.rot90` turns.
-        zoom_zyx: Above 1 makes things larger along the axes of the output.
-        shift_zyx: How far what is seen moves, in output voxels.
+        crop: Crop whose pin stays in place, apart from `shift_zyx`.
+        flip_y: Mirror front-back, before the rotations.
+        flip_x: Mirror left-right, before the rotations.
+        turn_deg: Rotations of the visible content about z, y and x, each in the
+            direction of `np.rot90`.
+        zoom_zyx: Magnification along the axes of the output; above 1 enlarges.
+        shift_zyx: Shift of the visible content, in output voxels.
 
     Returns:
         (3, 4) float64.
@@ -144,7 +147,7 @@ def volume_warp_matrix(
 
 
 def plane_turn(first: int, second: int, angle: float) -> np.ndarray:
-    """(3, 3) map to where things were before a turn by `angle`, as `np.rot90` turns."""
+    """Returns the (3, 3) inverse of a rotation by `angle` in `np.rot90`'s direction."""
     turn = np.eye(3)
     turn[first, first] = turn[second, second] = np.cos(angle)
     turn[first, second], turn[second, first] = np.sin(angle), -np.sin(angle)
@@ -154,13 +157,13 @@ def plane_turn(first: int, second: int, angle: float) -> np.ndarray:
 def smooth_displacement(
     size_px: tuple[int, int, int], sd_px: float, distance_px: float, *, seed: int
 ) -> np.ndarray:
-    """A smooth random field: cubic B-splines with normal weights.
+    """Draws a smooth displacement field of cubic B-splines with normal weights.
 
     Args:
         size_px: (z, y, x) size of the field.
         sd_px: Standard deviation at every voxel.
-        distance_px: Between the knots of the splines.
-        seed: Of the weights.
+        distance_px: Distance between the knots of the splines.
+        seed: Seed of the weights.
 
     Returns:
         (3, z, y, x) float32, in voxels.
@@ -175,7 +178,7 @@ def smooth_field(
     distance_px: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """One component of `smooth_displacement`: (z, y, x) float32 of standard deviation `sd`."""
+    """Draws one component of `smooth_displacement`, (z, y, x) float32."""
     planes, rows, columns = (augment2d.spline_basis(n, distance_px) for n in size_px)
     shape = planes.shape[1], rows.shape[1], columns.shape[1]
     knots = rng.normal(0, sd, shape).astype(np.float32)
@@ -192,17 +195,17 @@ def warp_volume(
     *,
     fill: float = AIR_HU,
 ) -> np.ndarray:
-    """A (z, y, x) volume seen through `warp`, interpolated linearly.
+    """Warps a (z, y, x) volume with linear interpolation.
 
     Returns:
-        (z, y, x) float32; `fill` where the warp reaches beyond the volume.
+        (z, y, x) float32; `fill` at voxels that map outside the volume.
     """
     output = np.full(output_px, fill, np.float32)
     box = reach(warp, output_px, volume.shape)
     if box is None:
         return output
-    # OpenCV interpolates images: slices lie side by side in one picture, the next slices
-    # in another, and what is found in both is mixed by the share of z.
+    # OpenCV interpolates images only: one mosaic holds the lower slice of each pair, a
+    # second one the upper slice, and the two samples are blended by the fraction of z.
     padded = padded_part(volume, box, fill).astype(np.float32)
     here, columns = mosaic(padded[:-1])
     above, _ = mosaic(padded[1:])
@@ -223,7 +226,10 @@ def warp_volume(
 def warp_volume_labels(
     labels: np.ndarray, warp: VolumeWarp, output_px: tuple[int, int, int]
 ) -> np.ndarray:
-    """A (z, y, x) uint8 volume of labels or bits through `warp`; nearest, 0 beyond."""
+    """Warps a (z, y, x) uint8 volume of labels or bits with nearest-neighbour sampling.
+
+    Voxels that map outside the volume are 0.
+    """
     output = np.zeros(output_px, np.uint8)
     box = reach(warp, output_px, labels.shape)
     if box is None:
@@ -242,7 +248,10 @@ def warp_volume_labels(
 def reach(
     warp: VolumeWarp, output_px: tuple[int, ...], volume_px: tuple[int, ...]
 ) -> Box | None:
-    """The (z, y, x) part of the volume that the warp looks at; None if it looks beyond."""
+    """Returns the (z, y, x) box of the volume that the warp samples.
+
+    Returns None if the warp samples nothing inside the volume.
+    """
     corners = np.stack(
         np.meshgrid(*[(0, size - 1) for size in output_px], indexing="ij"), axis=-1
     ).reshape(-1, 3)
@@ -258,7 +267,7 @@ def reach(
 
 
 def padded_part(volume: np.ndarray, box: Box, fill: float) -> np.ndarray:
-    """A part of a volume with a border of one voxel of `fill`."""
+    """Returns a box of the volume with a one-voxel border of `fill`."""
     part = volume[box]
     padded = np.full([size + 2 for size in part.shape], fill, volume.dtype)
     padded[1:-1, 1:-1, 1:-1] = part
@@ -266,7 +275,7 @@ def padded_part(volume: np.ndarray, box: Box, fill: float) -> np.ndarray:
 
 
 def mosaic(volume: np.ndarray) -> tuple[np.ndarray, int]:
-    """The slices of a (z, y, x) volume as one picture, and how many lie side by side."""
+    """Tiles the slices of a (z, y, x) volume; returns the image and its columns."""
     depth, height, width = volume.shape
     columns = int(np.ceil(np.sqrt(depth)))
     rows = -(-depth // columns)
@@ -277,7 +286,7 @@ def mosaic(volume: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def place_in_mosaic(plane, y, x, padded_px: tuple[int, ...], columns: int) -> None:
-    """Moves (y, x) of a slice, in place, to where that slice lies in the picture."""
+    """Shifts (y, x), in place, from each slice to its position in the mosaic."""
     slices = np.arange(padded_px[0])
     y += (slices // columns * padded_px[1]).astype(np.float32)[plane]
     x += (slices % columns * padded_px[2]).astype(np.float32)[plane]
@@ -286,11 +295,11 @@ def place_in_mosaic(plane, y, x, padded_px: tuple[int, ...], columns: int) -> No
 def chunks_of_points(
     warp: VolumeWarp, output_px: tuple[int, int, int], box: Box
 ) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """Slabs of the output, and which points of the padded part of the volume they show.
+    """Yields slabs of the output with the points of the padded volume that they sample.
 
     Yields:
-        The slices of the output, and z, y, x, each (slices * y, x) float32, within 0 and
-        the last voxel of the padded part.
+        The slab as a range of output slices, and the points' z, y and x, each
+        (slices * y, x) float32, clipped to the padded part of the volume.
     """
     depth, height, width = output_px
     step = max(min(CHUNK_VOXELS // (height * width), 32_000 // height), 1)
@@ -316,10 +325,11 @@ def draw_scanner(
     output_px: tuple[int, int, int],
     rng: np.random.Generator,
 ) -> Scanner:
-    """Random properties of the scanner; each number is drawn whatever the settings.
+    """Draws scanner properties; every random number is drawn whatever the settings.
 
-    Kernel, thick slices and a field of view that ends within the output each come to one
-    volume in two; of such a field each of its six sides is cut one time in three.
+    Kernel blur, thick slices and a field of view that ends inside the output each occur
+    with probability 1/2; each of the six sides of such a field is cut with probability
+    1/3.
     """
     share = rng.random(10)
     offsets = rng.normal(0, 1, len(CURVE_HU))
@@ -351,7 +361,7 @@ def draw_scanner(
 
 
 def scanned(hu: np.ndarray, scanner: Scanner, rng: np.random.Generator) -> np.ndarray:
-    """A (z, y, x) float32 volume as a scanner would show it, but for `gamma`."""
+    """Applies the scanner properties, except `gamma`, to a (z, y, x) float32 volume."""
     if scanner.curve_hu is not None:
         hu = curved(hu, scanner.curve_hu)
     if scanner.blur_px > 0:
@@ -366,10 +376,10 @@ def scanned(hu: np.ndarray, scanner: Scanner, rng: np.random.Generator) -> np.nd
 
 
 def curved(hu: np.ndarray, curve_hu: np.ndarray) -> np.ndarray:
-    """HU through the line that joins `CURVE_HU` and `curve_hu`, to the nearest HU.
+    """Maps HU by the piecewise linear curve from `CURVE_HU` to `curve_hu`.
 
-    A table of whole HU is eight times faster than `np.interp`. Beyond the knots the first
-    and last offsets go on.
+    HU are rounded to index a table, which is eight times faster than `np.interp`.
+    Outside the knots the first and last offsets continue.
     """
     least, most = -1200, 3100
     whole = np.arange(least, most)
@@ -380,7 +390,7 @@ def curved(hu: np.ndarray, curve_hu: np.ndarray) -> np.ndarray:
 
 
 def blurred(volume: np.ndarray, sigma_px: float) -> np.ndarray:
-    """A (z, y, x) float32 volume under a Gaussian; at the ends the volume is mirrored."""
+    """Smooths a (z, y, x) float32 volume with a Gaussian and mirrored borders."""
     result = np.empty_like(volume)
     for image, smooth in zip(volume, result, strict=True):
         smooth[:] = cv2.GaussianBlur(image, (0, 0), sigma_px)
@@ -392,7 +402,10 @@ def blurred(volume: np.ndarray, sigma_px: float) -> np.ndarray:
 def noise(
     size_px: tuple[int, ...], width_px: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(z, y, x) float32 of standard deviation 1, alike over `width_px` within a slice."""
+    """Draws (z, y, x) float32 noise of standard deviation 1.
+
+    A Gaussian of sigma `width_px` correlates it within each slice.
+    """
     white = rng.standard_normal(size_px, dtype=np.float32)
     if width_px < 0.2:  # the kernel has one tap
         return white
@@ -403,12 +416,12 @@ def noise(
 
 
 def thick_slices(volume: np.ndarray, slice_px: float, first_px: float) -> np.ndarray:
-    """A (z, y, x) volume averaged over slices of some thickness, and interpolated back.
+    """Averages a (z, y, x) volume over thick slices and interpolates it back.
 
     Args:
         volume: float32.
-        slice_px: Thickness and distance of the slices, in voxels; above 1.
-        first_px: Centre of the first slice.
+        slice_px: Thickness and spacing of the slices, in voxels; above 1.
+        first_px: Centre of the first slice, in voxels.
     """
     depth = len(volume)
     count = max(int((depth - first_px) / slice_px) + 1, LEAST_SLICES)
@@ -421,7 +434,7 @@ def thick_slices(volume: np.ndarray, slice_px: float, first_px: float) -> np.nda
 
 
 def weighted_slices(weights: np.ndarray, volume: np.ndarray) -> np.ndarray:
-    """The product of (new, old) weights, most of them 0, and a float32 volume of slices."""
+    """Multiplies sparse (new, old) weights with the slices of a float32 volume."""
     result = np.zeros((len(weights), *volume.shape[1:]), np.float32)
     for new, row in enumerate(weights):
         for z in np.flatnonzero(row):
@@ -430,7 +443,10 @@ def weighted_slices(weights: np.ndarray, volume: np.ndarray) -> np.ndarray:
 
 
 def within_field(volume: np.ndarray, field: Box, fill: float) -> np.ndarray:
-    """The volume where the field of view is, `fill` beyond; itself if that is all of it."""
+    """Replaces the volume outside the field of view by `fill`.
+
+    Returns the volume itself, not a copy, if the field of view covers all of it.
+    """
     if volume[field].shape == volume.shape:
         return volume
     result = np.full_like(volume, fill)

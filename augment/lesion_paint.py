@@ -1,4 +1,4 @@
-"""Painters of simulated findings: ground glass, fibrosis, consolidation, masses and more."""
+"""Painters of simulated findings, such as ground glass, fibrosis and masses."""
 
 import math
 from collections.abc import Callable, Sequence, Set
@@ -23,28 +23,29 @@ from nodules import shapes
 
 RIM_MM = 2.0
 RIM_HU = (-750.0, -50.0)
-"""How far beyond the lung labels findings go, and over what: pixels that lung and chest
-wall share would stay dark between wall and lesion. Darker ones are airways."""
+"""Distance by which findings extend beyond the lung labels, and HU range of the voxels
+they may cover there. Without this rim, voxels shared by lung and chest wall would leave
+a dark seam between wall and lesion. Voxels below the range are airways."""
 
 TRIES = 12
-"""Points drawn for a place in the lung before all its voxels are listed."""
+"""Random points tried for a place in the lung before all its voxels are listed."""
 
 COARSE_MM = 2.0
-"""Largest distance between the points at which smooth things are computed."""
+"""Largest distance between the points at which smooth fields are computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lung:
-    """One lung, and what its painters need; arrays are (z, y, x) of its box.
+    """One lung as its painters see it; arrays are (z, y, x) and cover its box.
 
     Attributes:
-        hu: float32, which the painters change, also where the result is not used.
+        hu: float32 HU; the painters change it everywhere, but only `open` is used.
         mask: uint8, 1 in the lung.
-        open: uint8, 1 where their result is used: in the lung, and in its rim.
-        noise: int8, like the scan's own, for what is painted.
-        noise_hu: HU of 1 in `noise`.
-        spacing_mm: (z, y, x).
-        held_out: Patients whose outlines shape no nodule.
+        open: uint8, 1 where painted HU are used: in the lung and its rim.
+        noise: int8 noise like that of the scan, added to painted HU.
+        noise_hu: HU of one unit of `noise`.
+        spacing_mm: (z, y, x) spacing.
+        held_out: Patients whose nodule outlines must not be used as shapes.
     """
 
     hu: np.ndarray
@@ -62,16 +63,17 @@ class Lung:
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """Where a painter works: a box of a lung, and coarser points in it.
+    """A box of a lung with a grid of coarser points, on which a painter computes.
 
-    What is smooth is computed at points about `COARSE_MM` apart in a slice, and
-    interpolated before it is cut off, which keeps borders sharp.
+    Smooth fields are computed at points about `COARSE_MM` apart within a slice and
+    interpolated before thresholding, which keeps borders sharp.
 
     Attributes:
-        box: Voxels of the lung's box.
-        shape: Points along z, y and x.
-        offsets_mm: float32 distances of the points from a centre, to be broadcast.
-        pitch_mm: Distance between points.
+        box: Voxels, as a part of the lung's box.
+        shape: Number of points along z, y and x.
+        offsets_mm: float32 z, y and x offsets of the points from a centre,
+            broadcastable.
+        pitch_mm: Distance between points along z, y and x.
     """
 
     box: Box
@@ -80,7 +82,7 @@ class Field:
     pitch_mm: tuple[float, float, float]
 
     def enlarged(self, values: np.ndarray) -> np.ndarray:
-        """Values at the points as values at the voxels of the box."""
+        """Interpolates values from the points to the voxels of the box."""
         size_xy = span(self.box[2]), span(self.box[1])
         if size_xy == (self.shape[2], self.shape[1]):
             return values
@@ -93,7 +95,7 @@ Painter = Callable[[Lung, np.random.Generator], None]
 def apply_by_slice(
     function: Callable[[np.ndarray], np.ndarray], volume: np.ndarray
 ) -> np.ndarray:
-    """A function of (y, x) on every slice of a volume."""
+    """Applies a function of (y, x) images to every slice of a volume."""
     if len(volume) == 1:
         return function(volume[0])[None]
     return np.stack([function(plane) for plane in volume])
@@ -104,14 +106,14 @@ def span(part: slice) -> int:
 
 
 def put(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
-    """Writes values into a part of the HU, rounded where these are whole numbers."""
+    """Writes values into a part of the HU, rounded if the HU are integers."""
     if np.issubdtype(part.dtype, np.integer):
         np.rint(values, out=values)
     np.copyto(part, values, where=where, casting="unsafe")
 
 
 def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng, held_out) -> Lung:
-    """A lung, given (z, y, x) HU and mask with `rim` voxels around it on each axis."""
+    """Builds a lung from (z, y, x) HU and mask that include `rim` voxels around it."""
     square = np.ones((2 * rim[1] + 1, 2 * rim[2] + 1), np.uint8)
     near = apply_by_slice(lambda plane: cv2.dilate(plane, square), mask)
     near &= ((hu > RIM_HU[0]) & (hu < RIM_HU[1])).view(np.uint8)
@@ -130,14 +132,14 @@ def paint(
     *,
     hides: bool = True,
 ) -> None:
-    """Lays something over a lung.
+    """Blends a density into a box of a lung, in place.
 
     Args:
-        lung: What is painted on.
-        box: Where in it.
+        lung: Lung that is painted on.
+        box: Part of the lung's box.
         opacity: (z, y, x) float32, 0 to 1.
-        hu: Density where it is opaque, to which noise like the scan's is added.
-        hides: False leaves what is denser, as haze leaves vessels.
+        hu: Density at full opacity; noise like that of the scan is added.
+        hides: Cover denser voxels as well; False keeps them, as vessels in haze.
     """
     part = lung.hu[box]
     change = lung.noise[box] * np.float32(lung.noise_hu)
@@ -150,7 +152,7 @@ def paint(
 
 
 def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0)) -> Field:
-    """A field of points in a box of a lung, and their distances from a centre."""
+    """Returns the field of a box of a lung, with offsets from a centre."""
     counts, pitches, offsets = [], [], []
     for axis, (part, centre, step) in enumerate(
         zip(box, centre_zyx, lung.spacing_mm, strict=True)
@@ -175,13 +177,13 @@ def field_in(lung: Lung, box: Box, centre_zyx=(0.0, 0.0, 0.0)) -> Field:
 
 
 def field_around(lung: Lung, centre_zyx, half_mm) -> Field:
-    """A field of points some mm to each side of a voxel."""
+    """Returns the field that extends `half_mm` to each side of a voxel."""
     box = boxes.near(centre_zyx, half_mm, lung.spacing_mm, lung.bounds)
     return field_in(lung, box, centre_zyx)
 
 
 def point_in(lung: Lung, rng: np.random.Generator) -> tuple[int, int, int]:
-    """A random voxel of the lung."""
+    """Draws a voxel of the lung."""
     depth, height, width = lung.mask.shape
     for z, y, x in rng.random((TRIES, 3)).tolist():
         point = int(z * depth), int(y * height), int(x * width)
@@ -196,7 +198,11 @@ def point_in(lung: Lung, rng: np.random.Generator) -> tuple[int, int, int]:
 def place_at_pleura(
     lung: Lung, rng: np.random.Generator, inwards_mm: float
 ) -> tuple[float, float, float]:
-    """A point some mm within the lung's border, seen from a random voxel of its slice."""
+    """Draws a point `inwards_mm` inside the lung's border.
+
+    The border is where a ray in a random direction from a random voxel leaves the lung
+    within its slice.
+    """
     z, y, x = point_in(lung, rng)
     angle = rng.uniform(0, 2 * math.pi)
     across = math.sin(angle), math.cos(angle)
@@ -214,10 +220,10 @@ def place_at_pleura(
 
 
 def smooth_noise(field: Field, blob_mm: float, rng: np.random.Generator) -> np.ndarray:
-    """(z, y, x) float32 noise of mean 0 at a field's points, in blobs of some mm.
+    """Draws smooth (z, y, x) float32 noise of mean 0 at the points of a field.
 
-    Normal numbers on a coarse grid, by cubic interpolation within slices and linear
-    between them; the standard deviation is about 0.8.
+    Normal values on a grid of pitch `blob_mm` are interpolated, cubically within slices
+    and linearly between them; the standard deviation is about 0.8.
     """
     _, height, width = field.shape
     knots = [
@@ -240,7 +246,7 @@ def smooth_noise(field: Field, blob_mm: float, rng: np.random.Generator) -> np.n
 
 
 def level_of(field: Field, radii_mm) -> np.ndarray:
-    """(z, y, x) float32 of an ellipsoid: 0 in its middle, 1 on its surface."""
+    """Computes (z, y, x) float32 ellipsoid levels: 0 at the centre, 1 at the surface."""
     z, y, x = (
         (offset * np.float32(1 / radius)) ** 2
         for offset, radius in zip(field.offsets_mm, radii_mm, strict=True)
@@ -249,19 +255,19 @@ def level_of(field: Field, radii_mm) -> np.ndarray:
 
 
 def cut_off(field: Field, level: np.ndarray, soft: float) -> np.ndarray:
-    """Opacity at the voxels: one half where the level is 1, over a width of `soft`."""
+    """Computes voxel opacity: 1/2 at level 1, with a linear ramp of width `soft`."""
     opacity = field.enlarged((1 - level) * np.float32(1 / soft) + np.float32(0.5))
     return np.clip(opacity, 0, 1, out=opacity)
 
 
 def drawn_radii(low: float, high: float, rng: np.random.Generator) -> list[float]:
-    """Three radii about one drawn between two, in mm."""
+    """Draws three radii in mm, each 0.6 to 1.4 times one drawn from `low` to `high`."""
     radius = rng.uniform(low, high)
     return (radius * rng.uniform(0.6, 1.4, 3)).tolist()
 
 
 def ground_glass(lung: Lung, rng: np.random.Generator) -> None:
-    """Haze with soft borders through which vessels are seen, -650 to -300 HU."""
+    """Paints haze of -650 to -300 HU with soft borders; vessels stay visible."""
     for _ in range(rng.integers(1, 3)):
         radii = drawn_radii(10, 50, rng)
         field = field_around(lung, point_in(lung, rng), [1.8 * r for r in radii])
@@ -273,7 +279,7 @@ def ground_glass(lung: Lung, rng: np.random.Generator) -> None:
 
 
 def consolidation(lung: Lung, rng: np.random.Generator) -> None:
-    """Airspace filled to 10 to 70 HU, with rough borders; half with open bronchi."""
+    """Paints rough consolidation of 10 to 70 HU; half of them show open bronchi."""
     radii = drawn_radii(15, 50, rng)
     field = field_around(lung, point_in(lung, rng), [1.6 * r for r in radii])
     level = level_of(field, radii)
@@ -287,7 +293,7 @@ def consolidation(lung: Lung, rng: np.random.Generator) -> None:
 
 
 def open_bronchi(field: Field, rng: np.random.Generator) -> np.ndarray:
-    """(z, y, x) share of air: thin lines, where smooth noise changes its sign."""
+    """Draws (z, y, x) air fractions: thin lines along sign changes of smooth noise."""
     course = np.abs(field.enlarged(smooth_noise(field, 16, rng)))
     where = 2 * smooth_noise(field, 14, rng) - 1
     lumen = np.clip(np.float32(1.3) - course * np.float32(20), 0, 1)
@@ -296,7 +302,7 @@ def open_bronchi(field: Field, rng: np.random.Generator) -> np.ndarray:
 
 
 def fibrosis(lung: Lung, rng: np.random.Generator) -> None:
-    """A network under the pleura, -250 to 0 HU, in haze; half with honeycombs of air."""
+    """Paints a subpleural network of -250 to 0 HU in haze; half have honeycombing."""
     field = field_in(lung, lung.bounds)
     inwards = pleural_distance_mm(lung, field)
     zone = np.float32(0.5) * smooth_noise(field, 20, rng)
@@ -318,7 +324,7 @@ def fibrosis(lung: Lung, rng: np.random.Generator) -> None:
 
 
 def pleural_distance_mm(lung: Lung, field: Field) -> np.ndarray:
-    """(z, y, x) float32 distance to the lung's border within its slice, at the points."""
+    """Computes (z, y, x) float32 in-slice distances from points to the lung border."""
     size_xy = (field.shape[2], field.shape[1])
     distances = []
     for plane in lung.mask:
@@ -329,7 +335,10 @@ def pleural_distance_mm(lung: Lung, field: Field) -> np.ndarray:
 
 
 def cell_walls(lung: Lung, cell_mm: float, wall_mm: float, rng) -> np.ndarray:
-    """(z, y, x) float32 opacity, 1 on the walls between cells of some mm or more."""
+    """Returns (z, y, x) float32 opacity, 1 on the walls between honeycomb cells.
+
+    Cells are `cell_mm` wide; wider if the lung exceeds the stored honeycomb.
+    """
     stored = stored_cells()
     depth, *size = lung.mask.shape
     steps = [step * CELLS_PX / cell_mm for step in lung.spacing_mm]
@@ -355,13 +364,13 @@ def cell_walls(lung: Lung, cell_mm: float, wall_mm: float, rng) -> np.ndarray:
 
 
 def reflected(index: int, length: int) -> int:
-    """An index into a row of `length` that is mirrored at its ends."""
+    """Maps any index into a row of `length` elements that is mirrored at its ends."""
     index %= 2 * length
     return min(index, 2 * length - 1 - index)
 
 
 def mass(lung: Lung, rng: np.random.Generator) -> None:
-    """A spiculated tumour of 30 to 80 mm and 10 to 60 HU; half lie at the pleura."""
+    """Paints a spiculated mass of 30 to 80 mm and 10 to 60 HU, half at the pleura."""
     radius = rng.uniform(15, 40)
     if rng.random() < 0.5:
         centre = place_at_pleura(lung, rng, radius * rng.uniform(0.4, 1))
@@ -375,18 +384,18 @@ def mass(lung: Lung, rng: np.random.Generator) -> None:
     reach += spicules(field, distance * np.float32(radius), longest, rng)
     level = distance / reach
     hu = rng.uniform(10, 60)
-    if rng.random() < 0.3:  # dead inside
+    if rng.random() < 0.3:  # necrotic core
         core = cut_off(field, level + np.float32(0.1) * lobes + np.float32(0.5), 0.3)
         hu = np.float32(hu) - np.float32(rng.uniform(15, 35)) * core
     paint(lung, field.box, cut_off(field, level, border_mm(lung) / radius), hu)
 
 
 def spicules(field: Field, distance_mm, longest: float, rng) -> np.ndarray:
-    """(z, y, x) float32 share of the radius by which tapering spikes reach farther."""
+    """Computes (z, y, x) float32 lengths of tapering spikes, in radii of the mass."""
     count = int(rng.integers(8, 21))
     directions = rng.standard_normal((count, 3))
     if field.shape[0] == 1:
-        directions[:, 0] = 0  # else most would leave the slice
+        directions[:, 0] = 0  # otherwise most spikes would leave the slice
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     lengths = longest * rng.uniform(0.2, 1, count)
     widths = rng.uniform(0.05, 0.18, count)
@@ -396,7 +405,7 @@ def spicules(field: Field, distance_mm, longest: float, rng) -> np.ndarray:
         along = units[0] * np.float32(direction[0])
         along += units[1] * np.float32(direction[1])
         along += units[2] * np.float32(direction[2])
-        # The angle to the spike is the root of 2 (1 - cosine), when it is small.
+        # A small angle to the spike is about the square root of 2 (1 - cosine).
         angle = np.sqrt(np.maximum(2 - 2 * along, 0, out=along), out=along)
         angle *= np.float32(-length / width)
         angle += np.float32(length)
@@ -405,12 +414,12 @@ def spicules(field: Field, distance_mm, longest: float, rng) -> np.ndarray:
 
 
 def border_mm(lung: Lung) -> float:
-    """The width over which the scan shows a sharp border."""
+    """Returns the width in mm over which the scan blurs a sharp border."""
     return max(1.5 * lung.spacing_mm[2], 1.2)
 
 
 def nodule(lung: Lung, rng: np.random.Generator) -> None:
-    """One to four nodules of 6 to 30 mm at the pleura, shaped as LIDC's readers drew."""
+    """Paints one to four LIDC-shaped nodules of 6 to 30 mm at the pleura."""
     for _ in range(rng.integers(1, 5)):
         shape = drawn_shape(SHAPES, SHAPE_MM, lung.held_out, rng)
         diameter = shape.diameter_mm * rng.uniform(0.85, 1.15)
@@ -427,11 +436,11 @@ def paint_nodule_lesion(
     *,
     hides: bool = True,
 ) -> tuple[Box, np.ndarray]:
-    """Draws a nodule of one density, unless no voxel's middle lies in it.
+    """Paints a nodule of one density, unless it contains no voxel centre.
 
     Returns:
-        The box it lies in, empty where that is not in the lung's, and its (z, y, x) bool
-        mask there.
+        The nodule's box, empty if it lies outside the lung's box, and the (z, y, x)
+        bool mask of the nodule in it.
     """
     half_mm = [0.8 * diameter_mm] * 3
     box = boxes.near(centre_zyx, half_mm, lung.spacing_mm, lung.bounds)
@@ -450,7 +459,7 @@ def paint_nodule_lesion(
 def distances_to(
     shape: shapes.Shape, lung: Lung, box: Box, centre_zyx, diameter_mm: float
 ) -> np.ndarray:
-    """(z, y, x) float32 distance in mm to a nodule's surface, negative inside."""
+    """Computes (z, y, x) float32 mm to a nodule's surface, negative inside."""
     scale = diameter_mm / shape.diameter_mm
     pitch_mm = scale * shape.pitch_mm
     depth, height, width = shape.field.shape
@@ -477,12 +486,12 @@ def distances_to(
 
 
 def atelectasis(lung: Lung, rng: np.random.Generator) -> None:
-    """A collapsed band along the back of the lung, 30 to 90 HU, under a wavy border."""
+    """Paints a wavy band of collapsed lung, 30 to 90 HU, along the back."""
     collapse(lung, rng.uniform(0.05, 0.25), rng)
 
 
 def collapse(lung: Lung, share: float, rng: np.random.Generator) -> None:
-    """Collapses about a `share` of the lung, from the back."""
+    """Collapses about the fraction `share` of the lung, from the back."""
     z, y, x = lung.bounds
     level = fluid_level(lung.mask, share)
     top = max(level - math.ceil(25 / lung.spacing_mm[1]), 0)
@@ -494,7 +503,7 @@ def collapse(lung: Lung, share: float, rng: np.random.Generator) -> None:
 
 
 def effusion(lung: Lung, rng: np.random.Generator) -> None:
-    """Fluid of 0 to 20 HU up to a level, at the back; most with collapsed lung above."""
+    """Paints fluid of 0 to 20 HU at the back; 70 % have collapsed lung above it."""
     share = rng.uniform(0.04, 0.5)
     z, y, x = lung.bounds
     box = (z, slice(fluid_level(lung.mask, share), y.stop), x)
@@ -504,7 +513,7 @@ def effusion(lung: Lung, rng: np.random.Generator) -> None:
 
 
 def fluid_level(mask: np.ndarray, share: float) -> int:
-    """The row from which on the back of a lung holds `share` of its voxels, or more."""
+    """Returns the row behind which at least `share` of the lung's voxels lie."""
     from_back = np.cumsum(mask.sum((0, 2), np.int64)[::-1])
     rows = int(np.searchsorted(from_back, share * from_back[-1])) + 1
     return mask.shape[1] - rows
@@ -519,7 +528,7 @@ PAINTERS: dict[config.LesionKind, Painter] = {
     "atelectasis": atelectasis,
     "effusion": effusion,
 }
-"""In the order in which they are drawn over each other."""
+"""Painter of each finding, in the order of painting; later ones cover earlier ones."""
 
 BOTH_LUNGS: dict[config.LesionKind, float] = {
     "ground-glass": 0.5,
@@ -530,4 +539,4 @@ BOTH_LUNGS: dict[config.LesionKind, float] = {
     "atelectasis": 0.4,
     "effusion": 0.4,
 }
-"""How often a finding is in both lungs."""
+"""Probability that a finding affects both lungs."""

@@ -1,9 +1,10 @@
-"""Pathology simulated in HU, so that a network learns lungs whatever is in them.
+"""Simulation of pathology in HU, so that a network segments diseased lungs as well.
 
-The lung labels stay as they are: what is drawn belongs to the lung. Circles are those of
-the study that `circles` cites; the realistic findings have sizes in mm, the densities that
-textbooks give, and the grain of the scan they are drawn into. Arrays are (z, y, x), z to
-the head and y to the back of a patient who lies on it; a slice is a volume of one.
+The lung labels do not change: drawn lesions belong to the lung. Circles follow a
+published augmentation; the realistic findings have sizes in mm, textbook densities and
+the noise of the scan they are drawn into. Arrays are (z, y, x), with z towards the head
+and y towards the back of a supine patient; a single slice is treated as a volume of one
+slice.
 """
 
 import logging
@@ -37,20 +38,21 @@ from nodules import shapes
 log = logging.getLogger(__name__)
 
 CIRCLES = (7, 9)
-"""Fewest and most circles in a sample, as published."""
+"""Minimum and maximum number of circles in a sample, as published."""
 
 CIRCLE_RADIUS_MM = (4.0, 25.0)
 CIRCLE_OPACITY = (0.2, 1.0)
 CIRCLE_HU = 40.0
-"""Ours, as the published text says "random" of radius and transparency, and names no
-colour: from a nodule to a mass, from haze to solid, soft tissue."""
+"""Own choices: the publication calls radius and transparency "random" and names no
+colour. The radius spans nodule to mass, the opacity haze to solid; the HU are those of
+soft tissue."""
 
 NODULE_SHAPES = 256
 NODULE_MM = (4.0, 30.0)
 MOST_NODULES = 3
 AT_PLEURA = 0.4
-"""Of the nodules that a network learns to find: how many shapes, their sizes, how many in a
-sample at most, and which share lies at the pleura."""
+"""Number of shapes, diameter range, maximum number per sample and share at the pleura
+of the nodules that a network learns to find."""
 
 HAZY_HU, SOLID_HU = (-750.0, -300.0), (-60.0, 80.0)
 
@@ -60,9 +62,9 @@ class Circle:
     """A disc in a slice, a ball in a volume.
 
     Attributes:
-        centre_zyx: Voxel of its middle.
-        radius_mm: Its radius.
-        opacity: 1 hides what was there.
+        centre_zyx: Voxel index of the centre.
+        radius_mm: Radius.
+        opacity: 0 to 1; 1 replaces the HU.
     """
 
     centre_zyx: tuple[float, ...]
@@ -79,30 +81,31 @@ def simulate(
     *,
     held_out: Set[str],
 ) -> np.ndarray:
-    """HU with lesions, in a share of `settings.probability` of the calls.
+    """Draws lesions into HU with probability `settings.probability`.
 
-    Nothing changes but in the lungs and `RIM_MM` around them; circles reach as far as
-    their radius beyond the boxes of the lungs.
+    Realistic findings change only the lungs and a rim of `RIM_MM` around them; circles
+    reach up to their radius beyond the boxes of the lungs.
 
     Args:
         hu: (y, x) or (z, y, x) HU of any real dtype.
-        lung: Labels of the same shape, 1 in the right lung and 2 in the left; or one label,
-            which is taken apart as `lung_sides` says.
-        spacing_mm: Of each axis.
-        settings: How often, and what.
-        rng: Decides everything.
-        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
+        lung: Labels of the same shape, 1 in the right lung and 2 in the left; or a
+            mask, which `lung_sides` splits.
+        spacing_mm: Spacing of each axis.
+        settings: Probability and kind of the lesions.
+        rng: Source of all random choices.
+        held_out: Patients of LIDC-IDRI whose outlines must not be used as nodule
+            shapes.
 
     Returns:
         A new array with the shape and dtype of `hu`.
 
     Raises:
-        ValueError: If shapes do not match.
+        ValueError: If the shapes do not match.
     """
     if hu.ndim not in (2, 3) or hu.shape != lung.shape or len(spacing_mm) != hu.ndim:
         raise ValueError(
-            f"HU {hu.shape}, lung {lung.shape} and {len(spacing_mm)} spacings; expected "
-            "(y, x) or (z, y, x) of one shape, and a spacing per axis"
+            f"HU has shape {hu.shape}, lung {lung.shape}, spacings: {len(spacing_mm)}; "
+            "expected equal (y, x) or (z, y, x) shapes and a spacing per axis"
         )
     result = hu.copy()
     if rng.random() >= settings.probability:
@@ -131,22 +134,24 @@ def simulate_nodules(
     seen: Callable[[tuple[float, ...]], bool] = lambda _: True,
     places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """HU with one to `MOST_NODULES` nodules in a share of the calls, and where they are.
+    """Draws up to `MOST_NODULES` nodules with probability `settings.probability`.
 
-    They have the shapes that LIDC-IDRI's readers drew.
+    Their shapes are outlines by LIDC-IDRI's readers.
 
     Args:
         hu: (z, y, x) int16.
-        lung: (z, y, x) uint8, not 0 in the lungs; nothing is drawn without.
-        spacing_mm: (z, y, x).
-        settings: `probability` and `nodule_kinds` count.
-        rng: Decides everything.
-        held_out: Patients of LIDC-IDRI whose outlines shape no nodule.
-        seen: Whether the middle of a nodule may lie at a place (z, y, x).
-        places: (n, 3) places; one nodule is drawn, its middle at one of them.
+        lung: (z, y, x) uint8, above 0 in the lungs; without lung voxels nothing is
+            drawn.
+        spacing_mm: (z, y, x) spacing.
+        settings: Only `probability` and `nodule_kinds` are used.
+        rng: Source of all random choices.
+        held_out: Patients of LIDC-IDRI whose outlines must not be used as nodule
+            shapes.
+        seen: Returns True if a nodule may be centred at a voxel (z, y, x).
+        places: (n, 3) candidate centres; one nodule is drawn at one of them.
 
     Returns:
-        A new array like `hu`, and the (z, y, x) bool mask of what was drawn.
+        A new array like `hu`, and the (z, y, x) bool mask of the drawn nodules.
     """
     result, drawn = hu.copy(), np.zeros(hu.shape, bool)
     if rng.random() >= settings.probability or not lung.any():
@@ -191,7 +196,10 @@ def nodule_centre(
     rng: np.random.Generator,
     seen: Callable[[tuple[float, ...]], bool],
 ) -> tuple[float, ...] | None:
-    """Where a nodule may be drawn, at the pleura or anywhere; None if none was found."""
+    """Draws the centre of a nodule, at the pleura or anywhere in the lung.
+
+    Returns None if `TRIES` attempts give no centre that `seen` accepts.
+    """
     at_pleura = rng.random() < AT_PLEURA
     inwards_mm = diameter_mm * rng.uniform(0.1, 0.5)
     for _ in range(TRIES):
@@ -206,12 +214,12 @@ def nodule_centre(
 def checked_lesions(
     settings: config.Lesions | None, batches: config.Batches, held_out: Set[str]
 ) -> config.Lesions | None:
-    """The settings, or None where they ask for no lesions.
+    """Returns the settings, or None if they ask for no lesions.
 
     Raises:
-        ValueError: If nodules are the target, and the reference would lack what is drawn:
-            only nodules drawn into volumes are added to it. If all outlines that nodules
-            are shaped after are those of patients who are held out.
+        ValueError: If nodules are the target and the reference would lack the lesions:
+            only nodules drawn into volumes are added to it. Also if all outlines that
+            give nodules their shape belong to held-out patients.
     """
     if settings is None or settings.probability == 0:
         return None
@@ -219,7 +227,8 @@ def checked_lesions(
     if batches.target == "nodule" and not (nodules and len(batches.input_px) == 3):
         raise ValueError(
             f"lesions.probability is {settings.probability} with batches.target=nodule, "
-            "whose reference lacks them; use --lesions.probability 0, or of volumes "
+            "where lesions need 3-D input, lesions.kind=realistic and "
+            "lesions.findings=nodule; use --lesions.probability 0 or, for volumes, "
             "--lesions.findings nodule"
         )
     if batches.target == "nodule":
@@ -230,10 +239,11 @@ def checked_lesions(
 
 
 def lung_sides(lung: np.ndarray) -> np.ndarray:
-    """(z, y, x) uint8 labels, 1 right and 2 left, of labels or of a plain mask.
+    """Returns (z, y, x) uint8 labels, 1 right and 2 left, from labels or a plain mask.
 
-    A mask is cut at the middle between the columns where it begins and ends if it has
-    voxels in both outer thirds of the image; else it is one lung, named by its half.
+    A mask with voxels in both outer thirds of the image is split midway between its
+    first and last column. Any other mask is one lung, right or left by the half it lies
+    in.
     """
     labels = lung.astype(np.uint8, copy=False)
     if labels.max(initial=0) != 1:
@@ -250,9 +260,9 @@ def lung_sides(lung: np.ndarray) -> np.ndarray:
 
 
 def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
-    """The box of each lung that there is.
+    """Returns the box of each lung that has voxels, by label.
 
-    The labels 1 and 2 are bits, so one pass along each axis finds both.
+    The labels 1 and 2 are distinct bits, so one pass along each axis finds both lungs.
     """
     planes = np.bitwise_or.reduce(labels, axis=2)
     lines = [
@@ -269,14 +279,14 @@ def lung_boxes(labels: np.ndarray) -> dict[int, Box]:
 
 
 def draw_circles(box_of: dict[int, Box], rng: np.random.Generator) -> list[Circle]:
-    """7 to 9 circles whose centres lie in the boxes of the lungs; none if one is missing.
+    """Draws 7 to 9 circles centred in the lungs' boxes; none if a lung is missing.
 
-    Each is in either lung with the same probability; place, radius and opacity are
+    Each circle is in either lung with equal probability; centre, radius and opacity are
     uniform.
 
     Args:
-        box_of: The box of each lung.
-        rng: Draws them.
+        box_of: Box of each lung, by label.
+        rng: Source of all random choices.
     """
     if len(box_of) < 2:
         return []
@@ -299,7 +309,7 @@ def between(ends: tuple[float, float], share: float) -> float:
 
 
 def paint_circles(hu: np.ndarray, circles: Sequence[Circle], spacing_mm) -> None:
-    """Blends circles with (z, y, x) HU one after the other, in place."""
+    """Blends circles into (z, y, x) HU one after the other, in place."""
     radii = np.array([circle.radius_mm for circle in circles])
     centres = np.array([circle.centre_zyx for circle in circles]).reshape(-1, 3)
     squares, ends = [], []
@@ -327,9 +337,9 @@ def paint_findings(
     rng: np.random.Generator,
     held_out: Set[str],
 ) -> None:
-    """Draws one to `settings.most` findings into (z, y, x) HU, in place.
+    """Paints one to `settings.most` findings into (z, y, x) HU, in place.
 
-    Fluid comes last, as it covers the others.
+    Effusion comes last, because fluid covers the other findings.
     """
     count = int(rng.integers(1, min(settings.most, len(settings.findings)) + 1))
     chosen = {

@@ -1,4 +1,4 @@
-"""A fixed choice of real nodule shapes for simulated nodules."""
+"""A fixed set of real nodule shapes for simulated nodules."""
 
 import functools
 import logging
@@ -11,31 +11,32 @@ from nodules import shapes
 log = logging.getLogger(__name__)
 
 SHAPES = 64
-"""Outlined nodules of LIDC-IDRI that the nodules are shaped after."""
+"""Number of LIDC-IDRI outlines that give simulated nodules their shape."""
 
 SHAPE_MM = (6.0, 30.0)
 SHAPES_SEED = 20110
 FEWEST_SHAPES = 32
-"""With fewer left by patients who are held out, a warning."""
+"""Number of shapes outside held-out patients below which a warning is logged."""
 
 
 def check_shapes(count: int, size_mm: tuple[float, float], held_out: Set[str]) -> None:
-    """Says if few shapes are left for nodules by patients who are held out.
+    """Warns if held-out patients leave few shapes for nodules.
 
     Raises:
-        ValueError: If none is.
+        ValueError: If they leave none.
     """
     left = sum(patient_of_shape(i, size_mm) not in held_out for i in range(count))
     if not left:
         raise ValueError(
-            f"all {count} outlines of LIDC-IDRI that drawn nodules are shaped after are "
-            "those of patients of the table who are not trained on; train on more of "
-            "them (slice_idx.py), or use --lesions.probability 0"
+            f"all {count} LIDC-IDRI outlines that shape simulated nodules belong to "
+            "patients of the table outside training; expected at least one other; "
+            "train on more of these patients (slice_idx.py) or use "
+            "--lesions.probability 0"
         )
     if left < FEWEST_SHAPES:
         log.warning(
-            "drawn nodules have %d of %d shapes: the others are outlines of patients of "
-            "the table who are not trained on",
+            "simulated nodules use %d of %d shapes: the others are outlines of "
+            "patients of the table outside training",
             left,
             count,
         )
@@ -47,33 +48,33 @@ def drawn_shape(
     held_out: Set[str],
     rng: np.random.Generator,
 ) -> shapes.Shape:
-    """One of `count` shapes; in place of one of a patient who is held out, the next.
+    """Draws one of `count` shapes, skipping to the next while the patient is held out.
 
     Raises:
-        ValueError: If all are.
+        ValueError: If all patients are held out.
     """
     first = int(rng.integers(count))
     for number in (*range(first, count), *range(first)):
         if patient_of_shape(number, size_mm) not in held_out:
             return nodule_shape(number, size_mm)
-    raise ValueError(f"all {count} shapes are those of patients who are held out")
+    raise ValueError(f"all {count} nodule shapes come from patients who are held out")
 
 
 @functools.cache
 def nodule_shape(number: int, size_mm: tuple[float, float]) -> shapes.Shape:
-    """A shape whose diameter lies in a range; it is the same in every process."""
+    """Returns shape `number` in a range of diameters, the same in every process."""
     return shapes.draw_shape(*start_of_shape(number, size_mm))
 
 
 @functools.cache
 def patient_of_shape(number: int, size_mm: tuple[float, float]) -> str:
-    """The patient of LIDC-IDRI who has the nodule of `nodule_shape`."""
+    """Returns the LIDC-IDRI patient whose nodule `nodule_shape` returns."""
     return shapes.draw_annotation(*start_of_shape(number, size_mm))[1]
 
 
 def start_of_shape(
     number: int, size_mm: tuple[float, float]
 ) -> tuple[np.random.Generator, float]:
-    """What a shape is drawn by, and its diameter in mm."""
+    """Returns the generator that draws shape `number`, and its diameter in mm."""
     rng = np.random.default_rng((SHAPES_SEED, number))
     return rng, float(np.exp(rng.uniform(*np.log(size_mm))))

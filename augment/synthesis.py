@@ -1,9 +1,9 @@
-"""Patches with random HU per tissue, so that a network learns shapes before densities.
+"""Synthesis of patches with random HU per tissue, so that networks rely on shape first.
 
-Reference: Billot et al. 2023 (SynthSeg). Ours differs in that tissues come from the HU of
-the patch itself and the lung labels, not from a label map of all organs, and in that HU
-stay in the ranges that CT, contrast agent, scanners out of calibration and diseased lungs
-can show; the noise of the scanner is added afterwards, with that of real patches.
+Reference: Billot et al. 2023 (SynthSeg). This version takes the tissues from the HU of
+the patch and the lung labels, not from a label map of all organs. HU stay in the ranges
+that occur in CT, with contrast agent, poorly calibrated scanners and diseased lungs
+included. Scanner noise is added later, as for real patches.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from augment import augment3d
 
 AIR, LUNG, DENSE, FAT, SOFT, BONE = range(6)
-"""Tissues: dense are vessels, airway walls and whatever else is dense within the lungs."""
+"""Tissues; DENSE is everything dense in the lungs, such as vessels and airway walls."""
 
 RANGES_HU = {
     AIR: (-1024.0, -920.0),
@@ -21,27 +21,27 @@ RANGES_HU = {
     SOFT: (-40.0, 180.0),
     BONE: (120.0, 900.0),
 }
-"""Range of the mean HU of a tissue. Air and normal lungs overlap on purpose."""
+"""Range of the mean HU of each tissue. Air and normal lungs overlap on purpose."""
 
 DENSE_HU, FAT_HU, SOFT_HU, BONE_HU = -500.0, -300.0, -20.0, 150.0
-"""Least HU of what is dense in the lungs, and of fat, soft tissue and bone elsewhere."""
+"""Lowest HU of dense tissue in the lungs, and of fat, soft tissue, bone elsewhere."""
 
 TEXTURE_HU = 60.0
-"""Largest standard deviation of a tissue's own texture."""
+"""Largest standard deviation of the texture of a tissue."""
 
 UNEVEN_HU = 120.0
-"""Largest standard deviation of the slow changes of the density of the lungs."""
+"""Largest standard deviation of the slow density variation in the lungs."""
 
 UNEVEN_PX = 24.0
-"""Distance between the knots of those changes."""
+"""Distance between the knots of that variation."""
 
 
 def tissues(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
-    """(z, y, x) uint8 tissue of each voxel, by its HU and whether it lies in the lungs.
+    """Classifies voxels by HU and lung labels; returns (z, y, x) uint8 tissues.
 
     Args:
-        hu: (z, y, x).
-        lung: (z, y, x), above 0 in the lungs.
+        hu: (z, y, x) HU.
+        lung: (z, y, x) labels, above 0 in the lungs.
     """
     passed = sum((hu >= least).view(np.uint8) for least in (FAT_HU, SOFT_HU, BONE_HU))
     of_body = np.array([AIR, FAT, SOFT, BONE], np.uint8)[passed]
@@ -50,12 +50,12 @@ def tissues(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
 
 
 def synthetic(hu: np.ndarray, lung: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The patch with other HU: a random mean and texture per tissue, softened borders.
+    """Replaces HU by a random mean and texture per tissue, and blurs the patch.
 
     Args:
-        hu: (z, y, x) HU, from which only tissues are taken.
-        lung: (z, y, x), above 0 in the lungs.
-        rng: Draws means, textures and how soft borders are.
+        hu: (z, y, x) HU, used only to classify tissues.
+        lung: (z, y, x) labels, above 0 in the lungs.
+        rng: Draws means, textures and the width of the blur.
 
     Returns:
         (z, y, x) float32 HU.

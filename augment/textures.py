@@ -1,4 +1,4 @@
-"""Textures of simulated findings: the scan's own noise, and honeycomb."""
+"""Textures of simulated findings: noise like that of the scan, and honeycomb."""
 
 import functools
 import math
@@ -9,40 +9,43 @@ import numpy as np
 
 GRAIN_SD_HU = 25.0
 GRAIN_SIGMA_PX = 0.7
-"""Noise where the scan has too little soft tissue to measure its own."""
+"""Noise assumed for a scan with too little soft tissue to measure it."""
 
 MIN_SD_HU = 2.0
 BLOCK_PX, BLOCK_ROWS = 8, 7
 TISSUE_HU = (-20, 140)
-"""Noise is measured in blocks whose mean is in this range, in some seven rows of them."""
+"""Noise is measured in blocks of `BLOCK_PX` pixels squared whose mean HU lies in
+`TISSUE_HU`, in about `BLOCK_ROWS` rows of blocks per slice."""
 
 GRAIN_SIDE_PX = 512
 GRAIN_UNIT = 30
-"""Side of the stored noise, and its value at one standard deviation: bytes, as much of the
-time goes into fetching it from memory."""
+"""Side of the stored noise field, and its value at one standard deviation. The field is
+stored as bytes because reading it from memory takes much of the time."""
 
 CELLS_PX = 8.0
-"""Distance between the cells of the stored honeycomb."""
+"""Distance between neighbouring cells of the stored honeycomb."""
 
 CELLS_SHAPE = (48, 144, 144)
 CELLS_UNIT = 400
-"""Value in the stored honeycomb at one cell's width from a wall."""
+"""Value in the stored honeycomb at a distance of one cell width from a wall."""
 
 
 @dataclass(frozen=True)
 class Grain:
-    """Noise of a scan: standard deviation, and width of its reconstruction's kernel."""
+    """Noise of a scan: standard deviation, and sigma of the correlating kernel."""
 
     sd_hu: float
     sigma_px: float
 
 
 def measured_grain(hu: np.ndarray) -> Grain:
-    """The noise of (z, y, x) HU, from small blocks of soft tissue without structure.
+    """Measures the noise of (z, y, x) HU in small blocks of homogeneous soft tissue.
 
-    A tenth of the blocks varies less than the one that counts: tissue has structure, and
-    the estimate is rather too low than too high. The noise of neighbours is alike by
-    exp(-1 / 4 sigma^2) where a Gaussian of width sigma smoothed it.
+    The variance is the 10th percentile over the blocks: structure raises the variance
+        of
+    most blocks, and an estimate that is too low does less harm than one that is too
+    high. A Gaussian of width sigma gives neighbouring pixels a correlation of exp(-1 /
+    (4 sigma^2)), from which sigma is computed.
     """
     depth, height, width = hu.shape
     columns = width // BLOCK_PX
@@ -74,9 +77,9 @@ def measured_grain(hu: np.ndarray) -> Grain:
 
 
 def grain_of(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
-    """(z, y, x) int8 noise, alike within a slice but not from slice to slice.
+    """Draws (z, y, x) int8 noise, correlated within a slice but not between slices.
 
-    See `GRAIN_UNIT`.
+    See `GRAIN_UNIT` for its unit.
     """
     count, height, width = shape
     field = grain_field(round(4 * grain.sigma_px))
@@ -90,7 +93,7 @@ def grain_of(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
 
 @functools.lru_cache(maxsize=16)
 def grain_field(quarters: int) -> np.ndarray:
-    """Noise smoothed by a Gaussian of `quarters` / 4 pixels; see `GRAIN_UNIT`."""
+    """Returns int8 noise (see `GRAIN_UNIT`) of sigma `quarters` / 4 pixels."""
     side = GRAIN_SIDE_PX
     white = np.random.default_rng(quarters).standard_normal((side, side), np.float32)
     field = cv2.GaussianBlur(white, (0, 0), max(quarters, 1) / 4)
@@ -100,11 +103,12 @@ def grain_field(quarters: int) -> np.ndarray:
 
 @functools.cache
 def stored_cells() -> np.ndarray:
-    """(z, y, x) uint8 distance to the walls between random cells; see `CELLS_UNIT`.
+    """Computes (z, y, x) uint8 distances to the walls of random cells.
 
-    Cells are the regions nearest to the points of a jittered grid (Worley 1996); half the
-    difference between the distances to the nearest two is 0 on their walls. Within slices
-    they are mirrored to three times the size.
+    `CELLS_UNIT` gives the unit. A cell is the region nearest to one point of a jittered
+    grid (Worley 1996). Half the difference between the distances to the two nearest
+    points is 0 on the walls. Slices are extended by mirroring to three times their
+    width and height.
     """
     from scipy.spatial import cKDTree
 

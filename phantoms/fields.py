@@ -5,17 +5,17 @@ import numpy as np
 from ct.geometry import Mesh
 
 FAR_MM = 1e3
-"""Value of a field far from its organ."""
+"""Value of a field far from the organ."""
 
 
 def spline_noise(
     rng: np.random.Generator, mesh: Mesh, knot_mm: float | tuple[float, float, float]
 ) -> np.ndarray:
-    """Smooth noise of mean 0 and standard deviation 1: cubic B-splines of white knots.
+    """Draws smooth noise of mean 0 and deviation 1: cubic B-splines of white knots.
 
     Args:
-        rng: Drawn from once per knot.
-        mesh: Where the noise is wanted.
+        rng: Draws one number per knot.
+        mesh: Points of the noise.
         knot_mm: Distance between knots, one for all axes or (z, y, x).
 
     Returns:
@@ -29,14 +29,14 @@ def spline_noise(
     knots = rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
     # The squared cubic B-spline weights of a point sum to 0.479 per axis on average.
     noise = knots / np.float32(0.479**1.5)
-    # Each axis as one product of matrices; the axis it makes comes last.
+    # One matrix product per axis; each appends its new axis as the last one.
     for weight in weights:
         noise = np.tensordot(noise, weight, (0, 1))
     return noise
 
 
 def _spline_weights(axis_mm: np.ndarray, pitch_mm: float) -> np.ndarray:
-    """(points, knots) weights of uniform cubic B-splines."""
+    """Returns (points, knots) weights of uniform cubic B-splines."""
     at = (axis_mm - axis_mm[0]) / pitch_mm
     knots = np.arange(-1, int(np.ceil(at[-1])) + 2)
     away = np.abs(at[:, None] - knots)
@@ -47,25 +47,25 @@ def _spline_weights(axis_mm: np.ndarray, pitch_mm: float) -> np.ndarray:
 
 
 def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Union of two fields whose seam is rounded over `blend_mm`."""
+    """Returns the union of two fields, with a seam rounded over `blend_mm`."""
     overlap = np.maximum(blend_mm - np.abs(a - b), 0)
     return np.minimum(a, b) - overlap * overlap * np.float32(0.25 / blend_mm)
 
 
 def smooth_max(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Intersection of two fields whose seam is rounded over `blend_mm`."""
+    """Returns the intersection of two fields, with a seam rounded over `blend_mm`."""
     return -smooth_min(-a, -b, blend_mm)
 
 
 def distance(level: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """First-order distance in mm to the zero level of any smooth function on `mesh`."""
+    """Computes first-order distances in mm to the zero level of a smooth function."""
     slopes = np.gradient(level, *mesh.spacing_mm)
     steepness = np.sqrt(sum(slope * slope for slope in slopes))
     return level / np.maximum(steepness, np.float32(1e-3))
 
 
 def ellipsoid(mesh: Mesh, centre_xyz, radii_xyz, turn_deg: float = 0.0) -> np.ndarray:
-    """Field of an ellipsoid, turned about the body's axis."""
+    """Computes the field of an ellipsoid, rotated about the body's axis."""
     dx, dy = mesh.x - np.float32(centre_xyz[0]), mesh.y - np.float32(centre_xyz[1])
     cos, sin = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
     u = np.float32(cos) * dx + np.float32(sin) * dy
@@ -78,7 +78,10 @@ def ellipsoid(mesh: Mesh, centre_xyz, radii_xyz, turn_deg: float = 0.0) -> np.nd
 
 
 def tube(mesh: Mesh, points_xyz, radii_mm, *, reach_mm: float = 16.0) -> np.ndarray:
-    """Field of a bent tube through points, known up to `reach_mm` from its surface."""
+    """Computes the field of a bent tube through points.
+
+    The field is valid up to `reach_mm` from the surface; beyond, it may be `FAR_MM`.
+    """
     field = np.full(mesh.shape, FAR_MM, np.float32)
     points = np.asarray(points_xyz, np.float32)
     radii = np.broadcast_to(np.asarray(radii_mm, np.float32), (len(points),))
@@ -96,7 +99,7 @@ def tube(mesh: Mesh, points_xyz, radii_mm, *, reach_mm: float = 16.0) -> np.ndar
 
 
 def capsule(mesh: Mesh, start, end, r0: float, r1: float) -> np.ndarray:
-    """Field of a round-ended cone from `start` (radius r0) to `end` (radius r1)."""
+    """Computes the field of a rounded cone from `start` (radius r0) to `end` (r1)."""
     axis = np.asarray(end, np.float32) - start
     dx, dy, dz = mesh.x - start[0], mesh.y - start[1], mesh.z - start[2]
     length2 = np.float32(max(float(axis @ axis), 1e-6))

@@ -1,4 +1,4 @@
-"""Places in a phantom's lungs where nodules may sit."""
+"""Choice of places for nodules in a phantom's lungs."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from phantoms.settings import Settings
 from phantoms.trees import Tree
 
 PLACES_TRIED = 3
-"""Free places at which a nodule is tried before it is left out."""
+"""Number of free places tried for a nodule before it is dropped."""
 
 
 def points_xyz(mesh: Mesh, voxels: np.ndarray) -> np.ndarray:
-    """Mm (n, xyz) of voxels (n, zyx)."""
+    """Converts (n, zyx) voxel indices to (n, xyz) mm."""
     z, y, x = voxels.T
     return np.stack(
         [mesh.x.ravel()[x], mesh.y.ravel()[y], mesh.z.ravel()[z]], axis=1
@@ -35,7 +35,7 @@ def place_nodules(
     trees: Sequence[tuple[str, Tree]],
     rng: np.random.Generator,
 ) -> list[tuple[PlacedNodule, Box]]:
-    """Draws nodules, each with its box; one that fits nowhere is left out."""
+    """Draws nodules, each with its box; drops those that fit nowhere."""
     fewest, most = settings.nodules
     small, large = settings.diameter_mm
     places = _Places.of(scene.chest, scene.coarse, trees)
@@ -73,23 +73,23 @@ def place_nodules(
 
 
 def _solid_hu(kind: str, rng: np.random.Generator) -> float:
-    """Soft tissue; one solid nodule in twenty is calcified."""
+    """Draws the HU of soft tissue; one solid nodule in twenty is calcified."""
     calcified = kind == "solid" and rng.random() < 0.05
     return float(rng.uniform(220, 480) if calcified else rng.uniform(-10, 70))
 
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Where nodules may sit.
+    """Candidate places for nodules.
 
     Attributes:
-        points_xyz: (points, xyz) a sample of the lungs in mm.
-        depth_mm: (points,) distance of each to the pleura.
-        vessels_xyz: (segments, xyz) middles of the vessels.
-        vessel_radii: (segments,) in mm.
-        vessel_axes: (segments, xyz) unit vectors.
-        roots_xyz: (roots, xyz) of the lungs.
-        z_range_mm: First and last slice.
+        points_xyz: (points, xyz) coarse voxels more than 1 mm inside the lungs, in mm.
+        depth_mm: (points,) distance of each point to the pleura.
+        vessels_xyz: (segments, xyz) centres of the vessel segments.
+        vessel_radii: (segments,) radii in mm.
+        vessel_axes: (segments, xyz) unit vectors along the segments.
+        roots_xyz: (roots, xyz) lung roots.
+        z_range_mm: z of the first and the last slice.
     """
 
     points_xyz: np.ndarray
@@ -126,7 +126,7 @@ class _Places:
         others: Sequence[PlacedNodule],
         rng: np.random.Generator,
     ) -> Iterator[np.ndarray]:
-        """Centres (xyz) with room for a nodule, of some places drawn."""
+        """Draws centres (xyz) and yields those with room for the nodule."""
         radius = diameter_mm / 2
         candidates = self._beside_vessels(radius, rng) if site == "vascular" else None
         if candidates is None:
@@ -136,7 +136,7 @@ class _Places:
     def _beside_vessels(
         self, radius: float, rng: np.random.Generator
     ) -> Iterator[np.ndarray] | None:
-        """Places whose nodule swallows a vessel's flank."""
+        """Draws centres at which a nodule covers the flank of a vessel."""
         fitting = np.flatnonzero((self.vessel_radii > 0.9) & (self.vessel_radii < 2.6))
         if not fitting.size:
             return None
@@ -184,9 +184,10 @@ class _Places:
 
 
 def _depth_mm(chest: Chest, coarse: Mesh) -> np.ndarray:
-    """Distance to the pleura: the lungs' field, held within a voxel of the exact one.
+    """Computes the distance to the pleura.
 
-    The field tells fractions of a voxel near the pleura and is far off deep in the lungs.
+    The lungs' field is precise to fractions of a voxel near the pleura but far off deep
+    in the lungs, so it is clipped to within a voxel of the exact distance transform.
     """
     import edt
 

@@ -1,4 +1,4 @@
-"""The picture of a phantom: organs, vessels, nodules and noise, slice by slice."""
+"""Rendering of a phantom slice by slice: organs, vessels, nodules and noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from phantoms.trees import Tree
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What rendering needs to know of a phantom."""
+    """Body, anatomy and meshes of a phantom, as rendering needs them."""
 
     body: Body
     chest: Chest
@@ -28,12 +28,12 @@ class Scene:
     stride: int
 
     def nodule_limit(self, box: Box) -> np.ndarray:
-        """Field in mm at the voxels of a box that no nodule leaves."""
+        """Returns the field in mm that bounds all nodules, at the voxels of a box."""
         lungs = [self.upsampled(plane)[box[1:]] for plane in self.chest.lungs[box[0]]]
         return np.stack(lungs) - drawn_nodules.WALL_MM
 
     def upsampled(self, plane: np.ndarray) -> np.ndarray:
-        """A coarse (y, x) plane at the scan's pixels."""
+        """Interpolates a coarse (y, x) plane to the pixels of the scan."""
         _, height, width = self.mesh.shape
         return _enlarged(plane, self.stride)[:height, :width]
 
@@ -45,7 +45,7 @@ def _enlarged(plane: np.ndarray, stride: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Tubes:
-    """(z, y, x) uint8 share of every voxel, in 255ths, that is vessel, wall or lumen."""
+    """(z, y, x) uint8 voxel fractions, in 255ths, of vessel, airway wall and lumen."""
 
     vessel: np.ndarray
     wall: np.ndarray
@@ -70,7 +70,7 @@ def draw_tubes(trees: Sequence[tuple[str, Tree]], scene: Scene) -> _Tubes:
 
 
 def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
-    """Paints one segment; slices are sampled at three heights for partial volume."""
+    """Paints one segment, sampling slices at three heights for partial volume."""
     dz, _, dx = mesh.spacing_mm
     margin = np.array([dx, dx, dz]) * 0.75 + max(r0, r1)
     box = mesh.box_around(
@@ -86,7 +86,7 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
         Mesh(heights, part.y, part.x), start, end, float(r0), float(r1)
     )
     share = np.clip(0.5 - depth / np.float32(dx), 0, 1)
-    # A thread thinner than a pixel fills only a part of those it runs through.
+    # A tube thinner than a pixel fills only a fraction of the pixels it crosses.
     share *= np.float32(255 * min(1.0, 2 * max(r0, r1) / dx))
     share = share.reshape(-1, 3, *share.shape[1:]).mean(1)
     np.maximum(volume[box], share.astype(np.uint8), out=volume[box])
@@ -94,7 +94,7 @@ def _draw_tube(volume, mesh: Mesh, start, end, r0: float, r1: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A nodule's own box of voxels: where it is, how opaque and how dense."""
+    """A nodule in its box of voxels: mask, opacity, density and bounding field."""
 
     nodule: PlacedNodule
     box: Box
@@ -116,7 +116,7 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """An organ ready to be painted: cut to its box, in units of the border's width."""
+    """An organ ready for painting: cut to its box, in units of its border width."""
 
     organ_hu: float
     borders: np.ndarray
@@ -131,7 +131,7 @@ class _Layer:
         return cls(float(organ.hu), np.ascontiguousarray(borders[box]), box)
 
     def paint(self, image: np.ndarray, z: int, stride: int) -> None:
-        """Blends the organ over slice `z` of the picture."""
+        """Blends the organ into slice `z` of the image."""
         if not self.box[0].start <= z < self.box[0].stop:
             return
         plane = self.borders[z - self.box[0].start]
@@ -145,9 +145,9 @@ class _Layer:
 
 
 def _borders(field_mm: np.ndarray, scene: Scene) -> np.ndarray:
-    """A field over the width in mm that partial volume gives its border.
+    """Divides a field by the width in mm over which partial volume blurs its border.
 
-    A border that lies flat in the slice is smeared by the slice's thickness.
+    A border parallel to the slice is blurred by the slice thickness.
     """
     dz, _, dx = scene.mesh.spacing_mm
     if len(field_mm) == 1:
@@ -164,7 +164,7 @@ def render(
     outside: np.ndarray | None,
     draws,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The picture and the exact lungs, slice by slice.
+    """Renders the scan and the exact lung labels, slice by slice.
 
     Returns:
         (z, y, x) int16 HU and uint8 lung labels.
@@ -199,7 +199,7 @@ def render(
 
 
 def _paint_lungs(image, border, scene: Scene, tubes: _Tubes, z: int) -> None:
-    """Lung tissue, fissures, vessels and bronchi of slice `z`."""
+    """Paints lung tissue, fissures, vessels and bronchi of slice `z`."""
     inside = boxes.around(border < 0.5)
     if inside is None:
         return
@@ -221,7 +221,7 @@ def _paint_lungs(image, border, scene: Scene, tubes: _Tubes, z: int) -> None:
 
 
 def _paint_patch(image: np.ndarray, patch: Patch, z: int) -> None:
-    """Blends a nodule over slice `z`; denser things within it stay visible."""
+    """Blends a nodule into slice `z`; denser structures in it stay visible."""
     index = z - patch.box[0].start
     if 0 <= index < len(patch.opacity):
         view = image[patch.box[1:]]
@@ -230,7 +230,7 @@ def _paint_patch(image: np.ndarray, patch: Patch, z: int) -> None:
 
 
 def _couch(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Air with the table: a mattress on a thin, bright, slightly hollow shell."""
+    """Draws air with the table: a mattress on a thin, bright, slightly hollow shell."""
     y, x = scene.mesh.y[0], scene.mesh.x[0]
     dx = scene.mesh.spacing_mm[2]
     body = scene.body
@@ -246,7 +246,7 @@ def _couch(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def outside_fov(mesh: Mesh) -> np.ndarray:
-    """(y, x) bool pixels outside the circle that a scanner reconstructs."""
+    """Returns (y, x) bool, True outside the circle that a scanner reconstructs."""
     rows, columns = mesh.shape[1:]
     y, x = np.ogrid[:rows, :columns]
     middle_y, middle_x = (rows - 1) / 2, (columns - 1) / 2
@@ -255,7 +255,7 @@ def outside_fov(mesh: Mesh) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Grain:
-    """Noise as a reconstruction gives it: band-passed, more where more is absorbed."""
+    """Noise of a reconstruction: band-passed, and stronger where more is absorbed."""
 
     kernel: Kernel
     pixel_mm: float
@@ -284,7 +284,7 @@ class _Grain:
         )
 
     def at(self, z: int, rng: np.random.Generator) -> np.ndarray:
-        """(y, x) noise in HU of slice `z`."""
+        """Draws the (y, x) noise of slice `z` in HU."""
         white = rng.standard_normal(self.amount.shape, dtype=np.float32)
         fine, wide = (grain / self.pixel_mm for grain in self.kernel.grain_mm)
         noise = _blurred(white, fine) - 0.85 * _blurred(white, wide)
@@ -293,7 +293,7 @@ class _Grain:
             self.scale_hu * (1 + 0.9 * shoulder) / max(noise.std(), 1e-6)
         )
         if shoulder > 0.05:
-            # Photons that pass through both shoulders are few: streaks from side to side.
+            # Few photons pass through both shoulders, which causes left-right streaks.
             length = max(3, round(45 / self.pixel_mm))
             streaks = cv2.blur(white[::-1], (length, 1))
             streaks *= np.float32(

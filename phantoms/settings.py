@@ -1,26 +1,26 @@
-"""What a phantom looks like, beside its seed."""
+"""Settings of a phantom, besides its seed."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 FORMAT = 3
-"""Part of every UID: raised when the same seed makes another phantom than before."""
+"""Format version, part of every UID; increase it when a seed gives another phantom."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a phantom looks like, beside its seed."""
+    """Settings of a phantom, besides its seed."""
 
     size_px: int = 512
-    """Rows and columns."""
+    """Number of rows and of columns."""
     slice_spacing_mm: float = 2.5
-    """Distance between slices, and their thickness."""
+    """Distance between slices in mm; also their thickness."""
     nodules: tuple[int, int] = (1, 5)
-    """Fewest and most nodules."""
+    """Minimum and maximum number of nodules."""
     diameter_mm: tuple[float, float] = (4.0, 30.0)
-    """Smallest and largest in-plane diameter of a nodule, as painted within a tenth."""
+    """Smallest and largest in-plane nodule diameter in mm, painted within a tenth."""
     transfer_syntax: Literal["mixed", "explicit", "rle", "jpeg-ls"] = "mixed"
-    """How pixels are stored; mixed: every fourth phantom as RLE, every fourth JPEG-LS."""
+    """Encoding of the pixels; mixed: of four phantoms, one is RLE and one JPEG-LS."""
 
     def __post_init__(self) -> None:
         if self.size_px < 32:
@@ -37,7 +37,8 @@ class Settings:
         small, large = self.diameter_mm
         if not 3 <= small <= large <= 60:
             raise ValueError(
-                f"diameter_mm is {self.diameter_mm}, expected 3 <= smallest <= largest <= 60"
+                f"diameter_mm is {self.diameter_mm}, expected "
+                "3 <= smallest <= largest <= 60"
             )
 
 
@@ -46,10 +47,12 @@ class Kernel:
     """A reconstruction kernel: its name, blur and noise.
 
     Attributes:
-        name: ConvolutionKernel.
-        blur_mm: Standard deviation of the point spread.
-        grain_mm: Standard deviations of the two Gaussians whose difference shapes noise.
-        noise_hu: Range of the noise's standard deviation in the middle of the body.
+        name: DICOM ConvolutionKernel.
+        blur_mm: Standard deviation of the point spread function.
+        grain_mm: Standard deviations of the two Gaussians whose difference filters
+            noise.
+        noise_hu: Range of the standard deviation of the noise at the centre of the
+            body.
     """
 
     name: str

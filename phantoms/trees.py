@@ -10,8 +10,8 @@ class Tree:
     """A branching tree of round segments that taper away from the root.
 
     Attributes:
-        starts, ends: (segments, xyz) in mm.
-        start_radii, end_radii: (segments,) in mm.
+        starts, ends: (segments, xyz) end points in mm.
+        start_radii, end_radii: (segments,) radii in mm.
     """
 
     starts: np.ndarray
@@ -27,11 +27,12 @@ def grow_tree(
     *,
     tip_radius_mm: float,
 ) -> Tree:
-    """A tree from `root_xyz` that reaches every target.
+    """Grows a tree from `root_xyz` that reaches every target.
 
-    Targets are joined from the root outwards, each to the node that makes its path short
-    (Wu and Bullmore's balance of wiring and path length); radii follow Murray's law with
-    the exponent 2.7 that measurements of the lung give.
+    Targets are connected in order of their distance from the root, each to the node
+    that keeps both the new segment and the path short (Wu and Bullmore's balance of
+    wiring and path length). Radii follow Murray's law with the exponent 2.7 measured in
+    the lung.
     """
     order = np.argsort(np.linalg.norm(targets_xyz - root_xyz, axis=1))
     nodes = np.vstack([root_xyz, targets_xyz[order]])
@@ -50,7 +51,7 @@ def grow_tree(
 
 
 def _relaxed(nodes: np.ndarray, parents: np.ndarray) -> np.ndarray:
-    """Pulls every fork towards the middle of its neighbours; root and tips stay."""
+    """Moves every fork towards the middle of its neighbours; root and tips stay."""
     children = np.bincount(parents[1:], minlength=len(nodes))
     inner = children > 0
     inner[0] = False
@@ -65,7 +66,7 @@ def _relaxed(nodes: np.ndarray, parents: np.ndarray) -> np.ndarray:
 
 
 def _bent(nodes, parents, radii, rng) -> Tree:
-    """Each branch as two segments that meet off its straight line."""
+    """Splits each branch into two segments that meet off its straight line."""
     start, end = nodes[parents[1:]], nodes[1:]
     length = np.linalg.norm(end - start, axis=1, keepdims=True)
     middle = (start + end) / 2 + 0.07 * length * rng.standard_normal(start.shape)

@@ -1,12 +1,13 @@
-"""Makes chest phantoms with nodules and four readers, written as LIDC-IDRI is.
+"""Makes chest phantoms with nodules and four readers, in the form of LIDC-IDRI.
 
-Every phantom is a patient of its own, named for its seed:
+Every phantom is a separate patient, named after its seed:
 
     OUT/PHANTOM-0001/STUDY_UID/SERIES_UID/*.dcm, 001.xml    CT series, readers' outlines
     OUT/truth/SERIES_UID.h5                                 scan file of the exact truth
 
-In the truth's scan file `lung` is the region inside the pleura, with vessels and nodules
-and without trachea and main bronchi; bit 0 of `reader_bits` is the true nodule.
+In the scan file of the truth, `lung` is the region inside the pleura, including vessels
+and nodules and excluding trachea and main bronchi; bit 0 of `reader_bits` is the true
+nodule mask.
 
 Example:
     python -m phantoms.write --out work/phantoms --count 12 --seed 1 --workers 2
@@ -32,7 +33,7 @@ from phantoms.settings import FORMAT, Settings
 
 
 def to_scan(phantom: Phantom) -> Scan:
-    """The truth as a scan: exact lungs, and the true nodules as reader 0."""
+    """Returns the truth as a scan: exact lungs, and the true nodules as reader 0."""
     from scipy import ndimage
 
     truth = phantom.nodule_labels
@@ -62,7 +63,7 @@ def to_scan(phantom: Phantom) -> Scan:
 
 
 def _nodule_record(label: int, region: np.ndarray, box: Box, grid: Grid) -> Nodule:
-    """What is true of a nodule, from the mask of its voxels in a box."""
+    """Returns the true record of a nodule, measured on its mask in a box."""
     start = [span.start for span in box]
     x, y, z = grid.index_to_ras_mm(np.argwhere(region).mean(0) + start).tolist()
     reading = Annotation(
@@ -74,7 +75,7 @@ def _nodule_record(label: int, region: np.ndarray, box: Box, grid: Grid) -> Nodu
 
 
 def to_series(phantom: Phantom) -> dicom_series.PhantomSeries:
-    """The phantom as the DICOM series it is written as."""
+    """Returns the DICOM series of a phantom."""
     series, grid = phantom.series_uid, phantom.grid
     x, y, z = grid.affine[:3, 3].tolist()
     dz, _, dx = grid.spacing_mm
@@ -98,7 +99,7 @@ def to_series(phantom: Phantom) -> dicom_series.PhantomSeries:
 
 
 def transfer_syntax(seed: int, settings: Settings) -> dicom_series.TransferSyntax:
-    """How the pixels of phantom `seed` are stored."""
+    """Returns the encoding of the pixels of phantom `seed`."""
     if settings.transfer_syntax != "mixed":
         return settings.transfer_syntax
     order: tuple[dicom_series.TransferSyntax, ...] = (
@@ -113,7 +114,8 @@ def transfer_syntax(seed: int, settings: Settings) -> dicom_series.TransferSynta
 def write_phantom(phantom: Phantom, out: Path) -> None:
     """Writes a phantom's truth, DICOM series and XML below `out`.
 
-    The patient's folder comes last and whole: where it is, the phantom is complete.
+    The patient's folder is written last, in one step: if it exists, the phantom is
+    complete.
     """
     series = to_series(phantom)
     provenance = {
@@ -134,13 +136,13 @@ def write_phantom(phantom: Phantom, out: Path) -> None:
 
 
 def truth_path(out: Path, uid: str) -> Path:
-    """Where the scan file of a phantom's truth lies."""
+    """Returns the path of the scan file with a phantom's truth."""
     return Path(out) / "truth" / f"{uid}.h5"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One phantom to be written."""
+    """One phantom to write."""
 
     seed: int
     settings: Settings
@@ -165,7 +167,7 @@ def write_phantoms(
     overwrite: bool = False,
     settings: Settings = Settings(),
 ) -> steps.Report:
-    """Writes the phantoms of seeds `seed` to `seed + count - 1`; complete ones stay.
+    """Writes phantoms of seeds `seed` to `seed + count - 1`; keeps complete ones.
 
     Raises:
         ValueError: If a phantom in `out` was made with other settings and `overwrite`
@@ -173,7 +175,7 @@ def write_phantoms(
     """
     if count < 1 or seed < 0:
         raise ValueError(
-            f"count is {count} and seed {seed}, expected 1 or more and 0 or more"
+            f"count is {count}, seed is {seed}; expected count >= 1 and seed >= 0"
         )
     jobs = [_Job(number, settings, Path(out)) for number in range(seed, seed + count)]
     wanted = [job for job in jobs if overwrite or not _complete(job)]
@@ -182,20 +184,20 @@ def write_phantoms(
     done, failures = steps.map_scans(
         _write_job, wanted, workers=workers, label="phantoms"
     )
-    line = f"wrote {out}: {len(done)} phantoms, {len(jobs) - len(wanted)} were there"
+    line = f"wrote {out}: {len(done)} phantoms, {len(jobs) - len(wanted)} already there"
     return steps.Report(line, failures)
 
 
 def _complete(job: _Job) -> bool:
-    """Whether the phantom is there; raises if another one has its place."""
+    """Returns True if the phantom is complete; raises if another one has its place."""
     folder = job.out / patient_id(job.seed)
     if not folder.is_dir():
         return False
     uid = series_uid(job.seed, job.settings)
     if not any(folder.glob(f"*/{uid}")):
         raise ValueError(
-            f"{folder} was made with other settings or another version; expected series "
-            f"{uid}; choose another --out or add --overwrite"
+            f"{folder} was made with other settings or another version; expected "
+            f"series {uid}; choose another --out or add --overwrite"
         )
     return truth_path(job.out, uid).is_file()
 
@@ -205,17 +207,17 @@ class Arguments:
     """Command line of `python -m phantoms.write`."""
 
     out: Path = Path("work/phantoms")
-    """Folder to write to."""
+    """Output folder."""
     count: int = 12
-    """How many phantoms."""
+    """Number of phantoms."""
     seed: int = 1
-    """Seed and number of the first; the next ones follow."""
+    """Seed and number of the first phantom; the others follow."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
     overwrite: bool = False
-    """Make phantoms again that are there."""
+    """Make phantoms again that are already there."""
     phantom: Settings = field(default_factory=Settings)
-    """What they look like."""
+    """Settings of the phantoms."""
 
 
 def _run(arguments: Arguments) -> steps.Report:

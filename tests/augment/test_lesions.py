@@ -305,7 +305,7 @@ def test_shapes_of_patients_held_out_are_not_drawn():
         assert after == number(seed, frozenset())[1]
     seed = next(i for i in range(9999) if number(i, frozenset())[0] == one)
     assert number(seed, {"LIDC-IDRI-0003"})[0] == (one + 1) % count
-    with pytest.raises(ValueError, match="all 256 shapes are those of patients"):
+    with pytest.raises(ValueError, match="all 256 nodule shapes come from patients"):
         number(0, set(patients))
 
 
@@ -330,8 +330,10 @@ def test_few_shapes_are_told_and_none_is_refused(caplog):
     assert not caplog.records
     some = everybody - {nodule_shapes.patient_of_shape(0, nodule_shapes.SHAPE_MM)}
     lesions.checked_lesions(pathology, batches, some)
-    assert "drawn nodules have 1 of 64 shapes" in caplog.text
-    with pytest.raises(ValueError, match=r"all 64 outlines .* --lesions.probability 0"):
+    assert "simulated nodules use 1 of 64 shapes" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"all 64 LIDC-IDRI .* --lesions.probability 0"
+    ):
         lesions.checked_lesions(pathology, batches, everybody)
     circles = replace(pathology, kind="circles")
     others = replace(pathology, findings=("mass",))

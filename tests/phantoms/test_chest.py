@@ -366,7 +366,7 @@ def write_again(out, **options):
 
 def test_a_phantom_that_is_there_is_not_made_again(copied):
     out, made = copied
-    assert "0 phantoms, 1 were there" in write_again(out).line
+    assert "0 phantoms, 1 already there" in write_again(out).line
     assert made == []
     write_again(out, overwrite=True)
     assert made == [SEED]

@@ -1,1 +1,1 @@
-"""One CT scan: its voxels in HU, its geometry, its file, and how it becomes a network input."""
+"""One CT scan: voxels in HU, geometry, file format and conversion to network input."""

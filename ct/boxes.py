@@ -1,7 +1,7 @@
-"""Boxes in arrays of any number of axes: around masks, crops anywhere, tiles that cover.
+"""Boxes in arrays of any number of axes: bounding boxes, crops and covering tiles.
 
-A `Box` lies within its array. Crops and tiles have a start and a size and may reach beyond
-it. Everything follows the order of the array's own axes.
+A `Box` lies within its array. Crops and tiles have a start and a size and may reach
+beyond it. Axes are always in the order of the array itself.
 """
 
 import functools
@@ -13,28 +13,28 @@ from math import ceil, floor
 import numpy as np
 
 Box = tuple[slice, ...]
-"""A slice of each axis, from 0 to its length."""
+"""One slice per axis, within 0 and the length of the axis."""
 
 TILE_OVERLAP = 0.25
-"""Least share of a tile that its neighbour covers too."""
+"""Smallest share of a tile that overlaps its neighbour."""
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of an array."""
+    """Returns the box that covers an entire array."""
     return tuple(slice(0, length) for length in shape)
 
 
 def around(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Box | None:
-    """The smallest box that holds what is not 0, and a margin; None if all is 0.
+    """Returns the bounding box of nonzero elements plus a margin; None if all are 0.
 
     Args:
-        mask: Of any shape; bool or labels.
-        margin: How much wider it is at each end, where there is room; one for all axes, or
-            one for each.
+        mask: bool mask or labels of any shape.
+        margin: Elements added at each end, as far as the array has room; one number for
+            all axes, or one per axis.
     """
     box: list[slice] = []
     for axis in range(mask.ndim):
-        # Each axis is searched in the box of those before it, so that a small object
+        # Each axis is searched only within the box found so far, so that a small object
         # in a large volume costs little more than one pass.
         rest = tuple(a for a in range(mask.ndim) if a != axis)
         found = np.flatnonzero(mask[tuple(box)].any(axis=rest))
@@ -45,7 +45,7 @@ def around(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Box | None:
 
 
 def widened(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:
-    """A box with more at each end, where an array of this shape has it."""
+    """Returns a box grown by a margin at each end, cut to an array of this shape."""
     margins = np.broadcast_to(margin, len(box)).tolist()
     return tuple(
         slice(max(part.start - more, 0), min(part.stop + more, length))
@@ -59,13 +59,14 @@ def near(
     spacing_mm: Sequence[float],
     bounds: Box,
 ) -> Box:
-    """The box of all voxels within some mm of a place along each axis, cut to `bounds`.
+    """Returns the box of all voxels within `reach_mm` of a point along each axis.
 
     Args:
-        centre: Index of the place, fractions allowed.
-        reach_mm: Of each axis.
-        spacing_mm: Of each axis.
-        bounds: Box it stays in; where it would lie outside, it is empty.
+        centre: Index of the point, fractions allowed.
+        reach_mm: Distance along each axis.
+        spacing_mm: Voxel spacing of each axis.
+        bounds: Box that the result is cut to; the result is empty where it lies
+            outside.
     """
     box = []
     for place, reach, step, bound in zip(
@@ -79,11 +80,11 @@ def near(
 
 @dataclass(frozen=True)
 class Crop:
-    """Which part of an array becomes the output, whose size stands beside it.
+    """Part of an array that becomes the output, whose size is passed separately.
 
     Attributes:
-        start: Element of the array at the output's first; may lie outside.
-        pin: Output point that random turns and zooms leave in place.
+        start: Array element that becomes the output's first; may lie outside the array.
+        pin: Output point that random rotations and zooms leave in place.
     """
 
     start: tuple[int, ...]
@@ -91,33 +92,35 @@ class Crop:
 
 
 def crop_at_centre(shape: Sequence[int], size: Sequence[int]) -> Crop:
-    """The central part of an array; an odd element is left at the end."""
+    """Returns the central crop; an odd leftover element stays at the end."""
     start = ((full - part) // 2 for full, part in zip(shape, size, strict=True))
     return Crop(tuple(start), centre(whole(size)))
 
 
 def crop_around(focus, shape: Sequence[int], size: Sequence[int]) -> Crop:
-    """The crop with a point in its middle, kept within the array where it fits there."""
+    """Returns the crop centred on a point, shifted into the array where it fits."""
     pin = centre(whole(size))
     return Crop(_start(focus, pin, shape, size), pin)
 
 
 def crop_on(focus, size: Sequence[int]) -> Crop:
-    """The crop with a point in its middle, wherever the array ends."""
+    """Returns the crop centred on a point, even if it reaches beyond the array."""
     pin = centre(whole(size))
     start = (round(at - place) for at, place in zip(focus, pin, strict=True))
     return Crop(tuple(start), pin)
 
 
 def crop_near(focus, half, shape: Sequence[int], size: Sequence[int], share) -> Crop:
-    """A crop that holds something whole, or its middle if it is larger; pinned to it.
+    """Returns a crop that contains an object; its pin is the object's centre.
+
+    An object larger than the crop is centred in it.
 
     Args:
-        focus: Middle of what it holds.
-        half: Half of its size along each axis, and what shall stay free around it.
-        shape: Of the array, in which the crop is kept where it fits.
-        size: Of the crop.
-        share: Where in the crop it lies along each axis, 0 to 1 of what is free.
+        focus: Centre of the object.
+        half: Half the object's size along each axis, plus the margin to keep free.
+        shape: Shape of the array; the crop stays within it where it fits.
+        size: Size of the crop.
+        share: Position of the object along each axis, 0 to 1 of the free range.
     """
     lies = []
     for reach, part, fraction in zip(half, size, share, strict=True):
@@ -129,12 +132,12 @@ def crop_near(focus, half, shape: Sequence[int], size: Sequence[int], share) -> 
 
 
 def centre(box: Box) -> tuple[float, ...]:
-    """The point in the middle of a box."""
+    """Returns the centre point of a box."""
     return point_in(box, [0.5] * len(box))
 
 
 def point_in(box: Box, share: Sequence[float]) -> tuple[float, ...]:
-    """The point at a share, 0 to 1, of the way along each axis of a box."""
+    """Returns the point at a share (0 to 1) of the way along each axis of a box."""
     return tuple(
         part.start + (part.stop - part.start - 1) * fraction
         for part, fraction in zip(box, share, strict=True)
@@ -142,7 +145,7 @@ def point_in(box: Box, share: Sequence[float]) -> tuple[float, ...]:
 
 
 def _start(focus, lies, shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Where the crop begins for `focus` to lie at `lies`, kept within the array."""
+    """Returns the start of a crop with `focus` at `lies`, kept within the array."""
     return tuple(
         min(max(round(point - place), 0), full - part)
         if full >= part
@@ -154,7 +157,7 @@ def _start(focus, lies, shape: Sequence[int], size: Sequence[int]) -> tuple[int,
 def overlap(
     start: Sequence[int], size: Sequence[int], shape: Sequence[int]
 ) -> tuple[Box, Box]:
-    """Where a part of some start and size and an array overlap: in the array, in the part."""
+    """Returns the overlap of a part and an array: its box in the array, in the part."""
     inside, covered = [], []
     for first, length, full in zip(start, size, shape, strict=True):
         low = max(first, 0)
@@ -167,7 +170,7 @@ def overlap(
 def cut(
     array: np.ndarray, start: Sequence[int], size: Sequence[int], *, fill: float
 ) -> np.ndarray:
-    """A part of an array, `fill` where it reaches beyond; not interpolated."""
+    """Cuts a part out of an array, with `fill` outside of it; does not interpolate."""
     part = np.full(size, fill, array.dtype)
     inside, covered = overlap(start, size, array.shape)
     part[covered] = array[inside]
@@ -175,7 +178,7 @@ def cut(
 
 
 def add(array: np.ndarray, part: np.ndarray, start: Sequence[int]) -> None:
-    """Adds a part to the array it lies on, in place."""
+    """Adds a part to an array in place and ignores what lies outside the array."""
     inside, covered = overlap(start, part.shape, array.shape)
     array[inside] += part[covered]
 
@@ -185,8 +188,8 @@ class Tile:
     """One of the overlapping parts that cover a box; it may reach beyond the array.
 
     Attributes:
-        start: Its first element in the array.
-        along: Weights along each axis; an element's weight is their product.
+        start: Array index of its first element.
+        along: Weights along each axis; the weight of an element is their product.
     """
 
     start: tuple[int, ...]
@@ -194,15 +197,15 @@ class Tile:
 
     @property
     def weights(self) -> np.ndarray:
-        """float32, of the tile's size."""
+        """Weight of each element; float32, shape of the tile."""
         return functools.reduce(np.multiply.outer, self.along)
 
 
 def tiles(box: Box, size: Sequence[int]) -> list[Tile]:
-    """Overlapping tiles that cover a box; their weights sum to 1 everywhere in it.
+    """Returns overlapping tiles that cover a box; their weights sum to 1 within it.
 
-    A network sees tiles of the size it was trained on: of another size, the means of
-    squeeze-excite and the reach of its widest kernels would be others.
+    A network needs tiles of the size it was trained on: another size would change the
+    means of squeeze-excite and the reach of its widest kernels.
     """
     axes = [
         tiles_along(part.start, part.stop, length)
@@ -216,7 +219,7 @@ def tiles(box: Box, size: Sequence[int]) -> list[Tile]:
 
 
 def tiles_on(mask: np.ndarray, size: Sequence[int]) -> list[Tile]:
-    """The tiles of the box around a mask that hold any of it; none where all is 0."""
+    """Returns the tiles of a mask's bounding box that contain part of the mask."""
     box = around(mask)
     return [
         tile
@@ -226,10 +229,10 @@ def tiles_on(mask: np.ndarray, size: Sequence[int]) -> list[Tile]:
 
 
 def tiles_along(low: int, high: int, size: int) -> list[tuple[int, np.ndarray]]:
-    """Starts of evenly spread tiles from `low` to `high`, each with its (size,) weights.
+    """Returns start and (size,) weights of evenly spaced tiles from `low` to `high`.
 
-    A single tile lies in the middle. Weights fall linearly to the borders, where a
-    network sees least, and are scaled so that they sum to 1 everywhere.
+    A single tile is centred. Weights fall linearly towards the borders, where a network
+    sees the least context, and are scaled to sum to 1 everywhere.
     """
     length = high - low
     if length <= size:

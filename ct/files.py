@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their checksums, and names safe on disk."""
+"""Atomic file writing, checksums, and names that are safe on disk."""
 
 import csv
 import glob
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What an id must look like to become a file name."""
+"""Pattern that an id must match to become a file name."""
 
 ABANDONED_S = 24 * 3600
-"""A partial file older than this belongs to a process that was killed."""
+"""Age in seconds above which a partial file is taken for that of a killed process."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block succeeds.
+    """Yields a temporary path that is renamed to `path` when the block succeeds.
 
     The temporary name keeps the suffix of `path`, so writers that choose a format by
-    suffix see the right one. If the block raises, what it wrote is removed. Works for a
-    file and for a directory.
+    suffix see the right one. If the block raises, the partial file is removed. Works
+    for a file and for a directory.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     for left in path.parent.glob(f".partial-*-{glob.escape(path.name)}"):
         if time.time() - left.stat().st_mtime > ABANDONED_S:
-            remove(left)  # by a process that was killed
+            remove(left)  # left by a process that was killed
     partial = path.with_name(f".partial-{token}-{path.name}")
     try:
         yield partial
@@ -51,7 +51,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or each file in a folder, is on the disk."""
+    """Waits until a file, or every file below a folder, is flushed to the disk."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as opened:
@@ -59,9 +59,9 @@ def sync(path: Path) -> None:
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, always in the same order; hidden ones are left out.
+    """Yields every file below a folder in a fixed order, except hidden files.
 
-    Links to folders are followed, and no folder is read twice.
+    Follows links to folders and reads no folder twice.
     """
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -85,20 +85,21 @@ def remove(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked_id(text: str, *, where: str) -> str:
-    """`text` if it can be a file name inside a result directory.
+    """Returns `text` if it is safe as a file name in a result directory.
 
     Args:
         text: An id from a list, a header or a command line.
-        where: Where the id was found, for the message.
+        where: Source of the id, for the error message.
 
     Raises:
-        ValueError: If the id has a path separator, starts with a dot, or is too long.
+        ValueError: If it does not match `SAFE_NAME`: for example, it has a path
+            separator, starts with a dot, or is too long.
     """
     if not SAFE_NAME.fullmatch(text):
         raise ValueError(
@@ -115,12 +116,12 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def count_text(count: int, noun: str) -> str:
-    """A number of things, e.g. '1 scan' or '3 scans'."""
+    """Returns a count with its noun, e.g. '1 scan' or '3 scans'."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def size_text(num_bytes: float) -> str:
-    """A size a person reads, e.g. '6.1 GB' (powers of 1000)."""
+    """Returns a readable size, e.g. '6.1 GB' (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -129,14 +130,14 @@ def size_text(num_bytes: float) -> str:
 
 
 def refuse_other_folder(folder: Path, mark: str) -> None:
-    """Refuses to replace a folder that lacks the file all of its kind have.
+    """Refuses to replace a folder that lacks the file that marks its kind.
 
     Raises:
-        FileExistsError: If something else is in it.
+        FileExistsError: If the folder has other content.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise FileExistsError(
-            f"{folder} holds something else ({mark} is missing) and would be replaced; "
+            f"{folder} holds other files ({mark} is missing) and would be replaced; "
             "choose another --out"
         )
 
@@ -144,7 +145,7 @@ def refuse_other_folder(folder: Path, mark: str) -> None:
 def write_rows(
     rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
 ) -> None:
-    """Writes a CSV with a header; it appears whole or not at all."""
+    """Writes rows as CSV with a header; the file appears whole or not at all."""
     with written_whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -1,10 +1,10 @@
-"""Where voxels lie: grids, orientation, and the way back to the source's own grid.
+"""Grids, orientation, and conversion back to the source's own grid.
 
-Arrays are (z, y, x). In the canonical orientation z rises to the head (S), y to the back
-(P) and x to the patient's left (L), the order in which axial CT is stored and displayed.
-An affine takes an array index (z, y, x, 1) to (x, y, z, 1) in RAS mm (NIfTI's world).
-DICOM, ITK and LUNA16 speak LPS mm; such values end in `_lps_mm`, and only `flip_xy`
-converts.
+Arrays are (z, y, x). In canonical orientation z increases towards the head (S), y
+towards the back (P) and x towards the patient's left (L), the order in which axial CT
+is stored and displayed. An affine maps an array index (z, y, x, 1) to (x, y, z, 1) in
+RAS mm (NIfTI's world coordinates). DICOM, ITK and LUNA16 use LPS mm; names of such
+values end in `_lps_mm`, and only `flip_xy` converts them.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,16 @@ import numpy as np
 from ct.boxes import Box
 
 CANONICAL = ("S", "P", "L")
-"""Direction in which each axis of a canonical (z, y, x) array rises."""
+"""Direction in which each axis of a canonical (z, y, x) array increases."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Shape and place of a volume.
+    """Shape and position of a volume.
 
     Attributes:
-        shape: (z, y, x) number of voxels, or the file's own axis order for a source grid.
+        shape: (z, y, x) number of voxels, or the file's own axis order for a source
+            grid.
         affine: (4, 4) float64, array index -> RAS mm.
     """
 
@@ -43,11 +44,11 @@ class Grid:
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
     def index_to_ras_mm(self, index: np.ndarray) -> np.ndarray:
-        """RAS mm (..., 3) of array indices (..., 3); fractions of a voxel allowed."""
+        """Converts (..., 3) array indices, fractions allowed, to (..., 3) RAS mm."""
         return np.asarray(index) @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def ras_mm_to_index(self, points_ras_mm: np.ndarray) -> np.ndarray:
-        """Fractional array indices (..., 3) of points (..., 3) in RAS mm."""
+        """Converts (..., 3) points in RAS mm to (..., 3) fractional array indices."""
         offset = np.asarray(points_ras_mm) - self.affine[:3, 3]
         return offset @ np.linalg.inv(self.affine[:3, :3]).T
 
@@ -60,14 +61,14 @@ class Grid:
 
 
 def canonical_grid(shape: Sequence[int], spacing_mm: Sequence[float]) -> Grid:
-    """The grid of an array in canonical orientation whose place nobody knows.
+    """Returns a grid for an array in canonical orientation whose position is unknown.
 
     Args:
         shape: (z, y, x).
-        spacing_mm: (z, y, x); the first voxel's centre is at 0.
+        spacing_mm: (z, y, x); the centre of the first voxel is at 0.
 
     Raises:
-        ValueError: If these are not three positive spacings of three axes.
+        ValueError: If the shape or the spacing is not three positive numbers.
     """
     spacings = np.asarray(spacing_mm, np.float64)
     if spacings.shape != (3,) or not (np.isfinite(spacings) & (spacings > 0)).all():
@@ -82,18 +83,18 @@ def canonical_grid(shape: Sequence[int], spacing_mm: Sequence[float]) -> Grid:
 
 
 def flip_xy(points_mm: np.ndarray) -> np.ndarray:
-    """LPS mm (..., 3) from RAS mm, or RAS from LPS: the signs of x and y change."""
+    """Converts (..., 3) points in mm between RAS and LPS: negates x and y."""
     return np.asarray(points_mm) * np.array([-1.0, -1.0, 1.0])
 
 
 def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Grid]:
-    """Permutes and flips an array so that its axes rise to S, P and L.
+    """Permutes and flips an array so that its axes increase towards S, P and L.
 
-    No value is interpolated; an oblique volume goes to the nearest orientation.
+    Does not interpolate; an oblique volume gets the nearest orientation.
 
     Args:
         array: (i, j, k) voxels in any axis order.
-        affine: (4, 4), index of `array` -> RAS mm.
+        affine: (4, 4), index in `array` -> RAS mm.
 
     Returns:
         The (z, y, x) array, contiguous, and its grid.
@@ -109,20 +110,23 @@ def to_canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Gri
 
 
 def to_source(array: np.ndarray, grid: Grid, source: Grid) -> np.ndarray:
-    """Undoes `to_canonical`: voxels of `grid` in the axis order of the file they came from.
+    """Undoes `to_canonical`: returns voxels in the axis order of their source file.
 
     Args:
         array: (z, y, x) voxels on `grid`.
-        grid: The canonical grid.
-        source: The file's own grid.
+        grid: Canonical grid.
+        source: Grid of the source file.
 
     Raises:
-        ValueError: If `array` does not lie on `grid`, or the grids are of two volumes.
+        ValueError: If `array` does not lie on `grid`, or the grids belong to two
+            volumes.
     """
     from nibabel import orientations
 
     if array.shape != tuple(grid.shape):
-        raise ValueError(f"array has shape {array.shape}, its grid {grid.shape}")
+        raise ValueError(
+            f"array has shape {array.shape}; expected {grid.shape}, as its grid has"
+        )
     change = orientations.ornt_transform(
         orientations.io_orientation(grid.affine),
         orientations.io_orientation(source.affine),
@@ -133,15 +137,15 @@ def to_source(array: np.ndarray, grid: Grid, source: Grid) -> np.ndarray:
         back, source.affine, atol=1e-3
     ):
         raise ValueError(
-            f"the canonical grid (shape {grid.shape}) is not a turned copy of the source "
-            f"grid (shape {source.shape})"
+            f"the canonical grid (shape {grid.shape}) is not a reoriented copy of the "
+            f"source grid (shape {source.shape})"
         )
     return turned
 
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Voxel centres of a regular grid as open (z, 1, 1), (1, y, 1), (1, 1, x) arrays in mm."""
+    """Voxel centres of a regular grid in mm: (z, 1, 1), (1, y, 1), (1, 1, x) arrays."""
 
     z: np.ndarray
     y: np.ndarray
@@ -160,11 +164,11 @@ class Mesh:
         return steps[0], steps[1], steps[2]
 
     def part(self, box: Box) -> "Mesh":
-        """The mesh of a (z, y, x) box of voxels."""
+        """Returns the mesh of a (z, y, x) box of voxels."""
         return Mesh(self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]])
 
     def box_around(self, low_xyz, high_xyz) -> Box | None:
-        """Voxels whose centres lie between two corners in mm; None if there are none."""
+        """Returns the box of voxel centres between two corners in mm; None if empty."""
         spans = []
         for axis, low, high in zip(
             (self.z, self.y, self.x), low_xyz[::-1], high_xyz[::-1], strict=True

@@ -1,4 +1,4 @@
-"""HDF5 files through PyTables: opened without running what is in them, written or an error."""
+"""HDF5 files through PyTables: read without unpickling, written with error checks."""
 
 import errno
 import pickle
@@ -13,14 +13,14 @@ import numpy as np
 
 from ct import files
 
-if TYPE_CHECKING:  # PyTables takes as long to import as all the rest of a --help
+if TYPE_CHECKING:  # importing PyTables takes as long as all the rest of --help
     import tables
 
-WRONG = "is damaged, no HDF5 file, or holds a pickled object, which could run any code"
+WRONG = "is damaged, is not HDF5, or holds a pickled object, which could run any code"
 
 
 class Unreadable(ValueError):
-    """A file is no HDF5 file, or one that this project would not write."""
+    """A file that is not HDF5, or that this project would not write."""
 
 
 class _Pickled(ValueError):
@@ -28,7 +28,7 @@ class _Pickled(ValueError):
 
 
 class _NoUnpickling:
-    """Stands in for the module pickle within PyTables."""
+    """Replacement for the module pickle within PyTables; refuses to unpickle."""
 
     HIGHEST_PROTOCOL = pickle.HIGHEST_PROTOCOL
     dumps = staticmethod(pickle.dumps)
@@ -40,12 +40,13 @@ class _NoUnpickling:
 
 @contextmanager
 def opened(path: Path) -> Iterator["tables.File"]:
-    """An HDF5 file to read; closed at the end.
+    """Opens an HDF5 file for reading and closes it at the end.
 
-    PyTables unpickles attributes as soon as it sees them; here that is an error.
+    PyTables unpickles attributes as soon as it sees them; here that raises an error.
 
     Raises:
-        Unreadable: If it is damaged or holds a pickled object, on opening or on reading.
+        Unreadable: If the file is damaged or holds a pickled object, on opening or
+            reading.
     """
     import tables
 
@@ -57,14 +58,14 @@ def opened(path: Path) -> Iterator["tables.File"]:
 
 
 def open_file(path: Path) -> "tables.File":
-    """As `opened`, but to be closed by the caller.
+    """Opens an HDF5 file for reading like `opened`, but the caller closes it.
 
     Raises:
-        Unreadable: If it is damaged or holds a pickled object.
+        Unreadable: If the file is damaged or holds a pickled object.
     """
     import tables
 
-    tables.silence_hdf5_messages()  # is per thread; Dask works in threads of its own
+    tables.silence_hdf5_messages()  # set per thread, and Dask has its own threads
     for module in (tables.attributeset, tables.atom):
         vars(module)["pickle"] = _NoUnpickling
     try:
@@ -75,13 +76,13 @@ def open_file(path: Path) -> "tables.File":
 
 @contextmanager
 def written(partial: Path, path: Path) -> Iterator["tables.File"]:
-    """A new HDF5 file `partial`, which will be called `path`.
+    """Opens a new HDF5 file `partial` for writing; `path` is its final name.
 
-    HDF5 keeps back some of what it writes until it closes the file, and PyTables does
-    not say when that fails: read the file back before it takes its name.
+    HDF5 writes some of its data only when it closes the file, and PyTables does not
+    report when that fails, so read the file back before renaming it.
 
     Raises:
-        OSError: If HDF5 cannot write: one line, not a page of its own stack.
+        OSError: If HDF5 cannot write; one line instead of HDF5's page-long stack.
     """
     import tables
 
@@ -95,10 +96,10 @@ def written(partial: Path, path: Path) -> Iterator["tables.File"]:
 
 
 def filters(dtype: np.dtype) -> "tables.Filters":
-    """Compression of slices: the fastest to read of those in benchmarks/table.py.
+    """Returns the compression of slices, the fastest to read in benchmarks/table.py.
 
-    LZ4HC reads HU no faster, makes them 7 % smaller and takes ten times as long to write;
-    Zstandard makes them 15 % smaller and takes twice as long to read.
+    LZ4HC reads HU no faster, compresses them 7 % smaller and takes ten times as long to
+    write; Zstandard compresses them 15 % smaller and takes twice as long to read.
     """
     import tables
 
@@ -109,11 +110,11 @@ def filters(dtype: np.dtype) -> "tables.Filters":
 
 
 def not_written(path: Path, reason: str) -> OSError:
-    """The error that a file could not be written, with the room that is left."""
+    """Returns the error for a file that cannot be written, with the free disk space."""
     folder = next(p for p in path.absolute().parents if p.is_dir())
     free = files.size_text(shutil.disk_usage(folder).free)
     return OSError(
         errno.ENOSPC,
         f"cannot write {path}: {reason}; {free} are free there. Nothing was left "
-        "half-written; free some space, and the same command goes on from here",
+        "half-written; free some space, then run the same command again",
     )

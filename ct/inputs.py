@@ -1,4 +1,4 @@
-"""HU to network inputs: pixel size, window, normalisation and tiles."""
+"""Conversion of HU to network input: pixel size, window, normalisation and tiles."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from ct.boxes import Tile
 from ct.scan import AIR_HU
 
 EPSILON = 1e-6
-"""Added to the divisor of the zscore and minmax normalisations."""
+"""Small number added to the divisor of the zscore and minmax normalisations."""
 
 POPULATION_HU = (-370.00039, 436.59987)
-"""Mean and standard deviation of HU that the population normalisation takes: those of
-Zhuang et al. 2025, so that their values mean the same here."""
+"""Mean and standard deviation of HU for the population normalisation: the values of
+Zhuang et al. 2025, so that inputs compare with theirs."""
 
 
 def resized_px(
     size_px: Sequence[int], spacing_mm: Sequence[float], batches: config.Batches
 ) -> tuple[int, int]:
-    """(y, x) size of a slice in pixels of `batches.pixel_mm`; its own if that is 0."""
+    """Returns a slice's (y, x) size at `batches.pixel_mm`; unchanged if that is 0."""
     y, x = size_px
     if not batches.pixel_mm:
         return y, x
@@ -33,9 +33,9 @@ def resized_px(
 
 
 def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """A (y, x) image of other pixels: means along an axis where they grow, else linear."""
+    """Resizes a (y, x) image; averages along axes that shrink, else interpolates."""
     y, x = image.shape
-    if (size_px[0] - y) * (size_px[1] - x) < 0:  # OpenCV takes means only if none grows
+    if (size_px[0] - y) * (size_px[1] - x) < 0:  # OpenCV averages only if no axis grows
         image = resized(image, (size_px[0], x))
     shrinks = size_px[0] < image.shape[0] or size_px[1] < x
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -43,7 +43,7 @@ def resized(image: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
 
 
 def resized_labels(labels: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """(y, x) uint8 labels, each where at least half of the new pixel belongs to it."""
+    """Resizes (y, x) uint8 labels; a label needs at least half of the new pixel."""
     result = np.zeros(size_px, np.uint8)
     for label in range(1, int(labels.max(initial=0)) + 1):
         share = resized((labels == label).view(np.uint8) * np.uint8(255), size_px)
@@ -54,11 +54,11 @@ def resized_labels(labels: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
 def tiles(
     lung: np.ndarray | None, slice_px: tuple[int, ...], output_px: tuple[int, int]
 ) -> list[Tile]:
-    """The tiles in which a slice is seen whole, at validation and by infer.py.
+    """Returns the tiles that cover a slice, at validation and in infer.py.
 
     Args:
-        lung: (y, x) lung labels, which are covered: tiles that hold none are left out.
-            None covers the slice.
+        lung: (y, x) lung labels; tiles without lung are left out. None covers the whole
+            slice.
         slice_px: (y, x) size of the slice.
         output_px: (y, x) size of a tile.
     """
@@ -68,7 +68,7 @@ def tiles(
 
 
 def fill(image_hu: np.ndarray, batches: config.Batches) -> float:
-    """What lies beyond an image: air, or its least value where HU are not known."""
+    """Returns the padding value: air, or the image's minimum where HU are unknown."""
     return float(image_hu.min()) if batches.normalisation == "relative" else AIR_HU
 
 
@@ -79,25 +79,26 @@ def to_input(
     *,
     gamma: float = 1.0,
 ) -> np.ndarray:
-    """The values that enter the network, for training, inference and serving alike.
+    """Converts HU to network input, for training, inference and serving alike.
 
-    In float32, in this order:
+    Computes in float32, in this order:
 
     1. window: (hu - low) / (high - low), clipped to 0..1;
     2. gamma, if not 1: window ** gamma (augmentation only);
     3. with `lung_mask`, 0 outside the lungs;
-    4. zscore: (v - mean) / (sd + EPSILON) with the population's sd, or
+    4. zscore: (v - mean) / (sd + EPSILON), where sd divides by n, or
        minmax: (v - min) / (max - min + EPSILON), over all pixels of this image, or
        population: back to HU, then (hu - mean) / sd of `POPULATION_HU`.
 
-    With relative, low and high in step 1 are the least and the greatest value of this
-    image, and step 4 is zscore: the result is the same for every linear scale of values.
+    With relative, low and high in step 1 are the minimum and maximum of this image and
+    step 4 is zscore, so the result does not depend on the linear scale of the values.
 
     Args:
         image_hu: (y, x) or (z, y, x) HU of any real dtype.
-        lung: The same, above 0 in the lungs; not looked at without `lung_mask`.
+        lung: Array of the same shape, above 0 in the lungs; ignored without
+            `lung_mask`.
         batches: Window, mask and normalisation.
-        gamma: Exponent.
+        gamma: Exponent of step 2.
 
     Returns:
         float32 of the same shape.
@@ -116,7 +117,7 @@ def windowed(
     *,
     gamma: float = 1.0,
 ) -> np.ndarray:
-    """Steps 1 to 3 of `to_input`, which look at one pixel or voxel at a time."""
+    """Applies steps 1 to 3 of `to_input`, which treat each voxel separately."""
     low, high = batches.window_hu
     if batches.normalisation == "relative":
         low, high = float(image_hu.min()), float(image_hu.max())
@@ -136,13 +137,13 @@ def windowed(
             "batches.lung_mask is set but the scan has no lung mask; make one with "
             "preprocess.py or use --batches.no-lung-mask"
         )
-    flat = image.reshape(-1, image.shape[-1])  # OpenCV masks nothing but images
+    flat = image.reshape(-1, image.shape[-1])  # OpenCV masks only 2-D arrays
     inside = (lung > 0).view(np.uint8).reshape(flat.shape)
     return cv2.bitwise_and(flat, flat, mask=inside).reshape(image.shape)
 
 
 def normalised(image: np.ndarray, batches: config.Batches) -> np.ndarray:
-    """The last step of `to_input`, in place."""
+    """Applies the last step of `to_input`, in place."""
     if batches.normalisation in ("zscore", "relative"):
         mean, sd = image.mean(), image.std()
         image -= mean
@@ -159,6 +160,6 @@ def normalised(image: np.ndarray, batches: config.Batches) -> np.ndarray:
 
 
 def one_hot(mask: np.ndarray) -> np.ndarray:
-    """(..., 2) uint8 of a (...) uint8 mask of 0 and 1: background, then target."""
+    """Splits a (...) uint8 mask of 0 and 1 into (..., 2): background, then target."""
     flat = mask.reshape(-1, mask.shape[-1])
     return cv2.merge((1 - flat, flat)).reshape(*mask.shape, 2)

@@ -1,4 +1,4 @@
-"""NIfTI volumes on the source's own grid: probability maps and masks, written and read."""
+"""Reading and writing of NIfTI maps and masks on the source's own grid."""
 
 import gzip
 import logging
@@ -17,39 +17,41 @@ from ct.scan import ScanError
 log = logging.getLogger(__name__)
 
 PROBABILITY_STEPS = 10_000
-"""Probabilities are stored as uint16 in steps of 1e-4 with NIfTI's `scl_slope`: a quarter
-of the disk of float32, and what is below half a step becomes 0 and compresses away."""
+"""Steps between probability 0 and 1. Probabilities are stored as uint16 in steps of
+1e-4 with NIfTI's `scl_slope`: this takes a quarter of the disk space of float32, and
+values below half a step become 0 and compress away."""
 
 UNKNOWN, SCANNER = 0, 1
-"""NIfTI's codes for no coordinates and for those of the scanner (NIFTI_XFORM_*)."""
+"""NIfTI's codes for unknown and for scanner coordinates (NIFTI_XFORM_*)."""
 
 QFORM_MM = 0.05
-"""A qform that would place a voxel further from where it lies is left out."""
+"""Largest position error of a voxel for which the qform is written."""
 
 GZIP_MARK = b"\x1f\x8b"
 NIFTI_2_HEADER_BYTES = 540
-"""The first number in a file of NIfTI-2; in NIfTI-1 it is 348."""
+"""First number in a NIfTI-2 file; in NIfTI-1 it is 348."""
 
 
 def write_nifti(
     path: Path, array: np.ndarray, grid: Grid, source_grid: Grid, *, exact: bool = False
 ) -> None:
-    """Writes a volume as NIfTI in the axis order and place of the file it came from.
+    """Writes a volume as NIfTI in the axis order and position of its source file.
 
-    Where the source's axes are sheared (a tilted gantry), only the sform is written, since a
-    qform has no shear. ITK has none either: programs made with it refuse the file, where
-    with a qform they would show it beside its place.
+    If the source's axes are sheared (a tilted gantry), only the sform is written, since
+    a qform cannot express shear. Nor can ITK: programs built on it refuse the file,
+    whereas with a qform they would show it in the wrong place.
 
     Args:
-        path: Ends in .nii or .nii.gz; appears whole or not at all.
+        path: Output path ending in .nii or .nii.gz; the file appears whole or not at
+            all.
         array: (z, y, x) on `grid`. Floats are probabilities, stored in steps of 1e-4;
             bool and integers are stored as they are (bool as uint8).
         grid: Canonical grid of the scan.
-        source_grid: Grid of the file the scan came from.
-        exact: Store floats as float32 instead; for values that are no probability.
+        source_grid: Grid of the scan's source file.
+        exact: Stores floats as float32 instead; for values that are not probabilities.
 
     Raises:
-        ValueError: If a probability is not within 0 and 1, or the grids do not match.
+        ValueError: If a probability is outside 0 to 1, or the grids do not match.
     """
     import nibabel
 
@@ -64,8 +66,8 @@ def write_nifti(
     if off_mm > QFORM_MM:
         image.header["qform_code"] = UNKNOWN
         log.warning(
-            "%s: its axes are sheared by up to %.2f mm, as its source's are; programs made "
-            "with ITK refuse it. --repair tilt makes a DICOM series straight",
+            "%s: the axes are sheared by up to %.2f mm, as in the source; programs built on "
+            "ITK refuse the file. --repair tilt straightens a DICOM series",
             path,
             off_mm,
         )
@@ -76,7 +78,7 @@ def write_nifti(
 
 
 def _furthest_mm(grid: Grid, affine: np.ndarray) -> float:
-    """How far the farthest voxel of `grid` lies from where `affine` places it."""
+    """Returns the largest distance of a voxel of `grid` from its place by `affine`."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape) - 1)
     apart_mm = grid.index_to_ras_mm(corners) - Grid(grid.shape, affine).index_to_ras_mm(
         corners
@@ -85,7 +87,7 @@ def _furthest_mm(grid: Grid, affine: np.ndarray) -> float:
 
 
 def _to_stored(array: np.ndarray, *, exact: bool) -> tuple[np.ndarray, float]:
-    """The array as it lies on disk, and its slope; slope 0 for none."""
+    """Returns the array as stored on disk and its slope; slope 0 means none."""
     if array.dtype == bool:
         return array.astype(np.uint8), 0.0
     if array.dtype.kind in "iu":
@@ -103,11 +105,11 @@ def _to_stored(array: np.ndarray, *, exact: bool) -> tuple[np.ndarray, float]:
 
 
 def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
-    """Reads a NIfTI volume in canonical orientation.
+    """Reads a NIfTI volume into canonical orientation.
 
     Returns:
-        The (z, y, x) array, float32 if the file stores scaled values and else of the
-        stored type, and its canonical grid.
+        The (z, y, x) array and its canonical grid. The array is float32 if the file
+        stores scaled values, else it has the stored type.
 
     Raises:
         ScanError: If the file is missing, damaged or not three-dimensional.
@@ -115,7 +117,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
     path = Path(path)
     if not path.is_file():
         raise ScanError(
-            f"{path}: no such file; infer.py writes probabilities, postprocess.py masks"
+            f"{path}: no such file; infer.py writes maps, postprocess.py writes masks"
         )
     with opened_nifti(path, remedy="remove it and make it again") as image:
         proxy = image.dataobj
@@ -128,11 +130,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
 
 @contextmanager
 def opened_nifti(path: Path, *, remedy: str) -> Iterator[Any]:
-    """A NIfTI-1 or NIfTI-2 file as nibabel's image, its gzip checksum compared.
+    """Opens a NIfTI-1 or NIfTI-2 file as a nibabel image and verifies its checksum.
 
     Args:
         path: The file, compressed or not.
-        remedy: What to do if it is damaged, for the message.
+        remedy: Advice for the error message if the file is damaged.
 
     Raises:
         ScanError: If the file cannot be read, or nibabel fails within the block.
@@ -145,7 +147,7 @@ def opened_nifti(path: Path, *, remedy: str) -> Iterator[Any]:
     try:
         content = path.read_bytes()
         if content.startswith(GZIP_MARK):
-            # Unpacked whole, for only then is the checksum at the end of it compared.
+            # Decompress all of it; only then is the gzip checksum at the end verified.
             content = gzip.decompress(content)
         second = NIFTI_2_HEADER_BYTES in (
             int.from_bytes(content[:4], "little"),
@@ -167,7 +169,7 @@ def opened_nifti(path: Path, *, remedy: str) -> Iterator[Any]:
         zlib.error,
     ) as error:
         raise ScanError(
-            f"{path}: not a readable NIfTI file of {path.stat().st_size} bytes ({error}); "
+            f"{path}: not a readable NIfTI file ({path.stat().st_size} bytes; {error}); "
             f"{remedy}"
         ) from error
 
@@ -183,10 +185,10 @@ def _from_stored(stored: np.ndarray, slope: float, offset: float) -> np.ndarray:
 
 
 def check_same_grid(found: Grid, expected: Grid, path: Path) -> None:
-    """Refuses a volume that does not lie where the scan lies.
+    """Refuses a volume that does not lie on the grid of the scan.
 
     Raises:
-        ScanError: If shape or affine differ by more than a hundredth of a millimetre.
+        ScanError: If the shapes differ, or the affines differ by more than 0.01 mm.
     """
     same_shape = tuple(found.shape) == tuple(expected.shape)
     if not (same_shape and np.allclose(found.affine, expected.affine, atol=0.01)):
@@ -198,5 +200,5 @@ def check_same_grid(found: Grid, expected: Grid, path: Path) -> None:
 
 
 def spacing_text(grid: Grid) -> str:
-    """(z, y, x) spacing as text, e.g. '2.5 x 0.7 x 0.7 mm'."""
+    """Returns the (z, y, x) spacing as text, e.g. '2.5 x 0.7 x 0.7 mm'."""
     return " x ".join(f"{mm:.4g}" for mm in grid.spacing_mm) + " mm"

@@ -1,4 +1,4 @@
-"""What made a file: versions, commit, machine and settings, as a plain record."""
+"""Provenance of a file as a plain record: versions, commit, machine and settings."""
 
 import dataclasses
 import datetime
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DISCLAIMER = "Research code, not a medical device."
-"""Stands wherever a person sees results."""
+"""Notice shown wherever a person sees results."""
 
 PACKAGES = (
     "keras",
@@ -27,14 +27,14 @@ PACKAGES = (
 
 
 def record(settings: Any = None, **facts: Any) -> dict[str, Any]:
-    """Everything needed to say how a file came to be; JSON-ready.
+    """Returns a JSON-ready record of how a file was made.
 
     Args:
         settings: A config dataclass, stored field by field.
-        **facts: Whatever else the step knows: seeds, input checksums, counts.
+        **facts: Further facts about the step: seeds, input checksums, counts.
 
     Returns:
-        A record without host names, user names or paths outside `facts`.
+        The record; only `facts` can hold host names, user names or paths.
     """
     return {
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -48,7 +48,7 @@ def record(settings: Any = None, **facts: Any) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with '+' if files differ from it; '' outside of git."""
+    """Returns the checkout's commit, with '+' if files differ; '' outside of git."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         head = subprocess.run(

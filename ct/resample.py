@@ -1,7 +1,7 @@
-"""Volumes on another grid: HU and masks resampled to cubic voxels.
+"""Resampling of HU and masks to cubic voxels.
 
-Everything is one linear map along each axis, so a volume, its masks and each reader's
-outline move together, and the new affine says exactly where the new voxels lie.
+Resampling is one linear map along each axis, so a volume, its masks and each reader's
+outline move together, and the new affine gives the exact positions of the new voxels.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from ct import boxes
 from ct.geometry import Grid
 
 HALF = 0.5 - 1e-6
-"""Share of a new voxel that a mask must fill; less a rounding error of float32."""
+"""Share of a new voxel that a mask must fill, less a rounding error of float32."""
 
 
 def isotropic(
     grid: Grid, spacing_mm: float
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """How to resample a grid to cubic voxels around the same centre.
+    """Computes the weights that resample a grid to cubic voxels around the same centre.
 
     Args:
-        grid: Of the volume.
+        grid: Grid of the volume.
         spacing_mm: New distance between voxels along every axis.
 
     Returns:
         The weights for `volume`, and the (4, 4) affine of the result. The result covers
-        the whole of `grid`; less than one new voxel is added along each axis.
+        all of `grid` and adds less than one new voxel along each axis.
     """
     weights, start = [], []
     for length, old_mm in zip(grid.shape, grid.spacing_mm, strict=True):
@@ -43,10 +43,10 @@ def isotropic(
 
 
 def from_isotropic(grid: Grid, spacing_mm: float) -> tuple[np.ndarray, ...]:
-    """The way back: weights for `volume` from the cubic voxels of `isotropic` to `grid`.
+    """Computes the weights that map the cubic voxels of `isotropic` back to `grid`.
 
-    Every voxel gets the linear interpolant at its centre, also where voxels grow: what a
-    network says of a thick slice is not mixed with what lies between the slices.
+    Every voxel gets the linear interpolant at its centre, even where voxels grow, so
+    that the prediction for a thick slice is not mixed with those between the slices.
     """
     weights = []
     for length, old_mm in zip(grid.shape, grid.spacing_mm, strict=True):
@@ -59,22 +59,23 @@ def from_isotropic(grid: Grid, spacing_mm: float) -> tuple[np.ndarray, ...]:
 
 
 def _placed(length: int, step: float) -> tuple[int, float]:
-    """New voxels along an axis, and the old index at which the first of them lies."""
+    """Returns the number of new voxels along an axis and the old index of the first."""
     new_length = max(int(np.ceil(length / step - 1e-6)), 1)
     return new_length, (length - 1) / 2 - (new_length - 1) / 2 * step
 
 
 def linear_weights(length: int, positions: np.ndarray, step: float) -> np.ndarray:
-    """Weights of linear interpolation along one axis, averaged where voxels grow.
+    """Computes linear interpolation weights along one axis, averaged where voxels grow.
 
-    A new voxel is the mean of the linear interpolant over sqrt(step^2 - 1) old voxels,
-    which makes its variance that of a voxel of its own size; a finer one is the
-    interpolant itself. Ramps keep their values. Beyond the ends the last value goes on.
+    A coarser voxel is the mean of the linear interpolant over sqrt(step^2 - 1) old
+    voxels, which gives it the variance of a voxel of its own size; a finer one is the
+    interpolant itself. Linear ramps keep their values. Beyond the ends the last value
+    is repeated.
 
     Args:
         length: Number of old voxels.
         positions: (new,) old indices at which the new voxels lie.
-        step: Distance between new voxels, in old ones.
+        step: Distance between new voxels, in old voxels.
 
     Returns:
         (new, length) float32; each row sums to 1.
@@ -91,17 +92,17 @@ def linear_weights(length: int, positions: np.ndarray, step: float) -> np.ndarra
 
 
 def _hat_area(t: np.ndarray) -> np.ndarray:
-    """Integral of the hat function max(1 - |t|, 0) up to t."""
+    """Integrates the hat function max(1 - |t|, 0) up to t."""
     t = np.clip(t, -1, 1)
     return np.where(t < 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
 
 
 def volume(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """Values weighted along each axis.
+    """Resamples a volume by weights along each axis.
 
     Args:
         values: (z, y, x) of any real dtype.
-        weights: (new, old) for z, y and x.
+        weights: (new, old) matrix for each of z, y and x.
 
     Returns:
         (new z, new y, new x) float32.
@@ -113,11 +114,14 @@ def volume(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mask(inside: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """Bool (new z, new y, new x): where at least half of the weight falls on `inside`.
+    """Resamples a mask: a voxel is set if at least half of its weight is in the mask.
 
     Args:
         inside: (z, y, x) bool.
-        weights: As for `volume`.
+        weights: Weights for `volume`.
+
+    Returns:
+        (new z, new y, new x) bool.
     """
     resampled = np.zeros([len(w) for w in weights], bool)
     box = boxes.around(inside)
@@ -135,7 +139,7 @@ def mask(inside: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def labels(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 (z, y, x) labels, each resampled as a mask; 0 elsewhere."""
+    """Resamples (z, y, x) uint8 labels, each as a mask; all other voxels are 0."""
     resampled = np.zeros([len(w) for w in weights], np.uint8)
     for label in _values(values):
         resampled[mask(values == label, weights)] = label
@@ -145,20 +149,21 @@ def labels(values: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
 def nodules(
     reader_bits: np.ndarray, nodule_labels: np.ndarray, weights: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every reader's mask of every nodule, each resampled by itself.
+    """Resamples each reader's mask of each nodule separately.
 
     Args:
         reader_bits: (z, y, x) uint8, see `scan`.
         nodule_labels: (z, y, x) uint8.
-        weights: As for `volume`.
+        weights: Weights for `volume`.
 
     Returns:
-        The two on the new grid. A voxel has a label exactly where it has a bit.
+        Reader bits and labels on the new grid. A voxel has a label exactly if it has a
+        bit.
     """
     new_bits = np.zeros([len(w) for w in weights], np.uint8)
     new_labels = np.zeros_like(new_bits)
     for label in _values(nodule_labels):
-        box = boxes.around(nodule_labels == label) or ()  # never: the label is there
+        box = boxes.around(nodule_labels == label) or ()  # never (): the label occurs
         inner = [w[:, old] for w, old in zip(weights, box, strict=True)]
         own_bits = np.where((nodule_labels == label)[box], reader_bits[box], 0)
         for reader in range(8):
@@ -169,5 +174,5 @@ def nodules(
 
 
 def _values(array: np.ndarray) -> np.ndarray:
-    """The values other than 0 in a uint8 array."""
+    """Returns the nonzero values that occur in a uint8 array."""
     return np.flatnonzero(np.bincount(array.ravel())[1:]) + 1

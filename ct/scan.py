@@ -7,8 +7,8 @@ A scan file is HDF5, one Blosc2-compressed chunk per axial slice:
     /reader_bits    (z, y, x) uint8   bit r is set where reader r outlined a nodule
     /nodule_labels  (z, y, x) uint8   0, or the label of the nodule the voxel belongs to
 
-`lung`, `reader_bits` and `nodule_labels` are absent when unknown. /record holds everything
-else as JSON in UTF-8 bytes; as an attribute it could not exceed 64 kB.
+`lung`, `reader_bits` and `nodule_labels` are absent when unknown. /record holds
+everything else as JSON in UTF-8 bytes; an HDF5 attribute could not exceed 64 kB.
 """
 
 import json
@@ -28,34 +28,35 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 2
-"""Raised when a change makes older scan files unreadable."""
+"""Format version of scan files; increased when older files become unreadable."""
 
 VOLUMES = ("hu", "lung", "reader_bits", "nodule_labels")
 RIGHT, LEFT = 1, 2
-"""Values of lung labels, as lungmask writes them."""
+"""Values of lung labels, the same as lungmask writes."""
 
 AIR_HU = -1024
-"""Value outside the body and outside the field of view."""
+"""HU outside the body and outside the field of view."""
 
 PHANTOM = "PHANTOM-"
-"""How the patient ids of phantoms begin; no patient is called so."""
+"""Prefix of the patient ids of phantoms; no real patient id begins with it."""
 
 
 class ScanError(ValueError):
-    """A series cannot be used; the message says which, what was found and expected."""
+    """Unusable series; the message says which, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
 class ScanSource:
-    """Where one scan lies, known without reading its pixels.
+    """Location of one scan, known without reading its pixels.
 
     Attributes:
-        scan_id: Name of the scan in every output; a SeriesInstanceUID or the list's pid.
-        patient_id: Splits are made by it; never a patient's name.
-        paths: The file, or the DICOM files of the series in any order.
+        scan_id: Name of the scan in every output; a SeriesInstanceUID or the list's
+            pid.
+        patient_id: Id that splits are made by; never a patient's name.
+        paths: Image file, or the DICOM files of the series in any order.
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
-        lung: A label volume of the lungs, or None.
+        lung: Label volume of the lungs, or None.
     """
 
     scan_id: str
@@ -68,15 +69,16 @@ class ScanSource:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What one reader said of one nodule.
+    """One reader's annotation of one nodule.
 
     Attributes:
-        reader: 0 to 7; the bit of `Scan.reader_bits`.
-        volume_mm3: Outlined voxels times voxel volume.
-        diameter_mm: Largest in-plane extent, see `outlines.diameter_mm`.
+        reader: Number of the reader, 0 to 7, and of its bit in `Scan.reader_bits`.
+        volume_mm3: Number of outlined voxels times the voxel volume.
+        diameter_mm: Largest in-plane extent; see `outlines.diameter_mm`.
         characteristics: LIDC ratings (subtlety, malignancy, ...), 1 to 5 or 6.
-        outline_volume_mm3, outline_diameter_mm: The same as pylidc defines them, on the
-            outline rather than the mask; larger. None where there is no outline.
+        outline_volume_mm3, outline_diameter_mm: Volume and diameter by pylidc's
+            definition, from the outline instead of the mask; larger. None without
+            outline.
     """
 
     reader: int
@@ -92,9 +94,9 @@ class Nodule:
     """One nodule: the annotations of the readers who outlined it.
 
     Attributes:
-        label: Its value in `Scan.nodule_labels`, 1 to 255.
+        label: Value in `Scan.nodule_labels`, 1 to 255.
         centre_ras_mm: Centre of mass of the union of the readers' masks.
-        annotations: One per reader, by reader.
+        annotations: One per reader, ordered by reader.
     """
 
     label: int
@@ -108,29 +110,31 @@ class Nodule:
 
     @property
     def readers(self) -> int:
-        """How many readers outlined it."""
+        """Number of readers who outlined it."""
         return len(self.annotations)
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A CT scan in canonical orientation (see `geometry`), with what is known of it.
+    """A CT scan in canonical orientation (see `geometry`) and the facts known about it.
 
     Attributes:
-        scan_id, patient_id, subset: As in `ScanSource`.
+        scan_id, patient_id, subset: See `ScanSource`.
         series_uid: SeriesInstanceUID, or "" when the source has none.
         hu: (z, y, x) int16 Hounsfield units.
-        grid: Where `hu` lies.
-        source_grid: The file's own grid; outputs go back to it by `geometry.to_source`.
+        grid: Grid of `hu`.
+        source_grid: Grid of the source file; `geometry.to_source` maps outputs back to
+            it.
         lung: (z, y, x) uint8 lung labels, or None.
-        reader_bits: (z, y, x) uint8, bit r where reader r outlined a nodule, or None
-            when the scan was never read; all zero when it was read and has no nodule.
-        nodule_labels: (z, y, x) uint8 label per voxel of any reader's mask, or None.
+        reader_bits: (z, y, x) uint8, bit r is set where reader r outlined a nodule.
+            None if no reader read the scan; all zero if it was read and has no nodule.
+        nodule_labels: (z, y, x) uint8 nodule label of each voxel in any reader's mask,
+            or None.
         nodules: One per label.
-        acquisition: Technical header facts (kernel, kVp, thickness), no identity; and what
-            its source says of findings that are not drawn.
-        whole: False for patches around a nodule (`cohorts.patches`): no lungs are looked
-            for, and what is called mm or HU may be neither.
+        acquisition: Technical header facts (kernel, kVp, thickness) without identity,
+            and the source's statements about findings that are not outlined.
+        whole: False for patches around a nodule (`cohorts.patches`): these get no lung
+            labels, and values named mm or HU may be in other units.
     """
 
     scan_id: str
@@ -149,17 +153,17 @@ class Scan:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """(z, y, x) voxel spacing."""
+        """Voxel spacing (z, y, x) in mm."""
         return self.grid.spacing_mm
 
 
 def reader_votes(reader_bits: np.ndarray) -> np.ndarray:
-    """How many readers marked each voxel; uint8, the shape of `reader_bits`."""
+    """Counts the readers who marked each voxel; uint8, shape of `reader_bits`."""
     return np.bitwise_count(reader_bits)
 
 
 def readers_in(bits: np.ndarray | int) -> list[int]:
-    """The readers, rising, whose bit is set anywhere in an array of bits, or in one."""
+    """Returns the readers, ascending, whose bit is set anywhere in `bits`."""
     drawn = int(np.bitwise_or.reduce(np.asarray(bits), axis=None))
     return [reader for reader in range(8) if drawn >> reader & 1]
 
@@ -172,13 +176,13 @@ def consensus(
     level: float,
     min_readers: int = 1,
 ) -> np.ndarray:
-    """Voxels that at least `level` of a nodule's readers outlined.
+    """Returns the voxels outlined by at least a share `level` of a nodule's readers.
 
     Args:
-        reader_bits: (...) uint8 bits of the readers' masks.
+        reader_bits: (...) uint8 reader bits.
         nodule_labels: (...) uint8 label of the nodule at each voxel.
-        readers_of_label: (256,) number of readers of each label; entry 0 is unused.
-        level: Share of the nodule's own readers, 0 < level <= 1; pylidc's `clevel`.
+        readers_of_label: (256,) number of readers per label; entry 0 is unused.
+        level: Share of the nodule's own readers, above 0 to 1; `clevel` in pylidc.
         min_readers: Nodules outlined by fewer readers are left out.
 
     Returns:
@@ -192,7 +196,7 @@ def consensus(
 
 
 def readers_of_label(nodules: Iterable[Nodule]) -> np.ndarray:
-    """(256,) uint8: number of readers of each nodule label; 0 where there is none."""
+    """Counts the readers of each nodule label; (256,) uint8, 0 for unused labels."""
     counts = np.zeros(256, np.uint8)
     for nodule in nodules:
         counts[nodule.label] = nodule.readers
@@ -200,10 +204,10 @@ def readers_of_label(nodules: Iterable[Nodule]) -> np.ndarray:
 
 
 def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
-    """Writes a scan file and reads it back; it appears whole or not at all.
+    """Writes a scan file and reads it back; the file appears whole or not at all.
 
     Raises:
-        OSError: If there is no room for it.
+        OSError: If it cannot be written, for example because the disk is full.
     """
     record = {
         "format_version": FORMAT_VERSION,
@@ -237,7 +241,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
 
 
 def _holds(path: Path, scan: Scan) -> bool:
-    """Whether a scan file has the volumes and the nodules of `scan`."""
+    """Tells whether a scan file holds the volumes and the nodules of `scan`."""
     try:
         found = read_scan(path)
     except (ScanError, OSError):
@@ -253,7 +257,7 @@ def read_scan(path: Path) -> Scan:
     """Reads a scan file.
 
     Raises:
-        ScanError: If the file is damaged or of another format version.
+        ScanError: If the file is damaged or has another format version.
     """
     with opened(path) as h5:
         record = read_record(h5, path)
@@ -276,10 +280,10 @@ def read_scan(path: Path) -> Scan:
 
 @contextmanager
 def opened(path: Path) -> Iterator["tables.File"]:
-    """A scan file to read.
+    """Opens a scan file for reading.
 
     Raises:
-        ScanError: If it is damaged or no scan file.
+        ScanError: If the file is damaged or not a scan file.
     """
     try:
         with hdf5.opened(path) as h5:
@@ -291,7 +295,7 @@ def opened(path: Path) -> Iterator["tables.File"]:
 
 
 def read_record(h5: "tables.File", path: Path) -> dict[str, Any]:
-    """The JSON record of an open scan file, its version checked."""
+    """Reads the JSON record of an open scan file and checks its format version."""
     if "record" not in h5.root:
         raise ScanError(
             f"{path}: no scan record of format {FORMAT_VERSION}; expected a file made by "
@@ -307,10 +311,10 @@ def read_record(h5: "tables.File", path: Path) -> dict[str, Any]:
 
 
 def scan_identity(path: Path) -> tuple[str, str]:
-    """Patient id and scan id of a scan file, without reading its volumes.
+    """Returns patient id and scan id of a scan file without reading its volumes.
 
     Raises:
-        ScanError: If the file is damaged or of another format version.
+        ScanError: If the file is damaged or has another format version.
     """
     with opened(path) as h5:
         record = read_record(h5, path)
@@ -318,13 +322,13 @@ def scan_identity(path: Path) -> tuple[str, str]:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """How a scan file was made; see `read_scan` for errors."""
+    """Reads the provenance of a scan file; see `read_scan` for errors."""
     with opened(path) as h5:
         return read_record(h5, path)["provenance"]
 
 
 def scan_path(scans_dir: Path, scan_id: str) -> Path:
-    """Where preprocess.py keeps the scan file of `scan_id`.
+    """Returns the path at which preprocess.py stores the scan file of `scan_id`.
 
     Raises:
         ValueError: If the id cannot be a file name.
@@ -334,7 +338,7 @@ def scan_path(scans_dir: Path, scan_id: str) -> Path:
 
 
 def scan_files(scans_dir: Path) -> list[Path]:
-    """The scan files in `scans_dir`, sorted by scan id.
+    """Lists the scan files in `scans_dir`, sorted by scan id.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -365,13 +369,15 @@ def nodule_from_json(record: dict[str, Any]) -> Nodule:
 def reference_mask(
     scan: Scan, *, consensus_level: float, min_readers: int
 ) -> np.ndarray:
-    """(z, y, x) bool consensus of the scan's readers.
+    """Returns the (z, y, x) bool consensus of the scan's readers.
 
     Raises:
-        ScanError: If no reader looked at the scan.
+        ScanError: If no reader read the scan.
     """
     if scan.reader_bits is None or scan.nodule_labels is None:
-        raise ScanError(f"scan {scan.scan_id} has no readers' marks to compare with")
+        raise ScanError(
+            f"scan {scan.scan_id} has no reader annotations to compare with"
+        )
     return consensus(
         scan.reader_bits,
         scan.nodule_labels,
@@ -382,7 +388,7 @@ def reference_mask(
 
 
 def without_folders(text: str, source: ScanSource) -> str:
-    """A message without the folders of a source, which hospitals name after patients."""
+    """Removes a source's folders from a message; hospitals name them after patients."""
     folders = {path.parent for path in (*source.paths, *source.annotations)}
     folders -= {Path(), Path("/")}
     for folder in sorted(folders, key=lambda folder: -len(str(folder))):

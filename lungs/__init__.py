@@ -1,1 +1,1 @@
-"""Lung labels: the classical mask, labels from a probability map, and checks of both."""
+"""Lung labels: the classical mask, labels from a probability map, and their checks."""

@@ -1,4 +1,10 @@
-"""Checks of lung labels: volumes, expected Dice, and reasons not to trust them."""
+"""Checks of lung labels: volumes, expected Dice, and reasons not to trust them.
+
+The checks look for what goes wrong in practice: part of the lungs outside the field of
+view, a lung that was not found, a volume oriented otherwise than its header says. They
+do not detect a volume mirrored left to right: in most patients the heart lies to the
+left, but in some too little to tell.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,59 +17,64 @@ from lungs.labels import border
 from lungs.sides import TISSUE_HU, body_middle_x
 
 LUNGS_ML = (500.0, 12_000.0)
-"""Both lungs of an adult: from deep expiration in a small patient to emphysema."""
+"""Volume of an adult's lungs: from deep expiration in a small patient to emphysema."""
 
 LUNG_ML = 100.0
-"""A lung that is smaller, or a tenth of the other, was not found."""
+"""Smallest volume of a lung; a lung below it was not found."""
 
 SMALLEST_SHARE = 0.1
+"""Smallest volume of a lung as a share of the other; a lung below it was not found."""
+
 END_CM2 = 10.0
-"""More lung in the first or last slice, and a part of it lies outside of the field. In real
-scans that hold whole lungs the classical mask leaves up to 5 cm2 there."""
+"""Largest area of lung in the first or last slice; more means that part of the lung
+lies outside the field of view. In real scans that hold whole lungs the classical mask
+leaves up to 5 cm2 there."""
 
 FIELD_MM = (150.0, 200.0, 200.0)
-"""Least (z, y, x) field that can hold the lungs of an adult."""
+"""Smallest (z, y, x) field of view that can hold the lungs of an adult."""
 
 SLICE_MM = 10.0
-"""With slices further apart, tips and bases of the lungs are guesses."""
+"""Largest slice spacing; beyond it apices and bases of the lungs are guesses."""
 
 LUNG_HU = (-980.0, -250.0)
-"""Median within a lung: above gas without tissue, below a lung filled throughout. In real
-scans it is -920 to -670."""
+"""Range of the median HU in a lung: above gas without tissue, below a completely filled
+lung. In real scans it is -920 to -670."""
 
 BORDER_STD = 0.3
-"""Mean standard deviation in the outermost voxels of the mask; passes that agreed on no
-border at all would give 0.5."""
+"""Largest mean standard deviation over the passes in the outermost voxels of the mask;
+passes that agree on no border at all would give 0.5."""
 
 LEAST_SCORE = 0.9
-"""A mask that its own map expects to have a lower Dice is not trusted."""
+"""Lowest Dice that a trusted mask may have by its own probability map."""
 
 END_SHARE = 0.25
-"""Share of the slices with lung, at each end, in which head and feet are told apart."""
+"""Share of the slices with lung, at each end, used to distinguish head from feet."""
 
 AIRWAY_MM = (50.0, 25.0)
-"""Largest (y, x) distance of the airway from the middle."""
+"""Largest distance of the airway from the lungs' middle in y and the body's in x."""
 
 SWAPPED_MM2 = 40.0
-"""In six real scans and eight phantoms a slice near the head has 82 to 242 mm2 more air of
-the airway than one near the feet, and 44 to 126 cm2 less tissue."""
+"""Excess of airway area near the feet above which head and feet look swapped. In six
+real scans and eight phantoms a slice near the head has 82 to 242 mm2 more airway than
+one near the feet, and 44 to 126 cm2 less tissue."""
 
 BONE_HU = 400.0
-"""Denser than blood with contrast medium."""
+"""Lower limit of HU in bone; above blood with contrast medium."""
 
 BONE_MM = -5.0
-"""The middle of bone lies 9 to 91 mm behind that of the lungs in six real scans, so not in
-front of it."""
+"""Smallest distance of the middle of bone behind that of the lungs; below it, front and
+back look swapped. In six real scans the distance is 9 to 91 mm."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be thought of lung labels.
+    """Assessment of lung labels.
 
     Attributes:
-        right_ml, left_ml: Volumes.
-        score: The Dice that the map itself expects of its mask, 0 to 1.
-        reasons: Why not to trust it, in plain words; empty if nothing was found.
+        right_ml, left_ml: Volumes of the lungs.
+        score: Dice that the probability map itself predicts for its mask, 0 to 1.
+        reasons: Reasons not to trust the labels, in plain words; empty if there are
+            none.
     """
 
     right_ml: float
@@ -73,13 +84,13 @@ class Verdict:
 
 
 def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> Verdict:
-    """Volumes, score, and what speaks against lung labels.
+    """Computes volumes and score of lung labels and lists reasons not to trust them.
 
     Args:
         labels: (z, y, x) uint8 from `labels_from_map`.
         mean: (z, y, x) mean probability.
-        std: (z, y, x) its standard deviation over passes.
-        scan: Where they lie, and its HU.
+        std: (z, y, x) standard deviation over the passes.
+        scan: Scan of the labels; its grid and HU are used.
     """
     right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
     score = expected_dice(labels, mean)
@@ -98,7 +109,7 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
 
 
 def volumes_ml(labels: np.ndarray, voxel_mm3: float) -> tuple[float, float]:
-    """Volumes of the right and of the left lung."""
+    """Returns the volumes of the right and of the left lung in ml."""
     voxels = np.bincount(labels.ravel(), minlength=3)
     return float(voxels[RIGHT] * voxel_mm3 / 1000), float(
         voxels[LEFT] * voxel_mm3 / 1000
@@ -106,10 +117,10 @@ def volumes_ml(labels: np.ndarray, voxel_mm3: float) -> tuple[float, float]:
 
 
 def expected_dice(labels: np.ndarray, mean: np.ndarray) -> float:
-    """Dice of the labels' mask with the truth, if every probability is right.
+    """Computes the Dice with the reference, assuming that every probability is right.
 
-    2 sum of the probabilities in the mask / (its voxels + sum of all probabilities), which
-    is the ratio of the expected values; 0 for an empty mask.
+    This is 2 * (sum of the probabilities in the mask) / (its voxels + sum of all
+    probabilities), the ratio of the expected values; 0 for an empty mask.
     """
     mask = labels > 0
     in_mask = float(mean[mask].sum(dtype=np.float64))
@@ -169,7 +180,7 @@ def small_field(
 def doubts(labels: np.ndarray, std: np.ndarray, score: float) -> Iterator[str]:
     if score < LEAST_SCORE:
         yield (
-            f"the probabilities expect a Dice of {score:.2f}; expected {LEAST_SCORE} or "
+            f"the probabilities predict a Dice of {score:.2f}; expected {LEAST_SCORE} or "
             "more"
         )
     border_std = float(std[border(labels > 0)].mean())
@@ -181,7 +192,10 @@ def doubts(labels: np.ndarray, std: np.ndarray, score: float) -> Iterator[str]:
 
 
 def wrong_values(labels: np.ndarray, hu: np.ndarray) -> Iterator[str]:
-    """Each lung by itself: the median of both says nothing of the smaller one."""
+    """Yields a reason for each lung whose median HU is implausible.
+
+    Each lung is checked separately, since the median of both hides the smaller one.
+    """
     least, most = LUNG_HU
     thin = (slice(None, None, 2),) * 3
     for side, label in (("right", RIGHT), ("left", LEFT)):
@@ -213,10 +227,11 @@ def wrong_orientation(
 def upside_down(
     labels: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> bool:
-    """Whether airway and belly both lie at the wrong end of the lungs.
+    """Tells whether airway and belly both lie at the wrong end of the lungs.
 
-    False in doubt: gas in the gut can look like an airway, and arms beside the head add
-    tissue. Labels that take the airway in leave the question open.
+    Returns False when in doubt: gas in the gut can look like an airway, and arms beside
+    the head add tissue. Labels that include the airway give no answer, so False as
+    well.
     """
     slices = np.flatnonzero(labels.any(axis=(1, 2)))
     rows = np.flatnonzero(labels.any(axis=(0, 2)))
@@ -237,9 +252,9 @@ def upside_down(
 def bone_behind_mm(
     labels: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> float:
-    """How far bone lies behind the middle of the lungs, in the slices with lung, in mm.
+    """Returns how far the middle of bone lies behind that of the lungs, in mm.
 
-    0 where there is no bone.
+    Only slices with lung are used. Returns 0 if they contain no bone.
     """
     lungs_y = np.flatnonzero(labels.any(axis=(0, 2)))
     with_lung = labels.any(axis=(1, 2))

@@ -1,10 +1,10 @@
-"""Lung masks from HU: the thesis' slice rule, and the same threshold cleaned in 3-D.
+"""Lung masks from HU: the thesis' slice rule, or its threshold with cleaning in 3-D.
 
-The slice rule separates air from tissue by K-means on the middle of each slice and keeps
-regions by size and place. It takes in trachea and gut, and leaves nodules at the pleura
-out. The cleaning keeps only its threshold, and finds body, airway, sides and pleural
-concavities on a coarse grid, where a whole scan takes a second; borders are then drawn at
-full resolution.
+The slice rule separates air from tissue by K-means on the middle of each slice and
+keeps regions by size and position. It includes trachea and gut and leaves out nodules
+at the pleura. The cleaning keeps only its threshold. It finds body, airway, sides and
+pleural concavities on a coarse grid, where a whole scan takes a second, and then draws
+the borders at full resolution.
 """
 
 from dataclasses import replace
@@ -21,25 +21,25 @@ from lungs.sides import body_middle_x, distance_mm, sides
 from lungs.slice_rule import slice_rule, slice_threshold
 
 THRESHOLD_HU = (-600.0, -300.0)
-"""Range of thresholds between lung and tissue that is believed."""
+"""Plausible range of the threshold between lung and tissue, which is clipped to it."""
 
 LUNG_ML = 60.0
-"""Smaller pockets of air are no lung."""
+"""Smallest volume of a lung; smaller pockets of air are not lung."""
 
 GAS_HU = -940.0
-"""A pocket under a litre whose median is lower is gas in the gut, not lung."""
+"""Lowest median HU of a lung below one litre; an emptier pocket is gas in the gut."""
 
 AIRWAY_HU = -900.0
-"""The lumen of trachea and main bronchi is darker than this."""
+"""Upper limit of HU in the lumen of trachea and main bronchi."""
 
 AIRWAY_MM2 = (60.0, 900.0)
-"""Area of the trachea in a slice; the widest is about 30 mm across."""
+"""Range of the trachea's area in a slice; the widest is about 30 mm across."""
 
 AIRWAY_LENGTH_MM = 30.0
-"""A path that ends sooner was no trachea."""
+"""Smallest length of the trachea; a shorter path is not one."""
 
 AIRWAY_WALL_MM = 2.0
-"""Thickness of the wall that is taken out with the lumen."""
+"""Thickness of the wall that is removed together with the lumen."""
 
 
 def segment_lungs(
@@ -47,15 +47,15 @@ def segment_lungs(
     spacing_mm: tuple[float, float, float],
     settings: config.LungMask,
 ) -> np.ndarray:
-    """Lung labels of a scan.
+    """Computes the lung labels of a scan.
 
     Args:
         hu: (z, y, x) int16 in canonical orientation.
         spacing_mm: (z, y, x).
-        settings: With `cleaning` off, the slice rule alone, labelled 1.
+        settings: With `cleaning` off, only the slice rule runs; its mask is labelled 1.
 
     Returns:
-        (z, y, x) uint8: 0 outside, 1 right lung, 2 left lung; all 0 if none was found.
+        (z, y, x) uint8: 0 outside, 1 right lung, 2 left lung; all 0 without lung.
     """
     if not settings.cleaning:
         return per_slice(slice_rule, hu).astype(np.uint8)
@@ -87,13 +87,14 @@ def segment_lungs(
 def inner_air(
     coarse: np.ndarray, threshold: float, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """Large pockets of air inside the body, gut excepted; (z, y, x) bool."""
+    """Finds large pockets of air inside the body, except the gut; (z, y, x) bool."""
     import cc3d
 
     tissue = coarse >= threshold
-    # Eroded, the body lets go of the table; what is then not body is air, also a hollow
-    # table. A rim of air in each slice joins what the table cuts off from the outside;
-    # the ends in z stay closed, since lungs may be cut there.
+    # Erosion separates the body from the table. Everything that is then not body is
+    # air, even a hollow table. A rim of air around each slice connects air that the
+    # table cuts off from the outside; the ends in z stay closed, since the scan may cut
+    # the lungs there.
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     eroded = per_slice(lambda image: cv2.erode(image, cross), tissue.astype(np.uint8))
     body = largest(cc3d.connected_components(eroded, connectivity=6))
@@ -106,7 +107,7 @@ def inner_air(
 
 
 def largest(labels: np.ndarray) -> np.ndarray:
-    """The largest component of a label volume, as a mask; empty if there is none."""
+    """Returns the largest component of a label volume as a mask; empty if none."""
     counts = np.bincount(labels.ravel())
     counts[0] = 0
     return (labels == counts.argmax()) & (labels > 0)
@@ -115,7 +116,7 @@ def largest(labels: np.ndarray) -> np.ndarray:
 def lung_like(
     labels: np.ndarray, coarse: np.ndarray, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """Components that are large enough for a lung and not as empty as gas."""
+    """Returns the mask of components large enough for a lung and denser than gas."""
     counts = np.bincount(labels.ravel())
     volumes_ml = counts * np.prod(spacing_mm) / 1000
     keep = volumes_ml >= LUNG_ML
@@ -126,7 +127,7 @@ def lung_like(
 
 
 def large_parts(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
-    """The connected parts of a mask that are large enough for a lung."""
+    """Returns the connected components of a mask that are large enough for a lung."""
     import cc3d
 
     labels = cc3d.connected_components(mask, connectivity=6)
@@ -138,11 +139,12 @@ def large_parts(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
 def airway(
     coarse: np.ndarray, inside: np.ndarray, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """Trachea and main bronchi with their walls, followed down slice by slice.
+    """Finds trachea and main bronchi with their walls, slice by slice downwards.
 
-    The search starts at the highest slice with a dark, round, central region, and follows
-    what overlaps it in the next slice until that grows as it would in a lung. A path too
-    short for a trachea is dropped and the search begins again below.
+    The search starts at the highest slice with a dark, round, central region and
+    follows the regions that overlap it in the next slice, until they are too large
+    for an airway. A path too short for a trachea is dropped and the search restarts
+    below it.
 
     Returns:
         (z, y, x) bool.
@@ -164,7 +166,7 @@ def airway(
 def follow(
     lumen: np.ndarray, found: np.ndarray, top: int, spacing_mm: tuple[float, ...]
 ) -> int:
-    """Marks in `found` the airway that begins in slice `top`; where it ends."""
+    """Marks the airway that begins in slice `top` in `found`; returns where it ends."""
     previous = None
     for z in range(top, -1, -1):
         _, labels, stats, centres = cv2.connectedComponentsWithStats(
@@ -189,7 +191,10 @@ def tracheas(
     areas_mm2: np.ndarray,
     shape: tuple[int, ...],
 ) -> list[int]:
-    """Labels of a slice that can be a trachea: right size, compact, near the middle."""
+    """Returns the first label of a slice that fits a trachea by size, shape and place.
+
+    The list has one label, or none if no region fits.
+    """
     chosen = []
     for label in range(1, len(stats)):
         width, height = stats[label, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]]
@@ -207,10 +212,11 @@ def fill_lungs(
     spacing_mm: tuple[float, ...],
     settings: config.LungMask,
 ) -> np.ndarray:
-    """Coarse labels with holes filled and pleural concavities closed, side by side.
+    """Fills holes and closes pleural concavities of coarse labels, one side at a time.
 
-    Closing by a ball of `closing_mm` takes in nodules at the pleura and vessels at the
-    hilum whose opening is narrower than the ball; the other side is never entered.
+    Closing by a ball of radius `closing_mm` includes nodules at the pleura and vessels
+    at the hilum whose opening is narrower than the ball; it never enters the other
+    side.
     """
     filled = labels.copy()
     for side in np.unique(labels[labels > 0]):
@@ -228,17 +234,17 @@ def fill_lungs(
 def box_with_air(
     mask: np.ndarray, margin_mm: float, spacing_mm: tuple[float, ...]
 ) -> Box | None:
-    """The box around a mask and `margin_mm` more, within the volume; None if empty."""
+    """Returns a mask's bounding box plus a margin, within the volume; None if empty."""
     return boxes.around(mask, [int(margin_mm / spacing) + 2 for spacing in spacing_mm])
 
 
 def closed(
     mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """Morphological closing of a (z, y, x) mask by a ball, exact in mm."""
-    # Air around the sides. Beyond the ends in z the last slice goes on, so that a lung cut
-    # by the scan is not closed as if it ended there, and one that ends before does not
-    # grow to the scan's end.
+    """Closes a (z, y, x) mask morphologically by a ball that is exact in mm."""
+    # Pad the sides with air. Beyond the ends in z, repeat the last slice, so that a
+    # lung cut by the scan is not closed as if it ended there, and one that ends before
+    # does not grow to the end of the scan.
     deep, *wide = (int(radius_mm / s) + 2 for s in spacing_mm)
     padded = np.pad(mask, ((2 * deep,) * 2, (0, 0), (0, 0)), mode="edge")
     padded = np.pad(padded, ((0, 0), *((margin,) * 2 for margin in wide)))
@@ -252,7 +258,7 @@ def closed(
 
 
 def without_holes(mask: np.ndarray) -> np.ndarray:
-    """A (y, x) bool mask with its enclosed holes filled."""
+    """Fills the enclosed holes of a (y, x) bool mask."""
     contours, _ = cv2.findContours(
         mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
     )
@@ -270,16 +276,16 @@ def refine(
     factors: tuple[int, int, int],
     settings: config.LungMask,
 ) -> np.ndarray:
-    """Full-resolution labels: air near a coarse lung, and what the filling added.
+    """Draws labels at full resolution: air near a coarse lung, and what filling added.
 
     Args:
         hu: (z, y, x) int16 at full resolution.
         filled: Coarse labels after `fill_lungs`.
-        lungs: Coarse mask before it.
+        lungs: Coarse mask before `fill_lungs`.
         tubes: Coarse mask of the airway, which is left out.
         threshold: HU between lung and tissue.
-        factors: Voxels per coarse voxel.
-        settings: Whether small holes are filled.
+        factors: (z, y, x) voxels per coarse voxel.
+        settings: `fill_holes` also fills small holes here.
 
     Returns:
         (z, y, x) uint8.
@@ -312,7 +318,7 @@ def refine(
 
 
 def enlarged(mask: np.ndarray, size_xy: tuple[int, int]) -> np.ndarray:
-    """A coarse (y, x) mask at full size, its border interpolated; uint8."""
+    """Enlarges a coarse (y, x) mask with an interpolated border; uint8."""
     values = cv2.resize(
         mask.astype(np.float32), size_xy, interpolation=cv2.INTER_LINEAR
     )
@@ -320,7 +326,7 @@ def enlarged(mask: np.ndarray, size_xy: tuple[int, int]) -> np.ndarray:
 
 
 def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
-    """The scan with lung labels; those its source came with are kept, patches get none.
+    """Adds lung labels to a scan; keeps those of its source, and gives patches none.
 
     Raises:
         ScanError: If no lung is found.
@@ -331,6 +337,6 @@ def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
     if not labels.any():
         raise ScanError(
             f"scan {scan.scan_id}: no lung found in {len(scan.hu)} slices; expected a "
-            "chest CT in HU; give lung masks with the cohort if it is one"
+            "chest CT in HU; if it is one, give lung masks with the cohort"
         )
     return replace(scan, lung=labels)

@@ -1,4 +1,4 @@
-"""Volumes slice by slice, and on a coarser grid."""
+"""Processing of volumes slice by slice and on a coarser grid."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,19 +10,19 @@ import numpy as np
 
 
 def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
-    """Stacks `function` of every slice; OpenCV and NumPy leave the threads free to run."""
+    """Stacks `function` of every slice; runs in threads, as OpenCV frees the GIL."""
     with ThreadPoolExecutor() as threads:
         return np.stack(list(threads.map(function, *volumes)))
 
 
 def coarse_factors(spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
-    """How many voxels make one coarse voxel along each axis."""
+    """Returns how many voxels make one coarse voxel along each axis."""
     z, y, x = (max(ceil(COARSE_MM / spacing - 0.1), 1) for spacing in spacing_mm)
     return z, y, x
 
 
 def shrink(hu: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
-    """(z, y, x) float32 means over blocks; the last slice of an odd depth stands alone."""
+    """Averages blocks to float32 (z, y, x); the last block in z can be thinner."""
     size = (-(-hu.shape[2] // factors[2]), -(-hu.shape[1] // factors[1]))
 
     def smaller(image: np.ndarray) -> np.ndarray:
@@ -36,4 +36,4 @@ def shrink(hu: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
 
 
 COARSE_MM = 2.0
-"""Voxel size of the grid on which anatomy is found, or a little more."""
+"""Voxel size of the grid on which anatomy is found; it can be a little larger."""

@@ -1,10 +1,4 @@
-"""Lung labels from a map of probabilities, and whether to trust them.
-
-Labels are 1 in the right lung and 2 in the left. The checks look for what goes wrong in
-practice: a part of the lungs outside of the field, a lung not found, a volume that lies
-otherwise than its header says. They do not find a volume that is mirrored left to right:
-the heart lies to the left in most, but too little so in some to tell.
-"""
+"""Lung labels from a probability map: 1 in the right lung, 2 in the left."""
 
 from dataclasses import dataclass
 
@@ -20,24 +14,26 @@ from lungs.sides import distance_mm, sides
 
 @dataclass(frozen=True)
 class LungMap:
-    """From probabilities to lung labels."""
+    """Settings that turn a probability map into lung labels."""
 
     thresh: float = 0.55
-    """Probability above which a voxel is lung; Zhuang et al. 2025 take 0.55."""
+    """Probability above which a voxel is lung; 0.55 as in Zhuang et al. 2025."""
     min_volume_mm3: float = 10_000.0
-    """Smaller pieces are removed; 10 ml holds no lobe, but most gas in the gut."""
+    """Smallest connected component that is kept; 10 ml is less than a lobe, but more
+    than most gas in the gut."""
     min_share: float = 0.02
-    """Pieces with a smaller share of the largest one's volume are removed: air in the gut
-    or in an armpit, which holds less than a collapsed lung does."""
+    """Smallest component that is kept, as a share of the largest one's volume. This
+    removes air in the gut or in an armpit, which holds less than a collapsed lung."""
     max_pieces: int = 4
-    """Only so many pieces are kept, the largest: two lungs, and a part of each that
-    disease has cut off."""
+    """Number of components that are kept, the largest first: two lungs, and a part of
+    each that disease has cut off."""
     fill_holes: bool = True
-    """Fill what lungs enclose on all sides."""
+    """Fill holes that the lungs enclose on all sides."""
     snap: float = 1.5
-    """Of networks that see voxels or pixels of one size, in those: where the classical
-    mask's border is this near to the network's, the classical one counts, which follows the
-    HU of the scan's own voxels. 0 for the network's border everywhere."""
+    """Distance within which the border of the classical mask replaces the network's,
+    since it follows the HU of the scan's own voxels; in voxels or pixels of the
+    network. No effect on networks without a fixed voxel size; 0 keeps the network's
+    border everywhere."""
 
     def __post_init__(self) -> None:
         thresh, volume = self.thresh, self.min_volume_mm3
@@ -56,13 +52,13 @@ def labels_from_map(
     *,
     middle_x: float | None = None,
 ) -> np.ndarray:
-    """Lung labels from a map of probabilities.
+    """Computes lung labels from a probability map.
 
     Args:
         prob: (z, y, x) float32 probability of lung, in canonical orientation.
         spacing_mm: (z, y, x).
-        settings: Threshold, and which pieces are kept.
-        middle_x: Column of the body's middle, see `lung_mask.body_middle_x`; by default
+        settings: Threshold, and rules for the components that are kept.
+        middle_x: Column of the body's middle, see `sides.body_middle_x`; by default
             that of the volume.
 
     Returns:
@@ -93,23 +89,23 @@ def snapped(
     spacing_mm: tuple[float, float, float],
     reach_mm: float,
 ) -> np.ndarray:
-    """Lung labels whose border is that of others wherever it lies near.
+    """Moves the border of lung labels to that of the classical mask where it is near.
 
-    Where lung looks like lung both masks agree on it, and there the classical one follows
-    the HU of single voxels. What only the first mask has (disease, of which the classical
-    one knows nothing) keeps its own border where the classical mask is further away than
-    `reach_mm`; so of a layer thinner than that nothing is kept, and of other disease a strip
-    of its outer border is lost beside healthy lung.
+    Both masks agree on healthy lung, and there the classical one follows the HU of
+    single voxels. A part that only the network finds (disease, which the classical mask
+    misses) keeps its border where the classical mask is further away than `reach_mm`.
+    So diseased layers thinner than that are lost, and thicker ones lose a strip of
+    their outer border beside healthy lung.
 
     Args:
         labels: (z, y, x) uint8, 1 right and 2 left.
-        classical: The same, with the better border; nothing changes if it is empty.
+        classical: Classical labels of the same shape; if empty, nothing changes.
         spacing_mm: (z, y, x).
-        reach_mm: A voxel within this of the mask's outside is its border, and follows the
-            classical mask if that is as near.
+        reach_mm: Voxels this close to the outside of the mask are its border; they
+            follow the classical mask if that is as near.
 
     Returns:
-        Labels of the same shape; voxels that were added have the side of the nearest lung.
+        Labels of the same shape; added voxels get the side of the nearest lung.
     """
     margin = [int(reach_mm / step) + 2 for step in spacing_mm]
     box = boxes.around(labels, margin)
@@ -134,9 +130,9 @@ def snapped(
 def largest_pieces(
     mask: np.ndarray, least: float, most: int, *, share: float = 0.0
 ) -> np.ndarray:
-    """The largest connected pieces of a mask, at most `most`.
+    """Returns the largest connected components of a mask, at most `most`.
 
-    Each has `least` voxels or more, and at least `share` of those of the largest.
+    Each has at least `least` voxels, and at least `share` of the largest one's voxels.
     """
     import cc3d
 
@@ -151,7 +147,7 @@ def largest_pieces(
 
 
 def holes(mask: np.ndarray) -> np.ndarray:
-    """What a mask encloses on all sides; what is open at an end of the volume is no hole."""
+    """Returns the holes of a mask; one open at an end of the volume does not count."""
     import cc3d
 
     outside = np.pad(~mask, 1, constant_values=True)
@@ -163,9 +159,9 @@ def holes(mask: np.ndarray) -> np.ndarray:
 def side_of(
     lungs: np.ndarray, spacing_mm: tuple[float, float, float], middle_x: float
 ) -> np.ndarray:
-    """The side each voxel belongs to, inside the lungs and out: that of the nearer lung.
+    """Returns the side of the nearer lung for each voxel, inside and outside the lungs.
 
-    Found on a coarse grid, where it takes a fraction of a second.
+    Works on a coarse grid, where this takes a fraction of a second.
 
     Args:
         lungs: (z, y, x) bool, not empty.
@@ -195,7 +191,7 @@ def side_of(
 
 
 def border(mask: np.ndarray) -> np.ndarray:
-    """The voxels of a mask that have others beside them in their slice."""
+    """Returns the voxels of a mask with a neighbour outside it in the same slice."""
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     inner = per_slice(lambda image: cv2.erode(image, cross), mask.view(np.uint8))
     return mask & (inner == 0)

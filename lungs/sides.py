@@ -1,4 +1,4 @@
-"""The right and the left lung of a mask, also where they touch."""
+"""Separation of a mask into right and left lung, even where they touch."""
 
 from math import ceil
 from typing import Any
@@ -10,36 +10,41 @@ from ct.scan import LEFT, RIGHT
 from lungs.coarse import per_slice
 
 TISSUE_HU = -300.0
-"""Tissue is denser, where the body's middle is looked for."""
+"""Lower limit of HU in tissue, for finding the body's middle."""
 
 CLEAR_SHARE, CORE_SHARE = 0.9, 0.98
-"""A connected part belongs to the side on which so much of it lies: where both lungs are
-seen, and where one is missing or a core is looked for."""
+"""Share of a connected component that must lie on one side to give it that side: the
+first if both lungs are seen, the second if one is missing or the cores are searched
+for."""
 
 PLANE_REACH_MM = 60.0
-"""How far the mediastinum may be from the body's middle."""
+"""Largest distance of the mediastinum from the body's middle."""
 
 PLANE_FAR_MM = 150.0
-"""The plane goes 1.5 mm further from the middle to cut 1 % of a lung's width less."""
+"""Cost of the plane's distance from the middle: 1.5 mm cost as much as cutting 1 % of
+the largest sagittal section of lung."""
 
 PLANE_TURNS = tuple(np.arange(-7, 8) / 10)
-"""Tangents of the angles by which patients may be turned: up to 35 degrees."""
+"""Tangents of the angles by which patients may be rotated: up to 35 degrees."""
 
 PLANE_WIDTH_MM = 10.0
 """Thickness of the slab in which the plane's cut through the lungs is measured."""
 
 CORE_MM = 4.0
-"""Voxel size, or a little more, on which the cores of touching lungs are found."""
+"""Voxel size for finding the cores of touching lungs; it can be a little larger."""
 
 PULL_MM = 15.0
-"""How much nearer a voxel may be to the core of the other lung because of its own side."""
+"""Largest distance from the middle plane that counts. A voxel goes to the core on its
+own side unless the other core is nearer by more than twice its distance from the
+plane."""
 
 PIECE_SHARE = 0.95
-"""Most of a piece of a slice that is not cut."""
+"""Share of a piece of a slice that must lie on one side to give all of it that side."""
 
 WIDE_CUT = 1.5
-"""Area of a cut over (volume of the lesser piece)^(2/3). Halves of a ball have 1.9; lungs
-that were made to touch along the whole mediastinum have up to 1.0."""
+"""Largest ratio of the area of a cut to (volume of the smaller piece)^(2/3). Halves of
+a ball have 1.9; lungs that were made to touch along the whole mediastinum have up to
+1.0."""
 
 
 def sides(
@@ -47,18 +52,17 @@ def sides(
     spacing_mm: tuple[float, ...],
     middle_x: float | None = None,
 ) -> np.ndarray:
-    """Right (1) and left (2) lung of a coarse mask, also where they touch.
+    """Labels the right (1) and left (2) lung of a coarse mask, even where they touch.
 
-    Connected parts that lie on one side of the middle plane are named by it. Of one that
-    lies on both, the core of each lung is found by erosion; its other voxels go to the
-    nearer core, in doubt to the side of the plane they lie on. A part that would be cut
-    through the thick of a lung stays whole, and is of the side on which most of it lies.
+    A connected component on one side of the middle plane gets that side. In one that
+    lies on both, erosion finds the core of each lung; the other voxels go to the nearer
+    core, in doubt to their own side of the plane. A component that would be cut through
+    the thick of a lung stays whole and gets the side on which most of it lies.
 
     Args:
         lungs: (z, y, x) bool, not empty.
         spacing_mm: (z, y, x).
-        middle_x: Column of the body's middle, which only has to be near; by default the
-            volume's.
+        middle_x: Approximate column of the body's middle; by default the volume's.
 
     Returns:
         (z, y, x) uint8.
@@ -73,7 +77,7 @@ def sides(
     labels = sides_of_parts(parts, right_mm >= 0, CLEAR_SHARE)[parts]
     in_right, in_left = np.bincount(labels.ravel(), minlength=3)[1:]
     if min(in_right, in_left) < (1 - CORE_SHARE) * max(in_right, in_left):
-        # The lung that seems to be missing may hang on the other one.
+        # The lung that seems to be missing may be connected to the other one.
         labels = sides_of_parts(parts, right_mm >= 0, CORE_SHARE)[parts]
     open_parts = lungs & (labels == 0)
     if not open_parts.any():
@@ -98,13 +102,14 @@ def sides(
 def middle_plane_mm(
     lungs: np.ndarray, spacing_mm: tuple[float, ...], middle_x: float
 ) -> np.ndarray:
-    """How far columns of voxels lie to the right of the plane between the lungs, in mm.
+    """Returns how far voxel columns lie to the right of the plane between the lungs.
 
-    Of the upright planes near the body's middle, turned as patients are, it is the one
-    that cuts the least lung; so it follows a mediastinum that is pushed or pulled aside.
+    Among the upright planes near the body's middle, rotated as far as patients may be,
+    it chooses the one that cuts the least lung, and so follows a mediastinum that is
+    pushed or pulled aside.
 
     Returns:
-        (y, x) float64, negative to the left.
+        (y, x) float64 in mm, negative to the left.
     """
     thickness = lungs.sum(axis=0).astype(np.float64)
     rows = np.flatnonzero(thickness.any(axis=1))
@@ -130,12 +135,15 @@ def middle_plane_mm(
 
 
 def sides_of_parts(parts: np.ndarray, right: np.ndarray, share: float) -> np.ndarray:
-    """The side on which at least `share` of a part lies, or 0, by label of the part.
+    """Returns the side on which at least `share` of each component lies, 0 for neither.
 
     Args:
-        parts: (z, y, x) labels of connected parts.
+        parts: (z, y, x) labels of connected components.
         right: (y, x) bool, the columns of voxels to the right.
-        share: Above one half.
+        share: Share of the component's voxels, above one half.
+
+    Returns:
+        (labels,) uint8, indexed by label.
     """
     voxels = np.bincount(parts.ravel())
     in_right = np.bincount(parts[:, right].ravel(), minlength=len(voxels))
@@ -149,7 +157,7 @@ def sides_of_parts(parts: np.ndarray, right: np.ndarray, share: float) -> np.nda
 def lung_cores(
     mask: np.ndarray, right: np.ndarray, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """What erosion leaves of a mask when each of its pieces has come to lie on one side.
+    """Erodes a mask until each of its pieces lies on one side, and labels these cores.
 
     A piece that lies on one side is not eroded further.
 
@@ -183,10 +191,10 @@ def lung_cores(
 
 
 def cut_at_necks(labels: np.ndarray) -> np.ndarray:
-    """Labels of a (y, x) slice whose cut has moved to where the lungs hardly touch.
+    """Moves the cut in the labels of a (y, x) slice to where the lungs hardly touch.
 
-    Pieces that are not connected, or not once a voxel is taken off around them, are of the
-    side that nearly all of them is on.
+    Pieces that are separate, or separate once they are eroded by a voxel, get the side
+    on which nearly all of them lies.
     """
     mask: Any = (labels > 0).astype(np.uint8)
     in_right = labels == RIGHT
@@ -214,7 +222,7 @@ def cut_at_necks(labels: np.ndarray) -> np.ndarray:
 def without_wide_cuts(
     labels: np.ndarray, parts: np.ndarray, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
-    """Labels in which no connected part is cut where it is as wide as what is cut off."""
+    """Undoes cuts that are about as wide as the piece they cut off; see `WIDE_CUT`."""
     in_right, in_left = (
         np.bincount(parts[labels == side], minlength=int(parts.max()) + 1)
         for side in (RIGHT, LEFT)
@@ -228,7 +236,7 @@ def without_wide_cuts(
 
 
 def cut_mm2(labels: np.ndarray, spacing_mm: tuple[float, ...]) -> float:
-    """Area of the faces between right and left voxels."""
+    """Returns the area of the faces between right and left voxels."""
     area_mm2 = 0.0
     for axis, spacing in enumerate(spacing_mm):
         along = np.moveaxis(labels, axis, 0)
@@ -238,7 +246,7 @@ def cut_mm2(labels: np.ndarray, spacing_mm: tuple[float, ...]) -> float:
 
 
 def body_middle_x(hu: np.ndarray) -> float:
-    """The column with as much tissue to its right as to its left; the volume's without."""
+    """Finds the column with equal tissue on both sides; without tissue, the middle."""
     tissue = (hu[::4, ::4] > TISSUE_HU).sum(axis=(0, 1)).astype(np.float64)
     total = np.cumsum(tissue)
     if not total[-1]:
@@ -247,9 +255,9 @@ def body_middle_x(hu: np.ndarray) -> float:
 
 
 def distance_mm(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
-    """Distance of each voxel of a mask to the nearest one outside of it, in mm.
+    """Computes the distance in mm of each mask voxel to the nearest one outside.
 
-    The volume's ends do not count as outside.
+    The ends of the volume do not count as outside.
     """
     import edt
 

@@ -6,30 +6,30 @@ import cv2
 import numpy as np
 
 SLICE_RULE_PX = 512
-"""Slice size for which the pixel constants of the thesis' rule were given."""
+"""Slice size for which the thesis gives the pixel constants of its rule."""
 
 MIDDLE = slice(100, 400)
-"""Rows and columns that K-means looks at."""
+"""Rows and columns that K-means uses."""
 
 ERODE_PX, DILATE_PX = 4, 10
 """Sides of the square structuring elements."""
 
 REGION_SIDE_PX, REGION_TOP_PX, REGION_BOTTOM_PX = 475, 40, 472
-"""A region is lung if its box is smaller, begins lower and ends higher than these."""
+"""Limits of a lung region's box: largest side, first top row and last bottom row."""
 
 
 def kmeans_threshold_hu(values_hu: np.ndarray) -> float:
-    """Threshold halfway between the two centres of K-means (k = 2).
+    """Computes the threshold halfway between the two centres of K-means (k = 2).
 
-    In one dimension the best two clusters are cut at one value, so all cuts of the
+    In one dimension the best two clusters are split at one value, so all splits of the
     histogram are tried and the optimum is exact; Lloyd's iterations, which scikit-learn
-    runs, can only reach it or a local optimum.
+    runs, reach it or only a local optimum.
 
     Args:
         values_hu: Integer HU, any shape.
 
     Returns:
-        HU; the only value if all are equal.
+        The threshold in HU; if all values are equal, that value.
     """
     low = int(values_hu.min())
     counts = np.bincount(values_hu.ravel().astype(np.int32) - low).astype(np.float64)
@@ -44,16 +44,16 @@ def kmeans_threshold_hu(values_hu: np.ndarray) -> float:
 
 
 def without_extremes(image_hu: np.ndarray) -> np.ndarray:
-    """A (y, x) slice whose least and greatest values became the mean of its middle.
+    """Replaces minimum and maximum of a (y, x) slice by the mean of its middle.
 
-    So padding and metal draw no cluster to themselves; padding becomes tissue.
+    Otherwise padding or metal would attract a cluster. Padding becomes tissue.
     """
     extreme = (image_hu == image_hu.min()) | (image_hu == image_hu.max())
     return np.where(extreme, np.int16(middle_of(image_hu).mean()), image_hu)
 
 
 def middle_of(image: np.ndarray) -> np.ndarray:
-    """The part of a (y, x) slice that K-means looks at."""
+    """Returns the part of a (y, x) slice that K-means uses."""
     rows, columns = (
         slice(
             round(MIDDLE.start * length / SLICE_RULE_PX),
@@ -65,15 +65,15 @@ def middle_of(image: np.ndarray) -> np.ndarray:
 
 
 def slice_threshold(image_hu: np.ndarray) -> float:
-    """The slice rule's threshold: K-means on the middle of a (y, x) int16 slice."""
+    """Computes the slice rule's threshold: K-means on the middle of an int16 slice."""
     return kmeans_threshold_hu(middle_of(without_extremes(image_hu)))
 
 
 def slice_rule(image_hu: np.ndarray) -> np.ndarray:
-    """The thesis' lung mask of one slice.
+    """Computes the thesis' lung mask of one slice.
 
-    K-means threshold, erosion 4x4, dilation 10x10, region rules, dilation 10x10. The
-    constants are those of the thesis for 512x512 pixels and scale with the slice.
+    Steps: K-means threshold, erosion 4x4, dilation 10x10, region rules, dilation 10x10.
+    The constants are those of the thesis for 512x512 pixels and scale with the slice.
 
     Args:
         image_hu: (y, x) int16.
@@ -107,8 +107,8 @@ def by_square(
 ) -> np.ndarray:
     """Erodes or dilates by a square of at least one pixel.
 
-    A square of even side has no middle; its anchor is where scikit-image, which the thesis
-    used, has it, one pixel before OpenCV's own.
+    A square of even side has no middle pixel. Its anchor is that of scikit-image, which
+    the thesis used, one pixel before OpenCV's default.
     """
     side = max(round(side_px), 1)
     anchor = (side - 1) // 2

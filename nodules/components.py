@@ -13,7 +13,7 @@ from ct.nifti_io import PROBABILITY_STEPS
 Connectivity = Literal[6, 18, 26]
 
 WITHIN_SHARE = 0.5
-"""A component of which so much lies in the lung mask is in the lungs."""
+"""Smallest share of a component in the lung mask for it to be in the lungs."""
 
 
 def label_nodules(
@@ -24,22 +24,23 @@ def label_nodules(
     lung: np.ndarray | None = None,
     marked: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`find_nodules` without the measuring.
+    """Finds nodules like `find_nodules`, without measuring them.
 
     Args:
-        prob: As there.
-        grid: As there.
-        settings: As there.
-        lung: As there.
-        marked: (z, y, x) bool, or integers of which neighbours that differ are never one
-            nodule: what is not 0 is looked at, instead of what reaches the threshold.
+        prob: See `find_nodules`.
+        grid: See `find_nodules`.
+        settings: See `find_nodules`.
+        lung: See `find_nodules`.
+        marked: (z, y, x) nonzero voxels to use instead of those that reach the
+            threshold; bool, or integers, where neighbours with different values are
+            never one nodule.
 
     Returns:
-        The labels, and the (n, 2) float mean and largest probability of each.
+        The labels, and the (n, 2) float mean and largest probability of each label.
     """
     if settings.within_lung and lung is None:
         raise ValueError(
-            "no lung mask; expected one with within_lung (--postprocess.within_lung)"
+            "no lung mask; within_lung (--postprocess.within_lung) needs one"
         )
     within = lung > 0 if settings.within_lung and lung is not None else None
     if marked is None:
@@ -63,9 +64,9 @@ def label_nodules(
 
 
 def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
-    """The probability from which a voxel is nodule.
+    """Returns the smallest probability of a nodule voxel.
 
-    float32, the type of the maps, so that 0.3 is not below 0.3.
+    It is float32 like the maps, so that a voxel of 0.3 reaches a threshold of 0.3.
     """
     if settings.method == "kmeans":
         return np.float32(kmeans_threshold(prob))
@@ -73,17 +74,17 @@ def threshold_of(prob: np.ndarray, settings: config.Postprocess) -> np.float32:
 
 
 def kmeans_threshold(prob: np.ndarray) -> float:
-    """Midway between the two cluster centres of probabilities (K-means, k = 2).
+    """Computes the midpoint between the two K-means centres of probabilities (k = 2).
 
-    The best of all cuts of the histogram in steps of 1e-4: the optimum that iterations
-    may miss. The thesis clusters each slice; a slice without nodule then gets clusters
-    of noise, so here the scan is clustered.
+    Tries all splits of the histogram in steps of 1e-4, so it finds the optimum, which
+    iterations may miss. The thesis clusters each slice, which yields clusters of noise
+    in a slice without nodule; this clusters the whole scan.
 
     Args:
         prob: Probabilities, any shape.
 
     Returns:
-        The threshold; infinity if all probabilities are alike.
+        The threshold; infinity if all probabilities are equal.
     """
     steps_of = np.rint(prob.ravel() * np.float32(PROBABILITY_STEPS)).astype(np.int32)
     counts = np.bincount(steps_of)
@@ -96,13 +97,13 @@ def kmeans_threshold(prob: np.ndarray) -> float:
     above = number.sum() - below
     centre_low = sum_below / below
     centre_high = ((number * values).sum() - sum_below) / above
-    # Least spread within the clusters is largest spread between them.
+    # The smallest spread within the clusters is the largest spread between them.
     best = np.argmax(below * above * (centre_high - centre_low) ** 2)
     return float(centre_low[best] + centre_high[best]) / 2 / PROBABILITY_STEPS
 
 
 def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
-    """Erodes each axial slice of a bool mask by a square; what is outside is empty."""
+    """Erodes each axial slice of a bool mask by a square; outside counts as empty."""
     if side_px < 2:
         return mask
     square = np.ones((side_px, side_px), np.uint8)
@@ -119,12 +120,12 @@ def erode(mask: np.ndarray, side_px: int) -> np.ndarray:
 
 
 def connected(marked: np.ndarray, settings: config.Postprocess) -> np.ndarray:
-    """(z, y, x) uint32 components, once the mask is eroded and its holes are filled.
+    """Labels connected components after erosion and hole filling; (z, y, x) uint32.
 
     Args:
-        marked: (z, y, x) bool, or integers of which only equal neighbours are connected.
-            They are eroded as one mask, and a hole of one of them is what is 0.
-        settings: Erosion, holes and connectivity count.
+        marked: (z, y, x) bool, or integers, where only equal neighbours are connected.
+            Integers are eroded as one mask, and only zeros in their holes are filled.
+        settings: Postprocessing settings: erosion, hole filling and connectivity.
     """
     if settings.erosion_px > 1:
         marked = marked * erode(marked > 0, settings.erosion_px)
@@ -134,9 +135,9 @@ def connected(marked: np.ndarray, settings: config.Postprocess) -> np.ndarray:
 
 
 def filled(marked: np.ndarray) -> np.ndarray:
-    """A mask or labels with their holes filled: what no path by faces joins to the border.
+    """Fills holes of a mask or labels: what no path across faces joins to the border.
 
-    What lies in a hole of a bool mask becomes part of what surrounds it.
+    A structure inside a hole of a bool mask becomes part of the surrounding one.
     """
     from scipy.ndimage import binary_fill_holes, find_objects
 
@@ -151,7 +152,7 @@ def filled(marked: np.ndarray) -> np.ndarray:
 
 
 def components(marked: np.ndarray, connectivity: Connectivity) -> np.ndarray:
-    """(z, y, x) uint32 labels of the connected components of a mask, or of equal labels."""
+    """Labels connected components of a mask, or of equal labels; (z, y, x) uint32."""
     import cc3d
 
     return cc3d.connected_components(
@@ -160,9 +161,9 @@ def components(marked: np.ndarray, connectivity: Connectivity) -> np.ndarray:
 
 
 def likeliest(parts: np.ndarray, prob: np.ndarray) -> np.ndarray:
-    """The component with the largest sum of probability, and what lies above or below it.
+    """Returns the component with the largest probability sum and all above or below it.
 
-    So a nodule that was missed in one slice stays whole.
+    This keeps a nodule whole that was missed in one slice.
 
     Args:
         parts: (z, y, x) labels of components.
@@ -181,10 +182,10 @@ def likeliest(parts: np.ndarray, prob: np.ndarray) -> np.ndarray:
 
 
 def within_lung(parts: np.ndarray, lung: np.ndarray) -> np.ndarray:
-    """(labels,) bool: of which components at least `WITHIN_SHARE` lies in the lungs.
+    """Tells which components have at least `WITHIN_SHARE` in the lungs; (labels,) bool.
 
     Args:
-        parts: (z, y, x) labels of components; 0 is none and counts as outside.
+        parts: (z, y, x) labels of components; 0 is background and counts as outside.
         lung: (z, y, x) bool.
     """
     sizes = np.bincount(parts.ravel())
@@ -197,10 +198,10 @@ def within_lung(parts: np.ndarray, lung: np.ndarray) -> np.ndarray:
 def _kept_components(
     parts: np.ndarray, prob: np.ndarray, grid: Grid, settings: config.Postprocess
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels of the components that stay, and every label's mean and largest probability.
+    """Returns the labels to keep, and every label's mean and largest probability.
 
     K-means splits noise as well as nodules, so its components need one voxel that
-    reaches the fixed threshold; for the other methods each voxel does.
+    reaches the fixed threshold; with the other methods every voxel does.
     """
     inside = parts > 0
     owners, chances = parts[inside], prob[inside]

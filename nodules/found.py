@@ -1,4 +1,4 @@
-"""Records of what was found in a scan: nodules and candidates."""
+"""Records of the nodules and candidates found in a scan."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,20 +11,20 @@ class FoundNodule:
     """One connected component of the mask.
 
     Attributes:
-        nodule_id: Its value in the mask; 1 has the highest score.
-        score: Mean probability of its voxels; of a `NoduleFinder` see `Found`.
-        score_std: Mean standard deviation of its voxels over passes, None of one pass; of
-            a `NoduleFinder` see `Candidate`.
+        nodule_id: Value in the mask; 1 has the highest score.
+        score: Mean probability of its voxels; for a `NoduleFinder` see `Found`.
+        score_std: Standard deviation over the passes, averaged over its voxels; None
+            for one pass. For a `NoduleFinder` see `Candidate`.
         max_prob: Largest probability.
         centre_zyx: Centre of mass in voxels of the canonical array.
-        volume_mm3: Voxels times voxel volume.
-        equivalent_diameter_mm: Of the sphere of that volume.
+        volume_mm3: Number of voxels times the voxel volume.
+        equivalent_diameter_mm: Diameter of the sphere of that volume.
         long_axis_mm: Longest diameter within an axial slice; see `axes_mm`.
-        short_axis_mm: Longest diameter across it, in the same slice.
+        short_axis_mm: Longest diameter perpendicular to it in the same slice.
         mean_hu: Mean HU; None if HU were not given.
-        side: "right" or "left" by the lung most of it lies in; "" if in none.
-        pleura_distance_mm: Between the nodule and what is not lung, 0 if they touch; None
-            if lungs were not given.
+        side: "right" or "left", the lung in which most of it lies; "" if in none.
+        pleura_distance_mm: Distance to the nearest voxel that is not lung, 0 if they
+            touch; None if lungs were not given.
     """
 
     nodule_id: int
@@ -42,25 +42,26 @@ class FoundNodule:
 
 
 MarkedBy = Literal["volumes", "slices", "both"]
-"""Which networks marked a candidate; `infer.NoduleRuns` names them."""
+"""Networks that marked a candidate; `NoduleRuns` names them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a network marks, whether it is reported or not.
+    """A finding that a network marked, reported or not.
 
     Attributes:
-        centre_zyx: Centre of its voxels in the canonical array, without those of another
-            that is one with it.
-        score: As of `FoundNodule`.
-        score_std: Standard deviation of the score; None of one pass and no classifier.
-        max_prob: Largest probability of the network that marked it; of two, of the one
-            with the higher score.
-        equivalent_diameter_mm: Of the sphere of its volume, as it was marked, by both if
-            two did.
-        marked_by: The networks that marked it, or a part of it.
-        nodule_id: Of the nodule it became, or became a part of; 0 if its score was too
-            low.
+        centre_zyx: Centre of its voxels in the canonical array, without the voxels of
+            components that were merged into it.
+        score: See `FoundNodule`.
+        score_std: Standard deviation of the score; None for one pass without
+            classifier.
+        max_prob: Largest probability from the network that marked it; if two did, from
+            the one with the higher score.
+        equivalent_diameter_mm: Diameter of the sphere of its volume as marked, by both
+            networks if two marked it.
+        marked_by: Networks that marked it or a part of it.
+        nodule_id: Id of the nodule that it became or became part of; 0 if its score was
+            too low.
     """
 
     centre_zyx: tuple[float, float, float]
@@ -74,14 +75,15 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What was found in a scan.
+    """Nodules and candidates found in a scan.
 
     Attributes:
-        labels: (z, y, x), 0 or the number of the nodule; 1 has the highest score.
-        nodules: One for each label, in this order. The score is the false-positive
-            network's probability times the largest of the one that marked it, without it
-            the mean probability of the voxels found; measures are those of the outline.
-        candidates: By falling score, with those that are not reported.
+        labels: (z, y, x), 0 or the id of the nodule; 1 has the highest score.
+        nodules: One per label, in this order. The score is the false-positive network's
+            probability times the largest probability from the network that marked it;
+            without a false-positive network, the mean probability of the voxels found.
+            Sizes and positions are those of the outline.
+        candidates: All candidates by falling score, including those not reported.
     """
 
     labels: np.ndarray

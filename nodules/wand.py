@@ -1,4 +1,4 @@
-"""A magic wand: a nodule's mask from its centre and diameter, by a search for edges."""
+"""Magic wand: a nodule's mask from its centre and diameter by a search for edges."""
 
 import numpy as np
 
@@ -6,23 +6,23 @@ from ct import boxes
 from ct.boxes import Box
 
 RAYS = 96
-"""Rays of the edge search per slice."""
+"""Number of rays per slice in the edge search."""
 
 STEP_MM = 0.25
 """Distance between samples along a ray."""
 
 REACH = 1.9
-"""How far rays go, in radii: outlined nodules are longer than the sphere of their size."""
+"""Length of rays in radii; outlined nodules are longer than the equivalent sphere."""
 
 MAX_SCALE = 1.25
-"""Most that radii are scaled, either way, to reach the sphere's volume."""
+"""Largest factor that scales the radii, up or down, to reach the sphere's volume."""
 
 DARK = 0.25
-"""A slice is left out if its middle is darker than this share of the way from lung to
-nodule: thin ends of a nodule are blurred with lung."""
+"""Share of the way from lung HU to nodule HU that the middle of a slice must reach;
+darker slices are left out, since thin ends of a nodule are blurred with lung."""
 
 LEAN = 0.45
-"""Width, in radii, of the preference for edges near the sphere."""
+"""Standard deviation, in radii, of the preference for edges near the sphere."""
 
 EDGE_MM = 0.75
 """Standard deviation of the smoothing along a ray before its slope is taken."""
@@ -37,21 +37,24 @@ def wand(
     diameter_mm: float,
     spacing_mm: tuple[float, float, float],
 ) -> tuple[np.ndarray, Box]:
-    """A nodule's mask from its centre and diameter, by a search for edges along rays.
+    """Finds a nodule's mask from its centre and diameter by searching edges along rays.
 
-    On every slice that the sphere of that diameter meets, rays leave the centre. Along each
-    the steepest fall of the HU is its edge, falls being the less preferred the further
-    they lie from the sphere; where HU never fall, at the pleura or a vessel, the sphere's
-    own surface is taken. The radii are smoothed around the nodule, and scaled towards the
-    volume of the sphere, since readers draw wider than the steepest edge: unscaled, the
-    masks of four real nodules had 0.56 to 0.85 of the volume the readers agreed on. What
-    the radii enclose is filled. Slices whose middle is no brighter than lung are left out.
-    Reference: the magic wand of the thesis this project rebuilds, which searches one slice.
+    Rays leave the centre on every slice that the sphere of that diameter meets. The
+    edge on a ray is the steepest fall of HU, weighted less the further it lies from the
+    sphere; where HU never fall, at the pleura or a vessel, it is the surface of the
+    sphere. The radii are smoothed around the nodule and scaled towards the volume of
+    the sphere, since readers draw wider than the steepest edge: unscaled, the masks of
+    four real nodules had 0.56 to 0.85 of the volume the readers agreed on. The area
+    within the radii is filled. Slices whose middle is no brighter than lung are left
+    out.
+
+    Reference: the magic wand of the thesis this project rebuilds, which searches one
+    slice.
 
     Args:
         hu: (z, y, x) int16.
         centre_zyx: (3,) fractional index of the centre.
-        diameter_mm: Of the sphere.
+        diameter_mm: Diameter of the sphere.
         spacing_mm: (z, y, x).
 
     Returns:
@@ -83,7 +86,7 @@ def radii_by_slice_mm(
     radius_mm: float,
     spacing_mm: tuple[float, float, float],
 ) -> dict[int, np.ndarray]:
-    """Slice -> (RAYS,) radii of the edge, for the slices a nodule lies on; see `wand`."""
+    """Finds the (RAYS,) radii of the edge on each slice of a nodule; see `wand`."""
     reach_mm = REACH * radius_mm
     middle = nearest_voxel(centre_zyx, region.shape)[0]
     polar = polar_image(region[middle], centre_zyx[1:], reach_mm, spacing_mm)
@@ -103,12 +106,12 @@ def radii_by_slice_mm(
 
 
 def nearest_voxel(at_zyx: np.ndarray, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The voxel of a volume nearest to a fractional index."""
+    """Returns the voxel of a volume nearest to a fractional index."""
     return tuple(np.clip(np.rint(at_zyx), 0, np.array(shape) - 1).astype(int).tolist())
 
 
 def core_and_lung_hu(polar: np.ndarray, radius_mm: float) -> tuple[float, float]:
-    """HU of a nodule's middle (median) and of the lung around it (10th percentile)."""
+    """Returns HU of a nodule's core (median) and the lung around (10th percentile)."""
     inner = max(round(radius_mm / 2 / STEP_MM), 1)
     outer = min(round(radius_mm / STEP_MM), polar.shape[1] - 1)
     return float(np.median(polar[:, :inner])), float(
@@ -122,7 +125,7 @@ def polar_image(
     reach_mm: float,
     spacing_mm: tuple[float, float, float],
 ) -> np.ndarray:
-    """(RAYS, samples) float32 HU along rays from the centre, every STEP_MM."""
+    """Samples float32 HU along rays from the centre, every STEP_MM; (RAYS, samples)."""
     import cv2
 
     angles = ray_angles()[:, None]
@@ -139,25 +142,25 @@ def polar_image(
 
 
 def ray_angles() -> np.ndarray:
-    """(RAYS,) directions of the rays, in radians from +x to +y."""
+    """Returns the (RAYS,) directions of the rays, in radians from +x to +y."""
     return np.linspace(0, 2 * np.pi, RAYS, endpoint=False)
 
 
 def middle_hu(polar: np.ndarray, sphere_mm: float) -> float:
-    """Median HU within half the sphere's radius on a slice."""
+    """Returns the median HU within half the sphere's radius on a slice."""
     return float(np.median(polar[:, : max(round(sphere_mm / 2 / STEP_MM), 2)]))
 
 
 def edge_radii_mm(
     polar: np.ndarray, sphere_mm: float, radius_mm: float, contrast_hu: float
 ) -> np.ndarray:
-    """(RAYS,) radius of the edge on every ray; see `wand`.
+    """Finds the (RAYS,) radii of the edge on one slice; see `wand`.
 
     Args:
         polar: (RAYS, samples) HU.
         sphere_mm: Radius of the sphere on this slice.
         radius_mm: Radius of the sphere.
-        contrast_hu: HU of the nodule above those of the lung.
+        contrast_hu: HU of the nodule minus HU of the lung.
     """
     from scipy import ndimage
 
@@ -165,8 +168,8 @@ def edge_radii_mm(
     along_mm = np.arange(polar.shape[1]) * STEP_MM
     preferred = np.exp(-0.5 * ((along_mm - sphere_mm) / (LEAN * radius_mm)) ** 2)
     at = np.argmax(fall * preferred, axis=1)
-    # A full edge falls by the contrast over the width of the smoothing, and by 0.4 of that
-    # per sample at its steepest; a tenth of it is taken for noise.
+    # At its steepest, a smoothed edge falls by 0.4 of the contrast per standard
+    # deviation of the smoothing; less than a tenth of that counts as noise.
     full_fall = 0.4 * contrast_hu * STEP_MM / EDGE_MM
     weak = fall[np.arange(len(fall)), at] < full_fall / 10
     radii_mm = np.where(weak, sphere_mm, along_mm[at])
@@ -180,7 +183,7 @@ def within_radii(
     radii_mm: np.ndarray,
     spacing_mm: tuple[float, float, float],
 ) -> np.ndarray:
-    """(y, x) bool of the pixels nearer to the centre than the radius in their direction."""
+    """Returns a mask of the pixels closer to the centre than the radius there."""
     y, x = np.ogrid[: shape[0], : shape[1]]
     dy_mm = (y - centre_yx[0]) * spacing_mm[1]
     dx_mm = (x - centre_yx[1]) * spacing_mm[2]
@@ -190,7 +193,7 @@ def within_radii(
 
 
 def connected_to(mask: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-    """The 26-connected part of a mask that holds `seed`."""
+    """Returns the 26-connected component of a mask that contains `seed`."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))

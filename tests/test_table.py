@@ -525,7 +525,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
     assert ended.returncode == steps.FAILED
     assert re.fullmatch(
         rf"error: .*cannot write .*: {reason}; .* are free there. Nothing was left "
-        r"half-written; free some space, and the same command goes on from here\n",
+        r"half-written; free some space, then run the same command again\n",
         ended.stderr,
     )
     assert not out.exists()

@@ -73,5 +73,5 @@ def test_lps_and_ras_differ_in_the_signs_of_x_and_y():
 
 def test_a_grid_of_another_volume_is_refused():
     array, grid = to_canonical(np.zeros((3, 4, 5)), np.eye(4))
-    with pytest.raises(ValueError, match="not a turned copy"):
+    with pytest.raises(ValueError, match="not a reoriented copy"):
         to_source(array, grid, Grid((3, 4, 5), np.diag([2.0, 1.0, 1.0, 1.0])))

@@ -131,7 +131,7 @@ def test_a_sheared_volume_is_placed_right_or_not_at_all(lean_deg, tmp_path, capl
         # ITK has no shear; it says so where it cannot read the qform instead.
         assert "orthonormal" in str(error)
         assert lean_deg > 0.01
-        assert "programs made with ITK refuse it" in caplog.text
+        assert "programs built on ITK refuse the file" in caplog.text
     else:
         by_itk = [image.TransformIndexToPhysicalPoint(c.tolist()) for c in corners]
         assert np.abs(flip_xy(np.array(by_itk)) - expected).max() < 0.05

@@ -250,7 +250,7 @@ def test_doubtful_probabilities_are_told(phantom):
     scan, labels = phantom
     prob = np.where(labels > 0, np.float32(0.6), np.float32(0))
     (reason,) = judged(scan, labels, prob).reasons
-    assert reason == "the probabilities expect a Dice of 0.75; expected 0.9 or more"
+    assert reason == "the probabilities predict a Dice of 0.75; expected 0.9 or more"
 
 
 def test_slices_far_apart_are_told(phantom):

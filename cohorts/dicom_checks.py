@@ -60,7 +60,7 @@ DOUBLE_TAGS = {
 
 @dataclass(frozen=True)
 class Defect:
-    """A defect of a series; `repair` names the repair that fixes it, "" if there is none."""
+    """A defect of a series; `repair` names the repair that fixes it, or is ""."""
 
     reason: str
     repair: str = ""
@@ -279,7 +279,7 @@ def _in_folders(doubled: Sequence[Sequence[Slice]]) -> bool:
 
 
 def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
-    """Returns True if InstanceNumber is monotonic over all first images, second ones, etc."""
+    """Returns True if first images, second ones, etc. each have monotonic numbers."""
     for place in doubled:
         if any(a.instance == b.instance for a, b in pairwise(place)):
             return False
@@ -300,7 +300,7 @@ def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
 
 
 def _sideways_mm(ordered: Sequence[Slice], along_mm: np.ndarray) -> np.ndarray:
-    """Returns (slices, 3) LPS offsets from the first slice, without their normal part."""
+    """Returns (slices, 3) in-plane LPS offsets of the slices from the first."""
     origins = (
         np.array([s.position_lps_mm for s in ordered]) - ordered[0].position_lps_mm
     )

@@ -228,7 +228,7 @@ def _has_mark(path: Path) -> bool:
 
 
 def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
-    """Returns manufacturer, model, kernel, kVp, mA, slice thickness and pixel encoding."""
+    """Returns manufacturer, model, kernel, kVp, mA, thickness and transfer syntax."""
     facts: dict[str, Any] = {}
     for tag in ACQUISITION_TAGS:
         value = header.get(tag)
@@ -392,7 +392,7 @@ def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
 
 
 def _as_stored(value: int, header: pydicom.Dataset) -> int:
-    """Converts a padding value, which files often store unsigned, to the pixels' sign."""
+    """Converts a padding value, often stored unsigned, to the sign of the pixels."""
     bits = int(header.get("BitsAllocated") or 16)
     value = int(value) % (1 << bits)
     signed = header.get("PixelRepresentation") == 1 and value >= 1 << (bits - 1)

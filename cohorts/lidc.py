@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_LABEL = 255
 MAX_READERS = 8
-"""Limits of the uint8 volumes of a scan file: 255 labels, one bit for each reader."""
+"""Limits of the uint8 volumes of a scan file: 255 labels and 8 reader bits."""
 
 SLICE_TOLERANCE = 0.25
 """Largest distance between the z of an outline and its slice, in slice spacings."""
@@ -116,7 +116,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 
 
 def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
-    """Raises ScanError if a tilt repair resized the slices, so that marks no longer fit."""
+    """Raises ScanError if straightening resized the slices that readers drew on."""
     header = dicom_headers.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
     columns, rows, _ = series.source_grid.shape
@@ -297,7 +297,7 @@ def nodule_of(
     found: Sequence[tuple[NoduleMark, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Nodule:
-    """Builds a nodule from the findings of its readers, with their outlines and masks."""
+    """Builds a nodule from its readers' findings, each with outlines and mask."""
     union, box = outlines.join_masks([mask for _, _, mask in found])
     start = np.array([axis.start for axis in box])
     centre = slices.grid.index_to_ras_mm(np.argwhere(union).mean(0) + start)

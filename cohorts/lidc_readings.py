@@ -108,7 +108,7 @@ def find_xml(source: Path) -> dict[str, list[Path]]:
 
 
 class NoDoctype(ElementTree.TreeBuilder):
-    """Tree builder that rejects document types: LIDC has none, and entities can explode."""
+    """XML builder that rejects document types, whose entities can expand endlessly."""
 
     def doctype(self, name: str, _pubid: str | None, _system: str | None) -> None:
         raise ScanError(f"the file declares a document type ({name}); expected none")
@@ -297,7 +297,7 @@ def sessions_of(
             runs.append([position])
 
     def gap(first: int) -> float:
-        """Returns the smallest difference between the id numbers of a run and the next."""
+        """Returns the smallest id difference between a run and the next one."""
         here, there = (
             [nodule_ids[p] for p in run] for run in (runs[first], runs[first + 1])
         )

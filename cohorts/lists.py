@@ -116,7 +116,7 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
 
 def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
     if None in row or None in row.values():
-        raise ValueError(f"{where}: the number of values differs from that of the first line")
+        raise ValueError(f"{where}: the number of values differs from the first line")
     value = {name: text.strip() for name, text in row.items()}
     if not value["image_path"]:
         raise ValueError(f"{where}: image_path is empty; expected a file or folder")

@@ -3,9 +3,9 @@
 A series is accepted only if its headers describe one evenly spaced volume. Otherwise a
 `ScanError` names the defect, where it is, and the `repair` that fixes it, if there is one:
 
-    gaps        missing or unevenly spaced slices: interpolates linearly between neighbours
-    duplicates  several sets of images at the same positions: keeps the first set
-    tilt        sheared stacks (gantry tilt): shifts slices in-plane to straighten the stack
+    gaps        missing or unevenly spaced slices: interpolate linearly between neighbours
+    duplicates  several sets of images at the same positions: keep the first set
+    tilt        sheared stacks (gantry tilt): shift slices in-plane to straighten the stack
 
 The source grid of a repaired series is the repaired grid.
 """

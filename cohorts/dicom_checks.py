@@ -198,7 +198,9 @@ def _check_gaps(
         f"{along_mm[k]:.2f} mm; expected {usual_mm:.3f} mm throughout"
     )
     if gaps_mm[k] > MAX_MENDED_GAP_MM and missing:
-        yield Defect(f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not interpolated")
+        yield Defect(
+            f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not interpolated"
+        )
     else:
         yield Defect(reason, "gaps")
 
@@ -272,14 +274,14 @@ def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
 
 
 def _in_folders(doubled: Sequence[Sequence[Slice]]) -> bool:
-    """Returns True if all first images share a folder, all second ones another, etc."""
+    """Returns True if images of each rank (first, second, ...) have their own folder."""
     folders = [tuple(item.path.parent for item in place) for place in doubled]
     most = max(folders, key=len, default=())
     return len(set(most)) == len(most) and all(f == most[: len(f)] for f in folders)
 
 
 def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
-    """Returns True if first images, second ones, etc. each have monotonic numbers."""
+    """Returns True if InstanceNumber is monotonic over the images of each rank."""
     for place in doubled:
         if any(a.instance == b.instance for a, b in pairwise(place)):
             return False

@@ -329,7 +329,7 @@ def _slice(
     if missing:
         raise ScanError(
             f"series {uid}: {path} has no {', '.join(missing)}; HU and position cannot "
-            "be computed without it; restore the file from its source"
+            "be computed without them; restore the file from its source"
         )
     if not SERIES_UID.fullmatch(str(uid)):
         raise ScanError(

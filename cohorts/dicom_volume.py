@@ -150,7 +150,10 @@ def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray,
         regular[k] = np.rint(mixed)
     step = (ordered[-1].position_lps_mm - ordered[0].position_lps_mm) / (count - 1)
     log.info(
-        "series %s: resampled %d slices to %d", ordered[0].series_uid, len(volume), count
+        "series %s: resampled %d slices to %d",
+        ordered[0].series_uid,
+        len(volume),
+        count,
     )
     return regular, _grid(regular.shape, ordered[0], step)
 

@@ -206,7 +206,7 @@ def _check_rows(rows: Sequence[NpySlice], name: str) -> None:
 
 
 def _grid(shape: tuple[int, ...], first: NpySlice) -> Grid:
-    """Returns a grid with axes to S, P and L; the module docstring defines its origin."""
+    """Returns a grid with axes to S, P and L; origin as in the module docstring."""
     z_mm, y_mm, x_mm = first.spacing_mm
     _, height, width = shape
     affine = np.zeros((4, 4))

@@ -122,7 +122,9 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     bits = [reader_bits(collection, patch) for patch in nodule.patches]
     shapes = {image.shape for image in (*images, *bits)}
     if len(shapes) > 1:
-        raise ScanError(f"{name}: images and masks of sizes {sorted(shapes)}; expected one")
+        raise ScanError(
+            f"{name}: images and masks of sizes {sorted(shapes)}; expected one"
+        )
     volume = np.stack(images)
     if volume.dtype == np.uint16:
         volume = volume.astype(np.int32) - 2**15
@@ -267,7 +269,9 @@ def read_collection(path: Path) -> dict[str, PatchNodule]:
         ValueError: If the path or a listed file is missing, or the layout is unknown.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such path; expected a folder or a .zip of patches")
+        raise ValueError(
+            f"{path}: no such path; expected a folder or a .zip of patches"
+        )
     return _read_collection(path, path.stat().st_mtime_ns)
 
 
@@ -330,7 +334,9 @@ def _of_folders(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]
         image = match.string
         number = re.search(r"(\d+)\.\w+$", match["name"])
         if number is None:
-            raise ValueError(f"{path}: {image} has no slice number; expected NAME-12.png")
+            raise ValueError(
+                f"{path}: {image} has no slice number; expected NAME-12.png"
+            )
         nodule, _, _ = image.rpartition("/images/")
         masks = [(r, f"{nodule}/mask-{r}/{match['name']}") for r in range(MAX_READERS)]
         known = tuple((r, mask) for r, mask in masks if mask in names)

@@ -66,7 +66,7 @@ def check_hu(hu: np.ndarray, name: str) -> None:
     )
     if _looks_like_hu(counts, -USUAL_INTERCEPT_HU):
         message += (
-            f"; they would be after subtracting {-USUAL_INTERCEPT_HU}: check whether the "
+            f"; they would be after subtracting {-USUAL_INTERCEPT_HU}; check whether the "
             "rescale intercept is missing"
         )
     raise ScanError(message)

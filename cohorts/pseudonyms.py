@@ -35,7 +35,7 @@ the one behind a pseudonym."""
 def safe_patient_id(identity: Identity) -> str:
     """Returns the patient id if it is public; else a pseudonym, equal for all series.
 
-    If the id is a placeholder, the pseudonym is made from the study UID instead.
+    If the id is a placeholder, the pseudonym comes from the study UID, else the series UID.
     """
     if PUBLIC_IDS.fullmatch(identity.patient_id):
         return identity.patient_id

@@ -81,7 +81,7 @@ def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         array = array[..., 0]
     if array.ndim != 3 or min(array.shape) < 2:
         raise ScanError(
-            f"{path}: shape {array.shape}; expected one 3-D volume, 2 or more voxels per axis"
+            f"{path}: shape {array.shape}; expected one 3-D volume of two or more slices"
         )
     _check_affine(affine, path)
     return array, affine

@@ -1,4 +1,4 @@
-"""Sources of scans, one module each; all offer `find_scans` and `load_scan`."""
+"""Sources of scans, one module each; all provide `find_scans` and `load_scan`."""
 
 import importlib
 from types import ModuleType
@@ -10,14 +10,14 @@ COHORTS = {
     "npy": "cohorts.npy",
     "patches": "cohorts.patches",
 }
-"""Name on the command line to module; `config.CohortName` holds the same names."""
+"""Maps a command-line name to its module; `config.CohortName` lists the same names."""
 
 
 def cohort(name: str) -> ModuleType:
-    """The module of a source, imported now: its readers would slow every `--help`.
+    """Imports and returns the module of a source; importing late keeps `--help` fast.
 
     Raises:
-        ValueError: If there is no such source.
+        ValueError: If the source is unknown.
     """
     if name not in COHORTS:
         raise ValueError(f"no cohort {name!r}; expected one of {', '.join(COHORTS)}")

@@ -1,13 +1,13 @@
-"""CT DICOM: the series of a folder, in any layout, as HU in canonical orientation.
+"""Reads CT DICOM series from a folder in any layout, as HU in canonical orientation.
 
-A series is used only if its headers describe one evenly spaced volume; anything else is a
-`ScanError` that says what was found where, and which `repair` mends it:
+A series is accepted only if its headers describe one evenly spaced volume. Otherwise a
+`ScanError` names the defect, where it is, and the `repair` that fixes it, if there is one:
 
-    gaps        missing or unevenly spaced slices: linear interpolation between neighbours
-    duplicates  several sets of images at the same positions: the first set stays
-    tilt        sheared stacks (gantry tilt): slices are shifted in-plane to a straight stack
+    gaps        missing or unevenly spaced slices: interpolate linearly between neighbours
+    duplicates  several sets of images at the same positions: keep the first set
+    tilt        sheared stacks (gantry tilt): shift slices in-plane to straighten the stack
 
-A mended series has the mended grid as its source grid.
+The source grid of a repaired series is the repaired grid.
 """
 
 import logging
@@ -47,7 +47,7 @@ from ct.scan import ScanError, ScanSource
 log = logging.getLogger(__name__)
 
 REPAIRS = ("gaps", "duplicates", "tilt")
-"""Defects that `read_series` can mend."""
+"""Defects that `read_series` can repair."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +56,11 @@ class Series:
 
     Attributes:
         hu: (z, y, x) int16 HU, canonical.
-        grid: Where `hu` lies.
-        source_grid: (column, row, slice) grid, the order in which SimpleITK, dcm2niix and
-            nnU-Net have a series; slices rise along the slice normal.
-        z_of_sop: SOPInstanceUID to canonical z, for single-frame axial series; else {}.
-        acquisition: Technical facts only.
+        grid: Canonical grid of `hu`.
+        source_grid: (column, row, slice) grid, the axis order of SimpleITK, dcm2niix and
+            nnU-Net; the slice index increases along the slice normal.
+        z_of_sop: Maps SOPInstanceUID to canonical z for single-frame axial series; else {}.
+        acquisition: Technical facts; nothing about the patient.
     """
 
     hu: np.ndarray
@@ -72,14 +72,14 @@ class Series:
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """Every CT series below a folder, by SeriesInstanceUID; no pixels are read.
+    """Finds all CT series below a folder, sorted by SeriesInstanceUID; reads no pixels.
 
-    Files that are not DICOM, objects that are not CT images (RTSTRUCT, SEG, reports) and
-    localizers are passed over. A damaged file named *.dcm counts with the series of its
-    folder, so that they are refused rather than silently short of a slice.
+    Skips files that are not DICOM, objects that are not CT images (RTSTRUCT, SEG, reports)
+    and localizers. A damaged file named *.dcm is added to every series in its folder, so
+    that reading them fails instead of silently losing a slice.
 
     Raises:
-        ScanError: If there is no CT series; the message says what there is.
+        ScanError: If there is no CT series; the message lists what was found instead.
     """
     source = Path(source)
     identities = list(identify_files(source))
@@ -92,8 +92,8 @@ def find_scans(source: Path) -> list[ScanSource]:
     nameless = sum(is_anonymous(group[0].patient_id) for group in groups.values())
     if nameless:
         log.warning(
-            "%s: %d of %d series have no PatientID of their own; each study counts as a "
-            "patient, so studies of one person may fall on both sides of a split",
+            "%s: %d of %d series have no PatientID of their own; each of their studies "
+            "counts as a patient, so a person may be on both sides of a split",
             source,
             nameless,
             len(groups),
@@ -113,12 +113,12 @@ def read_series(
     """Reads the files of one series.
 
     Args:
-        paths: Its files, in any order.
-        repair: Defects to mend instead of refusing; see the head of this module.
+        paths: Files of the series, in any order.
+        repair: Defects to repair instead of raising; see the module docstring.
 
     Raises:
         ScanError: If the series is not one regular CT volume.
-        ValueError: If `repair` names something unknown.
+        ValueError: If `repair` names an unknown repair.
     """
     check_repair(repair)
     slices = sorted_slices(read_slices(paths))
@@ -150,14 +150,14 @@ def read_series(
 
 
 def check_repair(repair: Sequence[str]) -> None:
-    """Raises ValueError if `repair` names a defect that cannot be mended."""
+    """Raises ValueError if `repair` names an unknown repair."""
     unknown = sorted(set(repair) - set(REPAIRS))
     if unknown:
-        raise ValueError(f"repair {unknown}: expected some of {', '.join(REPAIRS)}")
+        raise ValueError(f"repair {unknown}: expected any of {', '.join(REPAIRS)}")
 
 
 def identify_files(folder: Path) -> Iterator[Identity]:
-    """What every DICOM file below a folder is, in order of path; headers only."""
+    """Identifies every DICOM file below a folder, by path; reads headers only."""
     if not folder.is_dir():
         raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
     with ThreadPoolExecutor(FIND_THREADS) as threads:
@@ -178,8 +178,8 @@ def _series_paths(
 def _inventory(identities: Sequence[Identity]) -> str:
     if not identities:
         return (
-            "no DICOM file at all; expected CT images with DICM at byte 128 (NIfTI, NRRD "
-            "and other volumes, and CSV lists, are read by infer.py and by preprocess.py "
+            "found no DICOM file; expected CT images with DICM at byte 128 (for NIfTI, "
+            "NRRD and other volumes, or a CSV list, use infer.py or preprocess.py "
             "--cohort nifti)"
         )
     kinds = Counter(

@@ -1,4 +1,4 @@
-"""Checks of a DICOM series: are its images one regular CT volume?"""
+"""Checks that the images of a DICOM series form one regular CT volume."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,35 +17,37 @@ from cohorts.dicom_headers import (
 from ct.scan import ScanError
 
 GAP_RTOL, GAP_ATOL_MM = 0.01, 0.01
-"""How far a gap between slices may be from the usual one: 1 % and 0.01 mm.
+"""Tolerance of a gap between slices around the median gap: 1 % plus 0.01 mm.
 
-Of the 1018 LIDC-IDRI scans 1014 stay below 0.0001 mm; the other four have a gap of 1.6
-times the usual one or more.
+In 1014 of the 1018 LIDC-IDRI scans the deviation stays below 0.0001 mm; each of the other
+four has a gap of at least 1.6 times the usual one.
 """
 
 MAX_MENDED_GAP_MM = 10.0
-"""Wider gaps are not interpolated: a nodule could lie unseen in them."""
+"""Widest gap that is interpolated; a wider one could hide a nodule."""
 
 SIDEWAYS_MM = 0.1
-"""How far a slice may lie off the straight line through all slices."""
+"""Largest allowed distance of a slice from the straight line through all slices."""
 
 TILT_DEG = 0.5
-"""Stacks leaning more than this are sheared; below, the affine says it exactly."""
+"""Lean above which a stack counts as sheared; an affine holds smaller leans exactly."""
 
 COSINE_ATOL = 1e-3
-"""Tolerance of direction cosines; they are written with as few as four digits."""
+"""Tolerance of direction cosines; some files write them with only four digits."""
 
 SPACING_RTOL = 1e-3
-"""Tolerance of pixel spacings within a series."""
+"""Relative tolerance of the pixel spacing within a series."""
 
 CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
-"""Neighbours that differ in a quarter of the image by this many times the usual mean
-difference, and by this many HU, do not belong together. In six whole scans of 2.5 to 8 mm
-few quarters differed by 150 HU, and those 1.5 times as much as usual; where three slices
-had their lower half blanked, it was 172 HU and 4.3 times or more."""
+"""Limits on the mean difference between neighbouring slices in a quarter of the image.
+
+A step above both limits (this many times the usual step, and this many HU) means that the
+slices do not belong together. In six intact scans with 2.5 to 8 mm slices, few quarters
+differed by 150 HU, and those by 1.5 times the usual step; where the lower half of three
+slices was blanked, the steps were at least 172 HU and 4.3 times the usual step."""
 
 NAMED_SLICES = 4
-"""A message names no more."""
+"""Largest number of slices that a message names."""
 
 DOUBLE_TAGS = {
     "ConvolutionKernel": "kernel",
@@ -53,27 +55,28 @@ DOUBLE_TAGS = {
     "AcquisitionNumber": "acquisition",
     "ImageType": "image_type",
 }
-"""Images at one position that differ in these are not two of a kind."""
+"""Tags in which duplicates agree, mapped to fields of `Slice`."""
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Why a series cannot be used as it is; `repair` names what mends it, or is ""."""
+    """A defect of a series; `repair` names the repair that fixes it, or is ""."""
 
     reason: str
     repair: str = ""
 
     def __str__(self) -> str:
         return self.reason + (
-            f" (--repair {self.repair} mends it)" if self.repair else ""
+            f" (fix with --repair {self.repair})" if self.repair else ""
         )
 
 
 def check_series(slices: Sequence[Slice]) -> list[Defect]:
-    """Why these images are not one regular CT volume; [] if they are.
+    """Returns the defects of a series; [] if its images form one regular CT volume.
 
-    What they are is checked first, then whether they belong together, then where they
-    lie, since each means something only if the one before holds.
+    Checks the kind of the images first, then their consistency, then their positions.
+    Each check is meaningful only if the previous one passes, so it stops at the first that
+    fails.
     """
     for check in (_check_kind, _check_sameness, _check_place):
         findings = list(check(slices))
@@ -100,7 +103,7 @@ def _check_kind(slices: Sequence[Slice]) -> Iterator[Defect]:
             f"localizer (scout) images: {_files(scouts, slices)}; expected axial images"
         )
     if len(slices) == 1:
-        yield Defect(f"one image only ({slices[0].name}); expected two or more")
+        yield Defect(f"only one image ({slices[0].name}); expected two or more")
 
 
 def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
@@ -127,8 +130,8 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
     strangers = [s for s in slices if s.patient_id != first.patient_id]
     if strangers:
         yield Defect(
-            f"two or more PatientIDs: that of {_files(strangers, slices)} is not that of "
-            f"{first.name}; expected one patient"
+            f"mixed PatientIDs: {_files(strangers, slices)} differ from {first.name}; "
+            "expected one patient"
         )
     for name, attribute, tolerance in (
         ("matrix size", "size_px", 0.0),
@@ -166,7 +169,7 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Defect]:
         one, another = doubled[0][:2]
         unlike = unlike_doubles(doubled)
         yield Defect(
-            f"{len(ordered) - len(places)} doubled slices, first {one.name} and "
+            f"{len(ordered) - len(places)} duplicate slices, first {one.name} and "
             f"{another.name} at {along_normal_mm([one])[0]:.2f} mm; expected one image per "
             f"position{unlike and '; ' + unlike}",
             "" if unlike else "duplicates",
@@ -190,12 +193,14 @@ def _check_gaps(
     k = int(np.argmax(np.where(uneven, gaps_mm, 0)))
     missing = int(np.rint(gaps_mm[uneven] / usual_mm - 1).clip(0).sum())
     reason = (
-        f"{int(uneven.sum())} uneven gaps, about {missing} slices missing; widest "
+        f"{int(uneven.sum())} uneven gaps, about {missing} slices missing; the widest is "
         f"{gaps_mm[k]:.3f} mm between {ordered[k].name} and {ordered[k + 1].name} at "
         f"{along_mm[k]:.2f} mm; expected {usual_mm:.3f} mm throughout"
     )
     if gaps_mm[k] > MAX_MENDED_GAP_MM and missing:
-        yield Defect(f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not mended")
+        yield Defect(
+            f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not interpolated"
+        )
     else:
         yield Defect(reason, "gaps")
 
@@ -206,8 +211,8 @@ def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Defe
     k = int(np.argmax(off_mm))
     if off_mm[k] > SIDEWAYS_MM:
         yield Defect(
-            f"{ordered[k].name} lies {off_mm[k]:.2f} mm beside the line through all "
-            f"slices; expected at most {SIDEWAYS_MM} mm"
+            f"{ordered[k].name} lies {off_mm[k]:.2f} mm off the line through all slices; "
+            f"expected at most {SIDEWAYS_MM} mm"
         )
         return
     lean_deg = float(np.degrees(np.arctan(np.linalg.norm(lean))))
@@ -223,14 +228,14 @@ def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Defe
     if abs(stated.tilt_deg) > TILT_DEG and normal_deg < TILT_DEG:
         yield Defect(
             f"GantryDetectorTilt is {stated.tilt_deg:g} deg in {stated.name}, but the "
-            "positions and orientation show none; expected them to agree; to trust the "
-            "positions",
+            "positions and orientation show none; expected them to agree; the repair "
+            "trusts the positions",
             "tilt",
         )
 
 
 def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
-    """Sorted slices, those at one position together: by InstanceNumber, path and frame."""
+    """Groups slices by position; sorts each group by InstanceNumber, path and frame."""
     along_mm = along_normal_mm(ordered)
     places: list[list[Slice]] = []
     start_mm = -np.inf
@@ -243,11 +248,11 @@ def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
 
 
 def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
-    """Why images at the same positions are not the same series twice; "" if they are.
+    """Returns why images at the same positions are not duplicates; "" if they are.
 
     Args:
-        doubled: Per position, its images as `by_place` sorts them. Their first ones are
-            kept, so these must be one set, and so must the second ones.
+        doubled: Images of each position, sorted as by `by_place`. The first of each is
+            kept, so the first ones must form one set, and likewise the second ones.
     """
     for place in doubled:
         for name, attribute in DOUBLE_TAGS.items():
@@ -256,27 +261,27 @@ def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
                 if value != found[0]:
                     return (
                         f"{place[0].name} and {item.name} differ in {name} ({found[0]!r}, "
-                        f"{value!r}), so they are two reconstructions; separate them"
+                        f"{value!r}), so they are two reconstructions; separate the files"
                     )
-    # Copies of one file: it does not matter which stays.
+    # Of copies of one file, it does not matter which is kept.
     doubled = [p for p in doubled if len({item.sop_uid for item in p}) > 1]
     if _in_folders(doubled) or _in_order(doubled):
         return ""
     return (
-        "neither InstanceNumber nor folder tells which images belong together; separate "
+        "neither InstanceNumber nor folder shows which images belong together; separate "
         "the two sets"
     )
 
 
 def _in_folders(doubled: Sequence[Sequence[Slice]]) -> bool:
-    """Whether the first images of all positions, the second ones, ... have a folder each."""
+    """Returns True if images of each rank (first, second, ...) have their own folder."""
     folders = [tuple(item.path.parent for item in place) for place in doubled]
     most = max(folders, key=len, default=())
     return len(set(most)) == len(most) and all(f == most[: len(f)] for f in folders)
 
 
 def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
-    """Whether the first images of all positions, the second ones, ... are numbered one way."""
+    """Returns True if InstanceNumber is monotonic over the images of each rank."""
     for place in doubled:
         if any(a.instance == b.instance for a, b in pairwise(place)):
             return False
@@ -289,7 +294,7 @@ def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
 
 
 def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
-    """Keeps the first image of each position, if these are one set; else all."""
+    """Keeps the first image of each position if these form one set; else keeps all."""
     places = by_place(ordered)
     if unlike_doubles([place for place in places if len(place) > 1]):
         return list(ordered)
@@ -297,7 +302,7 @@ def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
 
 
 def _sideways_mm(ordered: Sequence[Slice], along_mm: np.ndarray) -> np.ndarray:
-    """(slices, 3) LPS offset of each slice across the normal, from the first slice."""
+    """Returns (slices, 3) in-plane LPS offsets of the slices from the first."""
     origins = (
         np.array([s.position_lps_mm for s in ordered]) - ordered[0].position_lps_mm
     )
@@ -307,7 +312,7 @@ def _sideways_mm(ordered: Sequence[Slice], along_mm: np.ndarray) -> np.ndarray:
 def _line(
     ordered: Sequence[Slice], along_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The straight line nearest to the slices' sideways offsets, and its lean per mm."""
+    """Fits a straight line to the sideways offsets; returns it and its lean per mm."""
     sideways_mm = _sideways_mm(ordered, along_mm)
     centred_mm = along_mm - along_mm.mean()
     lean = centred_mm @ sideways_mm / (centred_mm @ centred_mm)
@@ -325,37 +330,38 @@ def _text(value: Any) -> str:
 
 
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
-    """Raises ScanError where slices are damaged, though they could be decoded.
+    """Raises ScanError if slices are damaged although they could be decoded.
 
-    Refused are blank slices, slices that are their neighbour's copy, and neighbours that
-    differ too much: a slice of another scan, or some slices of another rescale.
+    Rejects blank slices, slices that equal the previous one, and neighbours that differ too
+    much: a slice from another scan, or slices with another rescale.
 
     Args:
         volume: (slice, row, column) HU.
-        ordered: Its slices.
+        ordered: Sorted slices of the volume.
     """
     series = f"series {ordered[0].series_uid}"
     blank = [k for k, image in enumerate(volume) if image.min() == image.max()]
     if blank:
         raise ScanError(
-            f"{series}: {_names(blank, ordered)} blank, the first is {volume[blank[0], 0, 0]} "
-            "HU throughout; expected an image of the body; restore the files"
+            f"{series}: {_names(blank, ordered)} blank; the first is "
+            f"{volume[blank[0], 0, 0]} HU throughout; expected an image of the body; "
+            "restore the files"
         )
     copies = [
         k + 1 for k, (a, b) in enumerate(pairwise(volume)) if np.array_equal(a, b)
     ]
     if copies:
         raise ScanError(
-            f"{series}: {_names(copies, ordered)} equal to the slice before, to the last "
-            f"bit (first {ordered[copies[0] - 1].name}); expected another image at "
-            "another position; restore the files"
+            f"{series}: {_names(copies, ordered)} identical to the previous slice (first "
+            f"{ordered[copies[0] - 1].name}); expected a different image at each position; "
+            "restore the files"
         )
     if len(volume) < 4:
         return
     steps_hu = _steps_by_quarter_hu(volume)
     usual_hu = np.median(steps_hu, axis=0)
     gaps_mm = np.diff(along_normal_mm(ordered))
-    # Slices further apart may differ by more.
+    # Slices that are further apart may differ more.
     apart = np.maximum(gaps_mm / np.median(gaps_mm), 1)
     over = steps_hu > np.maximum(CORRUPT_HU, CORRUPT_RATIO * np.outer(apart, usual_hu))
     jumps = np.flatnonzero(over.any(axis=1))
@@ -365,15 +371,15 @@ def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
             for k in jumps[:NAMED_SLICES]
         )
         raise ScanError(
-            f"{series}: the values change {len(jumps)} times more than between other "
-            f"slices, on average over a quarter of the image {named}; expected about "
+            f"{series}: {len(jumps)} pairs of neighbouring slices differ too much in a "
+            f"quarter of the image, on average {named}; expected about "
             f"{usual_hu.max():.0f} HU as elsewhere; the slices on one side are damaged, or "
-            "of another scan or rescale"
+            "from another scan or rescale; restore the files"
         )
 
 
 def _steps_by_quarter_hu(volume: np.ndarray) -> np.ndarray:
-    """(slices - 1, 4) mean difference of neighbours in the quarters of the image."""
+    """Returns (slices - 1, 4) mean differences of neighbours per image quarter."""
     thin = volume[:, ::4, ::4].astype(np.float32)
     steps_hu = np.abs(np.diff(thin, axis=0))
     row, column = (n // 2 for n in thin.shape[1:])
@@ -388,7 +394,7 @@ def _steps_by_quarter_hu(volume: np.ndarray) -> np.ndarray:
 
 
 def _names(indices: Sequence[int], ordered: Sequence[Slice]) -> str:
-    """Some slices by name, and how many they are."""
+    """Returns the start of a message: the number of slices and the first few names."""
     named = ", ".join(ordered[k].name for k in indices[:NAMED_SLICES])
     more = ", ..." if len(indices) > NAMED_SLICES else ""
     return f"{len(indices)} of {len(ordered)} slices ({named}{more}) are"

@@ -1,4 +1,4 @@
-"""Headers of DICOM files: what each file is, and what it says of each slice."""
+"""Reads DICOM headers: the kind of each file and the geometry of each slice."""
 
 import re
 import struct
@@ -18,7 +18,7 @@ from ct import files
 from ct.scan import ScanError
 
 SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
-"""A series' uid becomes the name of its files, so nothing else is taken for one."""
+"""Valid series UIDs; output files are named after them, so others are rejected."""
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -27,10 +27,10 @@ CT_IMAGES = (CT_IMAGE, ENHANCED_CT_IMAGE, LEGACY_ENHANCED_CT_IMAGE)
 """SOP classes that hold CT images."""
 
 SAME_PLACE_MM = 0.01
-"""Images closer than this lie at one position."""
+"""Images closer than this count as being at one position."""
 
 FIND_THREADS = 8
-"""Reading headers waits for the disk."""
+"""Threads that read headers in parallel; reading mostly waits for the disk."""
 
 HEADER_ERRORS = (
     InvalidDicomError,
@@ -40,7 +40,7 @@ HEADER_ERRORS = (
     NotImplementedError,
     struct.error,
 )
-"""What pydicom raises on a file that is not DICOM, or damaged before the pixels."""
+"""Errors that pydicom raises if a file is not DICOM or is damaged before the pixels."""
 
 PIXEL_ERRORS = (
     *HEADER_ERRORS,
@@ -51,7 +51,7 @@ PIXEL_ERRORS = (
     TypeError,
     OSError,
 )
-"""What pydicom and its codecs raise on damaged pixel data."""
+"""Errors that pydicom and its codecs raise on damaged pixel data."""
 
 IDENTITY_TAGS = [
     "SOPClassUID",
@@ -110,7 +110,7 @@ FUNCTIONAL_GROUPS = (
     "CTReconstructionSequence",
     "FrameContentSequence",
 )
-"""Where a multi-frame file keeps what a single image has at its top."""
+"""Sequences in which a multi-frame file keeps the top-level elements of an image."""
 
 ACQUISITION_TAGS = (
     "Manufacturer",
@@ -124,19 +124,19 @@ ACQUISITION_TAGS = (
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What the header says of one image.
+    """Header of one image.
 
     Attributes:
-        path: The file; `frame` counts from 0 within it.
+        path: File of the image; `frame` counts from 0 within the file.
         size_px: (rows, columns).
-        spacing_mm: Distance between rows, and between columns.
-        axes_lps: (2, 3) unit vectors along which the row and the column index rise.
+        spacing_mm: Distance between rows and between columns.
+        axes_lps: (2, 3) unit vectors along which the row and the column index increase.
         position_lps_mm: (3,) centre of the first pixel.
         slope, intercept: HU = stored * slope + intercept.
-        padding: Lowest and highest stored value that is padding, or None.
-        tilt_deg: GantryDetectorTilt, 0 if absent.
-        patient_id: As in the header; it goes into no message and no output.
-        kernel, thickness, acquisition: As text, "" if absent; only compared.
+        padding: Lowest and highest stored value that marks padding, or None.
+        tilt_deg: GantryDetectorTilt; 0 if absent.
+        patient_id: PatientID as in the header; never put into a message or an output.
+        kernel, thickness, acquisition: Text for comparison only; "" if absent.
     """
 
     path: Path
@@ -166,15 +166,15 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """The file's name, with the frame if it holds several."""
+        """File name, followed by #frame unless the frame is 0."""
         return f"{self.path.name}#{self.frame}" if self.frame else self.path.name
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a file is; `series_uid` is "" when it is damaged, or has no usable one.
+    """Kind of a file; `series_uid` is "" if the file is damaged or has no valid UID.
 
-    `patient_id` is as it stands in the header; only `safe_patient_id` of it may go further.
+    `patient_id` is the raw value of the header; only pass on its `safe_patient_id`.
     """
 
     path: Path
@@ -187,7 +187,7 @@ class Identity:
 
 
 def identify(path: Path) -> Identity | None:
-    """What a file is, or None if it is not DICOM and not named *.dcm."""
+    """Returns the kind of a file; None if it is neither DICOM nor named *.dcm."""
     if not _has_mark(path):
         return Identity(path) if path.suffix.lower() == ".dcm" else None
     try:
@@ -214,7 +214,7 @@ def identify(path: Path) -> Identity | None:
 
 
 def first_ct_image(folder: Path) -> Path | None:
-    """The first DICOM CT image below a folder, or None; stops reading when it finds one."""
+    """Returns the first DICOM CT image below a folder, or None; stops at the first."""
     identified = (identify(path) for path in files.below(folder))
     return next((i.path for i in identified if i is not None and i.ct_image), None)
 
@@ -224,11 +224,11 @@ def _has_mark(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except FileNotFoundError:
-        return False  # a link whose file was not fetched
+        return False  # a link whose target was not fetched
 
 
 def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
-    """Technical facts of the scan: maker, model, kernel, kVp, mA, thickness, coding."""
+    """Returns manufacturer, model, kernel, kVp, mA, thickness and transfer syntax."""
     facts: dict[str, Any] = {}
     for tag in ACQUISITION_TAGS:
         value = header.get(tag)
@@ -242,29 +242,29 @@ def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
 
 
 def read_header(path: Path, tags: Sequence[str]) -> pydicom.Dataset:
-    """The named elements of a DICOM file.
+    """Reads the named elements of a DICOM file.
 
     Raises:
-        ScanError: If the file is not DICOM, or damaged.
+        ScanError: If the file is damaged or not DICOM.
     """
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*tags])
-        # Elements are parsed on access: parse them here, where errors are expected.
+        # pydicom parses elements on access; parse them here, where errors are caught.
         for _ in (*header.file_meta.iterall(), *header.iterall()):
             pass
     except HEADER_ERRORS as error:
         raise ScanError(
-            f"{path}: not a readable DICOM file of {path.stat().st_size} bytes "
+            f"{path}: cannot read this file of {path.stat().st_size} bytes as DICOM "
             f"({error}); restore it from its source"
         ) from error
     return header
 
 
 def read_slices(paths: Iterable[Path]) -> list[Slice]:
-    """What the headers say of every image in the files.
+    """Reads the header of every image in the files.
 
     Raises:
-        ScanError: If a file is damaged, no CT image, or lacks an element.
+        ScanError: If a file is damaged, is not a CT image, or lacks a required element.
     """
     with ThreadPoolExecutor(FIND_THREADS) as threads:
         headers = list(
@@ -275,18 +275,18 @@ def read_slices(paths: Iterable[Path]) -> list[Slice]:
     ]
     if not slices:
         raise ScanError(
-            f"{len(headers)} files without an image; expected two or more CT images"
+            f"{len(headers)} files contain no image; expected two or more CT images"
         )
     return slices
 
 
 def slices_of_file(path: Path, header: pydicom.Dataset) -> list[Slice]:
-    """One `Slice` per frame of a file."""
+    """Returns one `Slice` per frame of a file."""
     sop_class = str(header.get("SOPClassUID", ""))
     if sop_class not in CT_IMAGES:
         raise ScanError(
-            f"{path}: a {UID(sop_class).name or 'file without SOPClassUID'} of modality "
-            f"{header.get('Modality', 'none')}; expected a CT image"
+            f"{path}: found a {UID(sop_class).name or 'file without SOPClassUID'} of "
+            f"modality {header.get('Modality', 'none')}; expected a CT image"
         )
     try:
         if sop_class == CT_IMAGE:
@@ -300,13 +300,13 @@ def slices_of_file(path: Path, header: pydicom.Dataset) -> list[Slice]:
         raise
     except PIXEL_ERRORS as error:
         raise ScanError(
-            f"{path}: a value of the header has the wrong form ({error}); restore the "
-            "file from its source"
+            f"{path}: a header value is malformed ({error}); restore the file from its "
+            "source"
         ) from error
 
 
 def _frame_header(header: pydicom.Dataset, groups: pydicom.Dataset) -> pydicom.Dataset:
-    """The elements of one frame of a multi-frame file as a single image has them."""
+    """Returns the elements of one frame in the flat form of a single-frame image."""
     flat = pydicom.Dataset()
     for tag in ("Rows", "Columns"):
         if tag in header:
@@ -328,8 +328,8 @@ def _slice(
     uid = header.get("SeriesInstanceUID", "without uid")
     if missing:
         raise ScanError(
-            f"series {uid}: {path} has no {', '.join(missing)}; HU and position "
-            "cannot be known without"
+            f"series {uid}: {path} has no {', '.join(missing)}; HU and position cannot "
+            "be computed without them; restore the file from its source"
         )
     if not SERIES_UID.fullmatch(str(uid)):
         raise ScanError(
@@ -348,7 +348,7 @@ def _slice(
         image_type=tuple(place.get("ImageType") or header.get("ImageType") or ()),
         size_px=(int(place.Rows), int(place.Columns)),
         spacing_mm=(spacing_mm[0], spacing_mm[1]),
-        # DICOM names the direction *of a row* first: the one the column index rises in.
+        # DICOM lists the direction along a row first, in which the column index increases.
         axes_lps=np.array([column, row]),
         position_lps_mm=_finite(place, "ImagePositionPatient", path).reshape(3),
         slope=float(_finite(place, "RescaleSlope", path)),
@@ -369,13 +369,13 @@ def _slice(
 
 
 def _stated(place: pydicom.Dataset, header: pydicom.Dataset, *tags: str) -> str:
-    """The first of these elements that is there, as text; else ""."""
+    """Returns the first of these elements that is present, as text; else ""."""
     values = (source.get(tag) for tag in tags for source in (place, header))
     return next((str(value) for value in values if value is not None), "")
 
 
 def _finite(place: pydicom.Dataset, tag: str, path: Path) -> np.ndarray:
-    """The number or numbers of an element, none of them NaN or infinite."""
+    """Returns the numbers of an element; raises ScanError if any is NaN or infinite."""
     numbers = np.asarray(place[tag].value, float)
     if not np.isfinite(numbers).all():
         raise ScanError(f"{path}: {tag} is {numbers.tolist()}; expected finite numbers")
@@ -392,7 +392,7 @@ def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
 
 
 def _as_stored(value: int, header: pydicom.Dataset) -> int:
-    """A padding value in the pixels' own signedness; files often have it unsigned."""
+    """Converts a padding value, often stored unsigned, to the sign of the pixels."""
     bits = int(header.get("BitsAllocated") or 16)
     value = int(value) % (1 << bits)
     signed = header.get("PixelRepresentation") == 1 and value >= 1 << (bits - 1)
@@ -400,9 +400,9 @@ def _as_stored(value: int, header: pydicom.Dataset) -> int:
 
 
 def slice_normal(item: Slice) -> np.ndarray:
-    """(3,) LPS unit vector from the slice towards where its column x row axes point.
+    """Returns the (3,) LPS unit normal of a slice.
 
-    It is the cross product of DICOM's row and column directions: towards the head for
+    It is the cross product of DICOM's row and column directions and points to the head for
     ordinary axial images.
     """
     along_rows, along_columns = item.axes_lps
@@ -411,12 +411,12 @@ def slice_normal(item: Slice) -> np.ndarray:
 
 
 def along_normal_mm(slices: Sequence[Slice]) -> np.ndarray:
-    """(slices,) position of each slice along the normal of the first."""
+    """Returns (slices,) positions along the normal of the first slice."""
     return np.array([s.position_lps_mm for s in slices]) @ slice_normal(slices[0])
 
 
 def sorted_slices(slices: Sequence[Slice]) -> list[Slice]:
-    """By position along the normal, then InstanceNumber, then path and frame."""
+    """Sorts slices by position along the normal, InstanceNumber, path and frame."""
     along_mm = along_normal_mm(slices)
     return [
         item

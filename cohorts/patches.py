@@ -1,18 +1,18 @@
-"""Patches of slices around nodules, with the masks of several readers; folder or .zip.
+"""Reads slice patches around nodules with several readers' masks; folder or .zip.
 
-A nodule is a scan of its own, of the slices that readers drew it on, in order; numbers may be
-left out. Two layouts:
+Each nodule is a separate scan. It consists of the slices that readers drew the nodule on,
+in order; slice numbers may have gaps. There are two layouts:
 
     index.csv                           columns name, patient_id, nodule, slice, readers
-    images/NAME.webp                    grey; .png and .tif too
+    images/NAME.webp                    grey; .png and .tif also work
     reader_bits/NAME.png                bit r of a pixel is set where reader r drew
 
-    PATIENT/nodule-N/images/SLICE.png   and a mask of every reader, above 0 where he drew
-    PATIENT/nodule-N/mask-R/SLICE.png
+    PATIENT/nodule-N/images/SLICE.png   image
+    PATIENT/nodule-N/mask-R/SLICE.png   mask of reader R, above 0 where the reader drew
 
-`readers` is how many readers drew the nodule on any slice. Nothing says how far pixels lie
-apart, nor what HU they were: values stay as they are, and pixels and slices count as 1 mm,
-so that what is called mm of such a scan is pixels.
+`readers` is the number of readers who drew the nodule on at least one slice. Spacing and HU
+are unknown. Grey values are kept, and pixels and slices count as 1 mm, so a length in mm of
+such a scan is a length in pixels.
 """
 
 import csv
@@ -36,7 +36,7 @@ INDEX = "index.csv"
 COLUMNS = ("name", "patient_id", "nodule", "slice", "readers")
 IMAGE_ENDINGS = (".webp", ".png", ".tif", ".tiff")
 MAX_READERS = 8
-"""Bits of a mask."""
+"""Number of bits in a mask pixel."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Patch:
     """One slice of a nodule.
 
     Attributes:
-        z: Its number among the nodule's slices.
+        z: Slice number.
         image: Name of the image in the collection.
-        bits: Name of the file with the readers' bits; "" if each has a mask of his own.
-        masks: Reader and name of his mask.
+        bits: Name of the file with the reader bits; "" if each reader has a separate mask.
+        masks: Pairs of reader and name of the mask.
     """
 
     z: int
@@ -57,7 +57,7 @@ class Patch:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of all files."""
+        """Names of all files of the slice."""
         bits = (self.bits,) if self.bits else ()
         return (self.image, *bits, *(name for _, name in self.masks))
 
@@ -67,9 +67,9 @@ class PatchNodule:
     """One nodule of a collection.
 
     Attributes:
-        patient_id: Whose it is.
-        readers: How many drew it; None if only the masks say so.
-        patches: Its slices.
+        patient_id: Patient who has the nodule.
+        readers: Number of readers who drew it; None if only the masks show that.
+        patches: Slices of the nodule.
     """
 
     patient_id: str
@@ -78,16 +78,16 @@ class PatchNodule:
 
 
 def find_scans(source: Path) -> list[ScanSource]:
-    """The nodules of a collection, by scan id: PATIENT_nodule-N.
+    """Finds the nodules of a collection, by scan id (PATIENT_nodule-N).
 
     Raises:
-        ValueError: If the collection has another layout, or a file that is named is missing.
+        ValueError: If the layout is unknown, or a listed file is missing.
     """
     source = Path(source)
     in_folder = source.is_dir()
     found = []
     for scan_id, nodule in read_collection(source).items():
-        # Its own files, by which a change of them is noticed.
+        # List the files of the nodule, so that a change in one of them is noticed.
         images = [source / patch.image for patch in nodule.patches]
         marks = [source / n for patch in nodule.patches for n in patch.files[1:]]
         found.append(
@@ -105,12 +105,12 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     """Reads the slices of one nodule and its readers' masks.
 
     Args:
-        source: As `find_scans` gives it.
+        source: A scan from `find_scans`.
         repair: Not used.
 
     Raises:
-        ScanError: If a slice is doubled or damaged, sizes differ, or the masks are of another
-            number of readers than the list says.
+        ScanError: If a slice is duplicate or damaged, sizes differ, or the number of
+            readers in the masks differs from the list.
     """
     path, name = source.paths[0], source.scan_id
     nodule = read_collection(path)[name]
@@ -122,7 +122,9 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     bits = [reader_bits(collection, patch) for patch in nodule.patches]
     shapes = {image.shape for image in (*images, *bits)}
     if len(shapes) > 1:
-        raise ScanError(f"{name}: images and masks of sizes {sorted(shapes)}")
+        raise ScanError(
+            f"{name}: images and masks of sizes {sorted(shapes)}; expected one"
+        )
     volume = np.stack(images)
     if volume.dtype == np.uint16:
         volume = volume.astype(np.int32) - 2**15
@@ -142,10 +144,10 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
 
 
 def nodule_of(marks: np.ndarray, grid: Grid, readers: int | None, name: str) -> Nodule:
-    """The nodule that readers drew, one annotation for each of them.
+    """Builds a nodule with one annotation per reader.
 
     Raises:
-        ScanError: If nobody drew it, or others than the list says.
+        ScanError: If no reader drew it, or the number of readers differs from the list.
     """
     drawn = readers_in(marks)
     if not drawn or (readers is not None and len(drawn) != readers):
@@ -167,14 +169,14 @@ def nodule_of(marks: np.ndarray, grid: Grid, readers: int | None, name: str) -> 
 
 
 def grid_of(shape: tuple[int, ...]) -> Grid:
-    """Voxels of 1 mm; axes rise to S, P and L as everywhere."""
+    """Returns a canonical grid of 1 mm voxels, with axes to S, P and L."""
     affine = np.diag([0.0, -1.0, 0.0, 1.0])
     affine[2, 0], affine[0, 2] = 1, -1
     return Grid((shape[0], shape[1], shape[2]), affine)
 
 
 def reader_bits(collection: "Collection", patch: Patch) -> np.ndarray:
-    """(y, x) uint8, bit r where reader r drew.
+    """Reads (y, x) uint8 reader bits; bit r is set where reader r drew.
 
     Raises:
         ScanError: If there is no mask, or masks differ in size.
@@ -182,13 +184,13 @@ def reader_bits(collection: "Collection", patch: Patch) -> np.ndarray:
     if patch.bits:
         bits = collection.image(patch.bits)
         if bits.dtype != np.uint8:
-            raise ScanError(f"{patch.bits}: {bits.dtype}; expected bits of 8 readers")
+            raise ScanError(f"{patch.bits}: {bits.dtype}; expected uint8 reader bits")
         return bits
     masks = {reader: collection.image(name) for reader, name in patch.masks}
     if len({mask.shape for mask in masks.values()}) != 1:
         sizes = sorted(mask.shape for mask in masks.values())
         raise ScanError(
-            f"{patch.image}: masks of sizes {sizes}; expected one or more alike"
+            f"{patch.image}: masks of sizes {sizes}; expected at least one, all equal"
         )
     bits = np.zeros(next(iter(masks.values())).shape, np.uint8)
     for reader, mask in masks.items():
@@ -197,17 +199,17 @@ def reader_bits(collection: "Collection", patch: Patch) -> np.ndarray:
 
 
 class Collection:
-    """The files of a folder or of a .zip, by their names within it."""
+    """Files of a folder or a .zip, accessed by their names within it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names = nodule_names(path, path.stat().st_mtime_ns)
 
     def read(self, name: str) -> bytes:
-        """The content of a file.
+        """Reads the content of a file.
 
         Raises:
-            ScanError: If it is missing or damaged.
+            ScanError: If the file is missing or damaged.
         """
         if name not in self.names:
             raise ScanError(f"{self.path}: no file {name}")
@@ -219,15 +221,15 @@ class Collection:
             raise ScanError(f"{self.path}: cannot read {name} ({error})") from error
 
     def image(self, name: str) -> np.ndarray:
-        """A (y, x) grey image; of a coloured one whose channels are alike, one of them.
+        """Reads a (y, x) grey image; accepts colour formats with equal channels.
 
         Raises:
-            ScanError: If it is missing, damaged or in colour.
+            ScanError: If the image is missing, damaged or in colour.
         """
         encoded = np.frombuffer(self.read(name), np.uint8)
         image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if len(encoded) else None
         if image is None or image.dtype not in (np.uint8, np.uint16):
-            raise ScanError(f"{self.path}: {name} is no image of 8 or 16 bits")
+            raise ScanError(f"{self.path}: {name} is not an image of 8 or 16 bits")
         if image.ndim == 3:
             if (image[..., :3] != image[..., :1]).any():
                 raise ScanError(f"{self.path}: {name} is in colour; expected grey")
@@ -237,7 +239,7 @@ class Collection:
 
 @functools.lru_cache(maxsize=2)
 def nodule_names(path: Path, changed: int) -> Mapping[str, None]:
-    """Names of all files, sorted; `changed` is when the collection last was."""
+    """Returns sorted names of all files; `changed` (mtime) refreshes the cache."""
     if path.is_dir():
         found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     else:
@@ -247,27 +249,29 @@ def nodule_names(path: Path, changed: int) -> Mapping[str, None]:
 
 @functools.lru_cache(maxsize=2)
 def archive(path: Path, changed: int) -> zipfile.ZipFile:
-    """An open .zip; reading its list of files takes longer than reading one of them.
+    """Opens a .zip; cached, as reading its list of files is slower than reading a file.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the file is not a .zip.
     """
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path}: neither a folder nor a .zip of patches ({error})"
+            f"{path}: not a .zip ({error}); expected a folder or a .zip of patches"
         ) from error
 
 
 def read_collection(path: Path) -> dict[str, PatchNodule]:
-    """The nodules of a collection by scan id.
+    """Reads the nodules of a collection, by scan id.
 
     Raises:
-        ValueError: As `find_scans`.
+        ValueError: If the path or a listed file is missing, or the layout is unknown.
     """
     if not path.exists():
-        raise ValueError(f"no {path}; expected a folder or a .zip of patches")
+        raise ValueError(
+            f"{path}: no such path; expected a folder or a .zip of patches"
+        )
     return _read_collection(path, path.stat().st_mtime_ns)
 
 
@@ -280,7 +284,7 @@ def _read_collection(path: Path, changed: int) -> dict[str, PatchNodule]:
             for name in patch.files:
                 if name not in names:
                     raise ValueError(
-                        f"{path}: no file {name}, which belongs to a slice"
+                        f"{path}: no file {name}; expected one for every slice"
                     )
     return dict(sorted(nodules.items()))
 
@@ -297,9 +301,9 @@ def _of_index(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]:
     for row in rows:
         where = f"{path}, {INDEX}, line {rows.line_num}"
         if not all((row[name] or "").strip() for name in COLUMNS):
-            raise ValueError(f"{where}: a value is missing")
+            raise ValueError(f"{where}: a value is missing; expected one per column")
         if not (row["slice"].isdecimal() and row["readers"].isdecimal()):
-            raise ValueError(f"{where}: slice and readers are not whole numbers")
+            raise ValueError(f"{where}: slice and readers must be whole numbers")
         readers = int(row["readers"])
         if not 1 <= readers <= MAX_READERS:
             raise ValueError(f"{where}: {readers} readers; expected 1 to {MAX_READERS}")
@@ -323,14 +327,16 @@ def _of_folders(path: Path, names: Mapping[str, None]) -> dict[str, PatchNodule]
     matches = [match for match in map(FOLDERS.fullmatch, names) if match]
     if not matches:
         raise ValueError(
-            f"{path}: neither {INDEX} nor PATIENT/nodule-N/images in it; docs/data.md says "
-            "how patches are laid out"
+            f"{path}: contains neither {INDEX} nor PATIENT/nodule-N/images; expected one "
+            "of these layouts; see docs/data.md"
         )
     for match in matches:
         image = match.string
         number = re.search(r"(\d+)\.\w+$", match["name"])
         if number is None:
-            raise ValueError(f"{path}: {image} has no number of its slice")
+            raise ValueError(
+                f"{path}: {image} has no slice number; expected NAME-12.png"
+            )
         nodule, _, _ = image.rpartition("/images/")
         masks = [(r, f"{nodule}/mask-{r}/{match['name']}") for r in range(MAX_READERS)]
         known = tuple((r, mask) for r, mask in masks if mask in names)
@@ -348,13 +354,14 @@ def _add(
     *,
     readers: int | None = None,
 ) -> None:
-    """Adds a slice to its nodule, in the order of the slices."""
+    """Adds a slice to its nodule, keeping slices in order."""
     patient = files.checked_id(patient, where=where)
     scan_id = files.checked_id(f"{patient}_nodule-{number}", where=where)
     known = found.get(scan_id, PatchNodule(patient, readers, ()))
     if known.readers != readers:
         raise ValueError(
-            f"{where}: {readers} readers; another slice of the nodule has {known.readers}"
+            f"{where}: {readers} readers, but another slice of the nodule has "
+            f"{known.readers}; expected one number per nodule"
         )
     patches = sorted((*known.patches, patch), key=lambda patch: patch.z)
     found[scan_id] = PatchNodule(patient, readers, tuple(patches))

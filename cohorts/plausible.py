@@ -1,4 +1,4 @@
-"""Checks that a volume can be a CT in HU, whatever file it comes from."""
+"""Checks that a volume from any file type can be a CT in HU."""
 
 import numpy as np
 
@@ -6,25 +6,31 @@ from ct.geometry import Grid
 from ct.scan import AIR_HU, ScanError
 
 AIR_RANGE_HU, MIN_AIR_SHARE = (AIR_HU + 1, -700), 0.001
-"""Lung, bowel gas, skin surface: every CT has some, apart from padding at exactly AIR_HU."""
+"""Range of lung, bowel gas and skin surface, and its minimum share in every CT.
+
+Excludes padding, which is exactly AIR_HU."""
 
 SOFT_RANGE_HU, MIN_SOFT_SHARE = (-200, 200), 0.005
-"""Fat to enhanced blood. Seen through an offset of 1024, only cortical bone lies here."""
+"""Range from fat to contrast-enhanced blood, and its minimum share in every CT.
+
+If values are 1024 too low, only cortical bone is in this range."""
 
 USUAL_INTERCEPT_HU = -1024
-"""Where it is missing, all values are too high by as much; the message then says so."""
+"""Usual rescale intercept; `check_hu` reports if it seems not to have been applied."""
 
 MAX_FIELD_MM = (3000.0, 1000.0, 1000.0)
-"""Largest (z, y, x) field: longer than a body, wider than the bore of a scanner. Micrometres
-taken for mm give more, and cubic voxels over all of it would fill any memory."""
+"""Largest (z, y, x) field: longer than a body and wider than the bore of a scanner.
+
+A spacing in micrometres read as mm exceeds it, and resampling such a field to cubic voxels
+would exhaust any memory."""
 
 
 def check_field(grid: Grid, name: str) -> None:
-    """Raises ScanError if a volume is larger than any that a scanner makes.
+    """Raises ScanError if a volume is larger than any scanner can produce.
 
     Args:
-        grid: Canonical.
-        name: The series or file, for the message.
+        grid: Canonical grid.
+        name: Series or file for the error message.
     """
     sizes_mm = [n * mm for n, mm in zip(grid.shape, grid.spacing_mm, strict=True)]
     if any(size > most for size, most in zip(sizes_mm, MAX_FIELD_MM, strict=True)):
@@ -33,19 +39,19 @@ def check_field(grid: Grid, name: str) -> None:
             for sizes in (sizes_mm, MAX_FIELD_MM)
         )
         raise ScanError(
-            f"{name}: the field is {found} mm (z, y, x); expected at most {expected}; is "
-            "its spacing in mm?"
+            f"{name}: the field is {found} mm (z, y, x); expected at most {expected}; "
+            "check that its spacing is in mm"
         )
 
 
 def check_hu(hu: np.ndarray, name: str) -> None:
     """Raises ScanError if the values of a volume cannot be HU of a body.
 
-    There must be air (apart from padding) and soft tissue.
+    A body must contain soft tissue and air other than padding.
 
     Args:
         hu: (z, y, x) int16.
-        name: The series or file, for the message.
+        name: Series or file for the error message.
     """
     thin = hu[:, ::4, ::4] if hu[0].size > 256 * 256 else hu
     counts = np.bincount(thin.ravel().astype(np.int32) - np.iinfo(np.int16).min)
@@ -54,14 +60,14 @@ def check_hu(hu: np.ndarray, name: str) -> None:
         return
     low, middle, high = np.percentile(thin, (1, 50, 99))
     message = (
-        f"{name}: the values are no Hounsfield units (1st, 50th and 99th percentile "
+        f"{name}: the values are not Hounsfield units (1st, 50th and 99th percentile "
         f"{low:.0f}, {middle:.0f}, {high:.0f}); expected air near -1000 and soft tissue "
         "near 0 to 100"
     )
     if _looks_like_hu(counts, -USUAL_INTERCEPT_HU):
         message += (
-            f"; they would be if {-USUAL_INTERCEPT_HU} were subtracted: is the rescale "
-            "intercept missing?"
+            f"; they would be after subtracting {-USUAL_INTERCEPT_HU}; check whether the "
+            "rescale intercept is missing"
         )
     raise ScanError(message)
 

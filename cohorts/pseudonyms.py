@@ -1,4 +1,4 @@
-"""Patient ids that are safe to write: public ids, or pseudonyms made with a secret key."""
+"""Makes patient ids safe to write: public ids, or pseudonyms made with a secret key."""
 
 import hashlib
 import hmac
@@ -17,25 +17,25 @@ from ct.scan import PHANTOM
 log = logging.getLogger(__name__)
 
 PUBLIC_IDS = re.compile(rf"(LIDC-IDRI-|{PHANTOM})\d{{4}}")
-"""Patient ids that are public research ids and are kept as they are."""
+"""Public research ids, which are kept unchanged."""
 
 ANONYMOUS_IDS = re.compile(
     r"\W*|0+|x+|anon[^1-9]*"
     r"|(de-?identified|no ?name|unknown|none|null|n/?a|patient|test)[^a-z1-9]*",
     re.IGNORECASE,
 )
-"""Patient ids that stand for nobody in particular, so many patients may share them."""
+"""Placeholder ids such as "anonymous", which many patients may share."""
 
 KEY_FILE_VARIABLE = "LUNG_PATIENT_KEY_FILE"
 KEY_BYTES = 32
-"""Pseudonyms are made with a secret key: without one, an id of seven digits is found by
-trying them all."""
+"""Length of the secret key; without a key, trying all ids of seven digits would reveal
+the one behind a pseudonym."""
 
 
 def safe_patient_id(identity: Identity) -> str:
-    """The patient's id if it is public; else a pseudonym, the same for all its series.
+    """Returns the patient id if it is public; else a pseudonym, equal for all series.
 
-    Where the id stands for nobody in particular, the study stands for the patient.
+    If the id is a placeholder, the pseudonym comes from the study UID, else the series UID.
     """
     if PUBLIC_IDS.fullmatch(identity.patient_id):
         return identity.patient_id
@@ -47,12 +47,12 @@ def safe_patient_id(identity: Identity) -> str:
 
 
 def is_anonymous(patient_id: str) -> bool:
-    """Whether a PatientID is one that many patients may share."""
+    """Returns True if a PatientID is a placeholder that many patients may share."""
     return ANONYMOUS_IDS.fullmatch(patient_id) is not None
 
 
 def key_path() -> Path:
-    """The file with the key of this user's pseudonyms."""
+    """Returns the path of this user's pseudonym key."""
     if named := os.environ.get(KEY_FILE_VARIABLE):
         return Path(named)
     settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
@@ -61,28 +61,28 @@ def key_path() -> Path:
 
 @cache
 def read_key(path: Path) -> bytes:
-    """The key in a file, which is made, for its owner alone, if there is none.
+    """Reads the key from a file; creates the file, private to its owner, if missing.
 
     Raises:
-        ValueError: If the file holds no key.
+        ValueError: If the file does not hold a key.
     """
     if not path.exists():
         _make_key(path)
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise ValueError(
-            f"{path}: {len(key)} bytes; expected a key of {KEY_BYTES}. Restore it; or "
-            "remove it for a new one, with which all pseudonyms of patients change"
+            f"{path}: {len(key)} bytes; expected a key of {KEY_BYTES}; restore the file, "
+            "or remove it to make a new key, which changes all patient pseudonyms"
         )
     return key
 
 
 def _make_key(path: Path) -> None:
-    """Writes a new key; if another process was faster, its key stays."""
+    """Writes a new key, unless another process has just written one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # of mode 0600
+    with tempfile.NamedTemporaryFile(dir=path.parent) as file:  # created with mode 0600
         file.write(secrets.token_bytes(KEY_BYTES))
         file.flush()
         with suppress(FileExistsError):
             os.link(file.name, path)
-            log.info("made %s, the key of this user's pseudonyms of patients", path)
+            log.info("wrote %s, the key for this user's patient pseudonyms", path)

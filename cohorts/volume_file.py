@@ -1,4 +1,4 @@
-"""Volume files: NIfTI, MHD, MHA and NRRD to HU or labels, with their geometry."""
+"""Reads NIfTI, MHD, MHA and NRRD files as HU or labels, with their geometry."""
 
 import re
 from collections.abc import Sequence
@@ -15,45 +15,45 @@ from ct.scan import AIR_HU, LEFT, RIGHT, ScanError
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
-"""File names that are taken for volumes."""
+"""Suffixes of volume files."""
 
 CHANNEL = "_0000"
-"""nnU-Net's mark of the first channel; CT is the only one here."""
+"""nnU-Net's suffix of the first channel; CT is the only channel here."""
 
 SAME_PLACE_VOXELS = 0.1
-"""How far the corners of a label volume may lie from those of its image."""
+"""Largest allowed distance between the corners of a label volume and its image."""
 
 MAX_SHEAR_DEG = dicom_checks.TILT_DEG
-"""Axes further from perpendicular are refused; below, the affine is used as it is.
+"""Largest deviation of axes from perpendicular; smaller ones are kept in the affine.
 
-Direction cosines are often written with so few digits that they are not orthonormal to
-the last one; ITK refuses such files.
+Direction cosines are often written with so few digits that they are not exactly
+orthonormal; ITK rejects such files.
 """
 
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
-"""Characters of a file's name that its scan's id does not keep."""
+"""Characters of a file name that a scan id must not contain."""
 
 DATA_FILE = re.compile(
     rb"(?:ElementDataFile[\s=:]*|^\s*data ?file\s*:\s*)([^\r\n]*)", re.I | re.M
 )
-"""Where the header of a MetaImage or NRRD says in which file the voxels are."""
+"""Header entry of a MetaImage or NRRD that names the file with the voxels."""
 
 MAX_HEADER_BYTES = 1 << 20
-"""A header that is longer is refused."""
+"""Longest header that is searched for its end; a file with a longer one is rejected."""
 
 
 def is_volume(path: Path) -> bool:
-    """Whether the name is that of a volume file."""
+    """Returns True if the name has the suffix of a volume file."""
     return path.name.lower().endswith(SUFFIXES)
 
 
 def stem(path: Path) -> str:
-    """The file's name without suffix and without nnU-Net's channel mark."""
+    """Returns the file name without suffix and nnU-Net channel."""
     return _bare(path).removesuffix(CHANNEL)
 
 
 def _bare(path: Path) -> str:
-    """The file's name without suffix."""
+    """Returns the file name without suffix."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
@@ -61,15 +61,15 @@ def _bare(path: Path) -> str:
 
 
 def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Values and place of a volume file.
+    """Reads the values and the geometry of a volume file.
 
     Returns:
-        (i, j, k) array in the file's axis order, i fastest in the file, and the (4, 4)
-        affine from index to RAS mm.
+        (i, j, k) array in the file's axis order, with i varying fastest in the file, and
+        the (4, 4) affine from index to RAS mm.
 
     Raises:
         ScanError: If the file is missing or damaged, is not one 3-D volume of numbers, or
-            does not say where its voxels lie.
+            does not define its orientation.
     """
     if not path.is_file():
         raise ScanError(f"{path}: no such file; expected a volume")
@@ -102,12 +102,12 @@ def _check_nifti_header(image: Any, path: Path) -> None:
         )
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
-        raise ScanError(f"{path}: lengths in {unit}; expected mm")
+        raise ScanError(f"{path}: spacing in {unit}; expected mm")
     sform, qform = image.get_sform(coded=True), image.get_qform(coded=True)
     if not sform[1] and not qform[1]:
         raise ScanError(
-            f"{path}: neither sform nor qform says how the volume lies (both codes are "
-            "0); expected one, or left and right cannot be told"
+            f"{path}: neither sform nor qform gives the orientation (both codes are 0); "
+            "expected one, because left and right are unknown without it"
         )
     if sform[1] and qform[1]:
         apart = _corners_apart_voxels(image.shape[:3], sform[0], qform[0])
@@ -145,14 +145,14 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_data_file(path: Path) -> None:
-    """Raises ScanError if a header takes its voxels from outside of its folder."""
+    """Raises ScanError if a header refers to voxels outside its own folder."""
     with path.open("rb") as file:
         start = file.read(MAX_HEADER_BYTES)
     found = list(DATA_FILE.finditer(start))
     attached_nrrd = start.startswith(b"NRRD") and re.search(rb"\n\r?\n", start)
     if not found and not attached_nrrd:
         raise ScanError(
-            f"{path}: not a readable volume (no end of a MetaImage or NRRD header in its "
+            f"{path}: not a readable volume (no end of a MetaImage or NRRD header in the "
             f"first {len(start)} bytes); restore it from its source"
         )
     for entry in found:
@@ -162,11 +162,11 @@ def _check_data_file(path: Path) -> None:
 
 
 def _check_inside(name: str, path: Path) -> None:
-    outside = PureWindowsPath(name)  # knows /, \ and drives
+    outside = PureWindowsPath(name)  # handles /, \ and drives
     if outside.anchor or ".." in outside.parts or name.startswith("~"):
         raise ScanError(
-            f"{path}: its voxels are said to be in {name!r}; expected a file in the folder "
-            "of the header; move it there and name it without folders"
+            f"{path}: its header refers to voxels in {name!r}; expected a file in the "
+            "folder of the header; move it there and name it in the header without a folder"
         )
 
 
@@ -174,7 +174,7 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
     axes = affine[:3, :3]
     if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-9:
         raise ScanError(
-            f"{path}: affine {affine.tolist()}; expected finite numbers and three axes"
+            f"{path}: affine {affine.tolist()}; expected finite, independent axes"
         )
     units = axes / np.linalg.norm(axes, axis=0)
     cosines = np.abs(units.T @ units - np.eye(3)).max()
@@ -182,22 +182,22 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
     if shear_deg > MAX_SHEAR_DEG:
         raise ScanError(
             f"{path}: the axes are {shear_deg:.1f} deg from perpendicular (gantry tilt?); "
-            f"expected at most {MAX_SHEAR_DEG} deg; resample it to perpendicular axes"
+            f"expected at most {MAX_SHEAR_DEG} deg; resample the file to perpendicular axes"
         )
 
 
 def to_hu(array: np.ndarray, path: Path) -> np.ndarray:
-    """Values as int16 HU: rounded, clipped, padding set to AIR_HU.
+    """Converts values to int16 HU: rounds, clips and sets padding to AIR_HU.
 
     Raises:
-        ScanError: If there are values that are not finite.
+        ScanError: If a value is not finite.
     """
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise ScanError(
                 f"{path}: {bad} voxels are NaN or infinite; expected Hounsfield units "
-                f"everywhere ({AIR_HU} where there is no scan)"
+                f"everywhere ({AIR_HU} outside the scanned field)"
             )
         array = np.rint(array)
     if array.dtype != np.int16:
@@ -212,36 +212,36 @@ def _grid(array: np.ndarray, affine: np.ndarray) -> Grid:
 
 
 def read_labels(path: Path, grid: Grid) -> np.ndarray:
-    """A label volume turned to canonical orientation.
+    """Reads a label volume in canonical orientation.
 
     Args:
-        path: The label volume.
-        grid: The canonical grid of its image.
+        path: File of the label volume.
+        grid: Canonical grid of the image.
 
     Returns:
         (z, y, x) integer labels on `grid`.
 
     Raises:
-        ScanError: If it is damaged, does not lie on the image, or holds no whole numbers
-            from 0.
+        ScanError: If the file is damaged, does not match the grid of the image, or holds
+            values other than whole numbers from 0.
     """
     array, affine = read_volume_file(path)
     labels, label_grid = geometry.to_canonical(array, affine)
     if labels.shape != tuple(grid.shape):
         raise ScanError(
-            f"{path}: shape {labels.shape} (z, y, x) differs from its image's "
+            f"{path}: shape {labels.shape} (z, y, x) differs from the image's "
             f"{tuple(grid.shape)}; expected a label for every voxel"
         )
     apart = _corners_apart_voxels(grid.shape, grid.affine, label_grid.affine)
     if apart > SAME_PLACE_VOXELS:
         raise ScanError(
-            f"{path}: lies {apart:.1f} voxels from its image (spacing "
+            f"{path}: is {apart:.1f} voxels away from its image (spacing "
             f"{_numbers(label_grid.spacing_mm)} and {_numbers(grid.spacing_mm)} mm); "
             f"expected at most {SAME_PLACE_VOXELS}"
         )
     if not np.isfinite(labels).all() or labels.min() < 0 or (labels % 1).any():
         raise ScanError(
-            f"{path}: values from {labels.min()} to {labels.max()}, not all whole; "
+            f"{path}: values from {labels.min()} to {labels.max()}, negative or not whole; "
             "expected labels 0, 1, 2, ..."
         )
     return labels.astype(np.int64) if labels.dtype.kind == "f" else labels
@@ -250,7 +250,7 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
 def _corners_apart_voxels(
     shape: Sequence[int], affine: np.ndarray, other: np.ndarray
 ) -> float:
-    """Largest distance between the corners of two grids, in voxels of the first."""
+    """Returns the largest corner distance of two grids, in voxels of the first."""
     ends = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), axis=-1)
     corners = np.concatenate([ends.reshape(-1, 3), np.ones((8, 1))], axis=1)
     apart_mm = (corners @ (affine - other).T)[:, :3]
@@ -262,14 +262,14 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def checked_lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
-    """Lung labels checked: 0, 1 right, 2 left, and the right one on the right.
+    """Checks that lung labels are 0, 1 right and 2 left, each on its own side.
 
     Args:
         labels: (z, y, x) integers.
-        name: The file, for the message.
+        name: Name of the file for error messages.
 
     Returns:
-        (z, y, x) uint8.
+        (z, y, x) uint8 labels.
     """
     values = np.unique(labels).tolist()
     if not set(values) <= {0, RIGHT, LEFT}:
@@ -278,10 +278,10 @@ def checked_lung_labels(labels: np.ndarray, name: str) -> np.ndarray:
             f"{name}: lung labels {shown}; expected 0, {RIGHT} (right) and {LEFT} (left)"
         )
     columns = [np.flatnonzero((labels == side).any(axis=(0, 1))) for side in (1, 2)]
-    # x rises to the patient's left.
+    # x increases to the patient's left.
     if all(map(len, columns)) and columns[0].mean() > columns[1].mean():
         raise ScanError(
             f"{name}: label {RIGHT} (right lung) lies left of label {LEFT} (left lung); "
-            "expected the other way round: labels or orientation are wrong"
+            "expected the reverse; correct the labels or the orientation"
         )
     return labels.astype(np.uint8)

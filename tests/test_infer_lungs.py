@@ -396,13 +396,13 @@ def test_thick_and_many_slices_give_the_same_lungs(
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda volume: (volume + 1000).clip(0) // 4, "no Hounsfield units"),  # as MR
-        (lambda volume: volume / np.float32(1000), "no Hounsfield units"),
+        (lambda volume: (volume + 1000).clip(0) // 4, "not Hounsfield units"),  # as MR
+        (lambda volume: volume / np.float32(1000), "not Hounsfield units"),
         (
             lambda volume: volume[..., :1],
             "expected one 3-D volume of two or more slices",
         ),
-        (lambda volume: (volume + 1024).astype(np.int16), "no Hounsfield units"),
+        (lambda volume: (volume + 1024).astype(np.int16), "not Hounsfield units"),
     ],
 )
 def test_what_is_no_ct_is_refused(run, volume, tmp_path, spoil, message):
@@ -563,7 +563,7 @@ def test_a_list_and_an_input_are_one_too_many(run, tmp_path):
 def test_a_list_without_a_usable_row_fails(run, tmp_path):
     path = write_list(tmp_path / "scans.csv", [("..", "ct.nii.gz")])
     assert run_main("--csv_file", path, "--result_dir", tmp_path, "--exp_dir", run) == 1
-    with pytest.raises(ValueError, match="no row can be used"):
+    with pytest.raises(ValueError, match="no row is usable"):
         infer.infer(run, tmp_path / "out", csv_file=path, nodules=NO_RUNS)
 
 
@@ -869,7 +869,7 @@ def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
         segment_module.predict(volume)
     with pytest.raises(ValueError, match=r"array: .* expected \(z, y, x\) HU"):
         segment_module.predict(volume[0], (1, 1, 1))
-    with pytest.raises(ValueError, match="no Hounsfield units"):
+    with pytest.raises(ValueError, match="not Hounsfield units"):
         segment_module.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
     for name in ("a", "b"):
         save(tmp_path / f"{name}.nii.gz", volume)

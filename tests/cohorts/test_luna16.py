@@ -250,7 +250,7 @@ def test_one_lung_alone_is_refused(luna, tmp_path):
     lungs = np.zeros(SHAPE, np.uint8)
     lungs[5:9] = 3
     write_volume(tmp_path / "seg-lungs-LUNA16" / f"{UID}.mhd", lungs)
-    with pytest.raises(ScanError, match=r"values \[3\] of the lungs; expected both"):
+    with pytest.raises(ScanError, match=r"lung labels \[3\]; expected both"):
         luna()
 
 
@@ -373,7 +373,7 @@ def test_outlines_that_do_not_fit_the_volume_give_way_to_the_edge_search(
     lists.write_text(lists.read_text().replace(UID, uid))
     (source,) = luna16.find_scans(tmp_path)
     scan = luna16.load_scan(source)
-    assert "its nodules are found by edge search" in caplog.text
+    assert "finding its nodules by edge search" in caplog.text
     assert scan.acquisition["nodules_from_outlines"] == 0
     assert dice(scan.reader_bits > 0, distance_mm(CENTRE_ZYX) <= RADIUS_MM) > 0.95
 

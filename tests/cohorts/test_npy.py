@@ -210,7 +210,7 @@ def test_files_that_are_no_slice_are_named(folder):
     ):
         loaded(folder, "scan-002")
     np.save(path, np.zeros((60, 64), np.int16))
-    with pytest.raises(ScanError, match=r"shape \(60, 64\); .* has \(64, 64\)"):
+    with pytest.raises(ScanError, match=r"shape \(60, 64\), .* has \(64, 64\)"):
         loaded(folder, "scan-002")
     path.unlink()
     with pytest.raises(ScanError, match="no such file; expected a slice"):
@@ -248,7 +248,7 @@ def test_lists_that_cannot_be_used_are_named(folder, tmp_path):
     (folder / "copy").mkdir()
     text = (folder / "patient-002" / npy.LIST).read_text()
     (folder / "copy" / npy.LIST).write_text(text)
-    with pytest.raises(ValueError, match="two scans are called scan-002"):
+    with pytest.raises(ValueError, match="two scans have the id scan-002"):
         npy.find_scans(folder)
     (folder / "copy" / npy.LIST).write_text(text.replace("spacing_z_mm", "thickness"))
     with pytest.raises(ValueError, match="line 1: no column spacing_z_mm"):
@@ -262,7 +262,9 @@ def test_lists_that_cannot_be_used_are_named(folder, tmp_path):
 def test_values_that_are_no_hu_are_refused(folder):
     for path in (folder / "patient-002").glob("*_z????.npy"):
         np.save(path, (np.load(path) + 1024) / 2000)
-    with pytest.raises(ScanError, match="scan-002: the values are no Hounsfield units"):
+    with pytest.raises(
+        ScanError, match="scan-002: the values are not Hounsfield units"
+    ):
         loaded(folder, "scan-002")
 
 

@@ -873,7 +873,7 @@ def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
         segment_module.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
     for name in ("a", "b"):
         save(tmp_path / f"{name}.nii.gz", volume)
-    with pytest.raises(ValueError, match="says its own"):
+    with pytest.raises(ValueError, match="has its own"):
         segment_module.predict(tmp_path / "a.nii.gz", (1, 1, 1))
     with pytest.raises(ValueError, match="2 scans; expected one"):
         segment_module.predict(tmp_path)
@@ -954,7 +954,7 @@ def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
     with pytest.raises(FileNotFoundError, match="--reduction None"):
         runs_of = NoduleRuns(nodule_run, None, tmp_path / "absent")
         infer.infer(run, out, input=source, nodules=runs_of)
-    with pytest.raises(ValueError, match="no run looks for nodules"):
+    with pytest.raises(ValueError, match="no run finds nodules"):
         infer.infer(
             run, out, input=source, nodules=NoduleRuns(None, None, reduction_run)
         )
@@ -976,7 +976,7 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
         ValueError, match="--reduction None; expected a run that judges"
     ):
         find(nodule_run, slices_run, None)
-    with pytest.raises(ValueError, match="no run looks for nodules"):
+    with pytest.raises(ValueError, match="no run finds nodules"):
         find(None, slices_run, None)
     with pytest.raises(ValueError, match="expected a run for nodules in slices"):
         find(nodule_run, nodule_run, reduction_run)
@@ -990,14 +990,14 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
 def test_what_would_not_be_used_is_refused(run, nodule_run, volume, tmp_path):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     unused = NoduleRuns(None, min_score=0.5)
-    with pytest.raises(ValueError, match="--min_score 0.5, but no run looks for"):
+    with pytest.raises(ValueError, match="--min_score 0.5, but no run finds"):
         infer.infer(run, out, input=source, nodules=unused)
     unused = NoduleRuns(nodule_run, None, None, min_score=0.5)
-    with pytest.raises(ValueError, match="no run looks for nodules in lungs"):
+    with pytest.raises(ValueError, match="no run finds nodules in lungs"):
         infer.infer(nodule_run, out, input=source, nodules=unused)
     with pytest.raises(ValueError, match="expected 0 to below 1"):
         replace(unused, min_score=1.0)
-    with pytest.raises(ValueError, match="expected a run that looks for nodules"):
+    with pytest.raises(ValueError, match="expected a run that finds nodules"):
         segment_module.predict(source, exp_dir=run, nodules=NO_RUNS)
     with pytest.raises(ValueError, match="--reduction None"):
         segment_module.predict(

@@ -227,7 +227,7 @@ def add_nodules(
         start = np.array([part.start for part in box])
         affine[:3, 3] = grid.index_to_ras_mm(start)
         mask = labels[box] == number
-        # Very small nodules smoothed as lungs are would have no surface.
+        # Smoothed as much as lungs, a very small nodule would have no surface.
         finer = 2 if np.count_nonzero(mask) > FEW_VOXELS else 4
         own = Grid(mask.shape, affine)
         mesh = surface(mask, own, min(grid.spacing_mm) / finer)

@@ -7,9 +7,10 @@ Example:
 
 Segments scan files of the validation and test patients, or with --input or --csv_file any
 CT: a DICOM folder, a volume, a folder of volumes, or a CSV list with columns pid,image_path.
-A run for nodules gives their probability; a run for lungs gives mean and standard deviation
-over many passes, lung labels and, in lungs.csv, whether to trust them. In these lungs other
-runs look for nodules, which are outlined, measured (nodules.csv) and drawn (overview.png).
+A run for nodules gives their probability map. A run for lungs gives mean and standard
+deviation over many passes, lung labels and, in lungs.csv, whether to trust them. Other runs
+then find nodules inside the lungs, outline them, measure them (nodules.csv) and draw them
+(overview.png).
 Research code, not a medical device.
 """
 
@@ -79,33 +80,33 @@ OWN_NAMES = {
     POSTPROCESS_JSON,
     "skipped.csv",
 }
-"""Files beside the scans' results; no id may be one of them."""
+"""Files beside the results of the scans; a scan id must not be one of these names."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is segmented, with which run, and where the result goes."""
+    """Options of infer.py."""
 
     result_dir: Path
-    """One folder per scan is written here."""
+    """Folder for the results, with one folder or file per scan."""
     exp_dir: Path = SHIPPED
-    """Run directory made by train.py; by default the weights that ship, for lungs."""
+    """Run directory made by train.py; by default the shipped weights for lungs."""
     csv_file: Path | None = None
-    """Segment the scans of this CSV list (columns pid,image_path). A row that cannot be
-    used is listed in skipped.csv, and the others go on."""
+    """Segment the scans of this CSV list (columns pid,image_path). Rows that cannot be used
+    are listed in skipped.csv and do not stop the others."""
     input: Path | None = None
-    """Segment this CT: DICOM folder, volume, folder or CSV list.
-    postprocess.py needs its scan file too: run preprocess.py --cohort nifti on it."""
+    """Segment this CT: DICOM folder, volume, folder of volumes or CSV list. postprocess.py
+    also needs its scan file, which preprocess.py --cohort nifti makes."""
     scans: Path = Path("work/scans")
-    """Without a list or an input: folder of scan files made by preprocess.py."""
+    """Folder of scan files made by preprocess.py, used if --csv_file and --input are unset."""
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
-    """Parts of the run's split to segment."""
+    """Parts of the run's split whose scan files are segmented."""
     lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
     nodules: Annotated[NoduleRuns, tyro.conf.arg(name="")] = SHIPPED_RUNS
     batch_size: int = BATCH_SIZE
-    """Tiles of a 2-D network per call."""
+    """Tiles per call of a 2-D network."""
     overwrite: bool = False
-    """Replace results that were made otherwise."""
+    """Replace existing results, also those made with other weights or settings."""
 
 
 def infer(
@@ -121,12 +122,12 @@ def infer(
     batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Segments every scan; see `Arguments`, whose defaults these are.
+    """Segments every scan; see `Arguments`, which has the same defaults.
 
     Raises:
         FileNotFoundError: If the run or the scans are missing.
-        ValueError: If `result_dir` holds results that were made otherwise, or the run
-            cannot do what is asked.
+        ValueError: If `result_dir` holds results made with other weights or settings, or
+            the run does not support an option.
     """
     if exp_dir == SHIPPED and not (exp_dir / "config.json").exists():
         raise FileNotFoundError(
@@ -177,7 +178,7 @@ def infer(
 
 
 Outcome = tuple[list[Task], list[steps.Failure], str]
-"""Scans that were segmented, those that were not, and the closing line."""
+"""Segmented scans, failures, and text for the closing line."""
 
 
 def write_probabilities(
@@ -193,17 +194,18 @@ def write_probabilities(
 ) -> Outcome:
     """Writes the probability map of every scan that has none yet.
 
-    Of `lungs`, passes and precision count; of several passes std.nii.gz is written too.
+    Uses `passes`, `precision` and `memory_gb` of `lungs`. Several passes also write
+    std.nii.gz.
     """
     if lungs.save_as == "nnunet":
         raise ValueError(
             f"--save_as nnunet, but {exp_dir} gives probabilities of nodule; expected a run "
-            "for lungs, in which --nodules are looked for"
+            "for lungs, with --nodules to find nodules in them"
         )
     predictor = nodule_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     if overwrite:
         remove_nodules(result_dir)
-    start()  # before the first map, so that a run that is killed says whose it is
+    start()  # before the first map, so that a killed call leaves its record
     stood = {task.scan_id for task in tasks if map_path(result_dir, task).exists()}
     missing = [task for task in tasks if task.scan_id not in stood]
 
@@ -241,7 +243,7 @@ def write_lungs(
     batch_size: int,
     overwrite: bool,
 ) -> Outcome:
-    """Writes lungs, their uncertainty and their nodules of every scan that has none yet."""
+    """Writes lungs, uncertainty and nodules of every scan that has no results yet."""
     reach_mm = lungs.labels.snap * runs.seen_mm(settings)
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
@@ -280,13 +282,13 @@ def write_lungs(
         row = rows.row_of(task.scan_id, maps.n, verdict, seconds)
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
-            log.warning("%s: not to be trusted: %s", task.scan_id, reason)
+            log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
 
     failures = [*foreign, *read_and_map(segment, missing, read_ct)]
     done = without_failures(tasks, failures)
     flagged = sum(results.rows[task.scan_id].flag for task in done)
     scans = files.count_text(len(done), "scan")
-    line = f"lungs of {scans}, {flagged} of them not to be trusted"
+    line = f"lungs of {scans}, {flagged} of them flagged"
     if finder:
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
@@ -294,8 +296,8 @@ def write_lungs(
 
 
 def there_before(count: int) -> str:
-    """For the closing line: how many scans an earlier call had segmented."""
-    return f" ({files.count_text(count, 'scan')} there before)" if count else ""
+    """Returns text for the closing line: the number of scans segmented by earlier calls."""
+    return f" ({files.count_text(count, 'scan')} done before)" if count else ""
 
 
 def read_and_map(
@@ -303,7 +305,7 @@ def read_and_map(
     tasks: Sequence[Task],
     read: Callable[[Task], Scan],
 ) -> list[steps.Failure]:
-    """Segments every scan, and reads the next one meanwhile; the scans that failed."""
+    """Segments every scan while reading the next one; returns the failures."""
     waiting = iter(tasks)
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(read, task) for task in itertools.islice(waiting, 1)]
@@ -320,12 +322,12 @@ def read_and_map(
 
 
 def map_path(result_dir: Path, task: Task) -> Path:
-    """Where the probability map of a scan is written."""
+    """Returns the path of the probability map of a scan."""
     return result_dir / task.scan_id / "prob.nii.gz"
 
 
 def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
-    """The record that goes beside the predictions, still without scans."""
+    """Returns a new record of predictions, with no scans yet."""
     weights = run_dir / "best.weights.h5"
     return Predictions(
         run=run_dir.name,
@@ -340,11 +342,11 @@ def new_predictions(run_dir: Path, split: dict[str, Any]) -> Predictions:
 def without_own_names(
     tasks: Sequence[Task],
 ) -> tuple[list[Task], list[steps.Failure]]:
-    """The tasks whose id is not that of a file infer.py itself writes; the others."""
+    """Splits off tasks whose id is the name of a file that infer.py itself writes."""
     misnamed = [
         steps.Failure(
             task.scan_id,
-            f"{task.scan_id} is a file of the result directory's own; give the scan "
+            f"{task.scan_id} is the name of a file that infer.py writes; give the scan "
             "another id",
         )
         for task in tasks
@@ -354,7 +356,7 @@ def without_own_names(
 
 
 def remove_nodules(result_dir: Path) -> None:
-    """Removes maps and what was made of them, so that none of other weights stays."""
+    """Removes probability maps and files made from them, so none of other weights stay."""
     for path in list(result_dir.glob("*/prob.nii.gz")):
         for name in ("prob.nii.gz", STD_NIFTI, "mask.nii.gz", "nodules.csv"):
             files.remove(path.with_name(name))
@@ -365,11 +367,7 @@ def remove_nodules(result_dir: Path) -> None:
 
 
 def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None:
-    """Refuses a result directory with the predictions of another network.
-
-    Raises:
-        ValueError: If it holds such.
-    """
+    """Raises ValueError if `result_dir` has predictions of other weights or passes."""
     path = result_dir / PREDICTIONS_JSON
     if not path.exists():
         return
@@ -377,12 +375,12 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
     found = known.weights_sha256
     if found != predictions.weights_sha256:
         raise ValueError(
-            f"{path}: predictions of weights {found[:12]}; this run's are "
+            f"{path}: predictions of weights {found[:12]}; this run has "
             f"{predictions.weights_sha256[:12]}; use --overwrite or another --result_dir"
         )
     if known.passes != predictions.passes:
         raise ValueError(
-            f"{path}: predictions of passes {known.passes or 'one'}; now "
+            f"{path}: predictions of passes {known.passes or 'one'}; expected "
             f"{predictions.passes or 'one'}; use --overwrite or another --result_dir"
         )
 
@@ -390,7 +388,7 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
 def write_predictions(
     result_dir: Path, predictions: Predictions, tasks: Sequence[Task]
 ) -> None:
-    """Lists scans in predictions.json, beside those that an earlier call listed."""
+    """Adds scans to predictions.json, keeping those listed by earlier calls."""
     scans: dict[str, dict[str, Any]] = {}
     if (result_dir / PREDICTIONS_JSON).exists():
         earlier = read_predictions(result_dir)

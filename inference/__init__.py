@@ -1,1 +1,1 @@
-"""Networks on whole scans: Monte Carlo passes, candidates, nodules and outlines."""
+"""Inference on whole scans: Monte Carlo passes, candidates, nodules and outlines."""

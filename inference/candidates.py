@@ -1,8 +1,8 @@
-"""The false-positive network on candidates: nodule, or a vessel, the pleura, a scar?
+"""False-positive reduction: a classifier tells nodules from vessels, pleura and scars.
 
-A run with a classifier, trained on crops around nodules, around what else is as dense, and
-around what other networks took for nodules (`batches.crop` candidate). It sees each candidate
-in the middle of a crop, and its mirror images: a candidate is judged by their mean.
+The run was trained with `batches.crop=candidate`: on crops around nodules, around other dense
+structures and around false positives of other networks. It sees each candidate in the centre
+of a crop and in the mirror images of that crop; the mean over them is the probability.
 """
 
 import itertools
@@ -22,29 +22,30 @@ from training import runs
 from training.runs import Precision
 
 MIRRORS = ((), (1,), (2,), (1, 2))
-"""Axes of (z, y, x) along which a crop is mirrored; head and feet are never exchanged."""
+"""Axes of (z, y, x) along which a crop is mirrored; z never is, so the head stays up."""
 
 OUTLINED_FROM = 0.5
-"""Probability of the 3-D network within the outline of a candidate that reaches it."""
+"""Threshold that outlines a candidate of the 3-D network if its peak reaches it."""
 
 CANDIDATES_AT_ONCE = 4
-"""In a call of the network; fewer are padded, so that it is traced once."""
+"""Candidates per network call; fewer are padded, so that the network is traced once."""
 
 
 class CandidateClassifier:
     """A false-positive network, built and loaded once for any number of scans.
 
     Args:
-        run_dir: Made by train.py.
-        precision: Keras' policy while the network is built.
+        run_dir: Run directory made by train.py.
+        precision: Keras dtype policy while the network is built.
 
     Attributes:
-        postprocess: How candidates are found; `min_score` is the least score of one that
-            is kept, the probability times that of who found it.
+        postprocess: Settings that find candidates. Candidates with a score below
+            `min_score` are dropped; the score is this network's probability times the
+            largest probability of the network that marked the candidate.
 
     Raises:
         FileNotFoundError: If the run is missing.
-        ValueError: If it classifies no candidates.
+        ValueError: If the run does not classify candidates.
     """
 
     def __init__(self, run_dir: Path, *, precision: Precision | None = None) -> None:
@@ -53,7 +54,7 @@ class CandidateClassifier:
             raise ValueError(
                 f"{run_dir}: batches.crop={settings.batches.crop}, model.slice_classifier="
                 f"{settings.model.slice_classifier}; expected candidate and True, such as "
-                "a run of reduction3d"
+                "a reduction3d run"
             )
         predictor3d.refuse_lung_masks(run_dir, settings.batches)
         self.batches = settings.batches
@@ -66,14 +67,14 @@ class CandidateClassifier:
     def probabilities(
         self, scan: Scan, places: Sequence[Sequence[float]]
     ) -> np.ndarray:
-        """Probability that there is a nodule at places of a scan, by every mirror image.
+        """Computes the nodule probability at places of a scan for every mirror image.
 
         Args:
             scan: The scan.
-            places: (n, 3) indices (z, y, x) of its voxels, fractions allowed.
+            places: (n, 3) voxel indices (z, y, x), fractions allowed.
 
         Returns:
-            (n, mirrors) float64; a candidate is judged by the mean of its row.
+            (n, mirrors) float64; the mean of a row is the probability of its candidate.
         """
         size_px = self.batches.volume_px
         found = np.zeros((len(places), len(MIRRORS)))
@@ -96,9 +97,10 @@ def crops(
     spacing_mm: float,
     size: tuple[int, int, int],
 ) -> Iterator[np.ndarray]:
-    """(z, y, x) float32 HU around places of a scan in cubic voxels; beyond it is air.
+    """Yields (z, y, x) float32 crops in HU around places, in cubic voxels.
 
-    They are parts of the volume that the table would hold, without making all of it.
+    The crops equal parts of the resampled volume in the table, without resampling all of it.
+    Voxels outside the scan are air.
     """
     weights, affine = resample.isotropic(scan.grid, spacing_mm)
     shape = (len(weights[0]), len(weights[1]), len(weights[2]))
@@ -117,18 +119,19 @@ def crops(
 
 
 def candidate_map(prob: np.ndarray, settings: config.Postprocess) -> np.ndarray:
-    """A map that holds candidates alone, each within its outline.
+    """Keeps the probability map inside candidates only, each within its own outline.
 
-    Components from `OUTLINED_FROM` on are outlined by it. Then it is halved, down to
-    `settings.threshold`, and components with nothing yet in them are added: what is less
-    probable has its own outline, and is joined to no other.
+    The first candidates are the components at the threshold `OUTLINED_FROM`. The threshold
+    is then halved step by step down to `settings.threshold`; each step adds the components
+    that contain no earlier candidate. Less probable candidates so get their own outline and
+    do not merge with others.
 
     Args:
-        prob: (z, y, x) probability of nodule.
-        settings: `threshold` and `connectivity` count.
+        prob: (z, y, x) nodule probability.
+        settings: Only `threshold` and `connectivity` are used.
 
     Returns:
-        (z, y, x) float32: `prob` in the candidates, else 0.
+        (z, y, x) float32: `prob` in the candidates, 0 elsewhere.
     """
     result = np.zeros(prob.shape, np.float32)
     box = boxes.around(prob >= np.float32(min(settings.threshold, OUTLINED_FROM)))

@@ -1,8 +1,9 @@
-"""Nodules of whole scans: marked by two networks, judged by a third, outlined by a fourth.
+"""Nodule detection in whole scans: two networks mark, a third judges, a fourth outlines.
 
-A 3-D network marks candidates, and one of slices more of them. The false-positive network
-looks at each by itself and tells nodules from vessels. What voxels of 1 mm cannot show, the
-border of a small nodule, the seeded network outlines slice by slice in the scan's own pixels.
+A 3-D network marks candidates, and a 2-D network on slices marks more. The false-positive
+network looks at each candidate and tells nodules from vessels. Voxels of 1 mm do not show the
+border of a small nodule, so the seeded network outlines it slice by slice in the scan's own
+pixels.
 """
 
 import functools
@@ -30,35 +31,37 @@ from training import runs
 from training.runs import Precision
 
 PIXEL_MM = (0.4, 1.2)
-"""Pixels that the seeded network knows; in others the outlines of who found it stay."""
+"""Pixel sizes the seeded network was trained on; at others the found mask is kept."""
 
 
 class NoduleFinder:
-    """Runs that mark nodules, one that judges and one that outlines; each loads once.
+    """Networks that mark, judge and outline nodules, each loaded once.
 
     Args:
-        run_dir: Of the 3-D network. If it was tuned, it makes as many passes as it was
-            tuned on, and without a false-positive network its values count.
-        seeded_dir: Of the seeded network; None keeps the outlines of who marked them.
-        slices_dir: Of a network of slices, whose candidates join those of the 3-D one; its
-            settings say what they are, and the false-positive network judges them.
-        reduction_dir: Of the false-positive network, whose settings say how candidates are
-            found and which are kept; None keeps what the 3-D one finds.
-        min_score: The least score that is reported; None for what the settings of who
-            judges say.
-        seed: Of the dropout, if there are several passes.
-        batch_size: Tiles of slices in a call.
-        precision: Keras' policy for all but the seeded network.
-        memory_gb: As for `VolumePredictor`.
+        run_dir: Run of the 3-D network. A tuned run makes as many passes as it was tuned
+            on; its tuned values apply unless a false-positive network is used.
+        seeded_dir: Run of the seeded network; None keeps the masks of the marking network.
+        slices_dir: Run of a 2-D network on slices. Its own settings define its candidates,
+            which join those of the 3-D network and need a false-positive network.
+        reduction_dir: Run of the false-positive network, whose settings define the
+            candidates of the 3-D network and the least score kept; None keeps everything
+            the 3-D network finds.
+        min_score: Least score that is reported; None uses the settings of the
+            false-positive run, or of the 3-D run without one.
+        seed: Dropout seed, used with several passes.
+        batch_size: Tiles of slices per network call.
+        precision: Keras dtype policy of all networks but the seeded one.
+        memory_gb: See `VolumePredictor`.
 
     Attributes:
-        rule: What is a candidate of the 3-D network, and which candidates are reported.
-        made_by: What decides the result, JSON-ready.
+        rule: Settings that define a candidate of the 3-D network and the least score
+            reported.
+        made_by: Weights and settings that determine the result, JSON-ready.
 
     Raises:
         FileNotFoundError: If a run is missing.
-        ValueError: If a run does not find nodules in volumes, or in slices, or was tuned
-            with other weights, or nothing judges what is found in slices.
+        ValueError: If a run is of the wrong kind or was tuned with other weights, or
+            `slices_dir` is given without `reduction_dir`.
     """
 
     def __init__(
@@ -76,13 +79,14 @@ class NoduleFinder:
     ) -> None:
         if slices_dir is not None and reduction_dir is None:
             raise ValueError(
-                f"{slices_dir} with no false-positive network; expected one"
+                f"{slices_dir} marks candidates, but there is no false-positive network; "
+                "expected one"
             )
         settings = runs.read_settings(run_dir)
         if settings.batches.target != "nodule" or settings.model.name != "unet3d":
             raise ValueError(
                 f"{run_dir}: a {settings.model.name} for {settings.batches.target}; "
-                "expected a unet3d for nodules, such as one of nodule3d"
+                "expected a unet3d for nodules, such as a nodule3d run"
             )
         self.settings, n = runs.tuned_settings(run_dir, settings)
         self.predictor = VolumePredictor(
@@ -113,7 +117,7 @@ class NoduleFinder:
             "passes": n,
             "settings": config.to_json(self.settings if self.classifier else self.rule),
         }
-        # Results of before, without these, still count.
+        # Unused keys are left out, so results written before they existed stay valid.
         if self.classifier is not None:
             self.made_by["reduction"] = config.to_json(self.rule)
         if self.slice_settings is not None:
@@ -121,16 +125,16 @@ class NoduleFinder:
 
     @functools.cached_property
     def seeded(self) -> PatchPredictor | None:
-        """The seeded network, loaded when the first nodule is outlined."""
+        """The seeded network, loaded on first use; None without `seeded_dir`."""
         if self.seeded_dir is None:
             return None
         return PatchPredictor(self.seeded_dir, runs.read_settings(self.seeded_dir))
 
     def find(self, scan: Scan) -> Found:
-        """The nodules in the lungs of a scan.
+        """Finds the nodules in the lungs of a scan.
 
         Raises:
-            ScanError: If it has no lung labels.
+            ScanError: If the scan has no lung labels.
         """
         if scan.lung is None:
             raise ScanError(f"scan {scan.scan_id} has no lung mask")
@@ -160,14 +164,14 @@ class NoduleFinder:
         return Found(labels, nodules, every)
 
     def candidates(self, scan: Scan, maps: Maps) -> tuple[np.ndarray, list[Candidate]]:
-        """What the networks mark, judged by the false-positive network, if any.
+        """Finds the candidates, scored by the false-positive network if there is one.
 
         Args:
-            scan: With lungs.
-            maps: Of the 3-D network's passes.
+            scan: Scan with lung labels.
+            maps: Maps of the 3-D network's passes.
 
         Returns:
-            (z, y, x) labels, and the candidates in their order, by falling score.
+            (z, y, x) labels and the candidates in label order, by falling score.
         """
         if self.classifier is None:
             found = components_in(maps.mean, maps, scan, self.rule, marked_by="volumes")
@@ -187,7 +191,7 @@ class NoduleFinder:
                 )
             judged = self.classifier.probabilities(scan, [c.centre for c in found])
             peaks = np.array([component.max_prob for component in found])
-            # Both must agree: what the one hardly sees, the other may mistake.
+            # Both networks must agree: a faint candidate is easily misjudged.
             scores = (judged.mean(axis=1) * peaks).tolist()
             spreads = std_of_product(
                 judged.mean(axis=1),
@@ -201,11 +205,11 @@ class NoduleFinder:
 def slice_network(
     run_dir: Path, *, seed: int, batch_size: int, precision: Precision
 ) -> tuple[Predictor, config.Postprocess]:
-    """The network of a run for nodules in slices, and what makes a candidate of its maps.
+    """Loads the network of a run for nodules in slices, and its candidate settings.
 
     Raises:
         FileNotFoundError: If the run is missing.
-        ValueError: If it is another kind of run, or was tuned with other weights.
+        ValueError: If the run is of another kind or was tuned with other weights.
     """
     settings = runs.read_settings(run_dir)
     batches, network = settings.batches, settings.model.name
@@ -213,7 +217,7 @@ def slice_network(
     if batches.target != "nodule" or not whole:
         raise ValueError(
             f"{run_dir}: a {network} for {batches.target}, batches.crop={batches.crop}; "
-            "expected a run for nodules in slices, such as one of candidates2d"
+            "expected a run for nodules in slices, such as a candidates2d run"
         )
     tuned, n = runs.tuned_settings(run_dir, settings)
     predictor = Predictor(
@@ -228,15 +232,17 @@ def slice_network(
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """What a network marks at one place.
+    """A connected component that a network marks.
 
     Attributes:
         voxels: (n, 3) indices (z, y, x).
         mean_prob: Mean probability of the voxels.
-        max_prob: The largest.
-        mean_std: Mean over the voxels of the standard deviation of the passes; None of one.
-        max_std: That at the largest probability; 0 of one pass.
-        marked_by: The network.
+        max_prob: Largest probability of the voxels.
+        mean_std: Standard deviation over the passes, averaged over the voxels; None for
+            one pass.
+        max_std: Standard deviation over the passes at the voxel of largest probability; 0
+            for one pass.
+        marked_by: Network that marks it.
     """
 
     voxels: np.ndarray
@@ -248,7 +254,7 @@ class Component:
 
     @property
     def centre(self) -> tuple[float, float, float]:
-        """Mean index (z, y, x) of the voxels."""
+        """The mean index (z, y, x) of the voxels."""
         z, y, x = self.voxels.mean(axis=0).tolist()
         return z, y, x
 
@@ -261,14 +267,14 @@ def components_in(
     *,
     marked_by: MarkedBy,
 ) -> list[Component]:
-    """The components of a map of probability, whatever their score.
+    """Finds the components of a probability map, whatever their score.
 
     Args:
-        prob: (z, y, x), the mean of passes or a part of it.
-        maps: Of the passes.
-        scan: Whose grid and lungs they are.
-        settings: What makes a component.
-        marked_by: Whose map it is.
+        prob: (z, y, x) mean over the passes, or a masked copy of it.
+        maps: Maps of the passes.
+        scan: Scan with the grid and the lung labels.
+        settings: Settings that define a component; `min_score` is ignored.
+        marked_by: Network that made the map.
     """
     every = replace(settings, min_score=0.0)
     labels, chances = label_nodules(prob, scan.grid, every, lung=scan.lung)
@@ -289,18 +295,19 @@ def joined(
     spreads: Sequence[float | None],
     grid: Grid,
 ) -> tuple[np.ndarray, list[Candidate]]:
-    """Candidates of what overlaps: one with a higher score takes what it overlaps.
+    """Merges overlapping components into candidates that keep the highest score.
 
-    The voxels of what overlaps two candidates are neither's.
+    Components are visited by falling score; one that overlaps a single candidate adds its
+    voxels to it. A component that overlaps two candidates or more adds none.
 
     Args:
-        found: Components; those of one network do not overlap.
-        scores: Of each component.
+        found: Components; those of the same network do not overlap.
+        scores: Score of each component.
         spreads: Standard deviation of each score.
-        grid: Where they lie.
+        grid: Grid of the voxels.
 
     Returns:
-        (z, y, x) labels, and the candidates in their order, by falling score.
+        (z, y, x) labels and the candidates in label order, by falling score.
     """
     labels = np.zeros(grid.shape, np.min_scalar_type(max(len(found), 255)))
     first: list[int] = []
@@ -332,7 +339,7 @@ def joined(
 
 
 def voxels_of(labels: np.ndarray) -> list[np.ndarray]:
-    """(n, 3) indices (z, y, x) of the voxels of each label, from 1 on."""
+    """Returns the (n, 3) indices (z, y, x) of the voxels of each label, from 1 on."""
     from scipy.ndimage import find_objects
 
     return [
@@ -344,5 +351,5 @@ def voxels_of(labels: np.ndarray) -> list[np.ndarray]:
 def std_of_product(
     mean_a: np.ndarray, std_a: np.ndarray, mean_b: np.ndarray, std_b: np.ndarray
 ) -> np.ndarray:
-    """Standard deviation of the product of two independent values (Goodman, 1960)."""
+    """Returns the standard deviation of a product of independent values (Goodman 1960)."""
     return np.sqrt((mean_a * std_b) ** 2 + (mean_b * std_a) ** 2 + (std_a * std_b) ** 2)

@@ -1,23 +1,24 @@
-"""Mean and spread of many passes of a network, and when there have been enough of them."""
+"""Running mean and standard deviation over passes, and the Dice error they leave."""
 
 import numpy as np
 
 PROBABILITY_ERROR = 1e-7
-"""Probabilities are kept this far from 0 and 1 where their logarithm is taken."""
+"""Distance that probabilities keep from 0 and 1 before their logarithm is taken."""
 
 
 class RunningMoments:
-    """Mean, standard deviation and mean entropy of passes that are not kept.
+    """Mean, standard deviation and mean entropy of passes that are not stored.
 
-    Welford's recurrence: memory does not grow with the number of passes, and what comes
-    out does not depend on how passes are grouped. A single pass is all that is kept of it.
+    Uses Welford's recurrence: memory does not grow with the number of passes, and the
+    result does not depend on how passes are grouped. After a single pass only its
+    probabilities are held.
 
     Args:
-        shape: Of one pass.
+        shape: Shape of one pass.
 
     Attributes:
-        n: Passes so far.
-        mean: float32 mean probability.
+        n: Number of passes so far.
+        mean: Mean probability, float32.
 
     Reference: Welford 1962; Knuth, TAOCP 2, 4.2.2.
     """
@@ -28,7 +29,7 @@ class RunningMoments:
         self._squares = self._entropy = np.zeros(1, np.float32)
 
     def add(self, prob: np.ndarray) -> None:
-        """Takes one pass: float32 probabilities."""
+        """Adds one pass of float32 probabilities."""
         self.n += 1
         if self.n == 1:
             self.mean[...] = prob
@@ -43,14 +44,16 @@ class RunningMoments:
 
     @property
     def std(self) -> np.ndarray:
-        """float32 standard deviation over passes (divided by n, as W1 does)."""
+        """The standard deviation over passes, float32 (divided by n, as W1 does)."""
         if self.n < 2:
             return np.zeros_like(self.mean)
         return np.sqrt(self._squares / self.n)
 
     @property
     def mutual_information(self) -> np.ndarray:
-        """float32 entropy of the mean less mean entropy, in nats: what passes disagree on.
+        """The mutual information, float32 in nats: entropy of the mean less mean entropy.
+
+        It is high where the passes disagree.
 
         Reference: Gal et al. 2017 (BALD), equation 2.
         """
@@ -61,22 +64,22 @@ class RunningMoments:
 
 
 def entropy(prob: np.ndarray) -> np.ndarray:
-    """float32 entropy of a yes-or-no probability, in nats: 0 to log 2."""
+    """Computes the entropy of a binary probability in nats, 0 to log 2, as float32."""
     p = np.clip(prob, PROBABILITY_ERROR, 1 - PROBABILITY_ERROR)
     return -(p * np.log(p) + (1 - p) * np.log1p(-p))
 
 
 def expected_dice_error(moments: RunningMoments, threshold: float) -> float:
-    """How much Dice the mask is expected to lack against that of endlessly many passes.
+    """Estimates 1 - Dice between the mask and that of infinitely many passes.
 
     A voxel's mean has the standard error std / sqrt(n), so it lies on the wrong side of
     the threshold with probability Phi(-|mean - threshold| sqrt(n) / std). The sum of
-    these over all voxels is the expected number of wrong voxels; Dice lacks that over
-    the voxels of both masks.
+    these over all voxels is the expected number of wrong voxels; the Dice error is that
+    number divided by the voxels of both masks.
 
     Returns:
-        0 to 1; 1 before the second pass and where there is no mask to be wrong about but
-        some voxel may still enter it.
+        0 to 1. It is 1 before the second pass. An empty mask gives the expected number of
+        wrong voxels, at most 1.
     """
     from scipy.special import ndtr
 

@@ -1,4 +1,4 @@
-"""Outlines of found nodules, drawn by the seeded network slice by slice."""
+"""Outlines of detected nodules, drawn slice by slice by the seeded network."""
 
 from collections import Counter
 from typing import Any
@@ -10,35 +10,35 @@ from ct import boxes
 from nodules.components import components
 
 PATCH_PX = 128
-"""Side of the patches around candidates: twice what the seeded network sees at first."""
+"""Side of the patches around candidates: twice the field of the network's first look."""
 
 NEAR_PX = 2
-"""An outline counts if it comes as near as this to what was found, and is at
-least `LEAST_SHARE` as large."""
+"""Largest distance between an outline and the found mask for the outline to be used."""
 
 LEAST_SHARE = 0.25
+"""Least size of a usable outline, as a share of the found mask."""
 
 SAME_SHARE = 0.5
-"""Two nodules are one if so much of the smaller outline is in the other."""
+"""Share of the smaller outline inside the other from which two nodules become one."""
 
 
 def outlined(
     hu: np.ndarray, labels: np.ndarray, seeded: Any
 ) -> tuple[np.ndarray, list[int]]:
-    """The nodules as a seeded network outlines them, in the slices they were found in.
+    """Outlines nodules with a seeded network, in the slices they were found in.
 
-    Around the middle of each nodule in each of its slices a patch is cut out. Of what the
-    network outlines there counts what touches, or nearly, what was found; what it does
-    not come near stays as it was found. Pixels of two outlines are those of the higher
-    score, and where they are mostly the same, the two nodules are one.
+    A patch is cut out around the centre of each nodule in each of its slices. Parts of the
+    network's outline that touch or nearly touch the found mask are used; parts of the found
+    mask that the outline does not come near are kept. Pixels in two outlines go to the
+    nodule of higher score; two nodules with mostly the same outline become one.
 
     Args:
         hu: (z, y, x) HU.
         labels: (z, y, x) labels 1 to n, by falling score.
-        seeded: A `PatchPredictor`, or what outlines like one.
+        seeded: `PatchPredictor`, or an object with its `probability` and `postprocess`.
 
     Returns:
-        The new labels 1 to m, and which of them each of the n nodules became.
+        The new labels 1 to m, and for each of the n nodules its new label.
     """
     from scipy.ndimage import find_objects
 
@@ -73,17 +73,20 @@ def outlined(
 
 
 def patch_start(mask: np.ndarray) -> tuple[int, ...]:
-    """Where a patch begins whose middle is that of a (y, x) mask."""
+    """Returns the (y, x) start of the patch centred on a (y, x) mask."""
     middle = np.argwhere(mask).mean(axis=0).tolist()
     return tuple(round(at) - PATCH_PX // 2 for at in middle)
 
 
 def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """What counts of an outline: its parts near what was found; and the rest of that.
+    """Merges an outline with the found mask of its nodule.
+
+    Keeps the outline's components near the found mask, and adds the found components that
+    they do not come near. An outline that is too small leaves the found mask as it is.
 
     Args:
-        outline: (y, x) bool, of the seeded network.
-        own: (y, x) bool, as it was found.
+        outline: (y, x) bool mask drawn by the seeded network.
+        own: (y, x) bool mask as it was found.
     """
     near = dilated(own)
     parts = components(outline[None], 26)[0]
@@ -96,7 +99,7 @@ def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def dilated(mask: np.ndarray) -> np.ndarray:
-    """A (y, x) bool mask, `NEAR_PX` wider on all sides."""
+    """Dilates a (y, x) bool mask by `NEAR_PX` on all sides."""
     side = 2 * NEAR_PX + 1
     return cv2.dilate(mask.view(np.uint8), np.ones((side, side), np.uint8)) > 0
 
@@ -104,12 +107,16 @@ def dilated(mask: np.ndarray) -> np.ndarray:
 def renumbered(
     labels: np.ndarray, sizes: Counter[int], shared: dict[int, Counter[int]]
 ) -> tuple[np.ndarray, list[int]]:
-    """Labels without those that are one with another; and what each became.
+    """Merges labels with mostly the same outline and renumbers the rest from 1.
 
     Args:
         labels: (z, y, x) labels; some may have lost all voxels to others.
-        sizes: Voxels of each label's outline.
-        shared: Of each label, how many of these an earlier one had taken.
+        sizes: Voxels in the outline of each label.
+        shared: Voxels of each label's outline that belong to an earlier label, by that
+            label.
+
+    Returns:
+        The new (z, y, x) labels, and the new label of each old one.
     """
     left = np.bincount(labels.ravel(), minlength=max(sizes) + 1)
     root: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Monte Carlo passes: how many, what differs in each, and the maps they leave."""
+"""Monte Carlo passes: their settings, their convergence and the resulting maps."""
 
 import functools
 from collections.abc import Callable
@@ -11,31 +11,32 @@ import config
 from inference.moments import RunningMoments, expected_dice_error
 
 MIN_PASSES, MAX_PASSES, CHECK_EVERY = 8, 100, 4
-"""With n="auto": fewest and most passes, and how often it is asked if they are enough."""
+"""Fewest passes, most passes and passes between convergence checks, with n="auto"."""
 
 CONVERGED_DICE = 0.003
-"""The mask has converged when its expected Dice with that of endlessly many passes lacks no
-more than this. With the lungs that ship 40 passes do; they lack 0.002 against 100."""
+"""Expected Dice error, against the mask of infinitely many passes, below which the mask has
+converged. The shipped lung weights need 40 passes; their mask lacks 0.002 of Dice against that
+of 100 passes."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a network looks at a scan, and what differs each time."""
+    """Settings of Monte Carlo passes."""
 
     n: int | Literal["auto"] = "auto"
-    """Passes; auto goes on until the mask of the lungs has converged, at most 100, and is one
-    pass of a run for nodules. 0 and 1 are one look at the whole scan, nothing hidden, of
-    which the standard deviation is 0. In lungs, nodules are looked for as often as their
-    run was tuned for."""
+    """Number of passes. auto continues until the lung mask has converged, 100 at most, and is
+    one pass with a run for nodules. 0 and 1 make one pass that sees all of the scan and gives
+    a standard deviation of 0. Runs that find nodules in the lungs make as many passes as they
+    were tuned on."""
     draw: Literal["auto", "masks", "dropout", "both"] = "auto"
-    """What is drawn in each pass; auto is masks if the run was trained with them, else
-    dropout if it has any."""
+    """Random part of each pass: hidden cubes, dropout or both; auto uses masks if the run was
+    trained with them, else dropout if it has any."""
     mask_fraction: float | None = None
-    """Share of the cubes that masks hide; by default what the run was trained with, on the
-    mean if that varied. With more hidden, lungs are guessed more from their surroundings
-    and borders blur."""
+    """Share of the cubes that masks hide; by default that of training, or its mean if it
+    varied. A larger share makes the network infer lungs more from their surroundings and
+    blurs borders."""
     seed: int = 0
-    """Seed of masks and dropout: same seed, same result."""
+    """Seed of masks and dropout; the same seed gives the same result."""
 
     def __post_init__(self) -> None:
         n, share = self.n, self.mask_fraction
@@ -46,19 +47,19 @@ class Passes:
         config.require(self.seed >= 0, "seed", self.seed, "0 or more")
 
     def drawn(self, model: config.Model) -> tuple[bool, bool]:
-        """Whether masks, and whether dropout, are drawn with this network.
+        """Returns whether this network draws masks, and whether it draws dropout.
 
         Raises:
-            ValueError: If the run was trained without what `draw` asks for, has nothing to
-                draw in the passes that `n` asks for, or nothing is masked and
-                `mask_fraction` is set.
+            ValueError: If `draw` names something the run was not trained with, several
+                passes are requested but nothing differs between them, or `mask_fraction`
+                is set but nothing is masked.
         """
         masks, dropout = self._drawn(model)
         if self.mask_fraction is not None and not masks:
             raise ValueError(
                 f"mask_fraction is {self.mask_fraction}, but no cubes are hidden in "
                 f"n={self.n} passes with draw={self.draw} of this {model.name} (trained with "
-                f"mask_fraction {model.mask_fraction}); leave it out, or ask for more passes"
+                f"mask_fraction {model.mask_fraction}); leave it out, or use more passes"
             )
         return masks, dropout
 
@@ -71,7 +72,7 @@ class Passes:
             if self.n != "auto" and not (has_masks or has_dropout):
                 raise ValueError(
                     f"n is {self.n}, but the run was trained with neither masks nor dropout, "
-                    "so all passes would be the same; use --n 1"
+                    "so all passes would be equal; use --n 1"
                 )
             return has_masks, has_dropout and not has_masks
         masks = self.draw in ("masks", "both")
@@ -86,11 +87,11 @@ class Passes:
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """What passes said of a scan; a map is made when it is first asked for.
+    """Maps of the passes over a scan; each is computed on first use.
 
     Attributes:
-        moments: Of the passes, on the grid and in the part that the network saw.
-        to_scan: Brings (z, y, x) values from there to the scan's grid.
+        moments: Moments of the passes, on the network's grid and in the part it saw.
+        to_scan: Function that resamples (z, y, x) values from there to the scan's grid.
     """
 
     moments: RunningMoments
@@ -98,22 +99,22 @@ class Maps:
 
     @property
     def n(self) -> int:
-        """Passes made."""
+        """The number of passes made."""
         return self.moments.n
 
     @functools.cached_property
     def mean(self) -> np.ndarray:
-        """(z, y, x) float32 mean probability on the scan's grid."""
+        """The mean probability on the scan's grid, (z, y, x) float32."""
         return self.to_scan(self.moments.mean)
 
     @functools.cached_property
     def std(self) -> np.ndarray:
-        """(z, y, x) float32 standard deviation on the scan's grid."""
+        """The standard deviation on the scan's grid, (z, y, x) float32."""
         return self.to_scan(self.moments.std)
 
     @property
     def mutual_information(self) -> np.ndarray:
-        """(z, y, x) float32, in nats, on the scan's grid."""
+        """The mutual information in nats on the scan's grid, (z, y, x) float32."""
         return self.to_scan(self.moments.mutual_information)
 
 
@@ -123,13 +124,14 @@ def converge(
     n: int | Literal["auto"],
     threshold: float,
 ) -> RunningMoments:
-    """Makes passes and keeps their moments alone.
+    """Makes passes and keeps only their moments.
 
     Args:
-        one_pass: Gives pass k, float32 probabilities.
-        shape: Of a pass.
-        n: Passes; "auto" stops when `expected_dice_error` is below `CONVERGED_DICE`.
-        threshold: Of the mask that shall converge.
+        one_pass: Function that returns the float32 probabilities of pass k.
+        shape: Shape of a pass.
+        n: Number of passes; "auto" stops when `expected_dice_error` is below
+            `CONVERGED_DICE`.
+        threshold: Threshold of the mask whose convergence is checked.
     """
     moments = RunningMoments(shape)
     for k in range(MAX_PASSES if n == "auto" else max(n, 1)):

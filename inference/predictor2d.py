@@ -1,4 +1,4 @@
-"""A run's 2-D network on whole scans, slice by slice in overlapping tiles."""
+"""Inference with a 2-D network on whole scans, slice by slice in overlapping tiles."""
 
 import functools
 from pathlib import Path
@@ -18,18 +18,19 @@ ONE_PASS = Passes(n=1)
 
 
 class Predictor:
-    """A run's network, built and loaded once for any number of scans.
+    """A run's 2-D network, built and loaded once for any number of scans.
 
     Args:
-        run_dir: Made by train.py.
-        settings: The run's.
-        batch_size: Tiles the network is given at once; with dropout it is one, so that
-            what is dropped does not depend on it.
-        passes: For `maps`; only dropout can be drawn.
-        precision: Keras' policy while the network is built.
+        run_dir: Run directory made by train.py.
+        settings: Settings of the run.
+        batch_size: Tiles per network call; with dropout it is always 1, so that the
+            dropped units do not depend on it.
+        passes: Passes that `maps` makes; they can draw only dropout.
+        precision: Keras dtype policy while the network is built.
 
     Raises:
-        ValueError: If a run for lungs sees lung masks only, or lacks what `passes` draws.
+        ValueError: If a run for lungs was trained on lung masks, or the run was trained
+            without what `passes` draws.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Predictor:
         )
 
     def maps(self, scan: Scan, threshold: float) -> Maps:
-        """Mean, standard deviation and mutual information of the passes over a scan."""
+        """Computes mean, standard deviation and mutual information of the passes."""
         own_px = scan.hu.shape[1:]
         seen_px = inputs.resized_px(own_px, scan.spacing_mm[1:], self.settings.batches)
 
@@ -77,19 +78,19 @@ class Predictor:
         return Maps(converge(one_pass, shape, n, threshold), to_scan)
 
     def probability(self, scan: Scan) -> np.ndarray:
-        """Probability of the target at every pixel the network sees of a scan.
+        """Computes the probability of the target in one pass over a scan.
 
-        The lungs of each slice, or the slice where the run does without lung masks, are
-        covered by overlapping tiles of the size trained on; elsewhere it is 0.
+        Overlapping tiles of the training size cover the lungs of each slice, or the whole
+        slice if the run needs no lung labels. Outside the tiles the probability is 0.
 
         Args:
-            scan: With lung labels if the run was trained with `batches.lung_mask`.
+            scan: The scan, with lung labels if the run needs them; see `lung_for`.
 
         Returns:
-            (z, y, x) float32 in pixels of `batches.pixel_mm`, or the scan's own.
+            (z, y, x) float32, in pixels of `batches.pixel_mm` or else the scan's own.
 
         Raises:
-            ScanError: If it lacks lung labels.
+            ScanError: If needed lung labels are missing.
         """
         batches = self.settings.batches
         size = batches.slice_px
@@ -105,17 +106,17 @@ class Predictor:
         for start in range(0, len(tiles), self.batch_size):
             some = tiles[start : start + self.batch_size]
             images = np.stack([tile_input(*seen(z), t.start, batches) for z, t in some])
-            # Full batches only: TensorFlow would trace the network again for the last.
+            # Full batches only: TensorFlow would trace the network again for a smaller one.
             images = np.resize(images, (self.batch_size, *size))
             mask = runs.mask_of(self.network.predict_on_batch(images[..., None]))
             for (z, tile), image in zip(some, np.asarray(mask)[..., 1], strict=False):
                 boxes.add(prob[z], tile.weights * image, tile.start)
-        # Weights of tiles sum to 1 but for rounding, which can lift a sum above it.
+        # Tile weights sum to 1 up to rounding, which can lift a probability above 1.
         return np.minimum(prob, 1, out=prob)
 
 
 def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
-    """The lung labels a run needs to look at a scan; None if it needs none.
+    """Returns the lung labels that a run needs for a scan; None if it needs none.
 
     Raises:
         ScanError: If they are missing.
@@ -135,7 +136,7 @@ def lung_for(scan: Scan, batches: config.Batches) -> np.ndarray | None:
 def seen_slice(
     scan: Scan, z: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(y, x) HU of a slice in the network's pixels, and its lung labels if they mask it."""
+    """Returns (y, x) HU of a slice in the network's pixels, and lung labels that mask it."""
     hu, lung = scan.hu[z], None
     if batches.pixel_mm:
         size = inputs.resized_px(hu.shape, scan.spacing_mm[1:], batches)
@@ -151,7 +152,7 @@ def tile_input(
     start: tuple[int, ...],
     batches: config.Batches,
 ) -> np.ndarray:
-    """(y, x) float32 network input of a tile of a slice; beyond the slice is air."""
+    """Returns the (y, x) float32 network input of a tile; air surrounds the slice."""
     size = batches.slice_px
     if lung is not None:
         lung = boxes.cut(lung, start, size, fill=0)

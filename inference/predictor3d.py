@@ -1,9 +1,10 @@
-"""Volumes seen in many passes of a 3-D network, with other masks or dropout in each.
+"""Inference with a 3-D network in Monte Carlo passes of random masks or dropout.
 
-A pass for lungs sees the whole body at once where memory allows, one for nodules the lungs in
-tiles. Its masks and dropout follow from (seed, number of the pass). Several passes in one call
-would differ in the last bits with their number, and gain nothing: on two cores, four passes in
-one call took 0.96 s each, one by one 0.77 s.
+A pass for lungs sees the whole body at once if memory allows; a pass for nodules sees the
+lungs in tiles. The pair (seed, pass number) determines its masks and dropout. Each pass is a
+call of its own: the last bits of several passes in one call would depend on their number, and
+batching gains nothing (on two cores, four passes in one call took 0.96 s each, 0.77 s one by
+one).
 """
 
 import functools
@@ -28,43 +29,44 @@ from training import runs
 from training.runs import Precision
 
 MEMORY_GB = 4.0
-"""What the passes may take; half of a small laptop's memory."""
+"""Memory limit of a pass; half the memory of a small laptop."""
 
 BYTES_PER_VOXEL = 32
-"""Memory of a pass per voxel and filter of the first level: 26 were measured with float32,
-18 with bfloat16, at 128^3 voxels and 16 filters."""
+"""Memory of a pass per voxel and first-level filter, rounded up: at 128^3 voxels and 16
+filters, 26 were measured with float32 and 18 with bfloat16."""
 
 PADDED_PX = 32
-"""Volumes are padded to multiples of this, so that scans share few shapes: a network is
-built and traced for each, which costs about as much as half a pass."""
+"""Multiple to which volume sizes are padded, so that scans share few shapes: each shape needs
+its own network, and building and tracing one costs about half a pass."""
 
 NETWORKS = 3
-"""Networks kept for shapes seen before; each has its own copy of the weights."""
+"""Number of networks kept for reuse, one per shape; each holds a copy of the weights."""
 
 BODY_SHARE = 0.1
-"""Tissue counts as body in parts of at least this share of the largest: both halves of a
-cut body and arms, but not what lies on the table."""
+"""Least size of a tissue component that counts as body, as a share of the largest one. It
+includes arms and both halves of a cut body, but not objects on the table."""
 
 BODY_MARGIN_PX = 2
-"""Air kept around the body."""
+"""Margin of air around the body."""
 
 LUNG_MARGIN_PX = 8
-"""Tissue kept around the lungs where nodules are looked for."""
+"""Margin of tissue around the lungs in runs for nodules."""
 
 
 class VolumePredictor:
-    """A run's 3-D network for any number of scans, whatever their size.
+    """A run's 3-D network for any number of scans of any size.
 
     Args:
-        run_dir: Made by train.py.
-        settings: The run's.
-        passes: How many, and what is drawn in them.
-        precision: Keras' policy while the network is built.
-        memory_gb: A scan that would take more is covered by tiles of the size trained on.
+        run_dir: Run directory made by train.py.
+        settings: Settings of the run.
+        passes: Number of passes and what they draw.
+        precision: Keras dtype policy while the network is built.
+        memory_gb: Memory limit of a pass; larger scans are covered by tiles of the
+            training size.
 
     Raises:
-        ValueError: If the run has no spacing of volumes, sees lung masks only, or lacks
-            what `passes` draws.
+        ValueError: If the run has no volume spacing, classifies candidates, was trained on
+            lung masks, or was trained without what `passes` draws.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class VolumePredictor:
         if settings.batches.crop == "candidate":
             raise ValueError(
                 f"{run_dir}: the run judges candidates, not volumes; run infer.py with "
-                "--reduction RUN to use it on what another one finds"
+                "--reduction RUN to judge the candidates of another run"
             )
         refuse_lung_masks(run_dir, settings.batches)
         self.run_dir = run_dir
@@ -100,10 +102,10 @@ class VolumePredictor:
         self.networks: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
     def maps(self, scan: Scan, threshold: float) -> Maps:
-        """Mean, standard deviation and mutual information of the passes over a scan.
+        """Computes mean, standard deviation and mutual information of the passes.
 
-        The scan is resampled to the run's spacing and cut to the body, for nodules to the
-        lungs; what lies outside is not computed and has probability 0.
+        The scan is resampled to the run's spacing and cropped to the body, or for nodules
+        to the lungs. Outside the crop nothing is computed and the probability is 0.
         """
         spacing_mm = self.settings.table.volume_spacing_mm
         weights, _ = resample.isotropic(scan.grid, spacing_mm)
@@ -114,7 +116,7 @@ class VolumePredictor:
         return Maps(moments, functools.partial(onto, scan.grid, spacing_mm, box))
 
     def moments(self, hu: np.ndarray, threshold: float) -> RunningMoments:
-        """Passes over a (z, y, x) volume of the run's spacing, in HU."""
+        """Makes the passes over a (z, y, x) volume in HU at the run's spacing."""
         tile_px = self.tile_px(hu.shape)
         network = self.network(tile_px)
         tiles = boxes.tiles(boxes.whole(hu.shape), tile_px)
@@ -130,14 +132,14 @@ class VolumePredictor:
             for tile, values in zip(tiles, inputs, strict=True):
                 found = self.probability(network, values, k)
                 boxes.add(prob, tile.weights * found, tile.start)
-            # Weights of tiles sum to 1 but for rounding.
+            # Tile weights sum to 1 up to rounding.
             return np.minimum(prob, 1, out=prob)
 
         n = self.passes.n if self.masks or self.dropout else 1
         return converge(one_pass, hu.shape, n, threshold)
 
     def probability(self, network: Any, values: np.ndarray, k: int) -> np.ndarray:
-        """(z, y, x) float32 of the network's input in pass `k`."""
+        """Returns the (z, y, x) float32 probability of a network input in pass `k`."""
         inputs: Any = values[None, ..., None]
         if self.masks:
             from models.masking import mask_noise
@@ -152,11 +154,12 @@ class VolumePredictor:
         return np.asarray(runs.mask_of(network.predict_on_batch(inputs)))[0, ..., 1]
 
     def tile_px(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """What the network sees at once of a volume.
+        """Returns the tile size for a volume.
 
-        For lungs all of it, if memory allows. Else, and for nodules, what it was trained
-        on, whatever memory that takes: smaller tiles would show it less than it knows, and
-        seeing all of the lungs at once it missed more small nodules.
+        For lungs it is the whole padded volume if memory allows. Otherwise, and for
+        nodules, it is the training size, whatever memory that takes: smaller tiles give
+        less context than in training, and with all of the lungs in one tile more small
+        nodules were missed.
         """
         model, batches = self.settings.model, self.settings.batches
         step = max(PADDED_PX, 2**model.depth)
@@ -168,7 +171,7 @@ class VolumePredictor:
         return min(z, trained[0]), min(y, trained[1]), min(x, trained[2])
 
     def network(self, tile_px: tuple[int, int, int]) -> Any:
-        """The network for volumes of this size, built now or kept from before."""
+        """Returns the network for this tile size, building it unless it is cached."""
         if tile_px not in self.networks:
             while len(self.networks) >= NETWORKS:
                 self.networks.popitem(last=False)
@@ -185,24 +188,28 @@ class VolumePredictor:
 
 
 def onto(grid: Grid, spacing_mm: float, box: Box, values: np.ndarray) -> np.ndarray:
-    """Values in a box of the cubic voxels over a grid, on that grid; elsewhere 0."""
+    """Resamples values in a box of the cubic voxels to the scan's grid, 0 outside."""
     weights = zip(resample.from_isotropic(grid, spacing_mm), box, strict=True)
     return np.clip(resample.volume(values, [w[:, part] for w, part in weights]), 0, 1)
 
 
 def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:
-    """Raises ValueError if a run needs to be told where lungs are."""
+    """Raises ValueError if a run was trained on lung-masked input."""
     if batches.lung_mask:
         raise ValueError(
             f"{run_dir}: batches.lung_mask is set, so this run sees nothing outside of lung "
-            "masks; train it with --batches.no-lung-mask"
+            "masks; train one with --batches.no-lung-mask"
         )
 
 
 def lung_box(lung: np.ndarray, weights: Sequence[np.ndarray]) -> Box:
-    """The box around lung labels on the grid that `weights` lead to, and a margin.
+    """Returns the box around the lungs, with a margin, on the resampled grid.
 
-    All of it without lungs.
+    It is the whole grid if there are no lungs.
+
+    Args:
+        lung: (z, y, x) lung labels on the scan's grid.
+        weights: Resampling weights of each axis; see `resample.isotropic`.
     """
     shape = tuple(len(axis) for axis in weights)
     return boxes.around(
@@ -211,9 +218,9 @@ def lung_box(lung: np.ndarray, weights: Sequence[np.ndarray]) -> Box:
 
 
 def body_box(hu: np.ndarray) -> Box:
-    """The box around the body in a (z, y, x) volume of HU, and a little air.
+    """Returns the box around the body in a (z, y, x) volume of HU, with a margin of air.
 
-    The whole volume if there is no tissue.
+    It is the whole volume if there is no tissue.
     """
     import cc3d
 

@@ -1,8 +1,9 @@
-"""A run's seeded network on patches: the nodule in the middle of each is outlined.
+"""Inference with a seeded network, which outlines the nodule at the centre of a patch.
 
-The middle of a patch is the seed: a click, a candidate. The network looks at the middle at the
-resolution of the patch; a nodule that reaches the border of what it sees is looked at again
-from twice as far, and one that lies off the middle of its slices from above its own middle.
+The centre of a patch is the seed point, such as a click or a candidate. The network first sees
+the centre at the resolution of the patch. If the nodule reaches the border of that view, a
+second look covers twice the side at half the resolution. If a nodule lies off the centre of its
+slices, a second look is centred on it.
 """
 
 from collections.abc import Iterator
@@ -19,39 +20,39 @@ from nodules.components import components, likeliest
 from training import runs
 
 BORDER_PX = 2
-"""A nodule as near as this to the border of what was seen may go on beyond it."""
+"""Distance from the border of the view within which a nodule may extend beyond it."""
 
 FURTHER = 2
-"""How many pixels become one along each axis when a patch is seen from further away."""
+"""Downsampling factor of the wider second look, along each axis."""
 
 OFF_MIDDLE_PX = 6
-"""A nodule whose middle is as far as this from that of its patches is looked at again."""
+"""Distance between the centres of nodule and patches from which a second look is made."""
 
 SURER = 0.05
-"""The second look counts if the Dice that can be expected of it is higher by so much."""
+"""Least gain in expected Dice for which the second look replaces the first."""
 
 LEAST_CHANCE = 0.02
-"""Lower probabilities are none: there are too many of them to count as nodule in their sum."""
+"""Probabilities below this count as 0; they are so many that their sum would matter."""
 
 TURNS = 8
-"""Quarter turns of a patch and of its mirror image."""
+"""Orientations of a patch: four quarter turns of it and of its mirror image."""
 
 
 class PatchPredictor:
     """A seeded network, built and loaded once for any number of patches.
 
     Args:
-        run_dir: Made by train.py.
-        settings: The run's; `batches.crop` is seed.
-        batch_size: Images the network is given at once; more are padded to it, so that
-            TensorFlow traces it once.
-        turns: How many of the `TURNS` are averaged; 1 is the patch as it is.
+        run_dir: Run directory made by train.py.
+        settings: Settings of the run, with `batches.crop` seed.
+        batch_size: Images per network call; the last batch is padded to it, so that
+            TensorFlow traces the network once.
+        turns: Number of the `TURNS` that are averaged; 1 is the patch as it is.
 
     Attributes:
-        postprocess: From the probabilities of a nodule's slices to its mask.
+        postprocess: Settings that turn the probabilities of a nodule's slices into a mask.
 
     Raises:
-        ValueError: If the run is not of patches.
+        ValueError: If the run was not trained on patches, or `turns` is out of range.
     """
 
     def __init__(
@@ -77,16 +78,17 @@ class PatchPredictor:
         )
 
     def probability(self, patches: np.ndarray) -> np.ndarray:
-        """Probability of the nodule in the middle of each patch.
+        """Computes the probability of the nodule at the centre of each patch.
 
         Args:
-            patches: (n, y, x) numbers on any rising linear scale of HU, a scale for each patch.
+            patches: (n, y, x) numbers, an increasing linear function of HU that may differ
+                from patch to patch.
 
         Returns:
-            (n, y, x) float32; 0 where it was not looked.
+            (n, y, x) float32; 0 outside what the network saw.
 
         Raises:
-            ValueError: If they are no such array, or not finite.
+            ValueError: If `patches` has another shape or type, or is not finite.
         """
         patches = checked_patches(patches)
         shape, size = patches.shape[1:], self.batches.slice_px
@@ -103,21 +105,21 @@ class PatchPredictor:
         return prob
 
     def nodule_probability(self, slices: np.ndarray) -> np.ndarray:
-        """Probability of one nodule in patches of its slices.
+        """Computes the probability of one nodule in patches of its slices.
 
-        The network takes what lies in the middle for the nodule, in each slice by itself. If
-        what it finds in all slices together lies elsewhere, it looks again from there. That
-        counts if the network is surer of it.
+        The first look takes the centre of each slice for the nodule. If the nodule found in
+        all slices together lies off that centre, a second look is centred on it. The second
+        look is returned if its expected Dice is higher by `SURER`.
 
         Args:
-            slices: (n, y, x) numbers, slices in their order cut out at one place; some may
-                be left out.
+            slices: (n, y, x) numbers, patches of the nodule's slices in order, all cut out
+                at the same place; slices may be missing.
 
         Returns:
-            (n, y, x) float32; 0 where it was not looked.
+            (n, y, x) float32; 0 outside what the network saw.
 
         Raises:
-            ValueError: As `probability` does.
+            ValueError: See `probability`.
         """
         slices = checked_patches(slices)
         first = self.probability(slices)
@@ -140,7 +142,7 @@ class PatchPredictor:
         return second if surer else first
 
     def look(self, images: list[np.ndarray]) -> np.ndarray:
-        """(n, y, x) float32 probability of images of the network's size."""
+        """Returns the (n, y, x) float32 probability of images of the network's size."""
         inputs = [to_input(image, None, self.batches) for image in images]
         found = np.zeros((len(images), *self.batches.slice_px), np.float32)
         turned = (turn(image, t) for image in inputs for t in range(self.turns))
@@ -151,7 +153,7 @@ class PatchPredictor:
         return found
 
     def predicted(self, inputs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """The network's probability of each input, in batches."""
+        """Yields the network's probability of each input, computed in batches."""
         batch = np.empty((self.batch_size, *self.batches.slice_px, 1), np.float32)
         count = 0
         for image in inputs:
@@ -167,10 +169,10 @@ class PatchPredictor:
 
 
 def checked_patches(patches: np.ndarray) -> np.ndarray:
-    """Patches as float32.
+    """Returns the patches as float32.
 
     Raises:
-        ValueError: If they are no (n, y, x) array of finite numbers.
+        ValueError: If they are not an (n, y, x) array of finite numbers.
     """
     patches = np.asarray(patches)
     if patches.ndim != 3 or patches.dtype.kind not in "iufb" or 0 in patches.shape[1:]:
@@ -189,13 +191,13 @@ def checked_patches(patches: np.ndarray) -> np.ndarray:
 
 
 def middle(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """The middle of a patch; its least value where it is too small."""
+    """Crops a patch to its centre; pads a smaller patch with its least value."""
     start = boxes.crop_at_centre(patch.shape, size).start
     return boxes.cut(patch, start, size, fill=float(patch.min()))
 
 
 def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """A patch whose border pixels are repeated where it is smaller than `size`."""
+    """Pads a patch to at least `size` by repeating its border pixels."""
     start = boxes.crop_at_centre(patch.shape, size).start
     lacking = [
         (max(-first, 0), max(first + seen - length, 0))
@@ -205,44 +207,44 @@ def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def placed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An image in the middle of one of another shape, 0 elsewhere."""
+    """Places an image at the centre of an array of another shape, 0 elsewhere."""
     whole = np.zeros(shape, image.dtype)
     boxes.add(whole, image, boxes.crop_at_centre(shape, image.shape).start)
     return whole
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """The mean of every `FURTHER` x `FURTHER` pixels."""
+    """Downsamples an image to the mean of every `FURTHER` x `FURTHER` pixels."""
     size = tuple(length // FURTHER for length in image.shape)
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
-    """(n,) bool: whether a pixel of at least `threshold` lies near the border."""
+    """Returns (n,) bool, True where a pixel near the border reaches `threshold`."""
     inner = np.zeros(prob.shape[1:], bool)
     inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
     return prob[:, ~inner].max(axis=1, initial=0) >= threshold
 
 
 def middle_of_nodule(prob: np.ndarray, threshold: float) -> np.ndarray | None:
-    """(y, x) of the middle of the nodule in its slices' probabilities; None of none."""
+    """Returns the (y, x) centre of the nodule over all its slices; None if there is none."""
     parts = components(prob >= np.float32(threshold), 26)
     nodule = np.argwhere(likeliest(parts, prob))
     return nodule[:, 1:].mean(axis=0) if len(nodule) else None
 
 
 def expected_dice(prob: np.ndarray) -> float:
-    """The highest Dice that a map lets expect at any threshold: how sure it is of its nodule.
+    """Computes the highest Dice that a map expects of its own mask at any threshold.
 
-    If pixel i is nodule with the chance p_i, the mask {p >= t} and the nodule share the sum
-    of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) / (pixels in the mask
-    + sum(p_i)).
+    If pixel i is nodule with probability p_i, the mask {p >= t} and the nodule are expected
+    to share the sum of p_i in the mask, so their Dice is close to 2 sum(p_i in the mask) /
+    (pixels in the mask + sum(p_i)).
 
     Args:
-        prob: Chances, any shape. Those below `LEAST_CHANCE` are taken for 0.
+        prob: Probabilities, any shape; values below `LEAST_CHANCE` count as 0.
 
     Returns:
-        0 to 1; 0 if there is nothing.
+        0 to 1; 0 if no probability reaches `LEAST_CHANCE`.
 
     Reference: Lipton et al. 2014, section 4 (F1, which is Dice).
     """
@@ -254,11 +256,11 @@ def expected_dice(prob: np.ndarray) -> float:
 
 
 def turn(image: np.ndarray, number: int) -> np.ndarray:
-    """One of the `TURNS` of a square image; number 0 leaves it as it is."""
+    """Turns a square image to one of the `TURNS`; number 0 leaves it as it is."""
     return np.rot90(image[:, ::-1] if number >= 4 else image, number % 4)
 
 
 def turned_back(image: np.ndarray, number: int) -> np.ndarray:
-    """What `turn` turned, as it was."""
+    """Undoes `turn`."""
     image = np.rot90(image, -number % 4)
     return image[:, ::-1] if number >= 4 else image

@@ -1,4 +1,4 @@
-"""Lungs and nodules of one CT, and nodules around a seed, by the shipped weights or others."""
+"""Segmentation of lungs and nodules in one CT, and of nodules around seed points."""
 
 import functools
 import logging
@@ -33,40 +33,41 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 
 SHIPPED = ROOT / "weights/lung3d"
-"""The run that is used if none is named."""
+"""Default run for lungs."""
 
 NODULE3D = ROOT / "weights/nodule3d"
-"""The run that looks for nodules in lungs if none is named."""
+"""Default run that finds nodules in lungs."""
 
 CANDIDATES2D = ROOT / "weights/candidates2d"
-"""The run that looks for them slice by slice if none is named."""
+"""Default run that finds nodules slice by slice."""
 
 REDUCTION3D = ROOT / "weights/reduction3d"
-"""The run that tells nodules from what only looks like them if none is named."""
+"""Default run for false-positive reduction."""
 
 NODULE2D = Path("weights/nodule2d")
-"""The weights of `segment_patches`."""
+"""Default run of `segment_patches`."""
 
 OUTLINES = ROOT / NODULE2D
-"""The seeded run that outlines nodules in whole scans."""
+"""Seeded run that outlines nodules in whole scans."""
 
 BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class Lungs:
-    """How a run for lungs is used; for nodules, labels do not matter, nor how it is saved."""
+    """Options of a run for lungs; a run for nodules ignores `labels` and `save_as`."""
 
     passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
     labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
     save_as: SaveAs = "nifti"
-    """nifti: maps and mask on the source's grid; numpy: the same in one .npz per scan, in
-    RAS order, no picture; nifti-labels: masks and picture, no maps; nnunet: PID.nii.gz with
-    the nodules' numbers, or with --nodules None the lungs, and the tables."""
+    """nifti: maps, masks and overview.png on the source's grid; numpy: maps and masks in one
+    .npz per scan, in RAS order; nifti-labels: masks and overview.png; nnunet: one label volume
+    PID.nii.gz with the nodule numbers, or with --nodules None the lungs. Every choice writes
+    the tables."""
     precision: Precision = "float32"
-    """mixed_bfloat16 is faster on CPUs that have it (AVX512_BF16, AMX)."""
+    """Keras dtype policy; mixed_bfloat16 is faster on CPUs with AVX512_BF16 or AMX."""
     memory_gb: float = MEMORY_GB
-    """A scan whose passes would take more is covered by tiles."""
+    """Memory limit of a pass in GB; larger scans are covered by tiles."""
 
 
 USUAL = Lungs()
@@ -74,20 +75,21 @@ USUAL = Lungs()
 
 @dataclass(frozen=True)
 class NoduleRuns:
-    """The runs that look for nodules in lungs, by default the weights that ship."""
+    """Runs that find nodules inside the lungs; the defaults are the shipped weights."""
 
     volumes: Annotated[Path | None, tyro.conf.arg(name="nodules")] = NODULE3D
-    """Of a run for lungs: the run that looks for nodules in them; None looks for none."""
+    """Run that finds nodules inside the lungs; None skips nodules. Used with a run for lungs
+    only."""
     slices: Path | None = CANDIDATES2D
-    """The run whose candidates, found slice by slice, join those of --nodules; None does
-    without, as does --reduction None."""
+    """Run that finds more candidates slice by slice, in addition to --nodules; None skips it,
+    and so does --reduction None."""
     reduction: Path | None = REDUCTION3D
-    """The run that tells nodules from vessels among what was found; None keeps what
-    --nodules finds."""
+    """Run for false-positive reduction, which tells nodules from vessels; None keeps
+    everything that --nodules finds."""
     min_score: float | None = None
-    """The least score of a nodule that is reported, 0 to below 1; by default as the runs
-    say, with those that ship 0.85. candidates.csv lists the others; another value in the
-    same folder needs --overwrite, and computes the scans again."""
+    """Least score of a reported nodule, 0 to below 1; by default that of the runs, 0.85 for
+    the shipped ones. candidates.csv also lists candidates below it. Another value in the same
+    folder needs --overwrite and computes the scans again."""
 
     def __post_init__(self) -> None:
         fits = self.min_score is None or 0 <= self.min_score < 1
@@ -95,7 +97,7 @@ class NoduleRuns:
 
     @property
     def used(self) -> dict[str, Path]:
-        """The runs that are used, by their option."""
+        """The runs that are used, by option name."""
         if self.volumes is None:
             return {}
         every = {"--nodules": self.volumes}
@@ -114,13 +116,17 @@ def lungs_of(
     settings: LungMap,
     reach_mm: float,
 ) -> tuple[Maps, np.ndarray, Verdict]:
-    """Maps of the lungs of a scan, its (z, y, x) uint8 lung labels, and what they are worth.
+    """Segments the lungs of a scan and checks the result.
 
     Args:
         scan: The scan.
         predictor: The network for lungs.
-        settings: How maps become labels.
-        reach_mm: Labels follow the classical mask if its border is as near as this.
+        settings: Settings that turn the mean map into labels.
+        reach_mm: Distance up to which the border snaps to that of the classical mask; 0
+            for never.
+
+    Returns:
+        The probability maps, the (z, y, x) uint8 lung labels and their verdict.
     """
     maps = predictor.maps(scan, settings.thresh)
     labels = labels_from_map(
@@ -146,28 +152,29 @@ def predict(
     lungs: Lungs = USUAL,
     nodules: NoduleRuns = SHIPPED_RUNS,
 ) -> np.ndarray:
-    """The nodules of one CT, as the command line finds them; see `postprocess.predict`.
+    """Finds the nodules of one CT, as infer.py does.
 
-    The networks are loaded once; calls after the first only compute.
+    The networks are loaded in the first call and kept for later ones.
 
     Args:
-        image: A volume, a DICOM folder, or (z, y, x) HU in canonical orientation.
-        spacing_mm: (z, y, x) of an array; files say their own.
+        image: Path of a volume or a DICOM folder, or a (z, y, x) array of HU in canonical
+            orientation.
+        spacing_mm: (z, y, x) spacing of an array; None for files, which store their own.
         exp_dir: Run for lungs.
-        lungs: How it is used, such as `Lungs(passes=Passes(n=1))` for one pass.
-        nodules: The runs that look for nodules in them.
+        lungs: Options of that run, such as `Lungs(passes=Passes(n=1))` for one pass.
+        nodules: Runs that find nodules inside the lungs.
 
     Returns:
-        (z, y, x) labels, canonical: 0, or the number of the nodule.
+        (z, y, x) labels in canonical orientation: the number of the nodule, or 0.
 
     Raises:
         FileNotFoundError: If a run is missing.
-        ValueError: If the image is not one CT, or the run segments no lungs.
+        ValueError: If the image is not one CT, or a run is of the wrong kind.
     """
     from cohorts import nifti
 
     if not nodules.used:
-        raise ValueError(f"nodules is {nodules}; expected a run that looks for nodules")
+        raise ValueError(f"nodules is {nodules}; expected a run that finds nodules")
     refuse_unused(nodules)
     if isinstance(image, np.ndarray):
         if spacing_mm is None:
@@ -177,7 +184,9 @@ def predict(
         scan = nifti.scan_of_array(image, spacing_mm)
     else:
         if spacing_mm is not None:
-            raise ValueError(f"spacing_mm is {spacing_mm}, but {image} says its own")
+            raise ValueError(
+                f"spacing_mm is {spacing_mm}, but {image} has its own; leave it out"
+            )
         sources = nifti.find_scans(Path(image))
         if len(sources) != 1:
             raise ValueError(f"{image}: {len(sources)} scans; expected one")
@@ -189,7 +198,7 @@ def predict(
     warn_of_leaks([Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))], seen)
     _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
     for reason in verdict.reasons:
-        log.warning("%s: not to be trusted: %s", scan.scan_id, reason)
+        log.warning("%s: do not trust the lungs: %s", scan.scan_id, reason)
     return finder.find(replace(scan, lung=labels)).labels
 
 
@@ -197,7 +206,7 @@ def predict(
 def scan_networks(
     exp_dir: Path, lungs: Lungs, nodules: NoduleRuns
 ) -> tuple[VolumePredictor | Predictor, float, NoduleFinder]:
-    """What `predict` computes with: the network for lungs, its reach in mm, the finder."""
+    """Loads the networks of `predict`: for lungs, with its `reach_mm`, and for nodules."""
     settings = runs.read_settings(exp_dir)
     if settings.batches.target != "lung":
         raise ValueError(
@@ -210,21 +219,21 @@ def scan_networks(
 
 
 class SeededPredictor:
-    """A seeded network on scans that are patches around one nodule."""
+    """A seeded network for scans that are patches around one nodule."""
 
     def __init__(self, exp_dir: Path, settings: config.Experiment) -> None:
         self.predictor = PatchPredictor(exp_dir, settings)
 
     def probability(self, scan: Scan) -> np.ndarray:
-        """(z, y, x) float32 probability of the nodule.
+        """Computes the (z, y, x) float32 probability of the nodule.
 
         Raises:
-            ScanError: If the scan is a whole one.
+            ScanError: If the scan is a whole CT and no patch.
         """
         if scan.whole:
             raise ScanError(
-                f"scan {scan.scan_id} is a whole one, and the run outlines nodules in the "
-                "middle of patches; see infer.segment_patches, or use another run"
+                f"scan {scan.scan_id} is a whole CT, but the run outlines nodules at the "
+                "centre of patches; use inference.segment.segment_patches, or another run"
             )
         return self.predictor.nodule_probability(scan.hu)
 
@@ -232,28 +241,29 @@ class SeededPredictor:
 def segment_patches(
     patches: np.ndarray, weights: str | Path = NODULE2D, *, turns: int = 1
 ) -> np.ndarray:
-    """Probability of the nodule in the middle of each patch: a click, a candidate.
+    """Computes the probability of the nodule at the centre (seed point) of each patch.
 
-    The network is loaded once; calls after the first only compute. Whose patches they are
-    is not asked: `runs.training_patients_of` says of whom a result means nothing.
+    The network is loaded in the first call and kept for later ones. The function does not
+    check for training patients; see `runs.training_patients_of`.
 
     Args:
-        patches: (n, y, x) numbers on any rising linear scale of HU, one per patch. Pixels
-            as the scanner made them (0.5 to 1 mm), nodules in the middle. Below 64 x 64
-            their border pixels are repeated, which no network was trained on.
-        weights: Run directory of patches, relative to the working directory or to this
-            file's.
-        turns: Turned and mirrored copies that are averaged, 1 to 8. With the weights that
-            ship 8 raise Dice by 0.001 at eight times the price.
+        patches: (n, y, x) numbers, an increasing linear function of HU that may differ from
+            patch to patch. Pixels are the scanner's own (0.5 to 1 mm), with the nodule at
+            the centre. Patches below 64 x 64 are padded by repeating border pixels, which
+            no network was trained on.
+        weights: Run directory of a seeded network, relative to the working directory or to
+            the root of the checkout.
+        turns: Number of turned and mirrored copies that are averaged, 1 to 8. With the
+            shipped weights, 8 raise Dice by 0.001 at eight times the cost.
 
     Returns:
-        (n, y, x) float32: of weights trained on votes, the share of readers that would draw
-        the pixel. With those that ship, the nodule is what has 0.43 or more; see
-        `segment_nodule`.
+        (n, y, x) float32. With weights trained on reader votes, it is the share of readers
+        who would outline the pixel. With the shipped weights, pixels of 0.43 or more are
+        nodule; see `segment_nodule`.
 
     Raises:
-        FileNotFoundError: If there is no such run.
-        ValueError: If the patches are no such array, or there are no such turns.
+        FileNotFoundError: If the run is missing.
+        ValueError: If `patches` has another shape or type, or `turns` is out of range.
     """
     return patch_predictor(own_path(weights), turns).probability(patches)
 
@@ -261,21 +271,22 @@ def segment_patches(
 def segment_nodule(
     slices: np.ndarray, weights: str | Path = NODULE2D
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One nodule, in patches of the slices that show it.
+    """Segments one nodule in patches of the slices that show it.
 
-    All slices decide together which component is the nodule, and where its middle is.
+    All slices together decide which component is the nodule, and where its centre is.
 
     Args:
-        slices: (n, y, x) as of `segment_patches`, in their order, cut out at one place.
-        weights: As there.
+        slices: (n, y, x) patches of the slices in order, all cut out at the same place; for
+            their values see `segment_patches`.
+        weights: See `segment_patches`.
 
     Returns:
-        (n, y, x) bool mask, and (n, y, x) float32 probability. Nothing is marked where the
-        network sees no nodule.
+        (n, y, x) bool mask and (n, y, x) float32 probability. The mask is empty if the
+        network finds no nodule.
 
     Raises:
-        FileNotFoundError: If there is no such run.
-        ValueError: If the slices are no such array.
+        FileNotFoundError: If the run is missing.
+        ValueError: If `slices` has another shape or type.
     """
     predictor = patch_predictor(own_path(weights), 1)
     prob = predictor.nodule_probability(slices)
@@ -285,7 +296,7 @@ def segment_nodule(
 
 
 def own_path(weights: str | Path) -> Path:
-    """A run directory, from the working directory or else from this file's."""
+    """Resolves a run directory against the working directory, else the checkout."""
     path = Path(weights)
     if not path.is_absolute() and not path.exists():
         path = ROOT / path
@@ -300,11 +311,11 @@ def patch_predictor(run_dir: Path, turns: int) -> PatchPredictor:
 def nodule_predictor(
     exp_dir: Path, settings: config.Experiment, lungs: Lungs, *, batch_size: int
 ) -> VolumePredictor | Predictor | SeededPredictor:
-    """The network of a run for nodules; it makes one pass unless a number is asked for."""
+    """Loads the network of a run for nodules, which makes one pass if `n` is auto."""
     if settings.batches.crop == "seed":
         if lungs.passes.n not in ("auto", 0, 1):
             raise ValueError(
-                f"n is {lungs.passes.n}, but {exp_dir} sees patches, in one pass; leave --n out"
+                f"n is {lungs.passes.n}, but {exp_dir} sees patches in one pass; leave --n out"
             )
         return SeededPredictor(exp_dir, settings)
     passes = lungs.passes
@@ -315,11 +326,7 @@ def nodule_predictor(
 
 
 def refuse_unused(nodules: NoduleRuns) -> None:
-    """Refuses what was asked for but would not be used.
-
-    Raises:
-        ValueError: If there is something.
-    """
+    """Raises ValueError if an option for nodules is set but would have no effect."""
     asked: dict[str, Any] = {
         "--slices": nodules.slices,
         "--reduction": nodules.reduction,
@@ -332,26 +339,26 @@ def refuse_unused(nodules: NoduleRuns) -> None:
             continue
         if not nodules.used:
             raise ValueError(
-                f"{option} {value}, but no run looks for nodules in lungs: --nodules is "
-                "None, or --exp_dir is no run for lungs; leave one of them out"
+                f"{option} {value}, but no run finds nodules in lungs: --nodules is None, or "
+                "--exp_dir is not a run for lungs; leave this option out"
             )
         raise ValueError(
-            f"{option} {value} with --reduction None; expected a run that judges what is "
-            "found slice by slice"
+            f"{option} {value} with --reduction None; expected a run that judges the "
+            "candidates found slice by slice"
         )
 
 
 def seen_for_nodules(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
-    """Whom the runs that look for nodules were trained on, by their directories.
+    """Returns the training patients of the runs that find nodules, by run directory.
 
     Raises:
-        FileNotFoundError: If one of them is missing.
+        FileNotFoundError: If a run is missing.
     """
     for option, run_dir in nodules.used.items():
         if not (run_dir / "config.json").exists():
             raise FileNotFoundError(
                 f"no weights for nodules in {run_dir}; name a run directory with {option}, "
-                f"or do without: {option} None"
+                f"or skip it with {option} None"
             )
     used = [*nodules.used.values(), OUTLINES] if nodules.used else []
     return {
@@ -363,7 +370,7 @@ def seen_for_nodules(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
 def nodule_finder(
     nodules: NoduleRuns, lungs: Lungs, *, batch_size: int
 ) -> NoduleFinder:
-    """What looks for nodules in lungs, with outlines by the weights of patches."""
+    """Loads the networks that find nodules in lungs, outlined by the run `OUTLINES`."""
     used = nodules.used
     return NoduleFinder(
         used["--nodules"],
@@ -381,7 +388,7 @@ def nodule_finder(
 def passes_predictor(
     exp_dir: Path, settings: config.Experiment, lungs: Lungs, *, batch_size: int
 ) -> VolumePredictor | Predictor:
-    """The network of a run, 3-D or 2-D, that makes `lungs.passes`."""
+    """Loads the 3-D or 2-D network of a run, set to make `lungs.passes`."""
     if settings.model.name == "unet3d":
         return VolumePredictor(
             exp_dir,

@@ -1,4 +1,4 @@
-"""Scans to segment: from a split, a folder, a file or a list."""
+"""Scans to segment, taken from a split, a folder, a file or a list."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """One scan to segment: a scan file, or a source that still has to be read."""
+    """A scan to segment: a scan file, or a source that still has to be converted."""
 
     scan_id: str
     patient_id: str
     part: str
     source: Path | ScanSource
     slices: dict[str, list[int]] = field(default_factory=dict)
-    """Slices (z) in each part; only of a split by slice."""
+    """Slice indices (z) by part; only for a split by slice."""
 
 
 def without_failures(
@@ -46,7 +46,11 @@ def without_failures(
 def tasks_of_parts(
     scans_dir: Path, split: dict[str, Any], parts: Sequence[str]
 ) -> tuple[list[Task], list[steps.Failure]]:
-    """The scan files of the patients in `parts` of a split, and those not readable."""
+    """Lists the scan files of the patients in `parts` of a split, and unreadable files.
+
+    Raises:
+        ValueError: If there is no such scan file.
+    """
     part_of = {
         patient: part for part in parts for patient in patients_of_part(split, part)
     }
@@ -66,20 +70,20 @@ def tasks_of_parts(
     if not tasks:
         raise ValueError(
             f"{scans_dir} holds no scan of the {' or '.join(parts)} patients of the run's "
-            "split; choose other --parts, or the --scans the run was made from"
+            "split; choose other --parts, or the --scans folder the run was trained from"
         )
     return tasks, unreadable
 
 
 def tasks_of_input(path: Path) -> list[Task]:
-    """The CT scans a person names: DICOM folder, volume, folder of volumes, CSV list."""
+    """Lists the CT scans of a DICOM folder, a volume, a folder of volumes or a CSV list."""
     from cohorts import nifti
 
     return tasks_of_sources(nifti.find_scans(path))
 
 
 def tasks_of_list(path: Path) -> tuple[list[Task], list[steps.Failure]]:
-    """The scans of a CSV list, and its rows that cannot be used."""
+    """Lists the scans of a CSV list, and its rows that cannot be used."""
     from cohorts import lists
 
     sources, refused = lists.read_usable(path)
@@ -92,7 +96,7 @@ def tasks_of_sources(sources: Sequence[ScanSource]) -> list[Task]:
 
 
 def read_ct(task: Task) -> Scan:
-    """The scan of a task as it comes, with lung labels or without."""
+    """Reads the scan of a task; it may lack lung labels."""
     if isinstance(task.source, Path):
         return read_scan(task.source)
     from cohorts import nifti
@@ -104,7 +108,7 @@ def read_ct(task: Task) -> Scan:
 
 
 def read_with_lungs(task: Task, mask: config.LungMask) -> Scan:
-    """The scan, with lung labels made by the run's own settings if it has none."""
+    """Reads the scan of a task; segments the lungs of a source that comes without labels."""
     scan = read_ct(task)
     if isinstance(task.source, Path):
         return scan
@@ -112,7 +116,12 @@ def read_with_lungs(task: Task, mask: config.LungMask) -> Scan:
 
 
 def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
-    """Names the patients that one of the runs, by directory, was trained on."""
+    """Warns of every patient that one of the runs was trained on.
+
+    Args:
+        tasks: Scans to segment.
+        seen: Training patients by run directory.
+    """
     for task in tasks:
         names = runs.names_of(task.scan_id, task.patient_id)
         found = [
@@ -122,7 +131,7 @@ def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> N
         ]
         if found:
             log.warning(
-                "patient %s was trained on (by %s); the result says nothing of new patients",
+                "patient %s was trained on (by %s); the result does not hold for new patients",
                 task.patient_id,
                 ", ".join(found),
             )

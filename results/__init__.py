@@ -1,1 +1,1 @@
-"""What is written for people and other systems about a segmented scan."""
+"""Result files of segmented scans, for people and for other systems."""

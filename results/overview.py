@@ -1,4 +1,4 @@
-"""One picture of a scan: its lungs from the front and from below, and each nodule enlarged."""
+"""Overview picture of a scan: lungs from the front and from below, and enlarged nodules."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from ct.scan import LEFT, RIGHT, Scan
 from nodules.found import FoundNodule
 
 SIDE_PX = 360
-"""Of a tile of the picture."""
+"""Side of a tile of the picture."""
 CAPTION_PX = 22
 COLUMNS = 4
 MOST_NODULES = 10
-"""Nodules that are enlarged; those of highest score."""
+"""Largest number of nodules that are enlarged, those of highest score first."""
 NEAR_MM = 70.0
-"""Side of what is shown around a nodule, if it is no larger."""
+"""Side of an enlarged view; larger for nodules that need more."""
 LUNG_WINDOW_HU = (-1200.0, 400.0)
 
 RIGHT_BGR, LEFT_BGR, NODULE_BGR = (230, 180, 60), (80, 200, 80), (60, 90, 255)
 WHITE_BGR, WARNING_BGR = (255, 255, 255), (80, 80, 255)
 NUMBER_PX = (18, 11)
-"""Width and height that the number of a nodule takes."""
+"""Width and height of the space for the number of a nodule."""
 MARGIN_MM = 15.0
-"""What is shown around the lungs."""
+"""Margin shown around the lungs."""
 
 
 def draw(
@@ -37,14 +37,15 @@ def draw(
     *,
     warning: str = "",
 ) -> np.ndarray:
-    """The picture, (y, x, 3) uint8 in OpenCV's order of channels.
+    """Draws the picture, (y, x, 3) uint8 in BGR.
 
     Args:
-        scan: HU and spacing.
-        lung: (z, y, x) uint8, 1 right and 2 left; it may be another one than the scan's.
+        scan: Scan with HU and spacing.
+        lung: (z, y, x) uint8 lung labels, 1 right and 2 left; they may differ from
+            `scan.lung`.
         labels: (z, y, x), 0 or the number of the nodule.
-        nodules: One for each label.
-        warning: Why not to trust the lungs, shown in red; "" for nothing.
+        nodules: One nodule for each label, by falling score.
+        warning: Reason to distrust the lungs, shown in red; "" for none.
     """
     from scipy.ndimage import find_objects
 
@@ -63,13 +64,13 @@ def draw(
     width = lines[0].shape[1]
     strips = [caption(part, width) for part in (text, DISCLAIMER)]
     if warning:
-        text = f"LUNGS NOT TO BE TRUSTED: {warning}"
+        text = f"DO NOT TRUST THE LUNGS: {warning}"
         strips.append(caption(text, width, WARNING_BGR))
     return np.vstack([*strips, *lines])
 
 
 def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The coronal plane with most lung; nodules of all planes are drawn into it."""
+    """Draws the coronal plane with most lung, and the nodules of all planes on it."""
     z, _, x = around_lungs(scan, lung)
     y = int((lung > 0).sum(axis=(0, 2)).argmax())
     planes = scan.hu[z, y, x], lung[z, y, x], foremost(labels[z, :, x], axis=1)
@@ -80,7 +81,7 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The axial slice with most lung; nodules of all slices are drawn into it."""
+    """Draws the axial slice with most lung, and the nodules of all slices on it."""
     z = int((lung > 0).sum(axis=(1, 2)).argmax())
     _, y, x = around_lungs(scan, lung)
     planes = scan.hu[z, y, x], lung[z, y, x], foremost(labels[:, y, x], axis=0)
@@ -90,12 +91,12 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def foremost(labels: np.ndarray, axis: int) -> np.ndarray:
-    """Labels seen along an axis: the lowest number there, which has the highest score."""
+    """Projects labels along an axis to the lowest number, which has the highest score."""
     return (labels.astype(np.uint16) - np.uint16(1)).min(axis) + np.uint16(1)
 
 
 def around_lungs(scan: Scan, lung: np.ndarray) -> boxes.Box:
-    """The box of the lungs and `MARGIN_MM`; all of the scan without lungs."""
+    """Returns the box of the lungs with `MARGIN_MM`; the whole scan without lungs."""
     margin = [math.ceil(MARGIN_MM / step) for step in scan.spacing_mm]
     return boxes.around(lung, margin) or boxes.whole(lung.shape)
 
@@ -107,7 +108,15 @@ def enlarged(
     nodule: FoundNodule,
     box: boxes.Box,
 ) -> np.ndarray:
-    """What surrounds a nodule, which lies in `box`, in the slice that holds most of it."""
+    """Draws a nodule and its surroundings in the slice that holds most of it.
+
+    Args:
+        scan: Scan with HU and spacing.
+        lung: (z, y, x) lung labels.
+        labels: (z, y, x) nodule labels.
+        nodule: The nodule.
+        box: Box of the nodule in the scan.
+    """
     own = labels[box] == nodule.nodule_id
     z = box[0].start + int(own.sum(axis=(1, 2)).argmax())
     middle = boxes.centre(box[1:])
@@ -130,9 +139,10 @@ def outlined_plane(
     labels: np.ndarray,
     spacing_mm: Sequence[float],
 ) -> np.ndarray:
-    """(y, x, 3) uint8 of square pixels, at most `SIDE_PX` to a side.
+    """Draws a plane with outlines of lungs and nodules, and the numbers of the nodules.
 
-    With outlines, and the numbers of the nodules beside theirs.
+    Returns:
+        (y, x, 3) uint8 with square pixels, at most `SIDE_PX` to a side.
     """
     size_mm = [n * step for n, step in zip(hu.shape, spacing_mm, strict=True)]
     scale = SIDE_PX / max(size_mm)
@@ -163,7 +173,7 @@ def outlined_plane(
 def free_place(
     wanted: tuple[float, float], taken: Sequence[tuple[float, float]], height: int
 ) -> tuple[float, float]:
-    """Where a number is written: at a place (x, y), or near it above or below others."""
+    """Returns a free place (x, y) for a number: as wanted, else above it, else below."""
     x, y = wanted
     near = [at_y for at_x, at_y in taken if abs(at_x - x) < NUMBER_PX[0]]
     above = np.arange(y, NUMBER_PX[1] - 1, -1)
@@ -174,7 +184,7 @@ def free_place(
 
 
 def tile(picture: np.ndarray, text: str) -> np.ndarray:
-    """A picture in the middle of a black square, and a line of text below it."""
+    """Centres a picture in a black square, with a line of text below."""
     square = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)
     height, width = picture.shape[:2]
     y, x = (SIDE_PX - height) // 2, (SIDE_PX - width) // 2
@@ -185,7 +195,7 @@ def tile(picture: np.ndarray, text: str) -> np.ndarray:
 def caption(
     text: str, width: int, colour: tuple[int, int, int] = WHITE_BGR
 ) -> np.ndarray:
-    """A line of text on black."""
+    """Draws a line of text on black."""
     strip = np.zeros((CAPTION_PX, width, 3), np.uint8)
     write_text(strip, text, (6, CAPTION_PX - 7), colour)
     return strip
@@ -197,7 +207,7 @@ def write_text(
     place: tuple[float, float],
     colour: tuple[int, int, int],
 ) -> None:
-    """Writes small text whose left lower corner is at `place` (x, y)."""
+    """Writes small text with its lower left corner at `place` (x, y)."""
     x, y = place
     at = max(round(x), 0), max(round(y), 0)
     cv2.putText(

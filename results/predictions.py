@@ -1,4 +1,4 @@
-"""What infer.py wrote of scans: the record beside it, and what it was tuned to."""
+"""The record predictions.json beside the predictions of infer.py."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,7 @@ from ct import files
 
 
 def settings_text(settings: config.Postprocess) -> str:
-    """The settings in a phrase."""
+    """Describes postprocessing settings in a phrase."""
     threshold = (
         "K-means threshold"
         if settings.method == "kmeans"
@@ -20,7 +20,7 @@ def settings_text(settings: config.Postprocess) -> str:
     if settings.fill_holes:
         text += "holes filled, "
     if settings.one_nodule:
-        text += "the likeliest component, "
+        text += "only the most probable component, "
     text += f"at least {settings.min_volume_mm3:g} mm3"
     if settings.min_voxels:
         text += f", {settings.min_voxels} voxels"
@@ -28,27 +28,27 @@ def settings_text(settings: config.Postprocess) -> str:
 
 
 FORMAT_VERSION = 1
-"""Of predictions.json and postprocess.json."""
+"""Format version of predictions.json and postprocess.json."""
 
 PREDICTIONS_JSON = "predictions.json"
 
 STD_NIFTI = "std.nii.gz"
-"""Standard deviation over passes, beside prob.nii.gz; only where there were several."""
+"""Standard deviation over passes, beside prob.nii.gz; written for several passes only."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What predictions.json says of a folder of predictions; infer.py writes it.
+    """Contents of predictions.json, which infer.py writes beside its predictions.
 
     Attributes:
         run: Name of the run.
         weights_sha256: Checksum of the weights.
         split_sha256: Checksum of the split the run was trained with.
-        training_patients: Patients the weights have seen.
-        scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}, and
-            of a split by slice {"slices": {part: [z, ...]}}.
-        provenance: What wrote the predictions.
-        passes: How several passes were made; empty of one, and of lungs.
+        training_patients: Patients that the weights were trained on.
+        scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}; a
+            split by slice adds {"slices": {part: [z, ...]}}.
+        provenance: Versions, commit and machine that wrote the predictions.
+        passes: Settings of the passes; empty for a single pass, and for lungs.
     """
 
     run: str
@@ -60,10 +60,10 @@ class Predictions:
     passes: dict[str, Any] = field(default_factory=dict)
 
     def of_part(self, part: str) -> dict[str, tuple[int, ...] | None]:
-        """Sorted ids of a part's scans, each with its slices (z) that are in the part.
+        """Returns the scans of a part by sorted id, each with its slices (z) in the part.
 
-        None stands for all slices; only a split by slice has others. The part "all" has
-        every scan.
+        None stands for all slices; only a split by slice lists some. The part "all"
+        contains every scan.
         """
         found: dict[str, tuple[int, ...] | None] = {}
         for scan_id, facts in sorted(self.scans.items()):
@@ -85,7 +85,7 @@ def read_predictions(folder: Path) -> Predictions:
 
     Raises:
         FileNotFoundError: If it is missing.
-        ValueError: If it is of another version.
+        ValueError: If it has another format version.
     """
     path = Path(folder) / PREDICTIONS_JSON
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What infer.py writes of a scan: maps and labels of its lungs, nodules, rows of tables."""
+"""The result directory of infer.py: maps, labels and tables of lungs and nodules."""
 
 import json
 from collections.abc import Collection
@@ -33,37 +33,37 @@ from results.rows import (
 SaveAs = Literal["nifti", "numpy", "nifti-labels", "nnunet"]
 
 FILES = {"numpy": ".npz", "nnunet": ".nii.gz"}
-"""Suffixes where a scan has one file, and no folder."""
+"""File suffixes of the formats that write one file per scan instead of a folder."""
 
 LABELS = {"mask.nii.gz"}
 OF_PASSES = {"mean.nii.gz", "std.nii.gz", "uncertainty.nii.gz"}
 OF_NODULES = {"nodules.nii.gz", "overview.png"}
 MAPS = LABELS | OF_PASSES | OF_NODULES
-"""What is written into the folder of a scan: always, unless only labels are asked for, and
-where nodules were looked for."""
+"""Files in the folder of a scan: `LABELS` always, `OF_PASSES` with --save_as nifti, and
+`OF_NODULES` if runs for nodules were used."""
 
 NODULE_SETTINGS = ("settings", "slices", "reduction")
-"""In lungs.json: what makes a nodule of the maps of each network; see `NoduleFinder`."""
+"""Keys of lungs.json that hold postprocessing settings of the networks in `NoduleFinder`."""
 
 FORMAT_VERSION = 3
-"""Of lungs.json with nodules: 2 since there is candidates.csv, 3 since it says who marked
-what; without nodules 1."""
+"""Format version of lungs.json with nodules: 2 added candidates.csv, 3 added marked_by.
+Without nodules it is 1."""
 
 
 class Results:
-    """A folder of lungs, all made alike.
+    """A result directory of lungs, all made with the same weights and settings.
 
     Args:
         folder: The result directory.
-        save_as: nifti: one folder per scan; numpy: one file per scan; nifti-labels: a
+        save_as: nifti: one folder per scan; numpy: one .npz file per scan; nifti-labels: a
             folder without the maps; nnunet: one label volume per scan.
-        made_by: What decides the results, JSON-ready.
-        replaced: Scans whose results are removed. If there are any, so are all results
-            that were made otherwise.
+        made_by: Weights and settings that determine the results, JSON-ready.
+        replaced: Scans whose earlier results are removed. If there are any and the
+            settings changed, the results of all scans are removed.
 
     Raises:
-        ValueError: If the folder holds results that were made otherwise, and none is
-            replaced.
+        ValueError: If the folder holds results made with other settings and `replaced` is
+            empty.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Results:
         if path.exists():
             found = read_lungs_json(path)
             changed = differing_settings(found, made_by)
-            # With nodules and without, the version differs too.
+            # The version also differs if only one of the two has nodules.
             both = found.get("nodules") and made_by["nodules"]
             others = changed.keys() - (set() if both else {"format_version"})
             if others == {"nodules"} and not replaced:
                 raise ValueError(
-                    f"{path}: nodules were looked for "
-                    f"{otherwise(found.get('nodules'), made_by['nodules'])}; repeat that "
-                    "with --nodules RUN --slices RUN --reduction RUN (None for no run) "
-                    "--min_score SCORE, use --overwrite or another --result_dir"
+                    f"{path}: nodules were searched for "
+                    f"{otherwise(found.get('nodules'), made_by['nodules'])}; use the same "
+                    "--nodules RUN --slices RUN --reduction RUN (None for no run) "
+                    "--min_score SCORE, or --overwrite, or another --result_dir"
                 )
             if changed and not replaced:
                 raise ValueError(
-                    f"{path}: its results were made otherwise (found, expected): "
+                    f"{path}: results were made with other settings (found, expected): "
                     f"{changed}; use --overwrite or another --result_dir"
                 )
             remove(folder, found["save_as"], None if changed else replaced)
@@ -106,20 +106,20 @@ class Results:
             files.write_json(path, made_by | {"provenance": provenance.record()})
 
     def path(self, pid: str) -> Path:
-        """What is written of a scan: a folder, or a file with numpy and nnunet."""
+        """Returns the path of a scan's results: a folder, or a file with numpy and nnunet."""
         return self.folder / (pid + FILES.get(self.save_as, ""))
 
     def complete(self, pid: str) -> bool:
-        """Whether all of a scan's results are there, and its row in lungs.csv."""
+        """Returns True if all of a scan's results exist, and its row of lungs.csv."""
         path = self.path(pid)
         if self.save_as in FILES:
             return pid in self.rows and path.exists()
         return pid in self.rows and all((path / name).exists() for name in self.names)
 
     def foreign(self, pid: str) -> str:
-        """Why nothing may be written of a scan: something else has its name. "" if it may.
+        """Returns an error message if the path of a scan holds foreign files, else "".
 
-        What a call wrote that was killed before it listed it is not foreign.
+        Files of an earlier call that was killed before it listed them are not foreign.
         """
         path = self.path(pid)
         if pid in self.rows or not path.exists() or self.started(pid).exists():
@@ -127,12 +127,12 @@ class Results:
         if path.is_dir() and {file.name for file in path.iterdir()} <= MAPS:
             return ""
         return (
-            f"{path.name} exists in {self.folder.name} and is not infer.py's; choose "
-            "another --result_dir"
+            f"{path.name} exists in {self.folder.name} and was not written by infer.py; "
+            "choose another --result_dir"
         )
 
     def started(self, pid: str) -> Path:
-        """A file that is there while a scan's results are written."""
+        """Returns the path of a file that exists while a scan's results are written."""
         return self.folder / f".{pid}.started"
 
     def number_of_nodules(self, pid: str) -> int:
@@ -146,14 +146,14 @@ class Results:
         labels: np.ndarray,
         found: Found | None = None,
     ) -> None:
-        """Writes a scan's results whole or not at all, and lists it.
+        """Writes a scan's results completely or not at all, and adds it to the tables.
 
         Args:
-            scan: Whose grid they lie on.
-            row: Its line of lungs.csv.
-            maps: With `mean`, `std` and `mutual_information`, (z, y, x) float32.
+            scan: Scan whose grid the results lie on.
+            row: Row of lungs.csv.
+            maps: Object with `mean`, `std` and `mutual_information`, (z, y, x) float32.
             labels: (z, y, x) uint8 lung labels.
-            found: Its nodules; None where none were looked for.
+            found: Nodules; None if no run for nodules was used.
         """
         path = self.path(scan.scan_id)
         self.started(scan.scan_id).touch()
@@ -176,14 +176,14 @@ class Results:
             for name, table in self.tables.items():
                 table[row.pid] = rows[name]
                 write_scan_rows(self.folder / name, table)
-        # Last: it marks the scan as done.
+        # Written last, since this row marks the scan as done.
         self.rows[row.pid] = row
         write_lung_rows(self.folder / LUNGS_CSV, list(self.rows.values()))
         self.started(row.pid).unlink()
 
 
 def read_lungs_json(path: Path) -> dict[str, Any]:
-    """lungs.json, with the settings that are newer than it."""
+    """Reads lungs.json; settings newer than the file get their defaults."""
     record = json.loads(path.read_text())
     nodules = record.get("nodules") or {}
     for name in NODULE_SETTINGS:
@@ -195,7 +195,7 @@ def read_lungs_json(path: Path) -> dict[str, Any]:
 def differing_settings(
     found: dict[str, Any], made_by: dict[str, Any]
 ) -> dict[str, Any]:
-    """What differs between two records: name -> (found, expected)."""
+    """Returns the differences between two records as name -> (found, expected)."""
     return {
         name: (found.get(name), value)
         for name, value in made_by.items()
@@ -204,11 +204,11 @@ def differing_settings(
 
 
 def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> str:
-    """How nodules were looked for, as far as it is not how they are now."""
+    """Describes how the earlier search for nodules differs from the present one."""
     if not found:
-        return "by no run"
+        return "without a run, and now with one"
     if not made_by:
-        return "by some run, and now by none"
+        return "with a run, and now without one"
     if found["weights_sha256"] != made_by["weights_sha256"]:
         return "by other runs"
     changed = [
@@ -222,12 +222,12 @@ def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> s
 
 
 def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
-    """Removes what infer.py wrote of scans, and nothing beside it.
+    """Removes the results of scans that infer.py wrote, and no other files.
 
     Args:
         folder: The result directory.
-        save_as: How its results were written.
-        pids: The scans; None for all, and the record.
+        save_as: Format of the results.
+        pids: The scans; None for all, the tables and lungs.json.
     """
     kept = []
     for row in read_lung_rows(folder / LUNGS_CSV):
@@ -260,7 +260,7 @@ def write_niftis(
     scan: Scan,
     save_as: SaveAs,
 ) -> None:
-    """Writes mask.nii.gz and, unless only labels are asked for, the maps."""
+    """Writes mask.nii.gz, and the maps with `save_as` nifti."""
 
     def write(name: str, values: np.ndarray) -> None:
         write_nifti(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
@@ -275,21 +275,21 @@ def write_niftis(
 def write_found(
     folder: Path, found: Found, lung: np.ndarray, scan: Scan, reason: str
 ) -> None:
-    """Writes nodules.nii.gz and overview.png, with the reason not to trust the lungs."""
+    """Writes nodules.nii.gz and overview.png, which shows the reason to distrust lungs."""
     path = folder / "nodules.nii.gz"
     write_nifti(path, found.labels, scan.grid, scan.source_grid)
     picture = overview.draw(scan, lung, found.labels, found.nodules, warning=reason)
     path = folder / "overview.png"
     if not cv2.imwrite(str(path), picture):
-        raise OSError(f"{path}: the picture was not written")
+        raise OSError(f"{path}: OpenCV could not write the picture")
 
 
 def write_arrays(
     path: Path, maps: Any, labels: np.ndarray, grid: Grid, found: Found | None
 ) -> None:
-    """Writes one .npz with the maps, the mask and their affine, (x, y, z) in RAS order.
+    """Writes one .npz with the maps, the mask, nodules if any were sought, and the affine.
 
-    And nodules, if they were looked for.
+    Arrays are (x, y, z) in RAS order.
     """
     nodules = {} if found is None else {"nodules": to_ras(found.labels)}
     np.savez_compressed(
@@ -305,12 +305,12 @@ def write_arrays(
 
 
 def to_ras(array: np.ndarray) -> np.ndarray:
-    """(x, y, z) rising to the right, front and head, of a canonical (z, y, x) array."""
+    """Turns a canonical (z, y, x) array into (x, y, z) rising to right, front and head."""
     return np.ascontiguousarray(array.transpose(2, 1, 0)[::-1, ::-1])
 
 
 def ras_affine(grid: Grid) -> np.ndarray:
-    """(4, 4) affine from an index of `to_ras` to RAS mm."""
+    """Returns the (4, 4) affine from indices of a `to_ras` array to RAS mm."""
     _, y, x = grid.shape
     to_canonical = np.array(
         [[0, 0, 1, 0], [0, -1, 0, y - 1], [-1, 0, 0, x - 1], [0, 0, 0, 1]]

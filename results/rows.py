@@ -35,11 +35,11 @@ NODULE_COLUMNS = (
     "side",
     "pleura_distance_mm",
 )
-"""Columns of nodules.csv; docs/formats.md says what each holds."""
+"""Columns of nodules.csv; docs/formats.md describes each."""
 
 
 def shared_columns(found: Any, scan: Scan) -> dict[str, Any]:
-    """Of a nodule or a candidate, the columns that both tables have."""
+    """Returns the columns shared by nodules.csv and candidates.csv for one finding."""
     centre_ras_mm = scan.grid.index_to_ras_mm(np.array(found.centre_zyx))
     x_mm, y_mm, z_mm = flip_xy(centre_ras_mm).tolist()
     i, j, k = scan.source_grid.ras_mm_to_index(centre_ras_mm).tolist()
@@ -65,12 +65,12 @@ def shared_columns(found: Any, scan: Scan) -> dict[str, Any]:
 
 
 def numbers_text(numbers: dict[str, float | None]) -> dict[str, str]:
-    """Numbers as tables hold them; "" for None."""
+    """Formats numbers for the tables, with "" for None."""
     return {name: "" if n is None else f"{n:.4f}" for name, n in numbers.items()}
 
 
 def nodule_row(nodule: FoundNodule, scan: Scan) -> dict[str, Any]:
-    """One row of nodules.csv."""
+    """Returns the row of nodules.csv for a nodule."""
     numbers = {
         "long_axis_mm": nodule.long_axis_mm,
         "short_axis_mm": nodule.short_axis_mm,
@@ -92,17 +92,17 @@ CANDIDATE_COLUMNS = (
     "equivalent_diameter_mm",
     "marked_by",
 )
-"""Columns of candidates.csv; docs/formats.md says what each holds."""
+"""Columns of candidates.csv; docs/formats.md describes each."""
 
 COLUMNS = {NODULES_CSV: NODULE_COLUMNS, CANDIDATES_CSV: CANDIDATE_COLUMNS}
 
 ScanRows = dict[str, list[dict[str, Any]]]
-"""Rows of a table by the id of their scan."""
+"""Rows of a table by scan id."""
 
 
 @dataclass(frozen=True)
 class LungRow:
-    """A line of lungs.csv; docs/formats.md says what each value is."""
+    """A row of lungs.csv; docs/formats.md describes each column."""
 
     pid: str
     n: int
@@ -115,10 +115,10 @@ class LungRow:
 
 
 def read_lung_rows(path: Path) -> list[LungRow]:
-    """The rows of lungs.csv; none if there is no such file.
+    """Reads the rows of lungs.csv; returns none if the file is missing.
 
     Raises:
-        ValueError: If it is of another version, or an id cannot be a file name.
+        ValueError: If the columns differ, or an id cannot be a file name.
     """
     if not path.exists():
         return []
@@ -151,10 +151,10 @@ def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
 
 
 def read_rows(path: Path) -> ScanRows:
-    """The rows of nodules.csv or candidates.csv by scan; none if there is no such file.
+    """Reads nodules.csv or candidates.csv by scan; returns none if the file is missing.
 
     Raises:
-        ValueError: If it is another table.
+        ValueError: If the columns differ.
     """
     if not path.exists():
         return {}
@@ -179,12 +179,12 @@ def write_scan_rows(path: Path, rows: ScanRows) -> None:
 
 
 def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
-    """One row of candidates.csv."""
+    """Returns the row of candidates.csv for a candidate."""
     return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
 
 
 def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
-    """A line of lungs.csv from a `lung_map.Verdict`."""
+    """Returns the row of lungs.csv for a `lungs.checks.Verdict`."""
     facts = asdict(verdict)
     reasons = facts.pop("reasons")
     rounded = {name: round(value, 4) for name, value in facts.items()}

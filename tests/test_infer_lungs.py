@@ -312,7 +312,7 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(run, volume, tmp_p
     mask = out / "chest/mask.nii.gz"
     before = mask.stat().st_mtime_ns
     report = infer.infer(run, out, input=path, lungs=one, nodules=NO_RUNS)
-    assert "(1 scan there before)" in report.line
+    assert "(1 scan done before)" in report.line
     assert mask.stat().st_mtime_ns == before
     other = Lungs(passes=Passes(n=2))
     with pytest.raises(ValueError, match=r"'n': \(1, 2\).*use --overwrite"):
@@ -592,7 +592,7 @@ def test_results_never_replace_what_is_not_infers(run, beside, options):
     assert run_main(*command, "--n", 1, *options) == 3
     for pid in ("P1", "P2"):
         assert [p.name for p in (beside.parent / pid).iterdir()] == ["ct.nii.gz"]
-    assert "is not infer.py's" in (beside.parent / "skipped.csv").read_text()
+    assert "was not written by infer.py" in (beside.parent / "skipped.csv").read_text()
 
 
 def test_overwriting_removes_what_infer_wrote_and_no_more(run, beside):
@@ -793,11 +793,11 @@ def test_nnunets_files_hold_the_lungs_where_no_nodules_are_looked_for(
     segment("nnunet")
     labels = read(out / "chest.nii.gz")
     assert np.unique(labels).tolist() == [0, 1, 2]
-    assert "(1 scan there before)" in segment("nnunet")
+    assert "(1 scan done before)" in segment("nnunet")
     (out / "chest.nii.gz").unlink()
     segment("nnunet")  # what is lost is made again
     assert np.array_equal(read(out / "chest.nii.gz"), labels)
-    with pytest.raises(ValueError, match="made otherwise"):
+    with pytest.raises(ValueError, match="made with other settings"):
         segment("nifti")
     segment("nifti-labels", overwrite=True)
     assert not (out / "chest.nii.gz").exists()
@@ -811,7 +811,7 @@ def test_a_case_is_not_written_over_its_own_image(run, volume, tmp_path):
     report = infer.infer(
         run, tmp_path, input=source, lungs=lungs, overwrite=True, nodules=NO_RUNS
     )
-    assert "is not infer.py's" in report.failures[0].reason
+    assert "was not written by infer.py" in report.failures[0].reason
     assert source.read_bytes() == before
 
 
@@ -873,7 +873,7 @@ def test_predict_refuses_what_is_not_one_ct(run, nodule_run, volume, tmp_path):
         segment_module.predict(np.zeros((9, 9, 9), np.int16), (1, 1, 1))
     for name in ("a", "b"):
         save(tmp_path / f"{name}.nii.gz", volume)
-    with pytest.raises(ValueError, match="says its own"):
+    with pytest.raises(ValueError, match="has its own"):
         segment_module.predict(tmp_path / "a.nii.gz", (1, 1, 1))
     with pytest.raises(ValueError, match="2 scans; expected one"):
         segment_module.predict(tmp_path)
@@ -915,7 +915,7 @@ def test_what_the_false_positive_network_refuses_is_no_nodule(
     assert record["nodules"]["reduction"]["min_score"] == 0.99
     command = (*command, "--reduction", reduction_run)
     assert run_main(*command, "--min_score", 0.01) == 1
-    assert "with min_score 0.99, now 0.01; repeat that" in capsys.readouterr().err
+    assert "with min_score 0.99, now 0.01; use the same" in capsys.readouterr().err
     assert run_main(*command, "--min_score", 1, "--overwrite") == 2
     assert "min_score is 1.0; expected 0 to below 1" in capsys.readouterr().err
     assert run_main(*command, "--min_score", 0.01, "--overwrite") == 0
@@ -944,7 +944,7 @@ def test_a_file_of_a_scan_that_was_not_finished_is_written_again(run, volume, tm
     # Without that mark it is another's.
     (out / "lungs.csv").write_text(lines[0])
     report = infer.infer(run, out, input=source, lungs=lungs, nodules=NO_RUNS)
-    assert "is not infer.py's" in report.failures[0].reason
+    assert "was not written by infer.py" in report.failures[0].reason
 
 
 def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
@@ -954,7 +954,7 @@ def test_a_false_positive_network_that_is_missing_or_useless_is_refused(
     with pytest.raises(FileNotFoundError, match="--reduction None"):
         runs_of = NoduleRuns(nodule_run, None, tmp_path / "absent")
         infer.infer(run, out, input=source, nodules=runs_of)
-    with pytest.raises(ValueError, match="no run looks for nodules"):
+    with pytest.raises(ValueError, match="no run finds nodules"):
         infer.infer(
             run, out, input=source, nodules=NoduleRuns(None, None, reduction_run)
         )
@@ -976,7 +976,7 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
         ValueError, match="--reduction None; expected a run that judges"
     ):
         find(nodule_run, slices_run, None)
-    with pytest.raises(ValueError, match="no run looks for nodules"):
+    with pytest.raises(ValueError, match="no run finds nodules"):
         find(None, slices_run, None)
     with pytest.raises(ValueError, match="expected a run for nodules in slices"):
         find(nodule_run, nodule_run, reduction_run)
@@ -990,14 +990,14 @@ def test_runs_of_slices_that_are_missing_or_useless_are_refused(
 def test_what_would_not_be_used_is_refused(run, nodule_run, volume, tmp_path):
     source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
     unused = NoduleRuns(None, min_score=0.5)
-    with pytest.raises(ValueError, match="--min_score 0.5, but no run looks for"):
+    with pytest.raises(ValueError, match="--min_score 0.5, but no run finds"):
         infer.infer(run, out, input=source, nodules=unused)
     unused = NoduleRuns(nodule_run, None, None, min_score=0.5)
-    with pytest.raises(ValueError, match="no run looks for nodules in lungs"):
+    with pytest.raises(ValueError, match="no run finds nodules in lungs"):
         infer.infer(nodule_run, out, input=source, nodules=unused)
     with pytest.raises(ValueError, match="expected 0 to below 1"):
         replace(unused, min_score=1.0)
-    with pytest.raises(ValueError, match="expected a run that looks for nodules"):
+    with pytest.raises(ValueError, match="expected a run that finds nodules"):
         segment_module.predict(source, exp_dir=run, nodules=NO_RUNS)
     with pytest.raises(ValueError, match="--reduction None"):
         segment_module.predict(
@@ -1021,7 +1021,7 @@ def test_a_nodule_that_slices_alone_mark_is_reported(
     # Other runs, other results; those of before are asked for as then.
     assert run_main(*command, "--slices", slices_run) == 1
     shown = capsys.readouterr().err
-    assert "by other runs; repeat that" in shown
+    assert "by other runs; use the same" in shown
     assert "--slices RUN --reduction RUN" in shown
     assert run_main(*command) == 0
     assert run_main(*command, "--slices", slices_run, "--overwrite") == 0

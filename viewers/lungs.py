@@ -1,9 +1,9 @@
-r"""One page with the lungs of a scan in 3-D, coloured by where not to trust their surface.
+r"""Writes one page with the lungs of a scan in 3-D, coloured by their standard deviation.
 
-The nodules that were found are red within them, each with its measures.
+The colour shows where not to trust the surface. Nodules are red, each with its measures.
 
-Reads what infer.py wrote of a scan with --save_as nifti, and writes one HTML file that a
-browser shows without a network: turn with the mouse, zoom with the wheel.
+Reads the results of infer.py for one scan with --save_as nifti, and writes one HTML file that
+a browser shows offline: turn with the mouse, zoom with the wheel.
 
 Example:
     pip install -r requirements-viewers.txt
@@ -28,19 +28,19 @@ from ct.scan import LEFT, RIGHT
 from results.rows import LUNGS_CSV, NODULES_CSV, LungRow, read_lung_rows, read_rows
 
 SMOOTHING = 0.8
-"""Standard deviation, in voxels of the coarse mask, that takes the steps off its surface."""
+"""Gaussian standard deviation, in coarse voxels, that smooths the steps of the surface."""
 
 MARGIN = 4
-"""Voxels of background around the mask; a lung cut by the field of view is closed there."""
+"""Voxels of background around the mask, which close a lung cut by the field of view."""
 
 MAX_STD = 0.5
-"""Largest standard deviation of values from 0 to 1; the same colours on every page."""
+"""End of the colour scale on every page: values from 0 to 1 cannot deviate more."""
 
 LUNG_OPACITY = 0.4
-"""Of lungs with nodules in them; without any they hide what lies behind."""
+"""Opacity of lungs that contain nodules; lungs without nodules are opaque."""
 
 FEW_VOXELS = 50
-"""Up to here a nodule is resampled to voxels of a quarter, larger ones of half the size."""
+"""Largest nodule that is resampled to a quarter of the voxel size; larger ones to half."""
 
 NODULE_COLOUR = "crimson"
 
@@ -49,7 +49,7 @@ NAMES = {RIGHT: "right lung", LEFT: "left lung"}
 TOOLBAR = {
     "displaylogo": False,
     "responsive": True,
-    # Else Plotly has a button that sends the whole figure to a server of its makers.
+    # Otherwise Plotly adds a button that uploads the whole figure to its makers' server.
     "showSendToCloud": False,
 }
 
@@ -82,8 +82,8 @@ class Mesh:
     """A closed surface of triangles.
 
     Attributes:
-        points_ras_mm: (points, 3).
-        faces: (triangles, 3) indices of points, counter-clockwise seen from outside.
+        points_ras_mm: (points, 3) coordinates.
+        faces: (triangles, 3) point indices, counter-clockwise seen from outside.
     """
 
     points_ras_mm: np.ndarray
@@ -95,23 +95,24 @@ class Mesh:
 
     @property
     def volume_mm3(self) -> float:
-        """What the surface encloses; negative if its faces are turned inside out."""
+        """The enclosed volume; negative if the faces are turned inside out."""
         first = self.points_ras_mm[self.faces[:, 0]]
         return float((first * self._normals()).sum() / 6)
 
     def _normals(self) -> np.ndarray:
-        """(triangles, 3) normals, twice as long as the triangles are large."""
+        """Returns (triangles, 3) normals, each as long as twice the area of its triangle."""
         a, b, c = self.points_ras_mm[self.faces].swapaxes(0, 1)
         return np.cross(b - a, c - a)
 
 
 def surface(mask: np.ndarray, grid: Grid, spacing_mm: float) -> Mesh:
-    """The surface of a mask, smoothed.
+    """Computes the smoothed surface of a mask.
 
     Args:
-        mask: (z, y, x) bool, somewhere True.
-        grid: Where it lies.
-        spacing_mm: Edge of the voxels it is resampled to, about that of the triangles.
+        mask: (z, y, x) bool, not all False.
+        grid: Grid of the mask.
+        spacing_mm: Edge of the voxels the mask is resampled to, and roughly of the
+            triangles.
 
     Raises:
         ValueError: If the mask is too small to have a surface at this spacing.
@@ -129,14 +130,14 @@ def surface(mask: np.ndarray, grid: Grid, spacing_mm: float) -> Mesh:
         )
     points, faces, *_ = measure.marching_cubes(inside, 0.5, allow_degenerate=False)
     coarse = Grid(inside.shape, affine)
-    # Faces are clockwise as (z, y, x) go; where the map to mm mirrors, they are as wanted.
+    # Faces are clockwise in (z, y, x) order; a mirroring affine makes them as wanted.
     if np.linalg.det(affine[:3, :3]) > 0:
         faces = faces[:, ::-1]
     return Mesh(coarse.index_to_ras_mm(points - MARGIN), faces)
 
 
 def values_at(points_ras_mm: np.ndarray, values: np.ndarray, grid: Grid) -> np.ndarray:
-    """(points,) values of a (z, y, x) volume at points in mm, linear between voxels."""
+    """Returns (points,) linearly interpolated values of a (z, y, x) volume at RAS points."""
     from scipy import ndimage
 
     index = grid.ras_mm_to_index(points_ras_mm).T
@@ -144,16 +145,16 @@ def values_at(points_ras_mm: np.ndarray, values: np.ndarray, grid: Grid) -> np.n
 
 
 def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
-    """What infer.py wrote of one scan: its row of lungs.csv, labels, std and their grid.
+    """Reads the lungs of one scan: row of lungs.csv, labels, standard deviation and grid.
 
     Raises:
-        ValueError: If a file is missing or damaged, or they do not fit each other.
+        ValueError: If a file is missing or damaged, or the files do not match.
     """
     folder = folder.absolute()
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: no such folder; expected RESULT_DIR/PID as infer.py writes it for a "
-            "run for lungs with --save_as nifti"
+            f"{folder}: no such folder; expected RESULT_DIR/PID, which infer.py writes with "
+            "a run for lungs and --save_as nifti"
         )
     pid = files.checked_id(folder.name, where="name of the scan's folder")
     for name in ("mask.nii.gz", "std.nii.gz"):
@@ -167,7 +168,7 @@ def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
     rows = {row.pid: row for row in read_lung_rows(table)}
     if pid not in rows:
         raise ValueError(
-            f"{table}: no row of {pid}, so nothing says whether its lungs can be trusted; "
+            f"{table}: no row of {pid}, so it is unknown whether its lungs can be trusted; "
             "run infer.py again with this --result_dir"
         )
     labels, grid = read_nifti(folder / "mask.nii.gz")
@@ -175,7 +176,7 @@ def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
     check_same_grid(std_grid, grid, folder / "std.nii.gz")
     if not np.isin(labels, tuple(NAMES)).any():
         raise ValueError(
-            f"{folder / 'mask.nii.gz'}: no lung ({RIGHT} right, {LEFT} left); there is "
+            f"{folder / 'mask.nii.gz'}: no lung ({RIGHT} right, {LEFT} left), so there is "
             "nothing to show"
         )
     return rows[pid], labels, std, grid
@@ -184,12 +185,12 @@ def read_lungs(folder: Path) -> tuple[LungRow, np.ndarray, np.ndarray, Grid]:
 def read_nodules(
     folder: Path, grid: Grid
 ) -> tuple[np.ndarray, dict[int, dict[str, Any]]]:
-    """What infer.py found in a scan: (z, y, x) labels, and their rows of nodules.csv.
+    """Reads the nodules of a scan: (z, y, x) labels, and rows of nodules.csv by label.
 
-    No rows where none was looked for, or none found.
+    There are no rows if no nodule was found or none were searched for.
 
     Raises:
-        ValueError: If a file is missing or damaged, or they do not fit each other.
+        ValueError: If a file is missing or damaged, or the files do not match.
     """
     folder = folder.absolute()
     rows = read_rows(folder.parent / NODULES_CSV)
@@ -207,8 +208,8 @@ def read_nodules(
     drawn = set(np.unique(labels).astype(int).tolist()) - {0}
     if drawn != set(by_id):
         raise ValueError(
-            f"{path}: nodules {sorted(drawn)}, in nodules.csv {sorted(by_id)}; run infer.py "
-            "again with this --result_dir --overwrite"
+            f"{path}: nodules {sorted(drawn)}; expected {sorted(by_id)} as in nodules.csv; "
+            "run infer.py again with this --result_dir and --overwrite"
         )
     return labels.astype(np.int32), by_id
 
@@ -216,7 +217,7 @@ def read_nodules(
 def add_nodules(
     shown: Any, labels: np.ndarray, rows: dict[int, dict[str, Any]], grid: Grid
 ) -> None:
-    """Adds a surface per nodule to a figure, and its measures to what the mouse shows."""
+    """Adds a surface per nodule to a figure, with its measures as hover text."""
     from scipy import ndimage
 
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -226,7 +227,7 @@ def add_nodules(
         start = np.array([part.start for part in box])
         affine[:3, 3] = grid.index_to_ras_mm(start)
         mask = labels[box] == number
-        # A few voxels that are smoothed as lungs are would have no surface.
+        # Smoothed as much as lungs, a very small nodule would have no surface.
         finer = 2 if np.count_nonzero(mask) > FEW_VOXELS else 4
         own = Grid(mask.shape, affine)
         mesh = surface(mask, own, min(grid.spacing_mm) / finer)
@@ -246,7 +247,7 @@ def add_nodules(
 
 
 def triangles_of(mesh: Mesh) -> dict[str, np.ndarray]:
-    """A mesh by the names of Plotly."""
+    """Returns a mesh under the argument names of Plotly."""
     x, y, z = mesh.points_ras_mm.astype(np.float32).T
     i, j, k = mesh.faces.astype(np.int32).T
     return {"x": x, "y": y, "z": z, "i": i, "j": j, "k": k}
@@ -260,14 +261,14 @@ def figure_of(
     *,
     opacity: float = 1.0,
 ) -> Any:
-    """The lungs as a Plotly figure, seen from the front with the head up.
+    """Builds a Plotly figure of the lungs, seen from the front with the head up.
 
     Args:
         labels: (z, y, x) lung labels.
-        std: (z, y, x) standard deviation of the probability of lung.
-        grid: Where both lie.
-        spacing_mm: As for `surface`.
-        opacity: Of the lungs.
+        std: (z, y, x) standard deviation of the lung probability.
+        grid: Grid of both.
+        spacing_mm: See `surface`.
+        opacity: Opacity of the lungs.
     """
     from plotly import graph_objects
 
@@ -313,14 +314,14 @@ def figure_of(
 
 
 def page_of(row: LungRow, figure: Any) -> str:
-    """The page: verdict, figure and the whole of Plotly; nothing is loaded."""
-    verdict = "Flag 0: no reason was found not to trust the mask."
+    """Renders the page: verdict, figure and the whole of Plotly, so that it works offline."""
+    verdict = "Flag 0: the checks found no reason to distrust the mask."
     if row.flag:
         verdict = f"<b>Flag {row.flag}, do not trust:</b> {html.escape(row.reason)}"
     facts = (
         f"Right lung {row.right_ml:.0f} ml, left lung {row.left_ml:.0f} ml; expected Dice "
-        f"{row.score:.3f}; {row.n} passes. RAS mm; the right lung is at the left of the "
-        "view from the front."
+        f"{row.score:.3f}; {row.n} passes. Axes in RAS mm; seen from the front, the right "
+        "lung is on the left."
     )
     return PAGE.format(
         pid=html.escape(row.pid),
@@ -338,13 +339,13 @@ def page_of(row: LungRow, figure: Any) -> str:
 @dataclass(frozen=True)
 class Arguments:
     scan: Annotated[Path, tyro.conf.Positional]
-    """RESULT_DIR/PID, the folder that infer.py wrote of the scan."""
+    """RESULT_DIR/PID, the folder that infer.py wrote for the scan."""
     out: Path | None = None
-    """The page; by default RESULT_DIR/PID.html."""
+    """Path of the page; by default RESULT_DIR/PID.html."""
     spacing_mm: float = 3.0
-    """Edge of the voxels the masks are resampled to; smaller makes a larger page."""
+    """Edge of the voxels the masks are resampled to; smaller voxels make a larger page."""
     overwrite: bool = False
-    """Replace a page that exists."""
+    """Replace an existing page."""
 
     def __post_init__(self) -> None:
         spacing = self.spacing_mm

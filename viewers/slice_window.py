@@ -1,4 +1,4 @@
-"""A window that steps through slices with outlines, by keys, wheel or slider."""
+"""A window that steps through outlined slices by keys, wheel or slider."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,28 +7,29 @@ from typing import Any
 import numpy as np
 
 STEPS = {"right": 1, "left": -1, "up": 1, "down": -1, "pageup": 10, "pagedown": -10}
-"""How far a key goes; home and end go to the first and the last slice."""
+"""Slices that each key moves by; home and end go to the first and the last slice."""
 NEXT_VIEW = "a"
-"""Key that shows the same slice otherwise, where there are several views."""
+"""Key that shows the same slice in the next view, if there are several."""
 FREED_KEYS: dict[Any, Any] = {
     "keymap.home": [],
     "keymap.back": [],
     "keymap.forward": [],
 }
-"""Keys that matplotlib's toolbar would take."""
+"""Settings that free the keys which matplotlib's toolbar uses."""
 
 COLOURS = ("lime", "deepskyblue", "orange", "magenta")
-"""Of the outlines, in their order."""
+"""Colours of the outlines, in their order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What the window shows at a time.
+    """One picture that the window shows.
 
     Attributes:
-        image: (y, x) from 0, black, to 1, white.
-        outlined: Name to (y, x) mask whose border is drawn; all pictures have the same.
-        title: Written above.
+        image: (y, x) grey values from 0 (black) to 1 (white).
+        outlined: Masks (y, x) by name, whose borders are drawn; all pictures have the same
+            names.
+        title: Text above the image.
     """
 
     image: np.ndarray
@@ -37,15 +38,16 @@ class Picture:
 
 
 class SliceWindow:
-    """A figure of matplotlib with one picture, and what leads to the others.
+    """A matplotlib figure with one picture, a slider and key bindings to reach the others.
 
     Args:
         count: Number of pictures.
-        views: Each makes the picture of a number from 0; `NEXT_VIEW` goes through them.
-        start: Number of the first picture shown.
+        views: Functions that make the picture of an index from 0; the key `NEXT_VIEW`
+            cycles through them.
+        start: Index of the first picture shown.
 
     Attributes:
-        number, view: Of the picture shown.
+        number, view: Index of the picture shown, and of its view.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class SliceWindow:
         self._draw(picture)
 
     def on_key(self, event: Any) -> None:
-        """Goes where a key leads; other keys are matplotlib's."""
+        """Moves by the pressed key; matplotlib handles other keys."""
         ends = {"home": 0, "end": self.count - 1}
         if event.key in STEPS:
             self.go_to(self.number + STEPS[event.key])
@@ -86,11 +88,11 @@ class SliceWindow:
             self._draw(self.views[self.view](self.number))
 
     def on_scroll(self, event: Any) -> None:
-        """Goes on by the turns of the wheel."""
+        """Moves by the steps of the wheel."""
         self.go_to(self.number + int(event.step))
 
     def go_to(self, number: int) -> None:
-        """Shows a picture; beyond the ends, the first or the last."""
+        """Shows a picture; an index beyond the ends shows the first or the last."""
         number = min(max(number, 0), self.count - 1)
         if number != self.number:
             self.number = number
@@ -123,7 +125,7 @@ class SliceWindow:
 def browse(
     count: int, views: Sequence[Callable[[int], Picture]], *, start: int = 0
 ) -> None:
-    """Opens a `SliceWindow` and returns when it is closed.
+    """Opens a `SliceWindow` and returns once it is closed.
 
     Raises:
         ValueError: If no window can be opened on this machine.
@@ -134,7 +136,7 @@ def browse(
     backend = pyplot.get_backend()
     if backend.lower() in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE):
         raise ValueError(
-            f"no window can be opened here: matplotlib has the backend {backend}; expected "
+            f"cannot open a window: matplotlib uses the backend {backend}; expected "
             "a display, and tkinter or Qt (pip install -r requirements-viewers.txt)"
         )
     with pyplot.rc_context(FREED_KEYS):

@@ -1,8 +1,8 @@
-"""Steps through the slices of a prepared scan in a window, with its masks outlined.
+"""Shows the slices of a prepared scan in a window, with its masks outlined.
 
 Takes a scan file of preprocess.py, or a folder of .npy slices that table.py wrote.
 
-Arrow keys, the wheel and the slider go from slice to slice, page up and down by ten.
+Arrow keys, the wheel and the slider change the slice; page up and page down move by ten.
 
 Example:
     python -m viewers.slices work/scans/SCAN_ID.h5
@@ -23,7 +23,7 @@ from viewers.slice_window import Picture, browse
 
 
 def picture_of(scan: Scan, z: int, window_hu: tuple[float, float]) -> Picture:
-    """A slice with the outlines of what is known of it; see `slice_window`."""
+    """Returns a slice with its lungs and nodules outlined; see `slice_window`."""
     low, high = window_hu
     outlined = {}
     if scan.lung is not None:
@@ -39,10 +39,10 @@ def picture_of(scan: Scan, z: int, window_hu: tuple[float, float]) -> Picture:
 
 
 def read(path: Path) -> Scan:
-    """The scan of a scan file or of a folder of .npy slices.
+    """Reads the scan of a scan file or of a folder of .npy slices.
 
     Raises:
-        ValueError: If it cannot be read, or the folder holds several scans.
+        ValueError: If the scan cannot be read, or the folder holds several.
     """
     if not path.is_dir():
         return read_scan(path)
@@ -58,7 +58,7 @@ def read(path: Path) -> Scan:
 
 
 def first_slice(scan: Scan) -> int:
-    """The slice with most nodule pixels; without nodules, the middle one."""
+    """Returns the slice with most nodule pixels; without nodules, the middle slice."""
     if scan.reader_bits is None or not scan.reader_bits.any():
         return len(scan.hu) // 2
     return int(np.count_nonzero(scan.reader_bits, axis=(1, 2)).argmax())
@@ -67,9 +67,9 @@ def first_slice(scan: Scan) -> int:
 @dataclass(frozen=True)
 class Arguments:
     scan: Annotated[Path, tyro.conf.Positional]
-    """A scan file of preprocess.py, or a folder with the .npy slices of one scan."""
+    """Scan file of preprocess.py, or folder with the .npy slices of one scan."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
-    """HU shown black and white."""
+    """HU shown as black and as white."""
 
     def __post_init__(self) -> None:
         low, high = self.window_hu
@@ -79,7 +79,7 @@ class Arguments:
 
 
 def show(arguments: Arguments) -> steps.Report:
-    """Opens the window and waits until it is closed."""
+    """Opens the window and returns once it is closed."""
     scan = read(arguments.scan)
     browse(
         len(scan.hu),

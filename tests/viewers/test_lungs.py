@@ -159,7 +159,7 @@ def test_nodules_and_their_rows_fit(folder, scan):
     grid = lungs.read_lungs(folder)[3]
     assert lungs.read_nodules(folder, grid)[1] == {}
     add_found(folder, scan, ids=(1,))
-    with pytest.raises(ValueError, match=r"nodules \[1, 2\], in nodules.csv \[1\]"):
+    with pytest.raises(ValueError, match=r"nodules \[1, 2\]; expected \[1\] as in"):
         lungs.read_nodules(folder, grid)
     (folder / "nodules.nii.gz").unlink()
     with pytest.raises(ValueError, match="no nodules.nii.gz, but 1 rows"):

@@ -1,4 +1,4 @@
-r"""Step 8 of 9: predictions + readers -> scores with intervals, tables, figures.
+r"""Step 8 of 9: score predictions against the readers; write tables and figures.
 
 Example:
     python evaluate.py --predictions work/predictions/smoke --scans work/scans \
@@ -51,33 +51,33 @@ log = logging.getLogger(__name__)
 FIGURES = ("dice.png", "overlays.png")
 
 WHOLE_SCAN = ("hd95_mm", "surface_dice", "nodules", "nodules_hit", "false_positives")
-"""Columns that have no value where only some slices of a scan count."""
+"""Columns that stay undefined if only some slices of a scan count."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which predictions are scored, against what."""
+    """Predictions to score, and the settings of the reference."""
 
     predictions: Path
-    """Folder made by infer.py and postprocess.py, or by infer.py of lungs and nodules."""
+    """Folder of infer.py and postprocess.py, or of infer.py for lungs with nodules."""
     out: Path
-    """Tables and figures are written here."""
+    """Output folder for tables and figures."""
     scans: Path = Path("work/scans")
     """Folder of scan files with the readers' masks."""
     part: str = "test"
-    """Part of the split that is scored; "all" for every prediction."""
+    """Part of the split to score; "all" scores every prediction."""
     consensus_level: float = 0.5
-    """Share of a nodule's readers that makes a voxel nodule."""
+    """Share of a nodule's readers who must draw a voxel for it to be in the reference."""
     min_readers: int = 1
-    """Nodules outlined by fewer readers do not count, nor do components on them."""
+    """Nodules outlined by fewer readers are ignored, and so are components on them."""
     surface_tolerance_mm: float = 1.0
-    """Surfaces nearer than this agree."""
+    """Largest distance at which surfaces agree."""
     lung_truth: Path | None = None
     """Scan files with exact lung labels, e.g. PHANTOMS/truth, to score the lung masks."""
     draws: int = 2000
-    """Bootstrap draws."""
+    """Number of bootstrap draws."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Job:
     part: str
     leak: bool
     slices: tuple[int, ...] | None
-    """The slices (z) that count; None for all."""
+    """Slices (z) that count; None for all."""
     arguments: Arguments
 
 
@@ -98,7 +98,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
 
     Raises:
         FileNotFoundError: If there are no predictions.
-        ValueError: If none is of the part, or none could be scored.
+        ValueError: If the part has no prediction, or none could be scored.
     """
     predictions = read_predictions(arguments.predictions)
     refuse_other_folder(arguments.out, "scores.json")
@@ -108,7 +108,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
     )
     if not scored:
         raise ValueError(
-            f"no prediction could be scored; the first: {failures[0].reason}"
+            f"no prediction could be scored; first failure: {failures[0].reason}"
         )
     rows = [item.row for item in scored]
     nodules = [nodule for item in scored for nodule in item.nodules]
@@ -157,7 +157,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
 
 
 def setting(arguments: Arguments, predictions: Predictions) -> dict[str, Any]:
-    """What two runs must share for their scores to be compared."""
+    """Returns the settings that two runs must share for their scores to be compared."""
     return {
         "part": arguments.part,
         "consensus_level": arguments.consensus_level,
@@ -168,30 +168,30 @@ def setting(arguments: Arguments, predictions: Predictions) -> dict[str, Any]:
 
 
 def by_slice(predictions: Predictions) -> bool:
-    """Whether the run's split is by slice, so that only some slices of a scan count."""
+    """Returns True if the split is by slice, so that only some slices of a scan count."""
     return any("slices" in facts for facts in predictions.scans.values())
 
 
 def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
-    """The predictions of the part; patients that were trained on are named.
+    """Returns a job per prediction of the part; logs the patients that were trained on.
 
     Raises:
-        ValueError: If there is none, the masks were made of other weights' maps, or are of
-            lungs alone.
+        ValueError: If the part has no prediction, the masks were made from maps of other
+            weights, the folder holds lungs without nodules, or the results are not NIfTI.
     """
     if in_lungs(arguments.predictions) == {}:
         raise ValueError(
-            f"{arguments.predictions} holds lungs, in which no nodules were looked for; run "
-            "infer.py with --nodules, or compare lungs by experiments.lung_comparison"
+            f"{arguments.predictions} holds lung masks without nodules; run infer.py with "
+            "--nodules, or compare the lung masks with experiments.lung_comparison"
         )
     path = arguments.predictions / POSTPROCESS_JSON
     if path.exists():
         used = json.loads(path.read_text())["weights_sha256"]
         if used != predictions.weights_sha256:
             raise ValueError(
-                f"{path}: the masks were made of maps of weights {used[:12]}, the maps "
-                f"are of {predictions.weights_sha256[:12]}; run postprocess.py again with "
-                "--overwrite"
+                f"{path}: the masks were made from maps of weights {used[:12]}, but the maps "
+                f"are of weights {predictions.weights_sha256[:12]}; run postprocess.py again "
+                "with --overwrite"
             )
     path = arguments.predictions / LUNGS_JSON
     save_as = json.loads(path.read_text())["save_as"] if path.exists() else "nifti"
@@ -208,10 +208,10 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
         parts = sorted({facts["part"] for facts in predictions.scans.values()})
         if parts == [""]:
             raise ValueError(
-                f"{arguments.predictions}: its scans are of no part of a split; use --part all"
+                f"{arguments.predictions}: the scans belong to no split; use --part all"
             )
         raise ValueError(
-            f"{arguments.predictions} has no scan of the part {arguments.part!r}, only of "
+            f"{arguments.predictions} has no scan in part {arguments.part!r}, only in "
             f"{parts}; choose another --part"
         )
     if in_lungs(arguments.predictions):
@@ -220,7 +220,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
     for job in jobs:
         if job.leak:
             log.warning(
-                "patient %s was trained on; its row is marked leak", job.patient_id
+                "patient %s was trained on; its row is marked as leak", job.patient_id
             )
     return jobs
 
@@ -231,13 +231,14 @@ def job_of(
     predictions: Predictions,
     arguments: Arguments,
 ) -> Job:
-    """One prediction to score; the patient is that of the scan file.
+    """Returns the job of one prediction, with the patient id of the scan file.
 
-    It leaks if by that file or by predictions.json its patient was trained on.
+    The job is a leak if the run was trained on this patient, by the id in the scan file or
+    by the id in predictions.json.
     """
     facts = predictions.scans[scan_id]
     patient_id = facts["patient_id"]
-    with suppress(ScanError, OSError):  # `score` says what is wrong with the file
+    with suppress(ScanError, OSError):  # `score` reports the error of this file
         patient_id, _ = scan_identity(scan_path(arguments.scans, scan_id))
     names = runs.names_of(scan_id, patient_id, facts["patient_id"])
     leak = not names.isdisjoint(predictions.training_patients)
@@ -248,8 +249,8 @@ def score(job: Job) -> Scored:
     """Scores one scan.
 
     Raises:
-        ScanError: If the mask or the scan file is missing, nobody read the scan, or the rows
-            of nodules.csv or the probability map cannot be of it.
+        ScanError: If the mask or the scan file is missing, the scan has no readers, or the
+            rows of nodules.csv or the probability map do not fit the scan.
     """
     arguments = job.arguments
     scan, labels = read_pair(job)
@@ -282,7 +283,7 @@ def score(job: Job) -> Scored:
         "predicted_mm3": float(predicted.sum() * scan.grid.voxel_mm3),
         **lung_scores(scan, reference, arguments.lung_truth),
     }
-    if job.slices is not None:  # single slices have neither surfaces nor whole nodules
+    if job.slices is not None:  # single slices give neither surfaces nor whole nodules
         return Scored(row | dict.fromkeys(WHOLE_SCAN, np.nan), [])
     surfaces = surface_distances(reference, predicted, scan.spacing_mm)
     known = nodule_scores.nodules_that_count(scan, arguments.min_readers)
@@ -324,7 +325,11 @@ def score(job: Job) -> Scored:
 
 
 def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
-    """The scan of a job and its predicted nodule labels, on one grid."""
+    """Reads the scan of a job and its predicted nodule labels.
+
+    Raises:
+        ScanError: If a file is missing or the grids differ.
+    """
     folder = job.arguments.predictions
     name, maker = "mask.nii.gz", "postprocess.py"
     if in_lungs(folder):
@@ -341,7 +346,11 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
 
 
 def in_lungs(predictions: Path) -> dict[str, Any] | None:
-    """How nodules were found in lungs: None if these are no lungs, {} if not looked for."""
+    """Reads from lungs.json how nodules were found inside the lungs.
+
+    Returns:
+        None if the folder does not hold lungs; {} if nodules were skipped.
+    """
     path = predictions / LUNGS_JSON
     if not path.exists():
         return None
@@ -351,7 +360,7 @@ def in_lungs(predictions: Path) -> dict[str, Any] | None:
 def lung_scores(
     scan: Scan, reference: np.ndarray, truth_dir: Path | None
 ) -> dict[str, float]:
-    """How much of the nodules the lung mask holds, and its Dice if truth is known."""
+    """Computes the lung mask's Dice (NaN without truth) and its share of nodule voxels."""
     if scan.lung is None:
         return {"lung_dice": np.nan, "lung_inclusion": np.nan}
     inside = scan.lung > 0
@@ -365,10 +374,13 @@ def lung_scores(
 
 
 def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
-    """Candidates, nodules that count and other nodules, as `froc.mark` takes them.
+    """Returns candidates, counted nodules and irrelevant findings for `froc.mark`.
 
-    Nothing of patches, and of masks made elsewhere, without nodules.csv. Beside lungs,
-    candidates of any score count.
+    The result is empty for patches, and for masks from elsewhere that have no nodules.csv.
+    For nodules found inside lungs, candidates of any score count.
+
+    Raises:
+        ScanError: If a row of the table or a point is invalid.
     """
     folder = job.arguments.predictions
     path = folder / job.scan_id / NODULES_CSV
@@ -391,10 +403,10 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
 
 
 def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
-    """How probabilities compare with the share of readers; see `Scored`.
+    """Returns the calibration histogram of a scan; None without a map or counted voxels.
 
     Raises:
-        ScanError: If the map lies on another grid or holds no probabilities.
+        ScanError: If the map is on another grid or its values are not probabilities.
     """
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
@@ -406,9 +418,10 @@ def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
 def temperature_of(
     predictions: Predictions, arguments: Arguments
 ) -> tuple[float | None, str]:
-    """The temperature fitted on the validation scans of the predictions, and a sentence.
+    """Fits the temperature on the validation scans; also returns a sentence about it.
 
-    None without such scans, with a split by slice, and if validation itself is scored.
+    The temperature is None without validation scans, for a split by slice, and if the
+    validation scans themselves are scored.
     """
     if arguments.part in ("validation", "all") or by_slice(predictions):
         return None, ""
@@ -428,7 +441,7 @@ def temperature_of(
 
 
 def votes_of(job: Job) -> np.ndarray | None:
-    """`votes_met` of the scan of a job; None of a scan without readers' marks."""
+    """Returns `votes_met` for the scan of a job; None for a scan without readers' marks."""
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
         return None
@@ -446,7 +459,7 @@ def protocol(
     seen: str,
     fitted: str,
 ) -> list[str]:
-    """What the scores mean, in sentences that stand in every output."""
+    """Returns sentences that explain the scores; every output contains them."""
     patients = {row["patient_id"] for row in rows}
     what = files.count_text(len(rows), "whole scan")
     if not any(row["whole"] for row in rows):
@@ -454,7 +467,7 @@ def protocol(
         what += ", each in patches of its slices whose pixels count as 1 mm,"
     if by_slice(predictions):
         what = f"{files.count_text(len(rows), 'scan')} (only their slices in the part)"
-    candidates = "what postprocessing left"
+    candidates = "the components that postprocessing kept"
     if in_lungs(arguments.predictions):
         candidates = "every candidate"
     return [
@@ -463,32 +476,32 @@ def protocol(
         f"Reference: consensus of at least {arguments.consensus_level:.0%} of the readers "
         f"who outlined a nodule, nodules of at least {arguments.min_readers} reader(s).",
         f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws). "
-        "n: scans where the value is defined: those with a nodule; for HD95 and precision "
-        "those with a prediction too. What is found in scans without nodule counts in the "
+        "n: scans where the value is defined, which are those with a nodule, and for HD95 and "
+        "precision also with a prediction. Predictions in scans without a nodule count in the "
         "pooled scores and as false positives.",
         masks_made_by(arguments.predictions),
         f"Dice of readers: over all slices of a nodule; the majority of n others is at least "
-        "n/2 of them. ECE: of voxels that a reader drew or with a probability above "
+        "n/2 of them. ECE: over voxels that a reader drew or whose probability is above "
         f"{calibration.LEAST_PROBABILITY:g}, in bins of 0.05." + fitted,
-        f"A nodule is found by a component of IoU >= {overlap.MIN_IOU:g}; surfaces agree "
-        f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus is all that "
-        "any reader drew.",
+        f"A component hits a nodule if their IoU is >= {overlap.MIN_IOU:g}; surfaces agree "
+        f"within {arguments.surface_tolerance_mm:g} mm. A nodule without consensus voxels "
+        "consists of every voxel that any reader drew.",
         "Strata: diameter is the readers' mean, texture and subtlety their median rating "
         "(texture 1 ground glass, 2 and 3 part-solid, 4 and 5 solid; 3.5 counts as 3); the "
-        "distance to the pleura is that to the nearest voxel outside of the scan file's lung "
-        "mask and nodules.",
+        "distance to the pleura is the distance to the nearest voxel outside the scan file's "
+        "lung mask and nodules.",
         seen,
-        "Sensitivities at rates of false positives (FROC): hits and false positives are told "
-        "as in LUNA16, by its own lists or else on this cohort's nodules (radius of the "
-        f"readers' mean diameter), of {candidates}. Neither hits nor false positives are "
-        f"nodules of too few readers and, {froc_points.UNKNOWN_MM:g} mm wide, nodules below "
-        "3 mm and non-nodules, where LIDC's XML marks them.",
+        "Sensitivities at rates of false positives (FROC) follow the rules of LUNA16, with its "
+        "own lists or else with this cohort's nodules (radius from the readers' mean "
+        f"diameter), and count {candidates}. Nodules of too few readers are neither hits nor "
+        "false positives, nor are nodules below 3 mm and non-nodules, which LIDC's XML marks "
+        f"by a point and which get a diameter of {froc_points.UNKNOWN_MM:g} mm.",
         DISCLAIMER,
     ]
 
 
 def masks_made_by(predictions: Path) -> str:
-    """The settings the masks were made with, in a sentence."""
+    """Returns a sentence on the settings that made the masks."""
     found = in_lungs(predictions)
     if found:
         used = config.from_json(config.Postprocess, found["settings"])
@@ -496,24 +509,24 @@ def masks_made_by(predictions: Path) -> str:
         if "reduction" in found:
             kept = config.from_json(config.Postprocess, found["reduction"])
             how = (
-                f"candidates of volumes from {kept.threshold:g}, at least "
+                f"candidates from volumes, threshold {kept.threshold:g}, at least "
                 f"{kept.min_volume_mm3:g} mm3"
             )
             if "slices" in found:
                 used = config.from_json(config.Postprocess, found["slices"])
-                how += f", of slices {settings_text(used)}"
+                how += f", from slices, {settings_text(used)}"
             how += (
-                f"; reported from a score of {kept.min_score:g}, the probability of who "
-                "marked it times that of who judges it"
+                f"; reported from a score of {kept.min_score:g}, the probability of the "
+                "network that found the candidate times that of the classifier"
             )
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (
-            f"Nodules: found in the run's lungs and outlined by weights {weights}, "
+            f"Nodules: found in the run's lung masks and outlined by weights {weights}, "
             f"{found['passes']} pass(es); {how}."
         )
     path = predictions / POSTPROCESS_JSON
     if not path.exists():
-        return "How the masks were made is unknown."
+        return "Masks: made with unknown settings."
     record = json.loads(path.read_text())
     used = config.from_json(config.Postprocess, record["settings"])
     return f"Masks: {settings_text(used)}; {record['origin']}."
@@ -525,7 +538,7 @@ def draw_figures(
     nodules: Sequence[dict[str, Any]],
     out: Path,
 ) -> None:
-    """Dice per scan, nodules by size, and the best, median and worst scan."""
+    """Draws Dice per scan, Dice by nodule size, and overlays of three scans."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -549,16 +562,16 @@ def draw_figures(
 
 
 def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
-    """The slice with most reference in the best, the median and the worst scan.
+    """Draws the slice with most reference voxels of the best, median and worst scan.
 
-    Scans where there is nothing and nothing was found are shown only if all are so.
+    Scans without a reference nodule are shown only if no scan has one.
     """
     from matplotlib.figure import Figure
 
     defined = [row for row in rows if np.isfinite(row["dice"])]
     order = sorted(defined, key=lambda row: -row["dice"]) or list(rows)
     chosen = list(dict.fromkeys((0, len(order) // 2, len(order) - 1)))
-    width = max(4.2 * len(chosen), 6.4)  # or the title is cut
+    width = max(4.2 * len(chosen), 6.4)  # a narrower figure would cut the title
     figure = Figure(figsize=(width, 4.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(chosen)))
     for axis, place in zip(axes, chosen, strict=True):

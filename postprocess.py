@@ -1,7 +1,7 @@
 """Step 7 of 9: turn probability maps into nodules, each measured in mm.
 
-A run whose method is "tuned" gets threshold, erosion and smallest volume from the
-validation scans; `best_of_grid` says how.
+If the run's method is "tuned", threshold, erosion, smallest volume and smallest score are
+chosen on the validation scans; see `best_of_grid`.
 
 Example:
     python postprocess.py --predictions work/predictions/thesis --run work/runs/thesis
@@ -49,40 +49,43 @@ def postprocess(
     lung: np.ndarray | None = None,
     hu: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Instances of a mask, of labels or of a map of probability, and a table of them.
+    """Finds and measures the nodules in a mask, a label volume or a probability map.
 
-    Every label of labels stays apart, even from one it touches; parts of it that do not
-    touch each other become two. A mask without nodules gives labels of 0 and no row.
+    Different input labels stay separate nodules, even if they touch; unconnected parts of
+    one label become separate nodules. A mask without nodules gives labels of 0 and no row.
 
     Args:
-        marked: (z, y, x), z rising to the head: a bool mask; integers, labels from 1 or a
-            mask of 0 and 1; or floats, probabilities.
+        marked: (z, y, x), z ascending towards the head: a bool mask; integers, which are
+            labels from 1 or a mask of 0 and 1; or floats, which are probabilities.
         spacing_mm: (z, y, x).
-        settings: By default components of 150 voxels or more, of probabilities of 0.5 or
-            more; `replace(settings, min_voxels=0)` keeps all.
-        lung: (z, y, x) labels, 1 right and 2 left: for sides, distances to the pleura, and
-            `settings.within_lung`.
-        hu: (z, y, x) int16, for the mean HU.
+        settings: Postprocessing settings. The default keeps components of at least 150
+            voxels with probabilities of at least 0.5; `replace(settings, min_voxels=0)`
+            keeps all components.
+        lung: (z, y, x) labels, 1 right and 2 left, used for sides, distances to the pleura
+            and `settings.within_lung`.
+        hu: (z, y, x) int16, used for the mean HU.
 
     Returns:
-        (z, y, x) labels, uint8 or the smallest unsigned type that holds them, and a
-        row for each, as `FoundNodule` has them. 1 has the highest score; of equal ones,
-        as all of a mask are, that which comes first in the array.
+        (z, y, x) labels, uint8 or the smallest unsigned type that holds them, and one row
+        per label with the fields of `FoundNodule`. Label 1 has the highest score; equal
+        scores, as in a mask, are ordered by their first voxel in the array.
 
     Raises:
         ValueError: If shapes differ, a spacing is not above 0, integers are below 0 or
-            floats are not within 0 and 1.
+            floats are outside 0..1.
     """
     grid = canonical_grid(marked.shape, spacing_mm)
     for other in (lung, hu):
         if other is not None and other.shape != marked.shape:
-            raise ValueError(f"shapes {marked.shape} and {other.shape}; expected one")
+            raise ValueError(
+                f"shapes {marked.shape} and {other.shape}; expected equal shapes"
+            )
     is_map = marked.dtype.kind == "f"
     low, high = marked.min(), marked.max()
     if not low >= 0 or (is_map and not high <= 1):
         raise ValueError(
-            f"values run from {low:g} to {high:g}; expected probabilities of 0 to 1, or a "
-            "mask or labels of a whole-number type"
+            f"values from {low:g} to {high:g}; expected probabilities from 0 to 1, or a mask "
+            "or labels of an integer type"
         )
     prob = marked.astype(np.float32) if is_map else np.ones(marked.shape, np.float32)
     labels, chances = label_nodules(
@@ -94,7 +97,7 @@ def postprocess(
 
 @dataclass(frozen=True)
 class Job:
-    """One scan to work on, wherever that happens."""
+    """One scan to process, with all that a worker process needs to know."""
 
     scan_id: str
     folder: Path
@@ -103,14 +106,14 @@ class Job:
     consensus_level: float = 0.5
     min_readers: int = 1
     slices: tuple[int, ...] | None = None
-    """The slices (z) that count; None for all."""
+    """Slices (z) that count; None for all."""
 
 
 def read_prediction(job: Job, name: str) -> tuple[Scan, np.ndarray]:
-    """The scan of a job, and its volume `name` on the same grid.
+    """Reads the scan of a job and its predicted volume `name`.
 
     Raises:
-        ScanError: If one is missing or they do not lie on one grid.
+        ScanError: If a file is missing or the grids differ.
     """
     path = scan_path(job.scans, job.scan_id)
     if not path.exists():
@@ -122,10 +125,10 @@ def read_prediction(job: Job, name: str) -> tuple[Scan, np.ndarray]:
 
 
 def lung_of(scan: Scan) -> np.ndarray:
-    """The lung labels of a scan.
+    """Returns the lung labels of a scan.
 
     Raises:
-        ScanError: If it has none.
+        ScanError: If the scan has none.
     """
     if scan.lung is None:
         raise ScanError(
@@ -135,10 +138,9 @@ def lung_of(scan: Scan) -> np.ndarray:
 
 
 def write_nodules(job: Job) -> int:
-    """Writes mask.nii.gz and nodules.csv of one scan.
+    """Writes mask.nii.gz and nodules.csv of one scan; returns the number of nodules.
 
-    Returns:
-        The number of nodules. nodules.csv is written last: it marks a scan as done.
+    nodules.csv is written last, because it marks the scan as done.
     """
     scan, prob = read_prediction(job, "prob.nii.gz")
     labels, nodules = find_nodules(
@@ -157,7 +159,7 @@ def write_nodules(job: Job) -> int:
 
 
 def std_of(job: Job, scan: Scan) -> np.ndarray | None:
-    """The standard deviation over passes; None where there was one pass."""
+    """Reads the standard deviation over the passes; None if there was only one pass."""
     path = job.folder / job.scan_id / STD_NIFTI
     if not path.exists():
         return None
@@ -167,11 +169,11 @@ def std_of(job: Job, scan: Scan) -> np.ndarray | None:
 
 
 def count_for_tuning(job: Job) -> np.ndarray:
-    """What each setting of the grid gives on one scan.
+    """Counts voxels and false components of one scan for each setting of the grid.
 
     Returns:
-        (thresholds, erosions, volumes, scores, 4) int64: voxels true positive, false positive
-        and false negative, and components that touch no reference voxel.
+        (thresholds, erosions, volumes, scores, 4) int64: true positive, false positive and
+        false negative voxels, and components that touch no reference voxel.
     """
     scan, prob = read_prediction(job, "prob.nii.gz")
     reference = reference_mask(
@@ -189,25 +191,25 @@ def count_for_tuning(job: Job) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to work on."""
+    """Predictions to postprocess, and the settings to use."""
 
     predictions: Path
-    """Folder that infer.py wrote."""
+    """Folder written by infer.py."""
     run: Path
-    """Run directory whose configuration holds; tuned values are kept there."""
+    """Run directory that gives the settings; tuned values are stored there."""
     rule: Rule | None = None
-    """Use this rule instead of the run's: voxels-150, components of 150 voxels or more."""
+    """Use this rule instead of the run's; voxels-150 keeps components from 150 voxels."""
     scans: Path = Path("work/scans")
-    """Folder that preprocess.py wrote."""
+    """Folder written by preprocess.py."""
     tune: bool = False
-    """Tune on the validation scans whatever the run's method is, and tune again if it
-    was done before."""
+    """Tune on the validation scans, whatever the run's method, and replace values that were
+    tuned before."""
     workers: int = 2
-    """Processes on this machine."""
+    """Number of processes on this machine."""
     scheduler: str = ""
-    """Address of a Dask scheduler to use instead."""
+    """Address of a Dask scheduler to use instead of local processes."""
     overwrite: bool = False
-    """Replace masks and nodules that are there."""
+    """Replace existing masks and nodules."""
 
 
 def postprocess_predictions(arguments: Arguments) -> steps.Report:
@@ -217,8 +219,8 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
     weights = arguments.run / "best.weights.h5"
     if weights.exists() and files.sha256(weights) != predictions.weights_sha256:
         raise ValueError(
-            f"{arguments.predictions} was predicted by run {predictions.run} with other "
-            f"weights than those of {arguments.run}; name the run that made it"
+            f"{arguments.predictions} was predicted by run {predictions.run}, whose weights "
+            f"differ from those of {arguments.run}; pass the run that predicted it as --run"
         )
     settings, origin = settings_of_run(arguments, predictions, experiment)
     record = {
@@ -229,8 +231,8 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
     }
     folder = arguments.predictions
     if arguments.overwrite:
-        # All at once: a run that is stopped must not leave masks of the older settings
-        # that look done.
+        # Remove all of them first: an interrupted run must not leave masks of the older
+        # settings that look done.
         for scan_id in predictions.scans:
             files.remove(folder / scan_id / "nodules.csv")
     refuse_other_settings(record, folder)
@@ -258,17 +260,17 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
 
 
 def read_experiment(run: Path) -> config.Experiment:
-    """The configuration of a run that segments nodules.
+    """Reads the configuration of a run that segments nodules.
 
     Raises:
-        FileNotFoundError: If the run is absent or not complete.
+        FileNotFoundError: If the run is missing or incomplete.
         ValueError: If the run segments something else.
     """
     experiment = runs.read_settings(run)
     if experiment.batches.target != "nodule":
         raise ValueError(
-            f"{run}: the run segments {experiment.batches.target}; nodules are found "
-            "only in probabilities of nodule"
+            f"{run}: the run segments {experiment.batches.target}; expected a run that "
+            "segments nodules"
         )
     return experiment
 
@@ -276,7 +278,7 @@ def read_experiment(run: Path) -> config.Experiment:
 def settings_of_run(
     arguments: Arguments, predictions: Predictions, experiment: config.Experiment
 ) -> tuple[config.Postprocess, str]:
-    """The settings to use, and a phrase that says where they come from."""
+    """Returns the settings to use, and a phrase that says where they come from."""
     if arguments.rule is not None:
         if arguments.tune:
             raise ValueError(f"--rule {arguments.rule} and --tune; expected one")
@@ -287,19 +289,19 @@ def settings_of_run(
     path = arguments.run / POSTPROCESS_JSON
     if path.exists() and not arguments.tune:
         record = json.loads(path.read_text())
-        # Records of before these could be set.
+        # Older records lack these settings, which then had these values.
         before = {"min_voxels": 0, "fill_holes": False} | record.get("tuned_on", {})
         if before == tuned_on(predictions, experiment):
             settings = config.from_json(config.Postprocess, record["settings"])
             return settings, record["origin"]
         log.warning(
-            "%s was tuned on other weights, scans or settings; it does not count", path
+            "%s was tuned on other weights, scans or settings; it is ignored", path
         )
     return tune(arguments, predictions, experiment)
 
 
 def tuned_on(predictions: Predictions, experiment: config.Experiment) -> dict[str, Any]:
-    """What tuned values hold for: weights, validation scans and what is not tuned."""
+    """Returns the weights, validation scans and settings that tuned values depend on."""
     batches, base = experiment.batches, experiment.postprocess
     scans = predictions.of_part("validation")
     return {
@@ -320,7 +322,7 @@ def tuned_on(predictions: Predictions, experiment: config.Experiment) -> dict[st
 def tune(
     arguments: Arguments, predictions: Predictions, experiment: config.Experiment
 ) -> tuple[config.Postprocess, str]:
-    """Tunes on the validation scans and keeps the result in the run directory."""
+    """Tunes on the validation scans and stores the result in the run directory."""
     base, batches = experiment.postprocess, experiment.batches
     jobs = [
         Job(
@@ -342,7 +344,7 @@ def tune(
         label="tuning",
     )
     for failure in failures:
-        log.warning("not tuned on %s: %s", failure.scan_id, failure.reason)
+        log.warning("tuning leaves out %s: %s", failure.scan_id, failure.reason)
     if not counts:
         log.warning(
             "no validation scan to tune on; the fixed threshold %g is used",
@@ -369,11 +371,7 @@ def tune(
 
 
 def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
-    """Stops before masks of two settings or two weights lie in one folder.
-
-    Raises:
-        ValueError: If masks are there that were made otherwise.
-    """
+    """Raises ValueError if the folder holds masks of other settings or other weights."""
     path = Path(folder) / POSTPROCESS_JSON
     if not path.exists() or not any(folder.glob("*/nodules.csv")):
         return
@@ -385,10 +383,10 @@ def refuse_other_settings(record: dict[str, Any], folder: Path) -> None:
         if settings[name] != value
     ]
     if before["weights_sha256"] != record["weights_sha256"]:
-        changed.append("the weights are others")
+        changed.append("the weights differ")
     if changed:
         raise ValueError(
-            f"{folder} holds masks made otherwise ({'; '.join(changed)}); "
+            f"{folder} holds masks made with other settings ({'; '.join(changed)}); "
             "add --overwrite to make them again"
         )
 

@@ -1,4 +1,4 @@
-"""FROC with bootstrap at LUNA16's size: 888 scans, 500 candidates each, 1,000 draws.
+"""Time of FROC with bootstrap at LUNA16's size: 888 scans of 500 candidates, 1,000 draws.
 
 Example:
     python -m benchmarks.froc
@@ -15,7 +15,7 @@ SCANS, CANDIDATES, NODULES = 888, 500, 1186
 
 
 def main() -> None:
-    """Prints the seconds of marking and of the curve with its intervals."""
+    """Prints the seconds for marking and for the curve with its intervals."""
     rng = np.random.default_rng(0)
     ids = [f"scan-{number}" for number in range(SCANS)]
     owners = rng.integers(SCANS, size=NODULES)

@@ -1,12 +1,12 @@
-"""The generator against one that warps with SciPy: slices per second and memory, as ratios.
+"""Slice generator against one that warps with SciPy: speed as ratios, and peak memory.
 
 Example:
     LUNG_DATA=/path/to/data python -m benchmarks.generator
 
-Both make the same batches of 400x400 px from one table, with two threads. They take turns,
-and the median over the rounds counts, so a busy machine slows both. Slices are those of the
-LIDC-IDRI scans below LUNG_DATA (or ../shared/data) with their cleaned lung masks, or else
-those of phantoms. Pages are in the cache: the disk is not measured.
+Both make the same batches of 400x400 px from one table, with two threads. They take turns and
+the median over the rounds is reported, so a busy machine slows both alike. Slices come from the
+LIDC-IDRI scans below LUNG_DATA (or ../shared/data) with their cleaned lung masks, or else from
+phantoms. The table's pages are in the page cache, so the disk is not measured.
 """
 
 import itertools
@@ -46,11 +46,11 @@ SETTINGS = {
     "and elastic, gamma": config.Augment(noise_hu=20, elastic_px=3, gamma=0.2),
 }
 MEMORY_BATCHES = 60
-"""Batches made before the peak of memory is read."""
+"""Number of batches made before the peak memory is read."""
 
 
 class SciPyGenerator(SliceGenerator):
-    """The same batches, warped plainly: float slices through `scipy.ndimage`."""
+    """Generator of the same batches that warps float slices with `scipy.ndimage`."""
 
     def sample(self, row: int, rng: np.random.Generator):
         changes = self.augmentation or config.Augment()
@@ -73,7 +73,7 @@ class SciPyGenerator(SliceGenerator):
 
 
 def scipy_warp(image, warp: augment2d.Warp, size_px, *, order: int, fill: int):
-    """An image through the warp; `ndimage` counts (y, x) where the warp counts (x, y)."""
+    """Warps an image; `ndimage` takes (y, x) where the warp holds (x, y)."""
     if warp.points is not None:
         return ndimage.map_coordinates(
             image, warp.points[::-1], order=order, mode="constant", cval=fill
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def bench_scans() -> tuple[list[Scan], str]:
-    """Scans with lung masks and nodules, and where they come from."""
+    """Returns scans with lung masks and nodules, and the name of their source."""
     from lungs.classical import with_lungs
 
     data = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
@@ -121,7 +121,7 @@ def bench_scans() -> tuple[list[Scan], str]:
 
 
 def build_table(scans: list[Scan], folder: Path, *, copies: int) -> Path:
-    """A table of all slices with lung, each scan `copies` times as other patients."""
+    """Writes a table of all slices with lung; each copy of a scan is another patient."""
     for copy, scan in itertools.product(range(copies), scans):
         name = f"{copy}-{scan.scan_id}"
         other = replace(scan, scan_id=name, patient_id=name)
@@ -132,7 +132,7 @@ def build_table(scans: list[Scan], folder: Path, *, copies: int) -> Path:
 
 
 def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
-    """Prints the speeds with one setting, and the CPU time of a slice."""
+    """Prints slices per second and the CPU time of a slice for one augmentation."""
     rows = np.arange(len(table))
     ours = SliceGenerator(table, rows, BATCHES, changes, seed=0)
     contenders = {
@@ -163,9 +163,9 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
 
 
 def speed_and_cpu(generator: SliceGenerator, threads: int) -> tuple[float, float]:
-    """Slices per second, and the CPU milliseconds of one slice.
+    """Measures slices per second and the CPU milliseconds of one slice.
 
-    Where other programs take the cores, the CPU time is the better measure of the two.
+    The CPU time is the better measure if other programs use the cores.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     speed = data_generator.slices_per_second(
@@ -176,7 +176,7 @@ def speed_and_cpu(generator: SliceGenerator, threads: int) -> tuple[float, float
 
 
 def where_time_goes(table: SliceTable) -> None:
-    """Prints the CPU time of each stage of a nodule slice, one thread."""
+    """Prints the CPU time of each stage for a slice with a nodule, on one thread."""
     row = int(np.flatnonzero(table.rows["nodule_px"])[0])
     size, changes = BATCHES.input_px, config.Augment(noise_hu=20, elastic_px=3)
     rng = np.random.default_rng(0)
@@ -206,13 +206,13 @@ def where_time_goes(table: SliceTable) -> None:
         "(warp HU elastically)": lambda: augment2d.warp_image(hu, bent, size),
         "(warp masks elastically)": lambda: augment2d.warp_labels(lung, bent, size),
     }
-    print("where time goes, ms of one thread (in brackets: not in the thesis):")
+    print("CPU time by stage, ms on one thread (in brackets: not in the thesis):")
     for name, stage in stages.items():
         print(f"  {name:26s} {cpu_ms(stage):6.3f}")
 
 
 def cpu_ms(stage: Callable[[], object], calls: int = 40) -> float:
-    """Median CPU time of a call in ms, after a first one."""
+    """Measures the median CPU time of a call in ms, after one call to warm up."""
     stage()
     times = []
     for _ in range(calls):
@@ -223,7 +223,7 @@ def cpu_ms(stage: Callable[[], object], calls: int = 40) -> float:
 
 
 def compare_memory(once: Path, four_times: Path) -> None:
-    """Prints the peak memory of processes that stream two tables of different length."""
+    """Prints the peak memory of two processes that stream tables of different length."""
     for path in (once, four_times):
         command = [sys.executable, "-m", "benchmarks.generator", str(path)]
         done = subprocess.run(
@@ -233,7 +233,7 @@ def compare_memory(once: Path, four_times: Path) -> None:
 
 
 def stream(path: Path) -> None:
-    """Makes batches of a table with two threads and prints the peak of memory."""
+    """Makes batches of a table with two threads and prints the peak memory."""
     with SliceTable(path) as table:
         rows = np.arange(len(table))
         generator = SliceGenerator(table, rows, BATCHES, config.Augment(), seed=0)
@@ -249,7 +249,7 @@ def stream(path: Path) -> None:
 
 
 def peak_mb() -> float:
-    """Peak of resident memory since this program began (Linux).
+    """Returns the peak resident memory of this process so far (Linux).
 
     `resource.getrusage` would also count the process that started this one.
     """

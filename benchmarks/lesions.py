@@ -1,12 +1,12 @@
-"""Simulated lesions: what they cost the generator of slices, and a patch of a volume.
+"""CPU time of simulated lesions in the slice generator, and in a patch of a volume.
 
 Example:
     LUNG_DATA=/path/to/data python -m benchmarks.lesions
 
-The generators make the same batches of 400x400 px from one table, with and without lesions
-in 8 of 10 samples, and take turns batch by batch. CPU time of one thread counts, as the
-ratio to the batch without lesions that was made in the same turn: other programs slow both.
-Slices are those of `benchmarks.generator`.
+The generators make the same batches of 400x400 px from one table, without lesions and with
+lesions in 8 of 10 samples, and take turns batch by batch. The CPU time of one thread is
+reported as a ratio to the batch without lesions of the same turn, since other programs slow
+both. Slices are those of `benchmarks.generator`.
 """
 
 import os
@@ -73,9 +73,9 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
             started = time.thread_time()
             slices = len(generator[turn % len(generator)][0])
             cpu_ms[kind].append(1000 * (time.thread_time() - started) / slices)
-    print(f"{name} (CPU ms per slice: median; over none)")
+    print(f"{name} (CPU ms per slice: median; ratio to none)")
     for kind, times in cpu_ms.items():
-        ratios = np.divide(times, cpu_ms[NOTHING])[1:]  # after a first one
+        ratios = np.divide(times, cpu_ms[NOTHING])[1:]  # the first turn warms up
         low, middle, high = np.percentile(ratios, (25, 50, 75))
         print(
             f"  {kind:10s}{statistics.median(times[1:]):6.2f}   "

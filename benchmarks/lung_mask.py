@@ -1,9 +1,9 @@
-"""The slice rule against scikit-learn and scikit-image, and a scan from file to mask.
+"""Slice rule against scikit-learn and scikit-image, and the time from file to lung mask.
 
     python -m benchmarks.lung_mask [--data ../shared/data/LIDC-IDRI]
 
-Both masks of every slice are made in one process, in turn, so that their ratio holds on a
-busy machine. Without real scans a phantom is measured.
+Both masks of a slice are made one after the other in one process, so that their ratio holds on
+a busy machine. If there are no real scans, a phantom is measured.
 """
 
 import time
@@ -24,13 +24,13 @@ from phantoms import chest, write
 @dataclass(frozen=True)
 class Arguments:
     data: Path = Path("../shared/data/LIDC-IDRI")
-    """Folder of LIDC-IDRI scans; a phantom is made if it is absent."""
+    """Folder of LIDC-IDRI scans; a phantom is used if it is missing."""
     every: int = 4
-    """Of the slices, every so many are measured with both."""
+    """Step between the slices that are measured."""
 
 
 def plain_slice_rule(image_hu: np.ndarray) -> tuple[np.ndarray, float]:
-    """The thesis' rule written plainly with scikit-learn and scikit-image."""
+    """Computes mask and threshold (HU) of the thesis' rule with scikit-learn and -image."""
     from skimage import measure, morphology
     from sklearn.cluster import KMeans
 
@@ -59,7 +59,7 @@ def plain_slice_rule(image_hu: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def read(data: Path) -> tuple[Scan, float]:
-    """The scan that is measured, and the seconds that reading it took."""
+    """Returns the scan to measure, and the seconds it took to read it."""
     if data.is_dir():
         source = min(lidc.find_scans(data), key=lambda item: item.patient_id)
         started = time.perf_counter()
@@ -88,7 +88,7 @@ def main() -> None:
     print(f"ratio                        {plain_s / ours_s:8.1f}")
     print(
         f"thresholds within 10 HU in {len(same)} slices, Dice there: mean "
-        f"{np.nanmean(same):.4f}, least {np.nanmin(same):.4f}"
+        f"{np.nanmean(same):.4f}, minimum {np.nanmin(same):.4f}"
     )
     if others:
         print(f"other thresholds in {len(others)} slices, Dice: {np.round(others, 3)}")
@@ -99,7 +99,7 @@ def main() -> None:
     reading = read_s * len(deep) / len(scan.hu)
     print(
         f"{len(deep)} slices (the scan and its mirror image): reading {reading:.2f} s "
-        f"(scaled), cleaned mask {clean_s:.2f} s, together {reading + clean_s:.2f} s"
+        f"(scaled), cleaned mask {clean_s:.2f} s, total {reading + clean_s:.2f} s"
     )
 
 

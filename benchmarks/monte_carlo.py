@@ -1,11 +1,11 @@
-"""A pass of the 3-D U-Net in Keras and in PyTorch, and the memory of n = 10 and n = 100.
+"""Time of one 3-D U-Net pass in Keras and in PyTorch, and peak memory of n passes.
 
     python -m benchmarks.monte_carlo [--shape 96 128 128] [--filters 8]
 
-Both networks have the same layers and random weights, and see the same masked volume, in
-turn, so that their ratio holds on a busy machine. PyTorch is measured if it can be
-imported; it is no requirement of this project. Peak memory is that of a process of its own
-for each n: one with running moments, and one that keeps all passes, as Zhuang et al. do.
+Both networks have the same layers and random weights, and segment the same masked volume in
+turn, so that their ratio holds on a busy machine. PyTorch is measured only if it is installed;
+this project does not require it. Peak memory is measured for each n in two separate processes:
+one computes running moments, the other keeps all passes, as Zhuang et al. do.
 """
 
 import importlib.util
@@ -36,11 +36,11 @@ class Arguments:
     filters: int = 8
     depth: int = 4
     repeats: int = 5
-    """Passes that are timed of each, after one that is not."""
+    """Timed passes of each network, after one pass to warm up."""
     n: tuple[int, int] = (10, 100)
-    """Passes of which the peak memory is measured."""
+    """Numbers of passes for which the peak memory is measured."""
     memory: bool = True
-    """Measure it; 220 more passes by default."""
+    """Measure the peak memory, which takes 220 more passes by default."""
     precision: Precision = "float32"
 
 
@@ -63,7 +63,7 @@ def settings_of(arguments: Arguments) -> config.Experiment:
 
 
 def write_run(folder: Path, settings: config.Experiment) -> None:
-    """What `VolumePredictor` reads of a run, with random weights."""
+    """Writes the run file that `VolumePredictor` reads, with random weights."""
     from models import build_model
 
     network = build_model(settings.model, (*settings.batches.volume_px, 1), 2)
@@ -71,7 +71,7 @@ def write_run(folder: Path, settings: config.Experiment) -> None:
 
 
 def torch_pass(arguments: Arguments) -> Callable[[np.ndarray], Any]:
-    """The same network in PyTorch: a function of the (z, y, x) masked volume."""
+    """Returns the same network in PyTorch, as a function of the (z, y, x) masked volume."""
     import torch
     from torch import nn
 
@@ -120,7 +120,7 @@ def torch_pass(arguments: Arguments) -> Callable[[np.ndarray], Any]:
 def timed_in_turn(
     functions: dict[str, Callable[[int], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the functions in turn; the first round is not counted."""
+    """Times calls of the functions in turn, in seconds; the first round is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for k in range(repeats + 1):
         for name, function in functions.items():
@@ -133,7 +133,15 @@ def timed_in_turn(
 def peak_mb(
     connection: Any, arguments: Arguments, run_dir: str, n: int, keep: bool
 ) -> None:
-    """Sends the peak memory of n passes in this process, in MB."""
+    """Makes n passes in this process and sends its peak memory in MB.
+
+    Args:
+        connection: End of the pipe that takes the result.
+        arguments: Settings of the benchmark.
+        run_dir: Folder of `write_run`.
+        n: Number of passes.
+        keep: Keep all passes instead of running moments.
+    """
     settings = settings_of(arguments)
     predictor = VolumePredictor(
         Path(run_dir),
@@ -167,7 +175,7 @@ def peak_in_own_process(
 
 
 def noise_hu(shape: tuple[int, int, int]) -> np.ndarray:
-    """(z, y, x) float32."""
+    """Returns a (z, y, x) float32 volume of noise in HU."""
     return np.random.default_rng(0).normal(-400, 300, shape).astype(np.float32)
 
 

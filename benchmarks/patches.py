@@ -1,13 +1,13 @@
-"""Patches per second of `segment_patches`, against `model.predict` one by one and PyTorch.
+"""Speed of `segment_patches` against `model.predict` one by one and against PyTorch.
 
 Example:
     python -m benchmarks.patches --weights weights/nodule2d
 
-All segment the same patches of 128 x 128 on all cores and take turns; the median over the
-rounds counts. The naive way gives the same network every patch by itself, with `model.predict`,
-as it stands in tutorials. The PyTorch U-Net (if torch can be imported) has the same
-convolutions on inputs of the same size, float32, in batches. Without --weights the network is
-`nodule2d`, not trained: what it marks reaches borders, so that most patches are seen twice.
+All methods segment the same patches of 128 x 128 px on all cores and take turns; the median
+over the rounds is reported. The naive method calls `model.predict` of the same network for each
+patch, as in tutorials. The PyTorch U-Net (if torch is installed) has the same convolutions on
+inputs of the same size, float32, in batches. Without --weights the network is an untrained
+`nodule2d`: its masks reach the borders, so that most patches are segmented twice.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from training import runs
 
 ROUNDS = 5
 MANY, FEW = 512, 64
-"""Patches of the fast ways, and of the naive one."""
+"""Number of patches per round for the fast methods, and for the slow ones."""
 
 
 def main(weights: Path | None = None) -> None:
@@ -40,7 +40,7 @@ def main(weights: Path | None = None) -> None:
 
 
 def untrained(folder: Path) -> Path:
-    """What `PatchPredictor` reads of a run, with weights as they are drawn."""
+    """Writes the run files that `PatchPredictor` reads, with initial weights."""
     from models import build_model
 
     experiment = CONFIGS["nodule2d"][1]
@@ -80,7 +80,7 @@ def compare(weights: Path) -> None:
 
 
 def patch(rng: np.random.Generator) -> np.ndarray:
-    """Noise with a bright disc in the middle, which no second look is needed for."""
+    """Draws noise with a bright disc in the middle, small enough for a single look."""
     y, x = np.ogrid[-64:64, -64:64]
     inside = y**2 + x**2 < rng.uniform(4, 20) ** 2
     return rng.normal(60, 10, (128, 128)) + 100 * inside
@@ -99,7 +99,7 @@ def naive(predictor: seeded.PatchPredictor) -> Callable[[np.ndarray], None]:
 
 
 def pytorch(settings: Any) -> Callable[[np.ndarray], None] | None:
-    """A U-Net of the same convolutions; None without PyTorch, or of another network."""
+    """Returns a U-Net of the same convolutions; None without PyTorch or a 2-D U-Net."""
     try:
         import torch
     except ImportError:
@@ -123,7 +123,7 @@ def pytorch(settings: Any) -> Callable[[np.ndarray], None] | None:
 
 
 def torch_level(into: int, width: int, *, residual: bool) -> Any:
-    """Two convolutions of one level, as in models/unet2d.py."""
+    """Returns the two convolutions of one level, as in models/unet2d.py."""
     from torch import nn
 
     class Level(nn.Module):
@@ -152,7 +152,7 @@ def torch_level(into: int, width: int, *, residual: bool) -> Any:
 
 
 def torch_unet(model: Any) -> Any:
-    """The network of models/unet2d.py in PyTorch."""
+    """Returns the network of models/unet2d.py in PyTorch."""
     import torch
     from torch import nn
 

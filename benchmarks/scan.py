@@ -1,9 +1,9 @@
-"""Where the time goes from a CT to its nodules, with the weights that ship.
+"""Time of each stage from a CT scan to its nodules, with the shipped weights.
 
     python -m benchmarks.scan [--image ../shared/data/LIDC-IDRI/LIDC-IDRI-0001]
 
-Seconds of each stage and their share, in one process from its start, imports included, as
-infer.py takes them; a phantom is read if there is no image. Memory is the most that was held.
+Prints the seconds and the share of each stage in one process from its start, imports included,
+with the steps of infer.py. If there is no image, a phantom is used. Memory is the peak.
 """
 
 import resource
@@ -23,7 +23,7 @@ STARTED = time.perf_counter()
 
 @dataclass
 class Stages:
-    """Seconds by the name of a stage, in the order they came."""
+    """Seconds by name of the stage, in order of time."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -34,7 +34,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - started
 
     def watch(self, owner: Any, name: str, stage: str) -> None:
-        """Takes the seconds of every call of a function of an object or module."""
+        """Times every call of a function of an object or module as a stage."""
         function = getattr(owner, name)
 
         def timed(*values: Any, **options: Any) -> Any:
@@ -57,11 +57,11 @@ def main(
 
     Args:
         image: A DICOM folder or a volume.
-        n: Passes of the lung network; 0 makes as many as are enough.
+        n: Passes of the lung network; 0 makes as many as needed (n="auto").
     """
     stages = Stages()
     with stages("imports"):
-        import keras  # noqa: F401 - what infer.py imports when a network is loaded
+        import keras  # noqa: F401 - infer.py imports it when it loads a network
 
         from cohorts import nifti
         from inference import segment
@@ -100,7 +100,7 @@ def main(
         f"candidates, {len(found.nodules)} nodules\n"
     )
     sys.stdout.writelines(f"{line}\n" for line in stages.lines())
-    sys.stdout.write(f"elsewhere {before:.1f} s; at most {memory_gb:.2f} GiB\n")
+    sys.stdout.write(f"other {before:.1f} s; peak memory {memory_gb:.2f} GiB\n")
 
 
 if __name__ == "__main__":

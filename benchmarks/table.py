@@ -1,12 +1,12 @@
-"""The table against plain HDF5 and .npz files: bytes, building and reading, as ratios.
+"""Slice table against plain HDF5 and .npz files: size, and ratios of build and read times.
 
 Example:
     LUNG_DATA=/path/to/data python -m benchmarks.table
 
-Every contender does its part of a round before the next round starts, and the median over
-the rounds counts, so a busy machine slows all of them. Slices are those of the LIDC-IDRI
-scans below LUNG_DATA (or ../shared/data), or else synthetic. Pages are in the cache: this
-measures decompression and overhead, not the disk.
+Every contender runs once per round and the median over the rounds is reported, so a busy
+machine slows all of them alike. Slices come from the LIDC-IDRI scans below LUNG_DATA (or
+../shared/data), or else are synthetic. Files are in the page cache: this measures decompression
+and overhead, not the disk.
 """
 
 import os
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def bench_scans() -> tuple[list[Scan], str]:
-    """Scans with a lung mask by threshold, and where they come from."""
+    """Returns scans with thresholded lung masks, and the name of their source."""
     data = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data")) / "LIDC-IDRI"
     if data.is_dir():
         from cohorts import lidc
@@ -66,7 +66,7 @@ def bench_scans() -> tuple[list[Scan], str]:
 
 
 def with_lung(scan: Scan) -> Scan:
-    """A stand-in for the lung mask: what is as dark as lung and inside of the slice."""
+    """Returns the scan with a crude lung mask: voxels between -980 and -500 HU, opened."""
     import cv2
 
     lung = ((scan.hu > -980) & (scan.hu < -500)).astype(np.uint8)
@@ -77,7 +77,7 @@ def with_lung(scan: Scan) -> Scan:
 
 
 def synthetic(seed: int) -> Scan:
-    """A body of water with two lungs and correlated noise, read and without nodules."""
+    """Returns a water body with two lungs and correlated noise, read as without nodules."""
     import cv2
 
     from ct.geometry import Grid
@@ -107,7 +107,7 @@ def synthetic(seed: int) -> Scan:
 
 
 def codec_table(name: str, images: np.ndarray) -> None:
-    """Prints bytes and times per slice of every codec, relative to the one in use."""
+    """Prints size and times per slice of every codec; times relative to the one in use."""
     frames: dict[str, list[bytes]] = {}
     written_s: dict[str, float] = {}
     for codec in CODECS:
@@ -153,7 +153,7 @@ def read_frames(frames: list[bytes], image: np.ndarray) -> None:
 
 
 def rounds(contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each contender, all of them run once per round."""
+    """Measures the median seconds of each contender; all of them run once per round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
@@ -164,7 +164,7 @@ def rounds(contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def compare(found: list[Scan], folder: Path) -> None:
-    """Prints building and reading of all four arrays, table against the naive ways."""
+    """Prints times to build and read all four arrays, table against naive formats."""
     for scan in found:
         scans.write_scan(scan, scans.scan_path(folder / "scans", scan.scan_id), {})
     built_s = {

@@ -1,11 +1,11 @@
-"""The volume generator against one that warps with SciPy: crops per second, as ratios.
+"""Volume generator against one that warps with SciPy: crops per second, as ratios.
 
 Example:
     LUNG_DATA=/path/to/data python -m benchmarks.volumes
 
 Both make the same crops of 96^3 voxels at 3 mm with the augmentation of `lung3d-3mm`. They
-take turns, and the median over the rounds counts, so a busy machine slows both. The scans
-are those of benchmarks/generator.py.
+take turns and the median over the rounds is reported, so a busy machine slows both alike. The
+scans are those of benchmarks/generator.py.
 """
 
 import itertools
@@ -35,7 +35,7 @@ THREADS = 2
 
 
 class SciPyGenerator(VolumeGenerator):
-    """The same crops, warped plainly by `map_coordinates` and scanned as ours."""
+    """Generator of the same crops that warps with `map_coordinates`; same scanner model."""
 
     def changed(self, volume, crop, changes, rng):
         size = self.batches.volume_px
@@ -61,7 +61,7 @@ class SciPyGenerator(VolumeGenerator):
 
 
 def points_of(warp: augment3d.VolumeWarp, size_px: tuple[int, ...]) -> np.ndarray:
-    """(3, z, y, x) where each output voxel is taken from."""
+    """Returns (3, z, y, x): the source position of each output voxel."""
     z, y, x = np.ogrid[tuple(slice(size) for size in size_px)]
     points = np.stack(
         [a * z + b * y + c * x + start for a, b, c, start in warp.matrix]
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
-    """Prints crops per second and the CPU time of a crop with one setting."""
+    """Prints crops per second and the CPU time of a crop for one augmentation."""
     scans, batches = np.arange(len(table.scans)), LUNG3D_3MM.batches
     options = {"seed": 0, "steps_per_epoch": 1000}
     ours = VolumeGenerator(table, scans, batches, changes, **options)
@@ -115,7 +115,7 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
 
 
 def agree(ours: VolumeGenerator, other: VolumeGenerator) -> None:
-    """Prints how far the two are from the same batch."""
+    """Prints the differences between the first batches of two generators."""
     (x, y), (other_x, other_y) = ours[0], other[0]
     print(
         f"mean difference of the input {np.abs(x - other_x).mean():.4f} (sd 1), "
@@ -124,7 +124,7 @@ def agree(ours: VolumeGenerator, other: VolumeGenerator) -> None:
 
 
 def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
-    """Prints the CPU time of each stage of a crop, one thread."""
+    """Prints the CPU time of each stage of a crop, on one thread."""
     batches = LUNG3D_3MM.batches
     size, rng = batches.volume_px, np.random.default_rng(0)
     generator = VolumeGenerator(table, np.array([0]), batches, changes, seed=0)
@@ -152,7 +152,7 @@ def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
         "window, gamma": lambda: inputs.to_input(hu, None, batches, gamma=1.2),
         "one-hot": lambda: inputs.one_hot(marks & 1),
     }
-    print("where time goes, ms of one thread:")
+    print("CPU time by stage, ms on one thread:")
     for name, stage in stages.items():
         print(f"  {name:26s} {cpu_ms(stage, calls=10):6.1f}")
 

@@ -1,8 +1,8 @@
-r"""The table of an ablation: every run's scores, and its differences from the first run.
+r"""Ablation table: the scores of every run, and their differences from the first run.
 
-A difference is paired where both runs were scored on the same scans: patients are drawn
-once and both runs are scored on them. A run scored on other scans or slices (the split
-by slice) has no paired difference, and the table says so.
+A difference is paired if both runs were scored on the same scans: every bootstrap draw of
+patients scores both runs. A run that was scored on other scans or slices (the split by slice)
+has no paired difference, and the table says so.
 
     python -m experiments.ablation_table --scores work/scores/smoke \
         work/scores/smoke-no-gcn --out work/scores/ablations-smoke
@@ -33,18 +33,18 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which runs are compared; the first is the one the others are compared with."""
+    """Runs to compare; the first one is the baseline."""
 
     scores: tuple[Path, ...]
-    """Folders that evaluate.py wrote."""
+    """Folders written by evaluate.py."""
     out: Path
-    """Folder for ablations.csv, ablations.md and ablations.tex."""
+    """Output folder for ablations.csv, ablations.md and ablations.tex."""
     draws: int = 2000
-    """Bootstrap draws."""
+    """Number of bootstrap draws."""
 
 
 def read_scores(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """The rows of scores.csv in the order of their scans, and what scores.json says.
+    """Reads the rows of scores.csv, sorted by scan, and the record in scores.json.
 
     Raises:
         FileNotFoundError: If the folder holds no scores.
@@ -58,7 +58,7 @@ def read_scores(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
 
 
 def same_cases(rows: Sequence[dict[str, str]], base: Sequence[dict[str, str]]) -> bool:
-    """Whether two runs were scored on the same scans with the same reference voxels."""
+    """Returns True if both runs have the same scans and the same reference voxel counts."""
 
     def cases(rows: Sequence[dict[str, str]]) -> list[tuple[str, float]]:
         return [(row["scan_id"], float(row["tp"]) + float(row["fn"])) for row in rows]
@@ -71,18 +71,18 @@ def ablation_table(arguments: Arguments) -> steps.Report:
 
     Raises:
         FileNotFoundError: If a run has no scores.
-        ValueError: If two folders have one name.
+        ValueError: If two folders share a name, or runs were scored with other settings.
     """
     names = [folder.name for folder in arguments.scores]
     if len(set(names)) < len(names):
-        raise ValueError(f"two of the runs have one name: {', '.join(names)}")
+        raise ValueError(f"two folders share a name: {', '.join(names)}")
     refuse_other_folder(arguments.out, "ablations.csv")
     base, base_record = read_scores(arguments.scores[0])
     patients = len({row["patient_id"] for row in base})
     cells = paired.compare(names[0], base, None, MEASURES, draws=arguments.draws)
     facts = [
-        f"Differences are from {names[0]}, on the same {patients} patients in every draw; "
-        "unpaired: the run was scored on other cases.",
+        f"Differences are relative to {names[0]}, with the same {patients} patients in every "
+        "draw; unpaired: the run was scored on other cases.",
         paired.caution(patients),
         f"{names[0]}: {' '.join(base_record['protocol'][:-1])}",
     ]
@@ -92,11 +92,11 @@ def ablation_table(arguments: Arguments) -> steps.Report:
         if found | {"by_slice": False} != expected | {"by_slice": False}:
             raise ValueError(
                 f"{folder} was scored with {found}, {names[0]} with {expected}; run "
-                "evaluate.py on both alike"
+                "evaluate.py on both with the same options"
             )
         if found["by_slice"]:
             facts.append(
-                f"{name}: split by slice, so patients that are tested were TRAINED on."
+                f"{name}: split by slice, so tested patients were also TRAINED on."
             )
         cells += paired.compare(
             name,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains and scores a base experiment and its ablations on one table, then makes the table
+# Trains and scores a base experiment and its ablations on one table, then writes the table
 # of differences: BASE=thesis bash experiments/ablations.sh [ablation ...]
-# Steps 1 and 2 must have run. TRAIN holds more options of train.py, as in lung_ablations.sh.
+# Run steps 1 and 2 first. TRAIN adds options of train.py, as in lung_ablations.sh.
 BASE=${BASE:-smoke}
 source "$(dirname "$0")/../scripts/env.sh"
 export DATA COHORT WORK WORKERS

@@ -1,14 +1,14 @@
-r"""Scans with simulated pathology whose lungs are known: to test what disease does to masks.
+r"""Scans with simulated pathology and known lungs, to test lung masks on diseased lungs.
 
     python -m experiments.lesioned_scans --truth work/phantoms/truth --out work/lesioned
     python -m experiments.lesioned_scans --truth work/labelled --out work/pleural \
         --disease.findings nodule mass
 
-Writes OUT/truth, the scans with their known lung labels, and OUT/scans, the same with the
-classical mask of the changed HU. In both, each connected part of what the pathology made
-denser counts as a nodule of one reader, so `experiments.lung_comparison` says how much of
-it a mask keeps. The readers' own nodules are left out. Pathology is drawn as in training: other
-draws, but of the same kinds, and nodules in the same shapes.
+Writes OUT/truth, the scans with their known lung labels, and OUT/scans, the same scans with the
+classical mask of the changed HU. In both, each connected component that the pathology made
+denser counts as a nodule of one reader, so `experiments.lung_comparison` reports how much of it
+a mask keeps. The readers' own nodules are left out. Pathology is drawn as in training, with
+other random draws but the same kinds of findings and the same nodule shapes.
 """
 
 import json
@@ -38,36 +38,36 @@ from lungs.classical import with_lungs
 from nodules import outlines
 
 DENSER_HU = 150.0
-"""What became so much denser is disease that a mask may lose."""
+"""Voxels that became denser by at least this much are disease that a mask may lose."""
 
 LEAST_MM3 = 50.0
-"""Smaller parts are the grain of larger ones."""
+"""Smallest volume of a component; smaller ones are grain of larger components."""
 
 MOST_PARTS = 255
-"""Labels that a scan file holds; the largest parts get one."""
+"""Largest number of components, as scan files hold no more labels; the largest are kept."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which scans become ill, and how."""
+    """Scans to change, and the pathology to simulate in them."""
 
     truth: Path
-    """Scan files with known lung labels."""
+    """Folder of scan files with known lung labels."""
     out: Path
-    """Two folders of scan files are written here, truth and scans."""
+    """Output folder; scan files are written to its subfolders truth and scans."""
     disease: config.Lesions = field(
         default_factory=lambda: config.Lesions(probability=1.0)
     )
     classical: config.LungMask = field(default_factory=config.LungMask)
     seed: int = 0
-    """With the scan's id, decides its lesions."""
+    """Seed of the lesions, combined with the scan id."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One scan file."""
+    """One scan file to process."""
 
     scan_id: str
     path: Path
@@ -75,15 +75,15 @@ class Task:
 
 
 def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
-    """The scan with simulated pathology, which is marked as its nodules.
+    """Returns the scan with simulated pathology, which is labelled as nodules.
 
     Raises:
-        ScanError: If it has no lung labels.
+        ScanError: If the scan has no lung labels.
     """
     if scan.lung is None:
         raise ScanError(
-            f"scan {scan.scan_id} has no lung labels; expected scan files whose lungs are "
-            "known, as phantoms.write or experiments.lung_labels write them"
+            f"scan {scan.scan_id} has no lung labels; expected scan files with known lungs, "
+            "as written by phantoms.write or experiments.lung_labels"
         )
     rng = np.random.default_rng((seed, *scan.scan_id.encode()))
     lung = np.asarray(scan.lung)
@@ -105,7 +105,7 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
 
 
 def parts(mask: np.ndarray, least: float) -> np.ndarray:
-    """(z, y, x) uint8: the connected parts of at least `least` voxels, largest first."""
+    """Labels the components of at least `least` voxels, largest first; (z, y, x) uint8."""
     import cc3d
 
     found = cc3d.connected_components(mask, connectivity=6)
@@ -119,7 +119,7 @@ def parts(mask: np.ndarray, least: float) -> np.ndarray:
 
 
 def nodule_of(mask: np.ndarray, label: int, grid: Grid) -> Nodule:
-    """The nodule that fills a (z, y, x) mask, as one reader would have outlined it."""
+    """Returns the nodule that fills a (z, y, x) mask, as if one reader had outlined it."""
     centre_ras_mm = grid.index_to_ras_mm(np.argwhere(mask).mean(axis=0))
     annotation = Annotation(
         reader=0,
@@ -132,8 +132,10 @@ def nodule_of(mask: np.ndarray, label: int, grid: Grid) -> Nodule:
 def write_lesioned(task: Task) -> Task:
     """Writes the scan as truth and as a scan file with its classical mask.
 
+    Existing files are kept.
+
     Raises:
-        ScanError: If those that are there were made of another scan.
+        ScanError: If the existing files were made from another scan.
     """
     arguments = task.arguments
     truth = scan_path(arguments.out / "truth", task.scan_id)
@@ -151,18 +153,20 @@ def write_lesioned(task: Task) -> Task:
             with_lungs(replace(scan, lung=None), arguments.classical), masked, record
         )
     elif read_provenance(truth).get("source_sha256") != made_of["source_sha256"]:
-        raise ScanError(f"{truth} was made of another {task.path.name}; remove it")
+        raise ScanError(f"{truth} was made from another {task.path.name}; remove it")
     return task
 
 
 def write_all(arguments: Arguments) -> steps.Report:
-    """Makes every scan of a folder ill; leaves those that are there.
+    """Simulates pathology in every scan of a folder; existing results are kept.
 
     Raises:
-        ValueError: If nothing would become ill, or OUT holds scans made otherwise.
+        ValueError: If the probability is 0, or OUT holds scans made with other settings.
     """
     if arguments.disease.probability == 0:
-        raise ValueError("--disease.probability is 0, so no scan would become ill")
+        raise ValueError(
+            "--disease.probability is 0, so no scan would change; expected above 0"
+        )
     refuse_made_otherwise(arguments)
     tasks = [Task(path.stem, path, arguments) for path in scan_files(arguments.truth)]
     done, failures = steps.map_scans(
@@ -172,7 +176,7 @@ def write_all(arguments: Arguments) -> steps.Report:
 
 
 def refuse_made_otherwise(arguments: Arguments) -> None:
-    """Writes how OUT's scans are made; raises ValueError if they were made otherwise."""
+    """Writes lesions.json; raises ValueError if OUT was made with other settings."""
     path = arguments.out / "lesions.json"
     record = {
         "disease": config.to_json(arguments.disease),

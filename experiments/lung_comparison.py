@@ -1,8 +1,8 @@
-r"""The table of lung masks: each method's overlap, surface, and the nodules it keeps.
+r"""Comparison of lung masks: overlap, surface distances and nodules kept by each method.
 
-A method is a folder of predictions (SCAN_ID/mask.nii.gz of infer.py) or of scan files,
-whose lung masks count (preprocess.py). The first one is what the others are compared with,
-by paired bootstrap over patients.
+A method is a folder of predictions (SCAN_ID/mask.nii.gz of infer.py), or a folder of scan files
+with lung masks (preprocess.py). The first method is the baseline; the others are compared with
+it by paired bootstrap over patients.
 
     python -m experiments.lung_comparison --scans work/scans --truth work/phantoms/truth \
         --methods classical=work/scans masked=work/predictions/lung3d --out work/scores/lungs
@@ -40,7 +40,7 @@ from metrics import calibration, overlap
 from metrics.surfaces import surface_distances
 
 AT_PLEURA_MM = 3.0
-"""A nodule this near to the lungs' surface is juxtapleural."""
+"""Largest distance of a juxtapleural nodule from the lungs' surface."""
 
 LARGE_MM = 30.0
 """A nodule of at least this diameter is a mass (Fleischner Society, Bankier et al. 2017)."""
@@ -56,40 +56,40 @@ MEASURES = (
 )
 
 KEPT_WHOLE = 0.95
-"""A nodule is kept whole if this share of it lies in the mask."""
+"""A nodule is kept whole if at least this share of it lies in the mask."""
 
 BINS = 20
-"""Of the reliability curve."""
+"""Number of bins of the reliability curve."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which masks are compared, on which scans."""
+    """Masks to compare, and the scans to compare them on."""
 
     methods: tuple[str, ...]
-    """NAME=FOLDER each; the first is the one the others are compared with."""
+    """NAME=FOLDER for each method; the first one is the baseline."""
     out: Path
-    """Tables and figures are written here."""
+    """Output folder for tables and figures."""
     scans: Path = Path("work/scans")
-    """Scan files with HU and the readers' nodules."""
+    """Folder of scan files with HU and the readers' nodules."""
     truth: Path | None = None
-    """Scan files with reference lung labels, by the same ids; scans without one are
-    scored by their nodules alone."""
+    """Folder of scan files with reference lung labels, by the same ids; scans without a
+    reference are scored by their nodules alone."""
     split: Path | None = None
-    """Score only the patients in `part` of this split; by default every scan."""
+    """Score only the patients in `part` of this split; the default scores every scan."""
     part: str = "test"
-    """train, validation or test."""
+    """Part of the split: train, validation or test."""
     tolerance_mm: float = 2.0
-    """Surfaces nearer than this agree."""
+    """Largest distance at which surfaces agree."""
     draws: int = 2000
-    """Bootstrap draws."""
+    """Number of bootstrap draws."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One scan, scored for every method."""
+    """One scan to score with every method."""
 
     scan_id: str
     path: Path
@@ -154,10 +154,10 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
 
 
 def jobs_of(arguments: Arguments) -> tuple[list[Job], list[steps.Failure]]:
-    """The scan files to score, and those that cannot be read.
+    """Returns the scan files to score, and failures for those that cannot be read.
 
     Raises:
-        ValueError: If none is of the part.
+        ValueError: If no scan belongs to the part.
     """
     wanted = None
     if arguments.split is not None:
@@ -181,10 +181,10 @@ def jobs_of(arguments: Arguments) -> tuple[list[Job], list[steps.Failure]]:
 
 
 def method_folders(methods: Sequence[str]) -> dict[str, Path]:
-    """Name to folder.
+    """Parses the options NAME=FOLDER into a mapping from name to folder.
 
     Raises:
-        ValueError: If one is not NAME=FOLDER, or two have one name.
+        ValueError: If an option is not NAME=FOLDER, or two share a name.
     """
     folders = {}
     for method in methods:
@@ -201,7 +201,7 @@ def score(job: Job) -> Scored:
     """Scores one scan with every method.
 
     Raises:
-        ScanError: If a method has no mask of it.
+        ScanError: If a method has no mask of the scan.
     """
     arguments = job.arguments
     scan = read_scan(job.path)
@@ -228,10 +228,10 @@ def score(job: Job) -> Scored:
 
 
 def method_mask(folder: Path, scan: Scan) -> np.ndarray:
-    """(z, y, x) bool lungs of a method.
+    """Reads the (z, y, x) bool lung mask of a method.
 
     Raises:
-        ScanError: If there are none.
+        ScanError: If the method has no mask of the scan.
     """
     predicted = folder / scan.scan_id / "mask.nii.gz"
     if predicted.exists():
@@ -251,7 +251,7 @@ def method_mask(folder: Path, scan: Scan) -> np.ndarray:
 
 
 def reference_lung(scan: Scan, truth_dir: Path | None) -> np.ndarray | None:
-    """(z, y, x) bool reference; None if there is none for this scan."""
+    """Reads the (z, y, x) bool reference lungs; None if the scan has none."""
     if truth_dir is None or not scan_path(truth_dir, scan.scan_id).exists():
         return None
     truth = read_scan(scan_path(truth_dir, scan.scan_id))
@@ -261,7 +261,7 @@ def reference_lung(scan: Scan, truth_dir: Path | None) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Mark:
-    """A nodule: its voxels, its size, and how far it lies from the lungs' surface."""
+    """Nodule with its voxels, its diameter and its distance from the lungs' surface."""
 
     label: int
     voxels: tuple[np.ndarray, ...]
@@ -270,10 +270,11 @@ class Mark:
 
 
 def nodule_marks(scan: Scan, reference: np.ndarray | None) -> list[Mark]:
-    """The readers' consensus nodules of a scan; none if nobody looked.
+    """Returns the readers' consensus nodules of a scan; none if it has no readers.
 
-    Their distance is to the surface of the reference lungs, or else of the scan file's
-    own, united with all nodules, so that one that is cut off counts as at the pleura.
+    Distances are measured from the surface of the reference lungs, or else of the scan
+    file's lungs, after adding all nodules to them, so that a nodule that the lungs cut off
+    counts as at the pleura.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -303,7 +304,7 @@ def nodule_marks(scan: Scan, reference: np.ndarray | None) -> list[Mark]:
 def nodule_rows(
     scan: Scan, marks: Sequence[Mark], mask: np.ndarray
 ) -> list[dict[str, Any]]:
-    """How much of each nodule lies in a mask."""
+    """Returns one row per nodule with the number of its voxels in a mask."""
     return [
         {
             "scan_id": scan.scan_id,
@@ -321,10 +322,10 @@ def nodule_rows(
 def overlap_scores(
     reference: np.ndarray | None, mask: np.ndarray, scan: Scan, tolerance_mm: float
 ) -> dict[str, float]:
-    """Dice and surfaces; NaN without a reference.
+    """Computes Dice and surface scores; NaN without a reference.
 
-    A mask without lungs is as far from the reference as the field is wide: to leave it out
-    would make its method better.
+    An empty mask gets the diagonal of the volume as its HD95, because leaving it out would
+    favour its method.
     """
     if reference is None:
         return dict.fromkeys(("dice", "hd95_mm", "surface_dice"), np.nan)
@@ -338,7 +339,7 @@ def overlap_scores(
 
 
 def inclusion_counts(nodules: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Voxels of a scan's nodules and how many of them a mask keeps, by kind."""
+    """Counts a scan's nodules and their voxels, and those that a mask keeps, by kind."""
     kinds = {
         "all": list(nodules),
         "pleura": [n for n in nodules if n["pleura_mm"] <= AT_PLEURA_MM],
@@ -362,7 +363,7 @@ def protocol(
     patients: int,
     first: str,
 ) -> list[str]:
-    """What the scores mean, in sentences that stand in every output."""
+    """Returns sentences that explain the scores; every output contains them."""
     with_truth = sum(np.isfinite(row["dice"]) for row in rows)
     own = [nodule for nodule in nodules if nodule["method"] == first]
     kinds = inclusion_counts(own)
@@ -374,15 +375,15 @@ def protocol(
         "Inclusion: share of nodule voxels in the mask, summed over scans; kept whole: at "
         f"least {KEPT_WHOLE:.0%} of the nodule. Surfaces agree within "
         f"{arguments.tolerance_mm:g} mm.",
-        f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws); below it "
-        f"the paired difference from {first}.",
+        f"Brackets: 95 % bootstrap interval by patient ({arguments.draws} draws); the line "
+        f"below is the paired difference from {first}.",
         paired.caution(patients),
         DISCLAIMER,
     ]
 
 
 def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None:
-    """The reliability curve of each method with probabilities, summed over scans."""
+    """Writes the reliability curve of each method with probabilities, over all scans."""
     names = sorted({name for counts in found for name in counts})
     if not names:
         return
@@ -408,7 +409,7 @@ def write_calibration(found: Sequence[dict[str, np.ndarray]], out: Path) -> None
 
 
 def draw_calibration(curves: dict[str, calibration.Reliability], path: Path) -> None:
-    """Observed share of lung against predicted probability."""
+    """Draws the observed share of lung against predicted probability."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5), layout="constrained")

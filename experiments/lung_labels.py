@@ -1,9 +1,8 @@
-r"""Lung labels to train on: the cleaned classical masks, with what they are known to miss.
+r"""Lung labels for training: cleaned classical masks plus disease that they are known to miss.
 
-Every nodule that a reader outlined is added, and the ellipses of a CSV that a person drew
-where the mask leaves disease out. Columns: scan_id, z_first, z_last (slices of the scan
-file), y_px, x_px, radius_y_px, radius_x_px, why. What is added takes the side of the
-nearest lung.
+Adds every nodule that a reader outlined, and the ellipses of a CSV file, which a person drew
+where the mask leaves out disease. Columns: scan_id, z_first, z_last (slices of the scan file),
+y_px, x_px, radius_y_px, radius_x_px, why. Added voxels take the side of the nearest lung.
 
     python -m experiments.lung_labels --scans work/scans --out work/labelled \
         --corrections weights/lung3d/corrections.csv
@@ -41,24 +40,24 @@ COLUMNS = (
 )
 
 BONE_HU = 250
-"""An ellipse may reach into the chest wall; from here on it is bone and not lung."""
+"""Voxels of an ellipse from this HU on are bone of the chest wall and are not added."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which masks are corrected, and where to."""
+    """Masks to correct, and the output folder."""
 
     out: Path
-    """Folder for the scan files with corrected lung labels."""
+    """Output folder for scan files with corrected lung labels."""
     scans: Path = Path("work/scans")
-    """Scan files of preprocess.py."""
+    """Folder written by preprocess.py."""
     corrections: Path | None = None
-    """CSV of ellipses to add."""
+    """CSV file of ellipses to add."""
 
 
 @dataclass(frozen=True)
 class Ellipse:
-    """A part of some slices that belongs to the lung."""
+    """Ellipse that belongs to the lung on a range of slices."""
 
     z_first: int
     z_last: int
@@ -77,7 +76,7 @@ class Task:
 
 
 def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
-    """Scan id to its ellipses.
+    """Reads the ellipses of each scan, by scan id.
 
     Raises:
         ValueError: If a column is missing or a value is not a number.
@@ -106,10 +105,10 @@ def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
 
 
 def correct(task: Task) -> Task:
-    """Writes the scan file with corrected lung labels; leaves one that is there.
+    """Writes the scan file with corrected lung labels; keeps an existing file.
 
     Raises:
-        ScanError: If the one that is there was made of another mask or other ellipses.
+        ScanError: If the existing file was made from another mask or other ellipses.
     """
     target = scan_path(task.out, task.scan_id)
     made_of = {
@@ -123,16 +122,16 @@ def correct(task: Task) -> Task:
         write_scan(corrected, target, provenance.record() | made_of)
     elif not made_of.items() <= read_provenance(target).items():
         raise ScanError(
-            f"{target} was made of another mask or other corrections; remove it"
+            f"{target} was made from another mask or other corrections; remove it"
         )
     return task
 
 
 def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
-    """(z, y, x) uint8 lung labels with the readers' nodules and the ellipses.
+    """Returns (z, y, x) uint8 lung labels with the readers' nodules and the ellipses.
 
     Raises:
-        ScanError: If the scan has no lung mask, or an ellipse lies outside of it.
+        ScanError: If the scan has no lung mask, or lacks the slices of an ellipse.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -169,7 +168,7 @@ def correct_all(arguments: Arguments) -> steps.Report:
     """Corrects every scan file of a folder.
 
     Raises:
-        ValueError: If the CSV names a scan that is not there.
+        ValueError: If the CSV file names a scan that is missing from the folder.
     """
     corrections = (
         read_corrections(arguments.corrections) if arguments.corrections else {}
@@ -178,7 +177,7 @@ def correct_all(arguments: Arguments) -> steps.Report:
     unknown = sorted(set(corrections) - set(paths))
     if unknown:
         raise ValueError(
-            f"{arguments.corrections} corrects {', '.join(unknown)}, not in "
+            f"{arguments.corrections} corrects {', '.join(unknown)}, missing from "
             f"{arguments.scans}; run preprocess.py on them first"
         )
     tasks = [

@@ -1,6 +1,6 @@
-"""Runs scored on the same cases, compared by paired bootstrap; the table of that.
+"""Comparison of runs scored on the same cases by paired bootstrap, and its tables.
 
-A difference is paired: patients are drawn once and both runs are scored on them.
+A paired difference draws patients once and scores both runs on them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,11 @@ from metrics.overlap import Counts
 from metrics.tables import bounds, number
 
 Row = Mapping[str, Any]
-"""A scan's scores by name, numbers or their text."""
+"""Scores of a scan by name, as numbers or as text."""
 
 FEW_PATIENTS = 10
-"""With fewer, a percentile interval excludes 0 by chance far more often than it says."""
+"""Fewest patients for which differences are marked: with fewer, a percentile interval
+excludes 0 by chance far more often than its level says."""
 
 COLUMNS = (
     "run",
@@ -34,14 +35,14 @@ COLUMNS = (
 
 
 class Measure(NamedTuple):
-    """A score as a statistic of sums over scans.
+    """Score that is a statistic of sums over scans.
 
     Attributes:
-        name: What the table calls it.
-        columns: From rows of scans to (scans, k) numbers that are summed.
-        statistic: From (..., k) sums to (...) scores.
-        defined: From rows of scans to (scans,) bool; only scans where both runs have the
-            score count in a difference.
+        name: Name in the table.
+        columns: Maps rows of scans to (scans, k) numbers that are summed.
+        statistic: Maps (..., k) sums to (...) scores.
+        defined: Maps rows of scans to (scans,) bool; a difference counts only scans where
+            the score is defined for both runs.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One score of one run; `difference` is None where it cannot be paired."""
+    """One score of one run; `difference` is None if it cannot be paired."""
 
     run: str
     score: str
@@ -63,12 +64,12 @@ class Cell:
 
 
 def numbers(*names: str) -> Callable[[Sequence[Row]], np.ndarray]:
-    """Reads (scans, names) float64 from rows."""
+    """Returns a function that reads (scans, names) float64 from rows."""
     return lambda rows: np.array([[float(row[name]) for name in names] for row in rows])
 
 
 def mean_of(name: str, text: str) -> Measure:
-    """The mean over scans of one score, undefined ones left out."""
+    """Returns the measure of a score's mean over the scans where it is defined."""
     return Measure(
         text,
         lambda rows: intervals.mean_columns(numbers(name)(rows)[:, 0]),
@@ -78,7 +79,7 @@ def mean_of(name: str, text: str) -> Measure:
 
 
 def ratio_of(part: str, whole: str, text: str) -> Measure:
-    """The sum of `part` over all scans, over that of `whole`."""
+    """Returns the measure of the sum of `part` over scans, divided by that of `whole`."""
     return Measure(
         text,
         numbers(part, whole),
@@ -87,7 +88,7 @@ def ratio_of(part: str, whole: str, text: str) -> Measure:
 
 
 def pooled_dice(text: str) -> Measure:
-    """Dice of the summed voxels tp, fp and fn."""
+    """Returns the measure of the Dice of tp, fp and fn voxels summed over scans."""
     return Measure(
         text,
         numbers("tp", "fp", "fn"),
@@ -103,15 +104,15 @@ def compare(
     *,
     draws: int,
 ) -> list[Cell]:
-    """Every score of a run with its interval, and its paired difference from `base`.
+    """Computes each score of a run with its interval and its difference from `base`.
 
     Args:
-        run: Its name.
-        rows: Its scans, each with a `patient_id`.
-        base: The same scans in the same order, scored for the run it is compared with;
-            None for no difference.
-        measures: The scores.
-        draws: Bootstrap draws.
+        run: Name of the run.
+        rows: Scans of the run, each with a `patient_id`.
+        base: The same scans in the same order, scored for the baseline run; None gives no
+            differences.
+        measures: Scores to compute.
+        draws: Number of bootstrap draws.
     """
     patients = np.array([row["patient_id"] for row in rows])
     cells = []
@@ -132,7 +133,7 @@ def compare(
 def difference_of(
     statistic: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The statistic of the first half of the columns less that of the second half."""
+    """Returns the difference of a statistic: first half of the columns minus second."""
 
     def difference(sums: np.ndarray) -> np.ndarray:
         first, second = np.split(sums, 2, axis=-1)
@@ -142,7 +143,7 @@ def difference_of(
 
 
 def csv_row(cell: Cell) -> dict[str, Any]:
-    """A cell as a row of `COLUMNS`."""
+    """Returns a cell as a row of `COLUMNS`."""
     row: dict[str, Any] = {"run": cell.run, "score": cell.score}
     row |= dict(zip(COLUMNS[2:5], cell.interval, strict=True))
     if cell.difference:
@@ -151,12 +152,12 @@ def csv_row(cell: Cell) -> dict[str, Any]:
 
 
 def markdown(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> str:
-    """The table in Markdown: values, intervals and the differences below them.
+    """Formats the table in Markdown: values, intervals and the differences below them.
 
     Args:
-        cells: Of all runs; the first run's stand without difference.
+        cells: Cells of all runs; those of the first run show no difference.
         facts: Sentences below the table.
-        marked: Mark differences whose interval excludes 0.
+        marked: Marks differences whose interval excludes 0.
     """
 
     def entry(cell: Cell, first: bool) -> str:
@@ -177,7 +178,7 @@ def markdown(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> st
 
 
 def latex(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> str:
-    """The table in LaTeX, for the package booktabs: values, and differences in brackets."""
+    """Formats the table in LaTeX (booktabs): values, and differences in brackets."""
 
     def entry(cell: Cell, first: bool) -> str:
         difference = difference_text(cell.difference, marked=marked)
@@ -201,12 +202,12 @@ def latex(cells: Sequence[Cell], facts: Sequence[str], *, marked: bool) -> str:
 
 
 def scores_of(cells: Sequence[Cell]) -> list[str]:
-    """Names of the scores, in the order of the first run."""
+    """Returns the names of the scores, in the order of the first run."""
     return [cell.score for cell in cells if cell.run == cells[0].run]
 
 
 def grid(cells: Sequence[Cell], entry: Callable[[Cell, bool], str]) -> list[list[str]]:
-    """One row of the table per run: its name, then one entry per score."""
+    """Returns one row of the table per run: its name, then one entry per score."""
     runs = dict.fromkeys(cell.run for cell in cells)
     return [
         [run, *(entry(cell, run == cells[0].run) for cell in cells if cell.run == run)]
@@ -215,7 +216,7 @@ def grid(cells: Sequence[Cell], entry: Callable[[Cell, bool], str]) -> list[list
 
 
 def difference_text(difference: Interval | None, *, marked: bool) -> str:
-    """A difference with its interval; if `marked`, with (!) where that excludes 0."""
+    """Formats a difference with its interval; `marked` adds (!) if this excludes 0."""
     if difference is None:
         return "unpaired"
     excluded = difference.low > 0 or difference.high < 0
@@ -224,7 +225,7 @@ def difference_text(difference: Interval | None, *, marked: bool) -> str:
 
 
 def caution(patients: int) -> str:
-    """What the intervals do not say, in a sentence."""
+    """Returns a sentence on the limits of the intervals."""
     few = f", and are too narrow with fewer than {FEW_PATIENTS} patients."
     many = "; (!): the difference's interval excludes 0."
     return "Intervals are not corrected for the number of comparisons" + (

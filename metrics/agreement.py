@@ -1,7 +1,7 @@
-"""How well an outline of a nodule agrees with its readers, and they with each other.
+"""Agreement of a nodule's outline with its readers, and of the readers with each other.
 
-A nodule's readers are those who drew anything on it, n of them. All Dice are over all its
-slices together; a reader who is compared with the others is not one of them.
+The n readers of a nodule are those who drew anything on it. Every Dice covers all slices of
+the nodule together. A reader who is compared with the others is not counted among them.
 """
 
 import itertools
@@ -16,16 +16,18 @@ from metrics import overlap
 
 @dataclass(frozen=True)
 class Agreement:
-    """Dice of one nodule; NaN where it takes more readers than there are.
+    """Dice scores of one nodule; NaN where the nodule has too few readers.
 
     Attributes:
-        consensus: Prediction and consensus: what at least half of the readers drew.
-        others: Prediction and the majority of all readers but one, at least (n - 1) / 2 of
-            them; mean over who is left out.
-        readers: Prediction and one reader, mean over readers.
-        reader_consensus: One reader and the consensus, himself counted; mean over readers.
-        reader_others: One reader and the majority of the others, mean over readers.
-        reader_reader: One reader and another, mean over pairs.
+        consensus: Prediction against the consensus: voxels that at least half of the
+            readers drew.
+        others: Prediction against the majority of all readers but one: voxels that at
+            least (n - 1) / 2 of them drew; mean over the reader left out.
+        readers: Prediction against one reader; mean over readers.
+        reader_consensus: One reader against the consensus, which includes this reader;
+            mean over readers.
+        reader_others: One reader against the majority of the others; mean over readers.
+        reader_reader: One reader against another; mean over pairs.
     """
 
     consensus: float
@@ -37,11 +39,11 @@ class Agreement:
 
 
 def agreement(reader_bits: np.ndarray, mask_pred: np.ndarray) -> Agreement:
-    """The agreement on one nodule.
+    """Computes the agreement of prediction and readers on one nodule.
 
     Args:
-        reader_bits: (...) uint8, bit r where reader r drew this nodule.
-        mask_pred: (...) bool, the same shape.
+        reader_bits: (...) uint8; bit r is set where reader r drew this nodule.
+        mask_pred: (...) bool, same shape.
     """
     masks = masks_of(reader_bits)
     votes = reader_votes(reader_bits)
@@ -69,16 +71,16 @@ def agreement(reader_bits: np.ndarray, mask_pred: np.ndarray) -> Agreement:
 
 
 def masks_of(reader_bits: np.ndarray) -> list[np.ndarray]:
-    """The bool mask of every reader who drew anything."""
+    """Returns one bool mask for each reader who drew anything."""
     return [(reader_bits >> r & 1).astype(bool) for r in readers_in(reader_bits)]
 
 
 def half(readers: int) -> int:
-    """Votes that make at least half of so many readers; one at least."""
+    """Returns the number of votes that is at least half of the readers, and at least 1."""
     return max((readers + 1) // 2, 1)
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of what is defined; NaN of nothing."""
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     defined = [value for value in values if not np.isnan(value)]
     return sum(defined) / len(defined) if defined else float("nan")

@@ -1,7 +1,8 @@
-"""Do voxels with a probability of 0.7 have 0.7 of the readers? Reliability, and temperature.
+"""Calibration of probability maps against the readers' votes, and temperature scaling.
 
-What is known of a scan is a histogram: fine bins of probability, each with its voxels, their
-summed probability and their summed votes. Histograms of scans add.
+In a calibrated map, 70 % of the readers, on average, drew a voxel with probability 0.7. Each
+scan is reduced to a histogram: for every fine bin of probability the number of voxels, their
+summed probability and their summed votes. Histograms of several scans can be added.
 """
 
 from pathlib import Path
@@ -16,27 +17,27 @@ from metrics import intervals, overlap
 from metrics.overlap import ratio
 
 LEAST_PROBABILITY = 0.01
-"""Calibration looks at voxels above it, and at those that a reader drew."""
+"""Calibration counts voxels above this probability, and voxels that a reader drew."""
 
 BINS = 20
-"""Of the reliability curve and of ECE."""
+"""Number of bins of the reliability curve and of the ECE."""
 
 FINE_BINS = 50 * BINS
-"""Of the histograms, so that they can be scaled and binned again."""
+"""Number of bins of the histograms, so that they can be temperature-scaled and rebinned."""
 
 TEMPERATURES = (0.1, 10.0)
-"""Within these the temperature is looked for."""
+"""Bounds of the search for the temperature."""
 
 
 def histogram(path: Path, scan: Scan) -> np.ndarray:
-    """(fine bins, 3) of `metrics.reliability_counts` against the share of readers.
+    """Returns (fine bins, 3) `reliability_counts` against the share of readers.
 
     Args:
-        path: The probability map of the scan.
-        scan: With readers' marks.
+        path: Probability map of the scan.
+        scan: Scan with readers' marks.
 
     Raises:
-        ScanError: If the map lies on another grid or holds no probabilities.
+        ScanError: If the map is on another grid or its values are not probabilities.
     """
     prob, grid = read_nifti(path)
     check_same_grid(grid, scan.grid, path)
@@ -47,31 +48,31 @@ def histogram(path: Path, scan: Scan) -> np.ndarray:
 
 
 def check_probabilities(prob: np.ndarray, path: Path) -> None:
-    """Raises ScanError if a voxel is NaN or out of 0..1."""
+    """Raises ScanError if a voxel is NaN or outside 0..1."""
     undefined = int(np.isnan(prob).sum())
     if undefined:
         voxels = files.count_text(undefined, "voxel")
-        raise ScanError(f"{path}: NaN in {voxels}; expected 0 to 1")
+        raise ScanError(f"{path}: NaN in {voxels}; expected probabilities from 0 to 1")
     low, high = float(prob.min()), float(prob.max())
-    # Integers scaled by a float32 slope may exceed 1 by rounding.
+    # Integers scaled by a float32 slope may exceed 1 by a rounding error.
     if low < 0 or high > 1 + 1e-6:
         raise ScanError(
-            f"{path}: probabilities run from {low:.4g} to {high:.4g}; expected 0 to 1"
+            f"{path}: values from {low:.4g} to {high:.4g}; expected probabilities from 0 to 1"
         )
 
 
 def fit_temperature(counts: np.ndarray) -> float | None:
-    """The temperature with the least cross-entropy between probabilities and votes.
+    """Fits the temperature that minimises the cross-entropy of probabilities and votes.
 
-    Of voxels above `LEAST_PROBABILITY`, whoever drew them: below, only those are known that
-    a reader drew.
+    Uses all voxels above `LEAST_PROBABILITY`, drawn by a reader or not. Voxels below it are
+    left out, because the histogram holds only those of them that a reader drew.
 
     Args:
-        counts: (fine bins, 3), summed over the scans it is fitted on.
+        counts: (fine bins, 3), summed over the scans to fit on.
 
     Returns:
-        Above 1 if the network is too sure of itself; None if there is none within
-        `TEMPERATURES`.
+        The temperature, above 1 if the network is overconfident; None if there are no
+        voxels or the minimum lies at a bound of `TEMPERATURES`.
 
     Reference: Guo et al. 2017, On calibration of modern neural networks, section 4.2.
     """
@@ -95,7 +96,7 @@ def fit_temperature(counts: np.ndarray) -> float | None:
 
 
 def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities whose logits are divided by a temperature; never quite 0 or 1."""
+    """Divides the logits of probabilities by a temperature; results lie inside (0, 1)."""
     least = 0.5 / FINE_BINS
     inner = np.clip(probability, least, 1 - least)
     logit = np.log(inner) - np.log1p(-inner)
@@ -103,7 +104,7 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def scaled(counts: np.ndarray, temperature: float) -> np.ndarray:
-    """The histogram of probabilities with a temperature; 1 changes nothing."""
+    """Returns the histogram after temperature scaling; 1 changes nothing."""
     if temperature == 1:
         return counts
     voxels, summed, votes = counts.T
@@ -119,17 +120,17 @@ def scaled(counts: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def coarse(counts: np.ndarray) -> np.ndarray:
-    """(..., bins, 3) of (..., fine bins, 3)."""
+    """Sums a (..., fine bins, 3) histogram into (..., bins, 3)."""
     return counts.reshape(*counts.shape[:-2], BINS, -1, 3).sum(axis=-2)
 
 
 def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> intervals.Interval:
-    """Expected calibration error with its interval by patient.
+    """Computes the expected calibration error with its interval by patient.
 
     Args:
         counts: (scans, fine bins, 3).
-        patients: (scans,) patient of each.
-        draws: Of the bootstrap.
+        patients: (scans,) patient of each scan.
+        draws: Number of bootstrap draws.
     """
     cells = coarse(counts)
 
@@ -143,12 +144,12 @@ def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> intervals.In
 
 
 class Reliability(NamedTuple):
-    """How often what is predicted with some probability holds, by bins of probability.
+    """Reliability curve: observed frequency against predicted probability, in bins.
 
     Attributes:
         probability: (bins,) mean predicted probability; NaN in an empty bin.
-        observed: (bins,) share of voxels that are foreground; NaN in an empty bin.
-        voxels: (bins,) voxels.
+        observed: (bins,) share of foreground voxels; NaN in an empty bin.
+        voxels: (bins,) number of voxels.
         ece: Expected calibration error: mean |probability - observed| over the voxels.
     """
 
@@ -161,16 +162,17 @@ class Reliability(NamedTuple):
 def reliability_counts(
     prob: np.ndarray, mask_ref: np.ndarray, *, bins: int = 20, least: float = 0.0
 ) -> np.ndarray:
-    """(bins, 3) voxels, summed probability and foreground voxels; sums over cases add.
+    """Returns (bins, 3): voxels, summed probability and foreground voxels.
 
-    Voxels of probability 0 outside of the reference are left out: there is more of them the
-    larger the field of view is, and all would look well calibrated.
+    Counts of several cases can be added. Voxels with probability 0 outside the reference are
+    left out: their number grows with the field of view, and all of them would look well
+    calibrated.
 
     Args:
         prob: Probabilities 0..1, any shape; not checked.
-        mask_ref: bool, or the share of readers that drew each voxel; the same shape.
-        bins: Bins of equal width.
-        least: Voxels of at most this probability are left out too.
+        mask_ref: bool, or the share of readers who drew each voxel; same shape.
+        bins: Number of bins of equal width.
+        least: Voxels outside the reference of at most this probability are left out too.
     """
     counted = (mask_ref > 0) | (prob > least)
     values, inside = prob[counted], mask_ref[counted].astype(np.float64)
@@ -186,7 +188,7 @@ def reliability_counts(
 
 
 def reliability(counts: np.ndarray) -> Reliability:
-    """The reliability curve of `reliability_counts`.
+    """Computes the reliability curve from `reliability_counts`.
 
     Reference: Guo et al. 2017, On calibration of modern neural networks, equation 3.
     """

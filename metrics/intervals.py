@@ -9,7 +9,7 @@ from metrics.overlap import Counts, ratio
 
 
 class Interval(NamedTuple):
-    """A value and its bootstrap interval; NaN bounds if fewer than two patients give it."""
+    """Value with its bootstrap interval; bounds are NaN with fewer than two patients."""
 
     value: float
     low: float
@@ -25,21 +25,22 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """A statistic of summed cases with its percentile interval, resampling patients.
+    """Computes a statistic of summed cases with its percentile interval by patient.
 
-    Patients, not scans or nodules, are drawn with replacement: what one patient
-    contributes is not independent. Draws whose statistic is undefined are left out.
+    Patients, not scans or nodules, are drawn with replacement, because cases of one patient
+    are not independent. Draws where the statistic is undefined are left out.
 
     Args:
         values: (cases, columns) numbers that are summed over cases.
         patients: (cases,) patient of each case.
-        statistic: Takes (..., columns) sums to (...) values, NaN if undefined.
+        statistic: Maps (..., columns) sums to (...) values, NaN if undefined.
         n: Number of draws.
         seed: Seed of the draws; equal seeds draw equal patients, so that two runs on
             the same cases can be compared draw by draw.
         level: Coverage of the interval.
 
-    Reference: Efron and Tibshirani 1993, chapter 13 (percentile interval), by cluster.
+    Reference: Efron and Tibshirani 1993, chapter 13 (percentile interval); here patients are
+        resampled as clusters.
     """
     values = np.asarray(values, np.float64)
     names, patient_of_case = np.unique(np.asarray(patients), return_inverse=True)
@@ -60,33 +61,33 @@ def bootstrap(
 
 
 def mean_columns(values: np.ndarray) -> np.ndarray:
-    """(cases, 2) columns for `bootstrap` with `mean_of_sums`; NaN cases do not count."""
+    """Returns (cases, 2) for `bootstrap` with `mean_of_sums`; NaN cases are left out."""
     defined = np.isfinite(values)
     return np.stack([np.where(defined, values, 0), defined], axis=1)
 
 
 def mean_of_sums(sums: np.ndarray) -> np.ndarray:
-    """The mean of what `mean_columns` summed."""
+    """Computes the mean from summed `mean_columns`."""
     return ratio(sums[..., 0], sums[..., 1])
 
 
 def bootstrap_mean(
     values: np.ndarray, patients: np.ndarray, **options: Any
 ) -> Interval:
-    """Mean over the cases where `values` is defined, with its interval by patient."""
+    """Computes the mean of the values that are not NaN, with its interval by patient."""
     return bootstrap(mean_columns(values), patients, mean_of_sums, **options)
 
 
 def bootstrap_pooled(
     counts: np.ndarray, patients: np.ndarray, name: str, **options: Any
 ) -> Interval:
-    """A ratio of `Counts` over the summed cases, with its interval by patient.
+    """Computes a ratio of the summed `Counts`, with its interval by patient.
 
     Args:
         counts: (cases, 3) true positives, false positives, false negatives.
         patients: (cases,) patient of each case.
         name: "dice", "iou", "sensitivity" or "precision".
-        **options: As of `bootstrap`.
+        **options: Options of `bootstrap`.
     """
     return bootstrap(
         counts,

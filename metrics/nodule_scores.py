@@ -1,4 +1,4 @@
-"""How well each reference nodule is outlined, what its readers say of it, and its strata."""
+"""Scores of each reference nodule: overlap, readers' agreement and ratings, and strata."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from metrics.surfaces import surface_distances
 from nodules.measures import pleura_distance_mm
 
 MAX_LABEL = 255
-"""Labels of reference nodules are uint8."""
+"""Largest label of a reference nodule, since labels are uint8."""
 
 STRATA: dict[str, dict[str, tuple[float, float]]] = {
     "diameter_mm": {
@@ -40,16 +40,16 @@ STRATA: dict[str, dict[str, tuple[float, float]]] = {
         "subtlety 5 (obvious)": (5, np.inf),
     },
 }
-"""Column of nodules.csv -> name of each stratum and its bounds, the lower one included. A
-median rating of 3.5 falls into the stratum of 3. Texture is divided as phantoms draw it."""
+"""Column of nodules.csv -> name of each stratum and its bounds; the lower bound is included.
+A median rating of 3.5 falls into the stratum of 3. Texture has the kinds that phantoms draw."""
 
 
 def strata(
     nodules: Sequence[dict[str, Any]],
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Name and rows of all nodules, then of every stratum that has any.
+    """Yields name and rows of all nodules, then of each stratum that is not empty.
 
-    A nodule whose column is NaN is in none of the column's strata.
+    A nodule whose value in a column is NaN belongs to none of the column's strata.
     """
     yield "all", list(nodules)
     for column, bins in STRATA.items():
@@ -60,25 +60,26 @@ def strata(
 
 
 def nodules_that_count(scan: Scan, min_readers: int) -> list[Nodule]:
-    """The nodules that enough readers outlined."""
+    """Returns the nodules that at least `min_readers` readers outlined."""
     return [nodule for nodule in scan.nodules if nodule.readers >= max(min_readers, 1)]
 
 
 def reference_labels(
     scan: Scan, consensus: np.ndarray, nodules: Iterable[Nodule]
 ) -> np.ndarray:
-    """Labels of nodules on the readers' consensus; 0 elsewhere.
+    """Returns the nodule labels on the readers' consensus; 0 elsewhere.
 
-    A nodule whose readers agree on no voxel is all that any of them drew: each of them
-    says that it is there, FROC counts it, and a component can hit it.
+    If the readers of a nodule agree on no voxel, every voxel that any of them drew is
+    labelled: all of them say that the nodule exists, FROC counts it, and a component can
+    hit it.
 
     Args:
-        scan: With readers' marks.
+        scan: Scan with readers' marks.
         consensus: (z, y, x) bool.
-        nodules: Those that count.
+        nodules: Nodules that count.
 
     Returns:
-        (z, y, x) uint8. A nodule all of whose voxels went to others has none.
+        (z, y, x) uint8. A nodule whose voxels all belong to other nodules has none.
     """
     from scipy.ndimage import find_objects
 
@@ -102,17 +103,17 @@ def nodule_rows(
     *,
     tolerance_mm: float,
 ) -> list[dict[str, Any]]:
-    """One row per nodule; docs/formats.md says what each column holds.
+    """Returns one row per nodule; docs/formats.md describes the columns.
 
-    A nodule without any voxel is missed; its other scores are NaN.
+    A nodule without any voxel counts as missed; its other scores are NaN.
 
     Args:
-        scan: With readers' marks.
-        nodules: Those that count.
-        labels_ref: (z, y, x) of `reference_labels`.
-        labels_pred: (z, y, x) integer labels of the components.
-        match: Of these two.
-        tolerance_mm: Surfaces nearer than this agree.
+        scan: Scan with readers' marks.
+        nodules: Nodules that count.
+        labels_ref: (z, y, x) labels from `reference_labels`.
+        labels_pred: (z, y, x) integer labels of the predicted components.
+        match: Match of these two label volumes.
+        tolerance_mm: Largest distance at which surfaces agree.
     """
     from scipy.ndimage import find_objects
 
@@ -157,7 +158,7 @@ def nodule_rows(
 
 
 def facts_of(nodule: Nodule) -> dict[str, Any]:
-    """The row of a nodule that was missed and of which nothing else is known."""
+    """Returns the initial row of a nodule: its ratings, no hit, and undefined scores."""
     scores = ["iou", "dice", "surface_dice"]
     scores += [f"dice_{name}" for name in agreement.Agreement.__dataclass_fields__]
     return {
@@ -173,7 +174,7 @@ def facts_of(nodule: Nodule) -> dict[str, Any]:
 
 
 def median_rating(nodule: Nodule, name: str) -> float:
-    """Median over the readers who rated it; NaN if nobody did."""
+    """Returns the median over the readers who rated the nodule; NaN if nobody did."""
     ratings = [
         annotation.characteristics[name]
         for annotation in nodule.annotations
@@ -183,12 +184,12 @@ def median_rating(nodule: Nodule, name: str) -> float:
 
 
 def agreement_columns(bits: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """How well prediction and readers agree on a nodule, and each reader's own Dice.
+    """Computes the agreement of prediction and readers, and each reader's own Dice.
 
     Args:
         bits: (z, y, x) uint8 reader bits of the nodule, 0 elsewhere.
-        predicted: (z, y, x) bool: of a scan all components that touch what any reader
-            drew; of a patch all there are.
+        predicted: (z, y, x) bool. In a whole scan, all components that touch a voxel any
+            reader drew; in a patch, all components.
     """
     found = asdict(agreement.agreement(bits, predicted))
     columns = {f"dice_{name}": value for name, value in found.items()}
@@ -199,12 +200,12 @@ def agreement_columns(bits: np.ndarray, predicted: np.ndarray) -> dict[str, floa
 
 
 def reader_column(reader: int) -> str:
-    """The column of a reader's own Dice; readers are counted from 1 there."""
+    """Returns the column name of a reader's own Dice; names count readers from 1."""
     return f"dice_reader{reader + 1}"
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns of rows that may lack readers: those of any row, readers last, in order."""
+    """Returns the columns found in any row; the readers' columns come last, in order."""
     found = dict.fromkeys(name for row in rows for name in row)
     readers = [reader_column(reader) for reader in range(8)]
     return [name for name in found if name not in readers] + [
@@ -213,7 +214,7 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def hull(parts: Sequence[boxes.Box]) -> boxes.Box:
-    """The smallest box that holds all of some boxes."""
+    """Returns the smallest box that contains all the given boxes."""
     return tuple(
         slice(min(part.start for part in axis), max(part.stop for part in axis))
         for axis in zip(*parts, strict=True)

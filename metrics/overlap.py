@@ -1,6 +1,6 @@
-"""How well a mask fits a reference: overlap, surfaces in mm, nodules, intervals.
+"""Overlap of a mask with a reference, and matching of components with nodules.
 
-An undefined value is NaN, never 0 or 1. Masks are bool (z, y, x), spacings (z, y, x) mm.
+An undefined value is NaN, never 0 or 1. Masks are bool (z, y, x).
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_IOU = 0.1
-"""A reference nodule is hit by a component of at least this IoU, the criterion of
+"""A component hits a reference nodule if their IoU is at least this value, the criterion of
 nnDetection (Baumgartner et al. 2021) and of PI-CAI for small objects in 3-D."""
 
 
 class Counts(NamedTuple):
-    """Voxels (or nodules) that agree and disagree; numbers, or arrays of equal shape."""
+    """True positives, false positives and false negatives, of voxels or nodules.
+
+    The fields are numbers, or arrays of equal shape.
+    """
 
     tp: Any
     fp: Any
@@ -43,7 +46,7 @@ class Counts(NamedTuple):
 
 
 def ratio(numerator: Any, denominator: Any) -> Any:
-    """`numerator / denominator`, NaN where the denominator is 0; float or array."""
+    """Returns `numerator / denominator`, NaN where the denominator is 0; float or array."""
     numerator = np.asarray(numerator, np.float64)
     denominator = np.asarray(denominator, np.float64)
     undefined = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
@@ -52,14 +55,15 @@ def ratio(numerator: Any, denominator: Any) -> Any:
 
 
 def count_voxels(mask_ref: np.ndarray, mask_pred: np.ndarray) -> Counts:
-    """Counts of two bool masks of equal shape.
+    """Counts agreeing and disagreeing voxels of two bool masks of equal shape.
 
     Raises:
-        ValueError: If the shapes differ; broadcasting would count silently.
+        ValueError: If the shapes differ; broadcasting would give wrong counts silently.
     """
     if mask_ref.shape != mask_pred.shape:
         raise ValueError(
-            f"reference has shape {mask_ref.shape}, prediction {mask_pred.shape}"
+            f"reference has shape {mask_ref.shape}, prediction {mask_pred.shape}; expected "
+            "equal shapes"
         )
     tp = int(np.count_nonzero(mask_ref & mask_pred))
     fp = int(np.count_nonzero(mask_pred)) - tp
@@ -67,23 +71,24 @@ def count_voxels(mask_ref: np.ndarray, mask_pred: np.ndarray) -> Counts:
 
 
 def dice(mask_ref: np.ndarray, mask_pred: np.ndarray) -> float:
-    """Dice of two bool masks; NaN if both are empty."""
+    """Computes the Dice of two bool masks; NaN if both are empty."""
     return count_voxels(mask_ref, mask_pred).dice
 
 
 @dataclass(frozen=True)
 class NoduleMatch:
-    """Which predicted components found which reference nodules.
+    """Match of reference nodules with predicted components.
 
     Attributes:
-        labels_ref: (nodules,) labels of the reference nodules, rising.
-        hit_by: (nodules,) label of the component that hit it; 0 for a miss.
-        iou: (nodules,) IoU with that component, or with the best one for a miss.
+        labels_ref: (nodules,) labels of the reference nodules, ascending.
+        hit_by: (nodules,) label of the component that hit the nodule; 0 for a miss.
+        iou: (nodules,) IoU with that component; for a miss, the largest IoU with any.
         dice: (nodules,) Dice with the same component; 0 if none touches the nodule.
-        component: (nodules,) label of that component; 0 if none touches the nodule.
-        labels_pred: (components,) labels of the components, rising.
-        hits: (components,) label of the nodule it hit; 0 for none.
-        false_positive: (components,) bool; a component may be neither a hit nor this.
+        component: (nodules,) label of the same component; 0 if none touches the nodule.
+        labels_pred: (components,) labels of the components, ascending.
+        hits: (components,) label of the nodule that the component hit; 0 for none.
+        false_positive: (components,) bool; a component may be neither a hit nor a false
+            positive.
     """
 
     labels_ref: np.ndarray
@@ -103,17 +108,18 @@ def match_nodules(
     *,
     min_iou: float = MIN_IOU,
 ) -> NoduleMatch:
-    """Pairs predicted components with reference nodules, one to one.
+    """Matches predicted components with reference nodules, one to one.
 
-    Pairs of the largest summed IoU are made among those of at least `min_iou`. A
-    component left over is a false positive unless at least half of it lies in `marked`:
-    a second piece of a nodule, or a finding that does not count (LUNA16's irrelevant
-    findings), is neither a hit nor a false positive.
+    The matching maximises the summed IoU over pairs whose IoU is at least `min_iou`. A
+    component without a partner is a false positive unless at least half of it lies in
+    `marked`: a second piece of a nodule, or a finding that does not count (LUNA16's
+    irrelevant findings), is neither a hit nor a false positive.
 
     Args:
         labels_ref: (z, y, x) integer labels of the nodules that count, 0 elsewhere.
         labels_pred: (z, y, x) integer labels of the components, 0 elsewhere.
-        marked: (z, y, x) bool, what any reader marked; None for `labels_ref > 0`.
+        marked: (z, y, x) bool, voxels that any reader marked; None means
+            `labels_ref > 0`.
         min_iou: Smallest IoU of a hit.
     """
     inside = labels_pred > 0
@@ -151,7 +157,7 @@ def match_nodules(
 
 
 def _pairs(iou: np.ndarray, min_iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each pair of the one-to-one assignment of largest summed IoU."""
+    """Returns rows and columns of the one-to-one pairs with the largest summed IoU."""
     from scipy.optimize import linear_sum_assignment
 
     allowed = np.where(iou >= min_iou, iou, 0)
@@ -161,7 +167,7 @@ def _pairs(iou: np.ndarray, min_iou: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def only_slices(volume: np.ndarray, slices: Sequence[int] | None) -> np.ndarray:
-    """A (z, y, x) volume that is 0 in all but some slices; None keeps all."""
+    """Returns a (z, y, x) volume set to 0 outside the given slices; None keeps all."""
     if slices is None:
         return volume
     kept = np.zeros_like(volume)

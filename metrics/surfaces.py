@@ -11,11 +11,11 @@ from metrics.overlap import ratio
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distances between two surfaces, each with the area it stands for.
+    """Distances between two surfaces, each with the area of its surface element.
 
     Attributes:
-        ref_to_pred_mm: From each reference surface element to the predicted surface.
-        pred_to_ref_mm: The other way.
+        ref_to_pred_mm: Distance of each reference element from the predicted surface.
+        pred_to_ref_mm: Distance of each predicted element from the reference surface.
         ref_mm2, pred_mm2: Areas of the elements, in the same order.
     """
 
@@ -25,7 +25,7 @@ class SurfaceDistances:
     pred_mm2: np.ndarray
 
     def hausdorff_mm(self, percent: float = 95.0) -> float:
-        """Largest of both directions' percentiles by area; NaN if a mask is empty."""
+        """Computes the larger directed percentile by area; NaN if a mask is empty."""
         if not len(self.ref_mm2) or not len(self.pred_mm2):
             return float("nan")
         return max(
@@ -34,12 +34,12 @@ class SurfaceDistances:
         )
 
     def dice(self, tolerance_mm: float) -> float:
-        """Share of both surfaces' area within `tolerance_mm` of the other surface.
+        """Computes the share of both surfaces' area within `tolerance_mm` of the other.
 
-        0 if one mask is empty, NaN if both are.
+        The result is 0 if one mask is empty and NaN if both are.
         """
-        # Distances are multiples of the spacing; one that equals the tolerance must not
-        # exceed it by rounding.
+        # Along an axis, distances are multiples of the spacing; one that equals the
+        # tolerance must not exceed it because of rounding.
         limit_mm = tolerance_mm + 1e-6
         near_mm2 = (
             self.ref_mm2[self.ref_to_pred_mm <= limit_mm].sum()
@@ -51,7 +51,7 @@ class SurfaceDistances:
 def _percentile_by_area(
     distances_mm: np.ndarray, areas_mm2: np.ndarray, percent: float
 ) -> float:
-    """Distance that `percent` of the area does not exceed."""
+    """Returns the distance that `percent` of the area does not exceed."""
     order = np.argsort(distances_mm)
     share = np.cumsum(areas_mm2[order])
     place = np.searchsorted(share, percent / 100 * share[-1])
@@ -61,16 +61,16 @@ def _percentile_by_area(
 def surface_distances(
     mask_ref: np.ndarray, mask_pred: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> SurfaceDistances:
-    """Distances in mm between the surfaces of two masks, exact for any spacing.
+    """Computes the distances in mm between the surfaces of two masks.
 
-    The surface runs through the corners between voxels: a corner whose 2x2x2 voxels are
-    not all alike is an element, and its area is that of the marching-cubes surface
-    through the eight. Distances run from corner to corner, so they are multiples of the
-    spacing along an axis.
+    Distances are exact for any spacing. The surface runs through the corners between
+    voxels: a corner whose 2x2x2 voxels are not all equal is a surface element, with the area
+    of the marching-cubes surface through these eight voxels. Distances are measured from
+    corner to corner, so along an axis they are multiples of the spacing.
 
     Args:
         mask_ref: (z, y, x) bool.
-        mask_pred: (z, y, x) bool, the same shape.
+        mask_pred: (z, y, x) bool, same shape.
         spacing_mm: (z, y, x).
 
     Reference: Nikolov et al. 2021, Clinically applicable segmentation of head and neck
@@ -80,7 +80,8 @@ def surface_distances(
 
     if mask_ref.shape != mask_pred.shape:
         raise ValueError(
-            f"reference has shape {mask_ref.shape}, prediction {mask_pred.shape}"
+            f"reference has shape {mask_ref.shape}, prediction {mask_pred.shape}; expected "
+            "equal shapes"
         )
     points_ref, ref_mm2 = surface(mask_ref, spacing_mm)
     points_pred, pred_mm2 = surface(mask_pred, spacing_mm)
@@ -96,11 +97,11 @@ def surface_distances(
 def surface(
     mask: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The surface elements of a mask.
+    """Finds the surface elements of a mask.
 
     Returns:
-        (elements, 3) float64 place in mm of each corner along z, y, x from the corner
-        before voxel (0, 0, 0), and (elements,) area in mm2.
+        (elements, 3) float64 position of each corner in mm along z, y, x, measured from the
+        corner before voxel (0, 0, 0), and (elements,) area in mm2.
     """
     box = boxes.around(mask)
     if box is None:
@@ -119,10 +120,10 @@ def surface(
 
 @lru_cache(maxsize=16)
 def element_areas_mm2(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """(256,) area of the surface through 2x2x2 voxels, by the bits of those inside.
+    """Returns (256,) areas of the surface through 2x2x2 voxels, by the bits of the mask.
 
-    Bit 7 is voxel (0, 0, 0), bit 0 is (1, 1, 1). Where eight voxels leave a choice, the
-    fewer voxels are the ones kept apart, so a mask and its complement have one surface.
+    Bit 7 is voxel (0, 0, 0), bit 0 is (1, 1, 1). If the surface is ambiguous, the voxels of
+    the minority are separated, so that a mask and its complement have the same surface.
     """
     from skimage.measure import marching_cubes, mesh_surface_area
 

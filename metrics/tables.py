@@ -20,10 +20,10 @@ PER_SCAN = {
     "lung_dice": "Lung mask Dice",
     "lung_inclusion": "Consensus nodule voxels inside the scan file's lung mask",
 }
-"""Columns of scores.csv that are averaged over scans, and their names in the tables."""
+"""Columns of scores.csv that are averaged over scans -> their names in the tables."""
 
 AGREEING_READERS = 3
-"""Readers of a nodule whose agreement is compared with the prediction's."""
+"""Fewest readers of a nodule for which the readers are compared with the prediction."""
 
 AGREEMENT = {
     "dice_consensus": "Dice with the 50 % consensus",
@@ -33,7 +33,8 @@ AGREEMENT = {
     "dice_readers": "Dice with one reader",
     "dice_reader_reader": "One reader's Dice with another",
 }
-"""Columns of nodules.csv, in pairs of prediction and reader; see agreement.py."""
+"""Columns of nodules.csv -> their names in the tables, in pairs of prediction and reader; see
+agreement.py."""
 
 HEADLINE = (
     "Dice per scan",
@@ -42,7 +43,7 @@ HEADLINE = (
     "False positives per scan",
     "CPM (mean of these)",
 )
-"""Scores that are also given without patients that were trained on."""
+"""Scores that are also reported without the patients that were trained on."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Scored:
     """Scores of one scan.
 
     Attributes:
-        row: Its row of the table.
-        nodules: One row per reference nodule.
-        reliability: (fine bins, 3) of `calibration.histogram`;
-            None if the probability is not known.
-        candidates, targets, irrelevant: For `froc.mark`; None of patches and of slices.
+        row: Row of scores.csv.
+        nodules: Rows of nodules.csv, one per reference nodule.
+        reliability: (fine bins, 3) from `calibration.histogram`; None without a probability
+            map.
+        candidates, targets, irrelevant: Arguments of `froc.mark`; None for patches and for
+            single slices.
     """
 
     row: dict[str, Any]
@@ -76,7 +78,7 @@ class Line:
 
 
 def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
-    """The FROC curve of whole scans; None if there are none, or none with a nodule."""
+    """Computes the FROC curve of the whole scans; None if none of them has a nodule."""
     whole = [item for item in scored if item.candidates is not None]
     if not any(len(np.asarray(item.targets)) for item in whole):
         return None
@@ -92,7 +94,7 @@ def curve_of(scored: Sequence[Scored], *, draws: int) -> froc.Froc | None:
 
 
 def froc_lines(curve: froc.Froc | None, scored: Sequence[Scored]) -> list[Line]:
-    """Sensitivities at LUNA16's rates, and their mean."""
+    """Returns the lines of the sensitivities at LUNA16's rates and of their mean."""
     if curve is None:
         return []
     scans = sum(item.candidates is not None for item in scored), len(scored)
@@ -106,7 +108,7 @@ def froc_lines(curve: froc.Froc | None, scored: Sequence[Scored]) -> list[Line]:
 def summary(
     rows: Sequence[dict[str, Any]], nodules: Sequence[dict[str, Any]], *, draws: int
 ) -> list[Line]:
-    """The lines of the table: means over scans, pooled voxels, nodules, sizes."""
+    """Returns the lines of the table: means over scans, pooled voxels, nodules, strata."""
     patients = column(rows, "patient_id")
     lines = []
     for name, text in PER_SCAN.items():
@@ -135,7 +137,7 @@ def summary(
 
 
 def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
-    """Sensitivity and Dice over nodules, all and by stratum."""
+    """Returns the lines of sensitivity and Dice over all nodules and by stratum."""
     if not nodules:
         return []
     lines = []
@@ -150,7 +152,7 @@ def nodule_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
 
 
 def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]:
-    """Prediction and readers on the same nodules, those that enough readers drew."""
+    """Returns the lines of prediction and readers on nodules that enough readers drew."""
     some = [nodule for nodule in nodules if nodule["readers"] >= AGREEING_READERS]
     if not some:
         return []
@@ -169,7 +171,7 @@ def reader_lines(nodules: Sequence[dict[str, Any]], *, draws: int) -> list[Line]
 def calibration_lines(
     scored: Sequence[Scored], temperature: float | None, *, draws: int
 ) -> list[Line]:
-    """How far probabilities lie from the share of readers who drew the voxel."""
+    """Returns the lines of the calibration error, without and with temperature scaling."""
     known = [item for item in scored if item.reliability is not None]
     if not known:
         return []
@@ -196,7 +198,7 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
-    """How many patients were trained on, and the scores of `HEADLINE` without them."""
+    """Returns a sentence on patients that were trained on, with scores without them."""
     patients = {item.row["patient_id"] for item in scored}
     leaks = {item.row["patient_id"] for item in scored if item.row["leak"]}
     if not leaks:
@@ -204,7 +206,7 @@ def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
     if leaks == patients:
         return (
             f"WARNING: every scored patient ({len(leaks)} of {len(patients)}) was trained "
-            "on; these scores say nothing of new patients."
+            "on; these scores do not apply to new patients."
         )
     others = [item for item in scored if item.row["patient_id"] not in leaks]
     nodules = [nodule for item in others for nodule in item.nodules]
@@ -222,7 +224,7 @@ def leak_text(scored: Sequence[Scored], *, draws: int) -> str:
 
 
 def markdown(lines: Sequence[Line], facts: Sequence[str], *, head: str) -> str:
-    """The table of scores in Markdown, with one of the facts above it."""
+    """Formats the table in Markdown, with `head` above it and the other facts below."""
     table = ["| score | value | 95 % interval | n |", "|---|---|---|---|"]
     table += [
         f"| {line.name} | {number(line.interval.value)} | {bounds(line.interval)} "
@@ -234,7 +236,7 @@ def markdown(lines: Sequence[Line], facts: Sequence[str], *, head: str) -> str:
 
 
 def latex(lines: Sequence[Line], facts: Sequence[str]) -> str:
-    """The table of scores in LaTeX, for the package booktabs."""
+    """Formats the table in LaTeX for the package booktabs."""
     rows = [
         f"{line.name} & {number(line.interval.value)} & {bounds(line.interval)} "
         f"& {line.defined}/{line.total} \\\\"

@@ -16,10 +16,10 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EROSIONS_PX = (0, 3, 5)
 MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
 MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
-"""The grid that is tuned; the volumes are spheres of 0, 3, 4, 5 and 6 mm."""
+"""Tuning grid; the volumes are those of spheres with diameters of 0, 3, 4, 5 and 6 mm."""
 
 FALSE_PRICE = 0.02
-"""What a false component costs, in Dice of its scan."""
+"""Penalty for each false component, subtracted from the Dice of its scan."""
 
 
 def tuning_counts(
@@ -31,12 +31,12 @@ def tuning_counts(
     within: np.ndarray | None = None,
     slices: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """See `count_for_tuning`; each component is found once for all volumes and scores.
+    """Counts voxels and false components of a scan for each setting of the grid.
 
-    Of `settings` counts what is not tuned: connectivity, `min_voxels`, `fill_holes`.
-
-    Components and their volumes are those of the whole scan, but only voxels and
-    components in `slices` are counted.
+    See `count_for_tuning` for the result. Components are found once for all volumes and
+    scores. `settings` gives the values that are not tuned: connectivity, `min_voxels` and
+    `fill_holes`. Components and their volumes are those of the whole scan, but only voxels
+    and components in `slices` are counted.
     """
     grid_axes = (THRESHOLDS, EROSIONS_PX, MIN_VOLUMES_MM3, MIN_SCORES)
     counts = np.zeros((*map(len, grid_axes), 4), np.int64)
@@ -76,21 +76,21 @@ def tuning_counts(
 def best_of_grid(
     counts: np.ndarray, base: config.Postprocess
 ) -> tuple[config.Postprocess, dict[str, Any]]:
-    """The plainest setting that is not worse than the best by more than chance explains.
+    """Chooses the simplest setting that is within one standard error of the best.
 
-    A scan scores its Dice, 0 if it has no nodule, less `FALSE_PRICE` for every false
-    component. A setting is as good as the best if its mean score lacks no more than one
-    standard error of the scans' differences. Of those, the one fewest steps of the grid
-    away from threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is taken:
-    few scans cannot tell more apart.
+    The score of a scan is its Dice, or 0 without a nodule, minus `FALSE_PRICE` for every
+    false component. A setting is as good as the best if its mean score is lower by at most
+    one standard error of the per-scan differences. Of these settings, the one closest in
+    grid steps to threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is
+    chosen: few scans cannot distinguish the settings more finely.
 
     Args:
-        counts: (scans, thresholds, erosions, volumes, scores, 4) of `count_for_tuning`.
-        base: Gives what is not tuned.
+        counts: (scans, thresholds, erosions, volumes, scores, 4) from `count_for_tuning`.
+        base: Settings that are kept where they are not tuned.
 
     Returns:
-        The settings, and what they reach: mean Dice of the scans with nodules, and false
-        components per scan.
+        The settings, and the scores they reach: mean Dice of the scans with nodules, false
+        components per scan and the number of scans with nodules.
 
     Reference: Breiman et al. 1984 (the rule of one standard error).
     """

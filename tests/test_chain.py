@@ -400,7 +400,7 @@ def test_predictions_of_another_run_are_not_postprocessed(work, tmp_path):
     run.mkdir()
     (run / "config.json").write_bytes((work / "runs/tiny/config.json").read_bytes())
     (run / "best.weights.h5").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match="name the run that made it"):
+    with pytest.raises(ValueError, match="pass the run that predicted it"):
         postprocess.postprocess_predictions(
             postprocess.Arguments(
                 predictions=work / "predictions", scans=work / "scans", run=run

@@ -105,7 +105,7 @@ def table(folder, name):
         ({"x_lps_mm": 500.0}, "expected within (0, 0, 0) and (23, 63, 63) of scan"),
         (
             {"nodule_id": 1},
-            "line 3: nodule_id 1 as in line 2; expected each nodule once",
+            "line 3: nodule_id 1 repeats line 2; expected each nodule once",
         ),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_row_of_no_scan_is_warned_of_and_does_not_count(scan, tmp_path, caplog
     write_shared(tmp_path / "predictions", [*rows, stray])
     report, scores = evaluated(tmp_path)
     assert not report.failures
-    assert "line 6: case_id 'scan-9' is no scan of the predictions" in caplog.text
+    assert "line 6: case_id 'scan-9' is not a scan of the predictions" in caplog.text
     assert scores["CPM (mean of these)"]["interval"]["value"] == 1
 
 
@@ -183,7 +183,8 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
     assert scores["CPM (mean of these)"]["interval"]["value"] == 1
     text = (tmp_path / "scores/scores.md").read_text()
     assert (
-        "candidates of volumes from 0.1, at least 14 mm3, of slices threshold" in text
+        "candidates from volumes, threshold 0.1, at least 14 mm3, from slices, threshold"
+        in text
     )
     assert "reported from a score of 0.87" in text
     # As a candidate of its own it is a false positive.
@@ -202,7 +203,7 @@ def test_predictions_of_before_candidates_have_no_froc(scan, tmp_path, caplog):
     (tmp_path / "predictions" / CANDIDATES_CSV).unlink()
     _, scores = evaluated(tmp_path)
     assert "CPM (mean of these)" not in scores
-    assert "candidates.csv is missing: no FROC" in caplog.text
+    assert "candidates.csv is missing, so FROC is not computed" in caplog.text
 
 
 def test_a_bad_row_of_a_shared_table_is_a_failure_of_its_scan_alone(scan, tmp_path):
@@ -219,9 +220,9 @@ def test_a_bad_row_of_a_shared_table_is_a_failure_of_its_scan_alone(scan, tmp_pa
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.nan, "prob.nii.gz: NaN in 1 voxel; expected 0 to 1"),
-        (1.5, "prob.nii.gz: probabilities run from 0 to 1.5; expected 0 to 1"),
-        (-0.25, "prob.nii.gz: probabilities run from -0.25 to 0; expected 0 to 1"),
+        (np.nan, "prob.nii.gz: NaN in 1 voxel; expected probabilities from 0 to 1"),
+        (1.5, "prob.nii.gz: values from 0 to 1.5; expected probabilities from 0 to 1"),
+        (-0.25, "prob.nii.gz: values from -0.25 to 0; expected probabilities from 0"),
     ],
 )
 def test_a_map_of_no_probabilities_is_a_failure_of_its_scan(

@@ -1073,7 +1073,7 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
     )
     options = {"scans": tmp_path / "scans", "parts": ("test",), "lungs": WITHOUT_SKIN}
     infer.infer(run, arguments.predictions, nodules=NO_RUNS, **options)
-    with pytest.raises(ValueError, match="no nodules were looked for"):
+    with pytest.raises(ValueError, match="holds lung masks without nodules"):
         evaluate.evaluate(arguments)
     infer.infer(
         run, arguments.predictions, nodules=alone(nodule_run), overwrite=True, **options

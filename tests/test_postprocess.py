@@ -432,9 +432,9 @@ def test_sides_and_hu_are_told_if_lungs_and_hu_are_given():
 @pytest.mark.parametrize(
     ("marked", "spacing_mm", "message"),
     [
-        (np.full((2, 2, 2), 2.0), (1, 1, 1), "values run from 2 to 2; expected prob"),
-        (np.full((2, 2, 2), np.nan), (1, 1, 1), "values run from nan"),
-        (np.full((2, 2, 2), -1), (1, 1, 1), "values run from -1 to -1"),
+        (np.full((2, 2, 2), 2.0), (1, 1, 1), "values from 2 to 2; expected prob"),
+        (np.full((2, 2, 2), np.nan), (1, 1, 1), "values from nan"),
+        (np.full((2, 2, 2), -1), (1, 1, 1), "values from -1 to -1"),
         (np.zeros((2, 2, 2), bool), (1, 1), r"spacing_mm is \(1, 1\); expected"),
         (np.zeros((2, 2, 2), bool), (1, 0, 1), "expected .* above 0"),
         (np.zeros((2, 2), bool), (1, 1, 1), r"shape \(2, 2\); expected \(z, y, x\)"),

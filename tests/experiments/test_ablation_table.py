@@ -81,7 +81,7 @@ def test_a_run_scored_on_other_cases_is_not_paired(tmp_path, base):
     assert cells["leaky", "Dice, pooled"]["difference"] == ""
     text = (tmp_path / "out/ablations.md").read_text()
     assert "<br>unpaired" in text
-    assert "leaky: split by slice, so patients that are tested were TRAINED on" in text
+    assert "leaky: split by slice, so tested patients were also TRAINED on" in text
 
 
 def test_a_difference_that_excludes_zero_is_marked_with_enough_patients(tmp_path):
@@ -102,7 +102,7 @@ def test_runs_that_were_scored_otherwise_are_refused(tmp_path, base):
     record = json.loads((other / "scores.json").read_text())
     record["setting"]["part"] = "validation"
     (other / "scores.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="run evaluate.py on both alike"):
+    with pytest.raises(ValueError, match="on both with the same options"):
         table_of(tmp_path, base, other)
 
 
@@ -114,7 +114,7 @@ def test_a_folder_without_scores_is_named(tmp_path, base):
 def test_two_runs_of_one_name_are_refused(tmp_path, base):
     (tmp_path / "b").mkdir()
     twin = write_scores(tmp_path / "b/base", [("a", "A", 1, 0, 0, 1, 1, 1, 1, 0)])
-    with pytest.raises(ValueError, match="one name: base, base"):
+    with pytest.raises(ValueError, match="share a name: base, base"):
         table_of(tmp_path, base, twin)
 
 

@@ -112,4 +112,4 @@ def test_scans_made_of_other_lungs_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             lesioned_scans.main(call)
         assert ended.value.code == code
-    assert f"was made of another {known.name}" in capsys.readouterr().err
+    assert f"was made from another {known.name}" in capsys.readouterr().err

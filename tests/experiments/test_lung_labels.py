@@ -82,7 +82,7 @@ def test_labels_of_other_corrections_are_not_taken_for_these(work):
 
 
 def test_a_wrong_list_is_refused(work):
-    with pytest.raises(ValueError, match="corrects somebody, not in"):
+    with pytest.raises(ValueError, match="corrects somebody, missing from"):
         lung_labels.correct_all(corrections(work, ("somebody", 1, 1, 1, 1, 1, 1, "")))
     with pytest.raises(ValueError, match=r"line 2: .*'x'"):
         lung_labels.correct_all(corrections(work, ("scan-000", "x", 1, 1, 1, 1, 1, "")))

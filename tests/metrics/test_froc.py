@@ -151,7 +151,7 @@ def test_findings_that_cannot_be_used_are_named(candidates, nodules, message):
 
 
 def test_a_scan_that_stands_twice_and_no_nodule_at_all_are_refused():
-    with pytest.raises(ValueError, match="1 scan ids stand twice"):
+    with pytest.raises(ValueError, match="1 scan ids are listed twice"):
         mark(["a", "a"], {}, NODULE)
     with pytest.raises(ValueError, match="no nodule"):
         froc(mark(["a"], {}, {}))

@@ -74,7 +74,7 @@ def test_places_of_candidates_are_read_by_scan_and_checked(tmp_path):
     with pytest.raises(ScanError, match="lack marked_by"):
         froc_points.places_of_scans(path)
     path.write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ScanError, match="candidates.csv: no CSV table"):
+    with pytest.raises(ScanError, match="candidates.csv: not a CSV table"):
         froc_points.places_of_scans(path)
 
 

@@ -461,7 +461,7 @@ class Postprocess:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings of an experiment; every section is for slices, or every one for volumes."""
+    """All settings of an experiment, which works either on slices or on volumes."""
 
     mask: LungMask = field(default_factory=LungMask)
     table: Table = field(default_factory=Table)

@@ -171,7 +171,7 @@ def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
 
 
 def split_settings(split: Mapping[str, Any]) -> config.Split:
-    """Returns the settings of a split; settings missing from a hand-written split are defaults."""
+    """Returns the settings of a split; those missing from a hand-written one are defaults."""
     record = config.to_json(config.Split()) | split["settings"]
     return config.from_json(config.Split, record)
 

@@ -1,7 +1,7 @@
 """Every setting that can change a result: one frozen dataclass per section.
 
 An `Experiment` holds one of each; named experiments live in `configs/`, each written as a
-difference from another. A step receives its own sections, never the whole.
+difference from another. A step receives only its own sections, never the whole experiment.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ LUNA16_SUBSETS = 10
 
 @dataclass(frozen=True)
 class LungMask:
-    """Lung masks from HU: the slice rule of the thesis, then cleaning in 3-D."""
+    """Settings of the classical lung mask: the thesis' rule per slice, then 3-D cleaning."""
 
     cleaning: bool = True
-    """Clean the slice masks in 3-D; off is the thesis' own rule."""
+    """Clean the slice masks in 3-D; false applies only the rule of the thesis."""
     remove_airway: bool = True
-    """Take trachea and main bronchi out."""
+    """Remove the trachea and main bronchi."""
     fill_holes: bool = True
-    """Fill vessels and nodules that lie within a lung."""
+    """Fill vessels and nodules inside a lung."""
     closing_mm: float = 12.0
-    """Radius of the closing of the pleural surface, which keeps juxtapleural nodules in;
-    0 for none."""
+    """Radius of the closing of the pleural surface, which keeps juxtapleural nodules inside
+    the mask; 0 for none."""
     split_sides: bool = True
-    """Label the right lung 1 and the left lung 2; off labels both 1."""
+    """Label the right lung 1 and the left lung 2; false labels both 1."""
 
     def __post_init__(self) -> None:
         require(self.closing_mm >= 0, "closing_mm", self.closing_mm, "0 or more")
@@ -55,19 +55,21 @@ class LungMask:
 
 @dataclass(frozen=True)
 class Table:
-    """Which slices and volumes the table holds."""
+    """Slices and volumes to store in the table."""
 
     size_px: tuple[int, int] = (512, 512)
-    """(y, x) size of the stored slices; others are padded with air or cut, centred."""
+    """(y, x) size of the stored slices; other sizes are padded with air or cropped around
+    the centre."""
     slices: Literal["nodule", "lung", "all", "none"] = "nodule"
-    """nodule: slices with a nodule, and negatives; lung: slices with lung; all; none:
-    volumes alone."""
+    """nodule: slices with a nodule, and negatives; lung: slices with lung; all: every
+    slice; none: volumes only."""
     negatives_per_nodule_slice: float = 1.0
-    """For `nodule`: lung slices without a nodule, drawn per nodule slice of the scan."""
+    """Number of negatives (lung slices without a nodule) drawn per nodule slice of a scan;
+    used with slices=nodule."""
     volume_spacing_mm: float = 0.0
-    """Isotropic spacing of the volumes stored for 3-D networks; 0 stores none."""
+    """Isotropic spacing of the volumes stored for 3-D networks; 0 stores no volumes."""
     seed: int = 0
-    """Seed of the draw of negatives."""
+    """Seed for drawing the negatives."""
 
     def __post_init__(self) -> None:
         require(min(self.size_px) > 0, "size_px", self.size_px, "positive")
@@ -81,25 +83,26 @@ class Table:
 
 @dataclass(frozen=True)
 class Split:
-    """Who is trained on, chosen by and tested."""
+    """Division of the patients into training, validation and test parts."""
 
     method: Literal["ratios", "folds", "subsets"] = "ratios"
-    """ratios: by `fractions`; folds: k-fold; subsets: LUNA16's ten subsets as folds."""
+    """ratios: by `fractions`; folds: k-fold; subsets: the ten LUNA16 subsets as folds."""
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
-    """Shares of train, validation and test; used by `ratios`."""
+    """Fractions of train, validation and test; used by `ratios`."""
     folds: int = 5
     """Number of folds; used by `folds`."""
     fold: int = 0
-    """Fold that is tested; the next one validates."""
+    """Test fold; the next fold is used for validation."""
     unit: Literal["patient", "slice"] = "patient"
-    """slice leaks neighbours into the test part; it exists to measure that leak."""
+    """Unit of the split. slice leaks neighbouring slices into the test part; it exists to
+    measure that leak."""
     seed: int = 0
     """Seed of the shuffle."""
 
     def __post_init__(self) -> None:
         total = sum(self.fractions)
         require(
-            abs(total - 1) < 1e-6, "fractions", self.fractions, "shares that sum to 1"
+            abs(total - 1) < 1e-6, "fractions", self.fractions, "values that sum to 1"
         )
         require(self.folds >= 2, "folds", self.folds, "2 or more")
         folds = {"ratios": 1000, "folds": self.folds, "subsets": LUNA16_SUBSETS}
@@ -109,50 +112,52 @@ class Split:
 
 @dataclass(frozen=True)
 class Batches:
-    """How rows of the table become network input and reference."""
+    """Rules that turn rows of the table into network input and reference."""
 
     target: Literal["nodule", "lung"] = "nodule"
-    """What is segmented."""
+    """Structure to segment."""
     input_px: tuple[int, ...] = (400, 400)
-    """Size of the crop that enters the network: (y, x) of a slice, or (z, y, x) of the
-    table's volumes."""
+    """Size of the network input: (y, x) for slices, or (z, y, x) for the table's volumes."""
     crop: Literal["centre", "lung", "nodule", "seed", "candidate"] = "centre"
-    """Centre of a training crop: of the slice, of its lungs, or near a nodule; of a volume,
-    a random point of the box around the lungs for `lung`. Validation and whole scans are
-    covered by tiles of `input_px`. seed: slices are patches around a nodule, whose middle is
-    cut out everywhere. candidate: of a volume, a nodule, or whatever else in the lungs is
-    as dense, such as a vessel, or was marked (train.py --candidates); for the
-    false-positive network."""
+    """Position of a training crop. centre: the middle of the slice or volume; lung: the
+    centre of the lungs in a slice, or a random point of the box around the lungs in a
+    volume; nodule: near a nodule. Validation and whole scans are covered by tiles of
+    `input_px`. seed: slices are patches around a nodule, and their middle is used in
+    training, validation and inference. candidate: for the false-positive network on
+    volumes; crops are centred on a nodule, on another structure in the lungs that is as
+    dense, such as a vessel, or on a false positive from train.py --candidates."""
     pixel_mm: float = 0.0
-    """Bring slices to pixels of this size, so that a network sees all scanners alike and
-    fewer pixels; 0 leaves them as they are. For lungs in slices."""
+    """Resample slices to this pixel size, so that the network sees all scanners alike and
+    fewer pixels; 0 keeps the pixels as they are. Only for lungs in slices."""
     window_hu: tuple[float, float] = (-1000.0, 400.0)
-    """HU mapped to 0 and 1; beyond is clipped."""
+    """HU mapped to 0 and 1; values outside are clipped."""
     normalisation: Literal["window", "zscore", "minmax", "population", "relative"] = (
         "window"
     )
-    """After the window: nothing, zero mean and unit variance per image, per-image 0..1, or
-    HU less their mean over a population, over its standard deviation (as nnU-Net and
-    Zhuang et al. 2025 do; -370 and 437 HU). relative: the image's own range is the window,
-    then as zscore; for images of any scale, such as patches whose HU are lost."""
+    """Normalisation after the window. window: none; zscore: zero mean and unit variance per
+    image; minmax: 0..1 per image; population: HU minus the mean of a population, divided by
+    its standard deviation (-370 and 437 HU), as nnU-Net and Zhuang et al. 2025 do;
+    relative: the image's own range is the window, then zscore, for images of any scale,
+    such as patches whose HU are lost."""
     lung_mask: bool = True
-    """Set everything outside the lungs to air, as the thesis does."""
+    """Set everything outside the lungs to air, as in the thesis."""
     reference: Literal["consensus", "votes", "reader"] = "consensus"
-    """What training slices are compared with: the readers' consensus; the share of a
-    nodule's readers that drew a pixel; or one of its readers, drawn anew each time.
-    Validation always compares with the consensus."""
+    """Reference of the training slices. consensus: the readers' consensus; votes: the
+    fraction of a nodule's readers that marked each pixel; reader: the outline of one
+    reader, drawn anew for every sample. Validation always uses the consensus."""
     consensus_level: float = 0.5
-    """Share of a nodule's readers that makes a voxel nodule."""
+    """Fraction of a nodule's readers that must mark a voxel to make it nodule."""
     min_readers: int = 1
-    """Nodules outlined by fewer readers do not count."""
+    """Nodules outlined by fewer readers are ignored."""
     batch_size: int = 4
     nodule_fraction: float = 0.5
-    """Share of training rows drawn from slices with a nodule; 0 takes rows as they are. Of
-    volumes with crop=nodule, the share of crops near one; the others are `lung`. With
-    crop=candidate, the share that are of one."""
+    """Fraction of training rows drawn from slices with a nodule; 0 uses the rows as they
+    are. For volumes with crop=nodule, the fraction of crops near a nodule; the others are
+    placed as with crop=lung. With crop=candidate, the fraction of crops centred on a
+    nodule."""
     real_fraction: float = 0.0
-    """Of volumes, the share of training samples from scans that are no phantoms, where
-    there are both; 0 draws every scan as often as any other."""
+    """For volumes: fraction of training samples from real scans, if the training part holds
+    both real scans and phantoms; 0 draws all scans equally often."""
 
     def __post_init__(self) -> None:
         size = self.input_px
@@ -167,33 +172,45 @@ class Batches:
         require(0 <= share <= 1, "nodule_fraction", share, "0 to 1")
         real = self.real_fraction
         fits = real == 0 or (0 < real < 1 and len(size) == 3)
-        require(fits, "real_fraction", real, "0, or below 1 of volumes")
+        require(fits, "real_fraction", real, "0, or below 1 with 3-D input")
         of_readers = self.target == "nodule" and len(size) == 2
         plain = self.reference == "consensus"
-        require(plain or of_readers, "reference", self.reference, "consensus here")
+        require(
+            plain or of_readers,
+            "reference",
+            self.reference,
+            "consensus; votes and reader need 2-D nodule input",
+        )
         normalisation = self.normalisation
         fits = normalisation != "relative" or len(size) == 2
-        require(fits, "normalisation", normalisation, "another one of volumes")
+        require(
+            fits,
+            "normalisation",
+            normalisation,
+            "another one; relative needs 2-D input",
+        )
         seeded = self.crop == "seed"
         fits = not seeded or (of_readers and not self.lung_mask and len({*size}) == 1)
-        expected = "another one of lungs, volumes, masked slices or crops not square"
+        expected = "another one; seed needs square 2-D nodule input without lung_mask"
         require(fits, "crop", self.crop, expected)
         fits = self.crop != "candidate" or (self.target == "nodule" and len(size) == 3)
-        require(fits, "crop", self.crop, "another one but for nodules in volumes")
+        require(
+            fits, "crop", self.crop, "another one; candidate needs 3-D nodule input"
+        )
         pixel = self.pixel_mm
         in_slices = self.target == "lung" and len(size) == 2
         fits = pixel == 0 or (pixel > 0 and in_slices)
-        require(fits, "pixel_mm", pixel, "0, or more of lungs in slices")
+        require(fits, "pixel_mm", pixel, "0, or above 0 with 2-D lung input")
 
     @property
     def slice_px(self) -> tuple[int, int]:
-        """(y, x) of `input_px`, of an experiment on slices."""
+        """Returns `input_px` as (y, x); raises ValueError if it is 3-D."""
         require(len(self.input_px) == 2, "input_px", self.input_px, "(y, x)")
         return self.input_px[0], self.input_px[1]
 
     @property
     def volume_px(self) -> tuple[int, int, int]:
-        """(z, y, x) of `input_px`, of an experiment on volumes."""
+        """Returns `input_px` as (z, y, x); raises ValueError if it is 2-D."""
         require(len(self.input_px) == 3, "input_px", self.input_px, "(z, y, x)")
         return self.input_px[0], self.input_px[1], self.input_px[2]
 
@@ -202,43 +219,48 @@ class Batches:
 class Augment:
     """Random changes to image and masks; each range is symmetric around no change.
 
-    From `tilt_deg` on they are made to volumes only.
+    The settings from `tilt_deg` on apply to volumes only.
     """
 
     flip: bool = True
-    """Mirror left-right and front-back, each with probability one half."""
+    """Mirror left-right and front-back, each with probability 0.5."""
     rotate_deg: float = 15.0
     zoom: float = 0.1
-    """Scale between 1 - zoom and 1 + zoom."""
+    """Random scale between 1 - zoom and 1 + zoom."""
     shift_px: float = 10.0
     elastic_px: float = 0.0
-    """Standard deviation of the smooth displacement; 0 for none."""
+    """Standard deviation of the smooth displacement field; 0 for none."""
     elastic_grid_px: float = 64.0
-    """Distance between the knots of the displacement."""
+    """Distance between the knots of the displacement field."""
     gamma: float = 0.0
-    """Exponent between 1 / (1 + gamma) and 1 + gamma, on the windowed image."""
+    """Gamma correction of the windowed image; the exponent is drawn between 1 / (1 + gamma)
+    and 1 + gamma."""
     noise_hu: float = 0.0
-    """Standard deviation of added noise, drawn between 0 and this."""
+    """Largest standard deviation of the added noise; it is drawn between 0 and this."""
     tilt_deg: float = 0.0
-    """Turns about the left-right and the front-back axis; `rotate_deg` is about the other."""
+    """Largest rotation about the left-right and the front-back axis; `rotate_deg` is about
+    the head-foot axis."""
     stretch: float = 0.0
-    """Scale of each axis by itself, on top of `zoom`."""
+    """Random scale of each axis independently, on top of `zoom`."""
     curve_hu: float = 0.0
-    """Standard deviation of what is added to the HU of air, lung, fat, water, soft tissue
-    and bone, each by itself; in between the change is linear."""
+    """Standard deviation of the random offsets to the HU of air, lung, fat, water, soft
+    tissue and bone, drawn independently; HU in between are interpolated linearly."""
     contrast_hu: float = 0.0
-    """Most that is added to soft tissue and bone, as contrast agent does."""
+    """Largest offset added to soft tissue and bone, to simulate contrast agent."""
     blur_px: float = 0.0
-    """Widest (sigma) reconstruction kernel; one volume in two is smoothed."""
+    """Largest sigma of the simulated reconstruction kernel; half of the volumes are
+    smoothed."""
     noise_width_px: float = 0.0
-    """Widest (sigma) kernel that makes the noise of neighbours in a slice alike."""
+    """Largest sigma of the kernel that correlates neighbouring noise within a slice."""
     slice_px: float = 0.0
-    """Thickest slices, in voxels; one volume in two is averaged over slices."""
+    """Largest simulated slice thickness, in voxels; half of the volumes are averaged to
+    thicker slices."""
     field_cut: float = 0.0
-    """Largest share of the crop, at each of its sides, beyond the field of view; one volume
-    in two has such sides. Reference and HU end there."""
+    """Largest fraction of the crop, at each of its sides, beyond the field of view; half of
+    the volumes get such sides. Reference and HU are cleared there."""
     synthesis: float = 0.0
-    """Share of volumes whose HU are replaced by random HU per tissue; see synthesis.py."""
+    """Fraction of volumes whose HU are replaced by random HU per tissue; see
+    augment/synthesis.py."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -259,82 +281,83 @@ VOLUME_CHANGES = (
     *("tilt_deg", "stretch", "curve_hu", "contrast_hu", "blur_px"),
     *("noise_width_px", "slice_px", "field_cut", "synthesis"),
 )
-"""Settings of `Augment` that only volumes have."""
+"""Settings of `Augment` that apply to volumes only."""
 
 
 @dataclass(frozen=True)
 class Lesions:
     """Pathology simulated in training samples.
 
-    In lungs it belongs to the lung; of volumes whose target is nodules, nodules alone are
-    drawn, and added to the reference. Nodules have the shapes of outlines in LIDC-IDRI, but
-    not of patients who are in the table and not trained on.
+    If lungs are the target, lesions count as lung. If nodules in volumes are the target,
+    only nodules are drawn, and they are added to the reference. Nodule shapes come from
+    LIDC-IDRI outlines, except those of patients in the table who are not trained on.
     """
 
     probability: float = 0.0
-    """Share of the samples that get lesions; 0 for none."""
+    """Fraction of the samples that get lesions; 0 for none."""
     kind: Literal["circles", "realistic"] = "realistic"
-    """circles: 7 to 9 pale discs about the lungs; realistic: `findings`."""
+    """circles: 7 to 9 pale discs in and around the lungs; realistic: lesions from
+    `findings`."""
     findings: tuple[LesionKind, ...] = get_args(LesionKind)
-    """What realistic lesions are drawn from."""
+    """Kinds of realistic lesions to draw from."""
     most: int = 2
-    """Most findings in a sample; used by realistic."""
+    """Largest number of findings in a sample; used by realistic."""
     nodule_kinds: tuple[float, float, float] = (0.85, 0.08, 0.07)
-    """Which share of nodules that are the target is solid, part-solid and ground glass; LIDC's
-    readers rated so many so."""
+    """Fractions of solid, part-solid and ground-glass nodules if nodules are the target; the
+    defaults are the fractions in the ratings of LIDC's readers."""
 
     def __post_init__(self) -> None:
         share = self.probability
         require(0 <= share <= 1, "probability", share, "0 to 1")
-        known = f"some of {', '.join(get_args(LesionKind))}, none twice"
+        known = f"one or more of {', '.join(get_args(LesionKind))}, each at most once"
         found = set(self.findings)
         fits = 0 < len(self.findings) == len(found) and found <= {*get_args(LesionKind)}
         require(fits, "findings", self.findings, known)
         require(self.most >= 1, "most", self.most, "1 or more")
         shares = self.nodule_kinds
         fits = min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)
-        require(fits, "nodule_kinds", shares, "three shares that sum to 1")
+        require(fits, "nodule_kinds", shares, "three values that sum to 1")
 
 
 @dataclass(frozen=True)
 class Model:
-    """The network."""
+    """Architecture of the network."""
 
     name: ModelName = "nasnet_gcn_se"
     weights: Literal["none", "imagenet"] = "none"
-    """Start of the encoder."""
+    """Initial weights of the encoder."""
     filters: int = 32
-    """Width: of the decoder (nasnet_gcn_se) or of the first level (unet2d, unet3d)."""
+    """Width of the decoder (nasnet_gcn_se) or of the first level (unet2d, unet3d)."""
     depth: int = 4
-    """How often a U-Net halves its input."""
+    """Number of times a U-Net halves its input."""
     residual: bool = False
-    """Add the input of each level of unet2d's encoder to its output."""
+    """Add the input of each encoder level of unet2d to its output."""
     norm: Literal["instance", "batch"] = "instance"
-    """Normalisation of the U-Nets."""
+    """Normalisation layers of the U-Nets."""
     seeded: bool = False
-    """Tell the network how far each pixel lies from the middle of its input; for what is
-    around a seed or a candidate (batches.crop)."""
+    """Give the network the distance of each pixel from the middle of its input; for crops
+    around a seed point or a candidate (batches.crop)."""
     deep_supervision: bool = False
-    """Let unet3d also be trained on what its coarser levels predict."""
+    """Also train unet3d on the predictions of its coarser levels."""
     mask_fraction: float = 0.0
-    """Share of the cubes that unet3d is not shown, in training and in Monte-Carlo passes;
-    Zhuang et al. 2025 hide 0.7."""
+    """Fraction of cubes hidden from unet3d, in training and in Monte Carlo passes; Zhuang et
+    al. 2025 hide 0.7."""
     mask_cube_px: int = 7
-    """Edge of the cubes."""
+    """Edge length of the hidden cubes."""
     mask_value: float = 1.0
-    """What is put in their place, in the units of the network's input."""
+    """Value of hidden voxels, in the units of the network's input."""
     mask_varied: bool = False
-    """In training, hide a share drawn from 0 to mask_fraction of each volume, so that the
-    network can also be run with less hidden, or nothing. Passes then hide half of
-    mask_fraction."""
+    """In training, draw the hidden fraction of each volume between 0 and mask_fraction, so
+    that the network can also be run with fewer or no hidden cubes. Monte Carlo passes then
+    hide half of mask_fraction."""
     gcn_kernels: tuple[int, ...] = (13, 19, 19, 19)
-    """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis;
-    shorter leaves them out at the shallow stages; empty for none."""
+    """Kernel sizes of the global convolutions at stride 32, 16, 8 and 4, as in the thesis. A
+    shorter tuple omits them at the shallow stages, an empty one everywhere."""
     squeeze_excite: bool = True
     dropout: float = 0.0
     slice_classifier: bool = False
-    """Add the classifier head of the false-positive network: whether a slice, or the middle
-    of a candidate's crop, is nodule."""
+    """Add the classification head of the false-positive network, which tells whether a
+    slice, or the middle of a candidate's crop, contains nodule."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
@@ -345,7 +368,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Loss:
-    """What training makes small."""
+    """The training loss."""
 
     name: LossName = "generalized_dice_weighted_cross_entropy"
     class_weights: tuple[float, float] = (1.0, 7.0)
@@ -354,38 +377,38 @@ class Loss:
 
 @dataclass(frozen=True)
 class Train:
-    """How the loss is made small."""
+    """The optimizer and its schedule."""
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "polynomial"] = "cosine"
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0."""
+    """Epochs of linear warm-up of the learning rate from 0."""
     weight_decay: float = 0.0
-    """Decoupled; used by adamw."""
+    """Decoupled weight decay; used by adamw."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient; 0 for no clipping."""
+    """Largest global norm of the gradient; 0 disables clipping."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before a step."""
+    """Number of batches whose gradients are averaged before a step."""
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
     ema: float = 0.0
     """Momentum of the moving average of the weights; 0 for none."""
     epochs: int = 50
     steps_per_epoch: int = 0
-    """Batches per epoch; 0 for all rows once."""
+    """Batches per epoch; 0 uses every row once."""
     validation_tiles: int = 0
-    """Most tiles that validate an epoch, spread evenly over all; 0 for all."""
+    """Largest number of validation tiles per epoch, spread evenly over all; 0 uses all."""
     patience: int = 0
-    """Epochs without a better validation Dice before stopping; 0 to never stop."""
+    """Epochs without a better validation Dice before training stops; 0 never stops early."""
     patience_after: int = 0
-    """Epochs before `patience` begins to count."""
+    """Number of epochs before `patience` starts to count."""
     freeze_encoder: bool = False
-    """Leave the encoder as --init gives it: train only what follows the lowest level."""
+    """Keep the encoder weights from --init; train only the layers after the lowest level."""
     freeze_normalisation: bool = False
-    """Leave means, variances, scales and offsets of batch normalisation as --init gives
-    them: those of batches of few crops say little."""
+    """Keep means, variances, scales and offsets of batch normalisation from --init, because
+    batches of few crops estimate them poorly."""
     seed: int = 0
-    """Seeds weights, dropout, row order and augmentation."""
+    """Seed of weights, dropout, row order and augmentation."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
@@ -400,44 +423,45 @@ class Train:
 
 @dataclass(frozen=True)
 class Postprocess:
-    """From a probability map to nodules."""
+    """Rules that turn a probability map into nodules."""
 
     method: Literal["fixed", "kmeans", "tuned"] = "tuned"
-    """fixed: `threshold`; kmeans: between the two clusters of the map, as in the thesis;
-    tuned: the values that postprocess.py found best on the validation part."""
+    """Source of the threshold. fixed: `threshold`; kmeans: midway between the two clusters
+    of the map, as in the thesis; tuned: the values that postprocess.py found best on the
+    validation part."""
     threshold: float = 0.5
     erosion_px: int = 0
     """Side of the square that erodes each slice's mask; the thesis uses 5; 0 for none."""
     min_volume_mm3: float = 14.0
-    """Smaller components are removed; 14 is a ball of 3 mm, the least that LIDC's readers
-    outlined."""
+    """Smaller components are removed; 14 mm3 is a ball of 3 mm diameter, the smallest nodule
+    that LIDC's readers outlined."""
     min_voxels: int = 0
-    """Components of fewer voxels are removed, however large a voxel is."""
+    """Components of fewer voxels are removed, whatever the voxel size."""
     fill_holes: bool = False
-    """Fill what a component encloses on all sides, such as a cavity, before sizes and scores
-    are taken."""
+    """Fill the holes that a component encloses on all sides, such as a cavity, before sizes
+    and scores are computed."""
     min_score: float = 0.0
     """Components with a lower mean probability are removed."""
     connectivity: Literal[6, 18, 26] = 26
     one_nodule: bool = False
-    """Keep the component with the largest sum of probability and what lies above or below
-    it, as one: in patches around a nodule."""
+    """Keep only the component with the largest sum of probabilities, merged with those above
+    or below it; for patches around a nodule."""
     within_lung: bool = True
-    """Keep components of which at least half lies in the lung mask. They are kept whole:
-    the mask may lack the outer part of a nodule at the pleura."""
+    """Keep only components with at least half of their voxels in the lung mask. They are kept
+    whole, because the mask may lack the outer part of a nodule at the pleura."""
 
     def __post_init__(self) -> None:
         require(0 < self.threshold < 1, "threshold", self.threshold, "between 0 and 1")
         require(self.erosion_px >= 0, "erosion_px", self.erosion_px, "0 or more")
         fits = not (self.one_nodule and self.method == "tuned")
-        require(fits, "one_nodule", True, "false with method tuned")
+        require(fits, "one_nodule", True, "false with method=tuned")
         require(self.min_voxels >= 0, "min_voxels", self.min_voxels, "0 or more")
         require(0 <= self.min_score < 1, "min_score", self.min_score, "0 to below 1")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A named experiment: one of each section, all on slices or all on volumes."""
+    """All settings of an experiment, which works either on slices or on volumes."""
 
     mask: LungMask = field(default_factory=LungMask)
     table: Table = field(default_factory=Table)
@@ -453,38 +477,43 @@ class Experiment:
     def __post_init__(self) -> None:
         size, network = self.batches.input_px, self.model.name
         on_volumes = len(size) == 3
-        fitting = "unet3d with (z, y, x), and another network with (y, x)"
+        fitting = "(z, y, x) with unet3d, and (y, x) with any other network"
         fits = (network == "unet3d") == on_volumes
         require(fits, f"batches.input_px of {network}", size, fitting)
         both = self.model.deep_supervision and self.model.slice_classifier
-        require(not both, "model.deep_supervision", True, "false with a classifier")
+        require(not both, "model.deep_supervision", True, "false with slice_classifier")
         for name in () if on_volumes else VOLUME_CHANGES:
             value = getattr(self.augment, name)
-            require(not value, f"augment.{name}", value, "0: input_px is of slices")
+            require(not value, f"augment.{name}", value, "0 with 2-D input")
         seeded, crop = self.model.seeded, self.batches.crop
         fits = not seeded or crop in ("seed", "candidate")
-        require(fits, "model.seeded", seeded, f"false with batches.crop={crop}")
+        require(
+            fits,
+            "model.seeded",
+            seeded,
+            f"false with batches.crop={crop}; it needs seed or candidate",
+        )
 
 
 def require(holds: bool, name: str, found: Any, expected: str) -> None:
-    """Raises ValueError naming the setting, what was found and what was expected."""
+    """Raises ValueError with name, found and expected value unless `holds`."""
     if not holds:
         raise ValueError(f"{name} is {found}; expected {expected}")
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """A section or an experiment as plain JSON values."""
+    """Returns a section or an experiment as plain JSON values."""
     return dataclasses.asdict(settings)
 
 
 def from_json(kind: type, record: dict[str, Any]) -> Any:
-    """The section or experiment of type `kind` that `to_json` wrote.
+    """Returns the section or experiment of type `kind` that `to_json` wrote.
 
-    A setting that is missing is newer than the record and takes its default, which is
-    always what was done before there was a choice.
+    A missing setting is newer than the record. It takes its default, which is always the
+    behaviour from before the setting existed.
 
     Raises:
-        ValueError: If a field is unknown: the record is of another version.
+        ValueError: If a field is unknown, because another version made the record.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not record.keys() <= fields.keys():
@@ -504,10 +533,10 @@ def from_json(kind: type, record: dict[str, Any]) -> Any:
 
 
 def with_defaults(kind: type, record: dict[str, Any]) -> dict[str, Any]:
-    """What `to_json` wrote of a section, with the settings it lacks; see `from_json`."""
+    """Adds defaults for the settings missing from a `to_json` record; see `from_json`."""
     return to_json(from_json(kind, record))
 
 
 def choices(literal: Any) -> tuple[str, ...]:
-    """The values a Literal allows."""
+    """Returns the values that a Literal allows."""
     return get_args(literal)

@@ -1,15 +1,15 @@
-r"""Step 4 of 9: rows of the table as augmented batches; run alone, a contact sheet.
+r"""Step 4 of 9: stream augmented batches from the table; run alone, draw a contact sheet.
 
-Volumes of the table become batches in volumes.py; here they are drawn, and handed to Keras.
-Draws a sheet of what a network would be trained on, with the outlines of its reference,
-and prints how fast batches are made with one and with two threads.
+Batches are made in dataset/; this step draws them and hands them to Keras. The sheet shows
+samples as a network would see them in training, with the outlines of the reference. The step
+also prints the speed of batch generation with one and with two threads.
 
 Example:
     python data_generator.py thesis --table work/table.h5 --split work/split.json \
         --part train --out work/contact_sheet.png
 
-With --show a window steps through the samples instead: arrow keys or slider; `a` shows a
-sample with and without its random changes.
+With --show, a window steps through the samples instead, by arrow keys or slider; `a` shows a
+sample with and without augmentation.
 """
 
 import copy
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def slices_per_second(generator: Generator, *, threads: int, seconds: float) -> float:
-    """How many slices, or crops of volumes, `threads` threads make in a second."""
+    """Measures how many slices, or crops of volumes, some threads make per second."""
     numbers = itertools.count()
     started = time.perf_counter()
 
@@ -63,21 +63,21 @@ def as_pydataset(
     workers: int = 1,
     max_queue_size: int = 10,
 ) -> Any:
-    """The generator as a `keras.utils.PyDataset`, for `fit` and `evaluate`.
+    """Wraps the generator in a `keras.utils.PyDataset`, for `fit` and `evaluate`.
 
-    Call `fit(dataset, shuffle=False)`: Keras would else shuffle the batches by Python's
-    global random state. The class is made here because importing Keras takes seconds.
+    Call `fit(dataset, shuffle=False)`; otherwise Keras shuffles the batches with Python's
+    global random state. The class is defined here because importing Keras takes seconds.
 
-    Keras ends an epoch before it has begun one (when `fit` resets its iterator), and
-    starts its workers before it announces an epoch. So the epoch changes only at an end,
-    when the workers have stopped, and only if it had begun. Under a `tf.distribute`
-    strategy Keras also draws a batch to build the model, which counts as an epoch;
-    `models.callbacks.EpochOfBatches` sets Keras' own number and is right everywhere.
+    Keras ends an epoch before the first one begins (when `fit` resets its iterator), and
+    starts its workers before it announces an epoch. The epoch therefore changes only at the
+    end of one, when the workers have stopped, and only if it had begun. Under a
+    `tf.distribute` strategy Keras also draws a batch to build the model, which counts as an
+    epoch; `training.callbacks.EpochOfBatches` sets Keras' own number and is always right.
 
     Args:
-        generator: What makes the batches; its `epoch` is the first one.
-        workers: Threads.
-        max_queue_size: Batches made ahead.
+        generator: Source of the batches; its `epoch` is the first one.
+        workers: Number of threads.
+        max_queue_size: Number of batches made ahead.
     """
     import keras
 
@@ -106,7 +106,7 @@ def as_pydataset(
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is drawn, and from which table."""
+    """Samples to draw, and the table to draw them from."""
 
     batches: config.Batches
     augment: config.Augment
@@ -114,17 +114,17 @@ class Arguments:
     table: Path = Path("work/table.h5")
     split: Path = Path("work/split.json")
     part: Literal["train", "validation", "test"] = "train"
-    """Part of the split that is shown."""
+    """Part of the split to show."""
     out: Path = Path("work/contact_sheet.png")
-    """Picture that is written."""
+    """Picture to write."""
     slices: int = 24
-    """Slices on the sheet; of volumes, crops with three slices each."""
+    """Number of slices on the sheet; for volumes, of crops with three slices each."""
     show: bool = False
     """Open a window that steps through the samples, and write nothing."""
     seconds: float = 3.0
-    """How long each speed is measured."""
+    """Duration of each speed measurement."""
     seed: int = 0
-    """Of order, crops and augmentation."""
+    """Seed of order, crops and augmentation."""
 
     def __post_init__(self) -> None:
         config.require(self.slices > 0, "slices", self.slices, "1 or more")
@@ -132,9 +132,9 @@ class Arguments:
 
 
 def run_step(arguments: Arguments) -> steps.Report:
-    """What the command line asks for: the sheet and the speed, or the window.
+    """Draws the sheet and measures the speed, or opens the window.
 
-    Only the training part is augmented; the others are shown as they are scored.
+    Only the training part is augmented; the others are shown as validation sees them.
     """
     with SliceTable(arguments.table) as table:
         if len(arguments.batches.input_px) == 3:
@@ -157,7 +157,7 @@ def run_step(arguments: Arguments) -> steps.Report:
 
 
 def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerator:
-    """What is shown of a table's slices."""
+    """Returns the generator of the slices to show."""
     training = arguments.part == "train"
     split = read_split(arguments.split)
     return SliceGenerator(
@@ -173,7 +173,7 @@ def generator_of_slices(table: SliceTable, arguments: Arguments) -> SliceGenerat
 
 
 def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGenerator:
-    """What is shown of a table's volumes; a training scan more than once if need be."""
+    """Returns the generator of the volumes to show; training scans are repeated if needed."""
     training = arguments.part == "train"
     split = read_split(arguments.split)
     size = arguments.batches.batch_size
@@ -192,7 +192,7 @@ def generator_of_volumes(table: SliceTable, arguments: Arguments) -> VolumeGener
 def speed_text(
     generator: SliceGenerator | VolumeGenerator, threads: int, seconds: float
 ) -> str:
-    """The measured speed, of slices also in the HU that are read for them."""
+    """Measures the speed; for slices, also in bytes of HU read from the table."""
     speed = slices_per_second(generator, threads=threads, seconds=seconds)
     if isinstance(generator, VolumeGenerator):
         return f"{speed:.1f} crops/s with {threads} thread(s)"
@@ -202,7 +202,7 @@ def speed_text(
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to train on and, if there are some, to choose by: of slices or of volumes."""
+    """Batches for training and, unless nobody validates, for validation."""
 
     training: Any
     validation: Any | None = None
@@ -214,16 +214,16 @@ def open_data(
     experiment: config.Experiment,
     candidates: Mapping[str, np.ndarray] | None = None,
 ) -> Data:
-    """The generators of the training and the validation part, of slices or of volumes.
+    """Returns the generators of the training and validation parts, for slices or volumes.
 
     Args:
         table: The open table.
-        split: Of its patients.
+        split: The split of its patients.
         experiment: Settings.
-        candidates: As of `candidates_of`, for volumes.
+        candidates: Result of `train.candidates_of`; only for volumes.
 
     Raises:
-        ValueError: If nobody is left to train on.
+        ValueError: If the training part is empty.
     """
     from dataset import generator2d, generator3d
 
@@ -258,7 +258,7 @@ def open_data(
         **options,
     )
     if not len(rows["validation"]):
-        log.warning("nobody validates: the last epoch counts as the best")
+        log.warning("the validation part is empty: the last epoch counts as the best")
         return Data(made)
     most = settings.validation_tiles
     return Data(
@@ -269,9 +269,9 @@ def open_data(
 def pictures(
     generator: SliceGenerator | VolumeGenerator,
 ) -> Callable[[int], Picture]:
-    """Makes the picture of a sample, by its number in the generator's epoch.
+    """Returns a function that draws a sample, given its number in the generator's epoch.
 
-    Samples are shown as in `contact_sheet`, of a volume its middle planes.
+    Samples look as in `contact_sheet`; volumes show their middle planes.
     """
     shown = copy.copy(generator)
     shown.batches = visible(generator.batches)
@@ -297,10 +297,10 @@ def pictures(
 def views(
     generator: SliceGenerator | VolumeGenerator,
 ) -> tuple[int, list[Callable[[int], Picture]]]:
-    """How many samples an epoch has, and the ways to show them in a window.
+    """Returns the number of samples in an epoch and the views to show in a window.
 
-    The second view of an augmented sample is without random changes; a crop that is drawn
-    may lie elsewhere in it.
+    The second view shows an augmented sample without augmentation; if its crop is random, it
+    may lie elsewhere.
     """
     count = len(generator.order_of_epoch(generator.epoch))
     shown = [pictures(generator)]

@@ -1,11 +1,11 @@
-"""Step 9 of 9: a run as a SavedModel that TensorFlow Serving loads.
+"""Step 9 of 9: export a run as a SavedModel for TensorFlow Serving.
 
 Example:
     python export.py --run work/runs/smoke --out work/export/smoke
 
-The signature takes HU; window, normalisation and network are in the graph. The written
-model is then loaded by a process in which neither Keras nor this project can be imported,
-and must give what Python gives. Research code, not a medical device.
+The signature takes HU; window, normalisation and network are part of the graph. As a check,
+a process that can import neither Keras nor this project loads the written model, and its
+output must match that of Python. Research code, not a medical device.
 """
 
 import json
@@ -34,7 +34,7 @@ import sys
 HIDDEN = {"keras", "tf_keras", "models", "augment", "runs", "config"}
 
 class WithoutProject:
-    # Finds what another finder finds, but neither Keras nor this project.
+    # Delegates to another finder, but hides Keras and this project.
     def __init__(self, finder):
         self.finder = finder
 
@@ -51,22 +51,22 @@ served = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
 inputs = {k: tf.constant(v) for k, v in np.load(sys.argv[2]).items()}
 np.save(sys.argv[3], served(**inputs)["probability"].numpy())
 """
-"""What a client does; run by `python -I -c`, outside of the checkout."""
+"""Program of a serving client; run by `python -I -c` outside of the checkout."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which run is exported, and where to."""
+    """Run to export, and the output folder."""
 
     run: Path
     """Run directory made by train.py."""
     out: Path
-    """Folder of the model; its versions are the numbered folders inside."""
+    """Folder of the model; its versions are numbered folders inside."""
     version: int = 1
-    """Version that TensorFlow Serving shows."""
+    """Version number shown by TensorFlow Serving."""
     size_px: tuple[int, ...] | None = None
-    """(y, x) size of the slices the model takes, (z, y, x) of volumes; by default that of the
-    tiles trained on, in which infer.py cuts a slice too."""
+    """Input size of the model, (y, x) for slices or (z, y, x) for volumes. The default is the
+    size of the training tiles, which infer.py also uses."""
     overwrite: bool = False
     """Replace this version."""
 
@@ -82,9 +82,9 @@ def export(
     """Writes OUT/VERSION and compares it with Python on random slices or volumes.
 
     Raises:
-        FileExistsError: If the version exists.
+        FileExistsError: If the version exists with other weights or another size.
         ValueError: If the SavedModel differs from Python by more than `TOLERANCE`, or
-            `size_px` is not of what the network sees.
+            `size_px` has the wrong number of axes.
     """
     target = out / str(version)
     settings = runs.read_settings(run)
@@ -93,7 +93,7 @@ def export(
     if len(size_px) != len(trained_px):
         raise ValueError(
             f"size_px is {size_px}; expected {len(trained_px)} sizes as in {trained_px}, "
-            f"which {run} was trained on"
+            f"the training input of {run}"
         )
     made_of = {
         "weights_sha256": files.sha256(run / "best.weights.h5"),
@@ -103,7 +103,7 @@ def export(
         if found_record(target).items() >= made_of.items():
             return steps.Report(f"{target} is complete")
         raise FileExistsError(
-            f"{target} exists and is of other weights or size; choose another --version "
+            f"{target} exists with other weights or another size; choose another --version "
             "or use --overwrite"
         )
     network = runs.load_network(run, settings, size_px)
@@ -125,7 +125,7 @@ def export(
 
 
 def found_record(target: Path) -> dict[str, Any]:
-    """What an exported version was made of; empty if it does not say."""
+    """Reads the provenance of an exported version; returns {} if there is none."""
     path = target / "assets.extra/provenance.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -135,11 +135,11 @@ def write_saved_model(
 ) -> None:
     """Writes the SavedModel.
 
-    Its signature `serving_default` takes `hu`, (n, y, x) int16, and, if the run was
-    trained inside lung masks, `lung`, (n, y, x) uint8 (0 is outside); it gives
-    `probability`, (n, y, x) float32. Pixels are of `batches.pixel_mm` if that is set. Of
-    volumes all are (n, z, y, x), with the spacing that the run was trained on; nothing is
-    hidden in them.
+    Its signature `serving_default` takes `hu`, (n, y, x) int16, and, if the run was trained
+    with `batches.lung_mask`, `lung`, (n, y, x) uint8 (0 is outside); it returns
+    `probability`, (n, y, x) float32. If `batches.pixel_mm` is set, pixels must have that
+    size. For volumes all arrays are (n, z, y, x) at the spacing of the training; no cubes
+    are hidden.
     """
     import keras
     import tensorflow as tf
@@ -154,7 +154,7 @@ def write_saved_model(
 
 
 def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]]:
-    """The served function; the same arithmetic as `augment.to_input`, in TensorFlow."""
+    """Returns the served function, with the arithmetic of `inputs.to_input` in TensorFlow."""
     import tensorflow as tf
 
     low, high = batches.window_hu
@@ -189,7 +189,7 @@ def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]
 def largest_difference(
     model_dir: Path, network: Any, batches: config.Batches, size_px: tuple[int, ...]
 ) -> float:
-    """Largest difference in probability between the SavedModel and Python."""
+    """Returns the largest difference in probability between the SavedModel and Python."""
     rng = np.random.default_rng(0)
     hu = rng.integers(-1100, 600, (2, *size_px)).astype(np.int16)
     inputs: dict[str, np.ndarray] = {"hu": hu}
@@ -204,7 +204,7 @@ def largest_difference(
 
 
 def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What the SavedModel gives in a process without Keras and without this project."""
+    """Runs the SavedModel in a process without Keras and without this project."""
     with tempfile.TemporaryDirectory() as folder:
         sent, received = Path(folder) / "inputs.npz", Path(folder) / "output.npy"
         np.savez(sent, allow_pickle=False, **inputs)

@@ -1,4 +1,4 @@
-"""Step 1 of 9: CT -> scan files: HU, geometry, lung mask, the readers' nodule masks.
+"""Step 1 of 9: write scan files with HU, geometry, lung mask and the readers' nodule masks.
 
 Example:
     python preprocess.py smoke --source work/phantoms --scans work/scans
@@ -28,30 +28,30 @@ Repair = Literal["gaps", "duplicates", "tilt"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which scans are read, and how their lungs are found."""
+    """Scans to read, and settings of their lung masks."""
 
     mask: config.LungMask
     source: Path = Path("work/phantoms")
     """Folder or list of scans."""
     cohort: config.CohortName = "lidc"
-    """How the source is laid out."""
+    """Layout of the source."""
     scans: Path = Path("work/scans")
-    """Scan files are written here."""
+    """Output folder of the scan files."""
     repair: tuple[Repair, ...] = ()
-    """Defects of a series to mend instead of refusing it."""
+    """Defects to repair; a series with any other defect is refused."""
     limit: int = 0
-    """Only the first so many scans; 0 for all."""
+    """Number of scans to read, from the first on; 0 for all."""
     workers: int = 2
-    """Processes; 1 works in this one."""
+    """Number of processes; 1 works in this process."""
     scheduler: str = ""
-    """Address of a Dask scheduler to use instead of processes here."""
+    """Address of a Dask scheduler to use instead of local processes."""
     overwrite: bool = False
-    """Make scan files again that exist."""
+    """Replace existing scan files."""
 
 
 @dataclass(frozen=True)
 class PrepareTask:
-    """One scan to prepare; it travels to a worker process."""
+    """One scan to prepare, as sent to a worker process."""
 
     source: ScanSource
     cohort: str
@@ -64,7 +64,7 @@ class PrepareTask:
         return self.source.scan_id
 
     def made_by(self) -> dict[str, Any]:
-        """What decides the scan file: settings and source, for its provenance."""
+        """Returns the settings and the source that determine the scan file."""
         return {
             "mask": asdict(self.mask),
             "cohort": self.cohort,
@@ -85,10 +85,11 @@ def preprocess(
     scheduler: str = "",
     overwrite: bool = False,
 ) -> steps.Report:
-    """Writes a scan file for every scan of a cohort; complete ones are kept.
+    """Writes a scan file for every scan of a cohort; keeps complete ones.
 
     Raises:
-        ValueError: If the source holds no scan, or `scans` was made with other settings.
+        ValueError: If the source holds no scan, or a file in `scans` was made with other
+            settings or from another source.
     """
     import cohorts
 
@@ -116,10 +117,11 @@ def preprocess(
 
 
 def complete(task: PrepareTask) -> bool:
-    """Whether a task's scan file exists and was made of the same source alike.
+    """Returns whether the task's scan file exists, with the same settings and source.
 
     Raises:
-        ValueError: If it was made otherwise; it is not replaced unasked.
+        ValueError: If it was made with other settings or from another source; it is only
+            replaced on request.
     """
     path = scan_path(task.scans, task.scan_id)
     if not path.exists():
@@ -135,19 +137,19 @@ def complete(task: PrepareTask) -> bool:
     }
     if changed:
         raise ValueError(
-            f"{path} was made otherwise (found, expected): {changed}; use --overwrite or "
-            "another --scans"
+            f"{path} was made with other settings or from another source (found, expected): "
+            f"{changed}; use --overwrite or another --scans"
         )
     return True
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance record with the settings of the mask beside its other facts."""
+    """Returns a provenance record with the mask settings moved to its top level."""
     return {**record, **(record.get("mask") or {}), "mask": None}
 
 
 def source_sha256(source: ScanSource) -> str:
-    """Tells sources apart: by name and size of the images, content of the annotations."""
+    """Returns a checksum over image names, image sizes and annotation contents."""
     lines = [f"{path.name} {path.stat().st_size}" for path in sorted(source.paths)]
     marks = [*source.annotations, *([source.lung] if source.lung else [])]
     lines += [files.sha256(path) for path in marks if path.is_file()]
@@ -155,7 +157,7 @@ def source_sha256(source: ScanSource) -> str:
 
 
 def prepare(task: PrepareTask) -> str:
-    """Reads one scan, finds its lungs and writes its file; the scan id."""
+    """Reads one scan, segments its lungs, writes its scan file and returns the scan id."""
     import cohorts
 
     try:

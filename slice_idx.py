@@ -3,9 +3,9 @@
 Example:
     python slice_idx.py thesis --table work/table.h5 --out work/split.json
 
-Patients are split, never slices: neighbouring slices look alike, and a network tested on
-the neighbour of a slice it has learned looks better than it is. Every part gets its share
-of patients with small, large and no nodules.
+The split is by patient, not by slice: neighbouring slices look alike, so a network tested on
+the neighbours of its training slices scores too high. Every part gets its share of patients
+with small, large and no nodules.
 """
 
 import logging
@@ -35,20 +35,20 @@ log = logging.getLogger(__name__)
 
 LIMITS_MM = (6.0, 10.0, 20.0)
 STRATA = ("none", "below 6 mm", "6 to 10 mm", "10 to 20 mm", "20 mm or more")
-"""Patients are grouped by the diameter of their largest nodule."""
+"""Groups of patients by the diameter of their largest nodule."""
 
 
 def split_patients(strata: Mapping[str, str], settings: config.Split) -> Parts:
-    """Assigns every patient to one part, by shares or folds.
+    """Assigns every patient to one part, by fractions or folds.
 
     Args:
-        strata: Patient to the group it is counted in; every part gets its share of each
-            group. The order of the patients does not matter.
-        settings: `method` "ratios" or "folds".
+        strata: Group (stratum) of each patient; every part gets its share of each group.
+            The order of the patients does not matter.
+        settings: Split settings with `method` "ratios" or "folds".
 
     Returns:
-        Each part's patients. With enough patients no part with a share is empty; with
-        two, nobody validates.
+        The patients of each part. With enough patients, no part with a fraction above 0 is
+        empty; with two patients, the validation part is.
 
     Raises:
         ValueError: If there are too few patients.
@@ -61,15 +61,15 @@ def split_patients(strata: Mapping[str, str], settings: config.Split) -> Parts:
 
 
 def split_folds(strata: Mapping[str, str], settings: config.Split) -> list[list[str]]:
-    """All folds, each a list of patients; `settings.fold` plays no part.
+    """Returns all folds, each a list of patients; ignores `settings.fold`.
 
     Raises:
-        ValueError: If a fold would be empty, or nobody would be left to train on.
+        ValueError: If a fold would be empty, or no patient would be left for training.
     """
     if settings.folds < 3:
         raise ValueError(
-            f"split.folds is {settings.folds}: one fold tests and the next validates, so "
-            "nobody is left to train on; expected 3 or more"
+            f"split.folds is {settings.folds}: one fold tests and the next validates, so no "
+            "patient is left for training; expected 3 or more"
         )
     if len(strata) < settings.folds:
         raise ValueError(
@@ -83,28 +83,28 @@ def split_folds(strata: Mapping[str, str], settings: config.Split) -> list[list[
 def split_subsets(
     subset_of_scan: Iterable[tuple[str, str]], settings: config.Split
 ) -> Parts:
-    """LUNA16's subsets as folds: `fold` tests, the next validates, the others train.
+    """Splits by LUNA16 subset: `fold` tests, the next validates, the others train.
 
     Args:
         subset_of_scan: (patient, subset) of every scan.
-        settings: `fold` counts the subsets in their order.
+        settings: Split settings; `fold` is the index of the subset, sorted by name.
 
     Raises:
-        ValueError: If a scan has no subset, a patient lies in two, or there are fewer
-            than three subsets or no such fold.
+        ValueError: If a scan has no subset, a patient is in two subsets, or there are
+            fewer than three subsets or no such fold.
     """
     subset_of: dict[str, str] = {}
     for patient_id, subset in subset_of_scan:
         if not subset:
             raise ValueError(
                 f"patient {patient_id} has a scan in no subset; split.method=subsets "
-                "expects LUNA16's; take --split.method folds"
+                "needs the LUNA16 subsets; use --split.method folds"
             )
         if subset_of.setdefault(patient_id, subset) != subset:
             raise ValueError(
                 f"patient {patient_id} has scans in {subset_of[patient_id]} and {subset}: "
-                "training on one and testing on the other would leak; leave one scan "
-                "out, or take --split.method folds"
+                "training on one and testing on the other would leak; remove one scan, or "
+                "use --split.method folds"
             )
     names = sorted(set(subset_of.values()), key=lambda name: (len(name), name))
     if len(names) < 3 or settings.fold >= len(names):
@@ -117,10 +117,11 @@ def split_subsets(
 
 
 def part_counts(total: int, fractions: Sequence[float]) -> list[int]:
-    """How many of `total` each part gets; shares rounded by the largest remainder.
+    """Divides `total` among the parts by the largest-remainder method.
 
-    A part with a share gets at least one, taken from the largest. When there are fewer
-    than parts with a share, the first and the last come first: training and test.
+    Every part with a fraction above 0 gets at least one, taken from the largest part. If
+    `total` is too small for that, only the first and the last such part get any: training
+    and test.
 
     Raises:
         ValueError: If `total` is below 2.
@@ -146,10 +147,10 @@ def part_counts(total: int, fractions: Sequence[float]) -> list[int]:
 def _deal(
     strata: Mapping[str, str], counts: Sequence[int], seed: int
 ) -> list[list[str]]:
-    """Deals items out in the proportion of `counts`, stratum after stratum.
+    """Distributes items in the proportion of `counts`, stratum after stratum.
 
-    Each goes to the part that lags most behind its share so far, so any run of items, a
-    stratum too, is divided as the whole is.
+    Each item goes to the part that is furthest behind its share so far. Any consecutive
+    items, and so every stratum, are therefore divided in the same proportion as the whole.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(sorted(strata)).tolist()
@@ -179,7 +180,7 @@ def _parts_of_folds(folds: Sequence[list[str]], fold: int) -> Parts:
 
 
 def strata_of_patients(table: SliceTable) -> dict[str, str]:
-    """The stratum of every patient in the table, one of `STRATA`."""
+    """Returns the stratum of every patient in the table, one of `STRATA`."""
     largest_mm = dict.fromkeys(table.scans["patient_id"].tolist(), 0.0)
     patient_of_nodule = table.scans["patient_id"][table.nodules["scan"]].tolist()
     for patient_id, diameter_mm in zip(
@@ -193,7 +194,7 @@ def strata_of_patients(table: SliceTable) -> dict[str, str]:
 
 
 def split_table(table: SliceTable, settings: config.Split) -> dict[str, Any]:
-    """The record of a split, as split.json holds it.
+    """Splits the table and returns the content of split.json.
 
     Raises:
         ValueError: If the split would leak or cannot be made.
@@ -201,7 +202,7 @@ def split_table(table: SliceTable, settings: config.Split) -> dict[str, Any]:
     _refuse_shared_series(table)
     if settings.unit == "slice":
         if settings.method == "subsets":
-            raise ValueError("split.unit=slice cannot keep subsets of patients")
+            raise ValueError("split.unit=slice does not work with split.method=subsets")
         marked = np.where(table.rows["nodule_px"] > 0, "nodule", "none").tolist()
         strata = dict(zip(slice_ids(table).tolist(), marked, strict=True))
         parts = split_patients(strata, settings)
@@ -236,13 +237,13 @@ def _refuse_shared_series(table: SliceTable) -> None:
         if series_uid and patient_of.setdefault(series_uid, patient_id) != patient_id:
             raise ValueError(
                 f"series {series_uid} is in the table as patient {patient_id} and as "
-                f"{patient_of[series_uid]}, which would leak; give both scans one patient "
-                "id, or remove one scan file and run table.py again"
+                f"{patient_of[series_uid]}, which would leak; give both scans the same "
+                "patient id, or remove one scan file and run table.py again"
             )
 
 
 def nnunet_splits(table: SliceTable, settings: config.Split) -> list[dict[str, Any]]:
-    """All folds as nnU-Net's splits_final.json lists them: per fold, scans by their id.
+    """Returns all folds in the format of nnU-Net's splits_final.json, with scan ids.
 
     nnU-Net has no test part, so each fold validates and all others train.
     """
@@ -260,7 +261,7 @@ def nnunet_splits(table: SliceTable, settings: config.Split) -> list[dict[str, A
 def write_split(
     table_path: Path, out: Path, settings: config.Split, *, overwrite: bool = False
 ) -> steps.Report:
-    """Splits the patients of a table into `out`; an equal split there is left as it is.
+    """Splits the patients of a table and writes `out`, unless it holds the same split.
 
     Raises:
         ValueError: If the split cannot be made, or `out` exists and differs.
@@ -274,8 +275,8 @@ def write_split(
         stands = read_split(out)["parts"] == record["parts"]
         if not stands:
             raise ValueError(
-                f"{out} exists and splits otherwise; runs made with it would no longer "
-                "match; add --overwrite to replace it"
+                f"{out} exists and holds another split, which existing runs may depend on; "
+                "add --overwrite to replace it"
             )
     if not stands:
         files.write_json(out, record)
@@ -292,27 +293,30 @@ def _closing_line(
     line = f"{out}: {kind} {parts}; rows {', '.join(str(rows[p]) for p in PARTS)}"
     line = f"{line} {ending}" if ending else f"wrote {line}"
     if record["leaks"]:
-        line += "; LEAKS: neighbouring slices lie in train and test"
+        line += "; LEAKS: neighbouring slices are in train and test"
     empty = [part for part in PARTS if not record["parts"][part]]
     if empty:
-        line += f"; NOBODY in {' and '.join(empty)}"
+        line += f"; EMPTY: {' and '.join(empty)}"
     return line
 
 
 @dataclass(frozen=True)
 class Arguments:
+    """Input, output and settings of the split."""
+
     table: Path = Path("work/table.h5")
-    """The table whose patients are split."""
+    """Table to split."""
     out: Path = Path("work/split.json")
+    """The split to write."""
     split: config.Split = field(default_factory=config.Split)
     overwrite: bool = False
-    """Replace another split."""
+    """Replace an existing file that differs."""
     nnunet: Path | None = None
-    """Also write all folds here, as nnU-Net's splits_final.json."""
+    """Also write all folds to this file, in the format of nnU-Net's splits_final.json."""
 
 
 def run_step(arguments: Arguments) -> steps.Report:
-    """What the command line asks for."""
+    """Writes the split and, if asked for, the folds for nnU-Net."""
     other = arguments.nnunet
     if other and other.exists() and not arguments.overwrite:
         raise ValueError(f"{other} exists; add --overwrite to replace it")

@@ -1,4 +1,4 @@
-"""What every numbered step shares: its command line, exit codes and work over scans."""
+"""Shared parts of the numbered steps: command line, exit codes and work over scans."""
 
 import csv
 import difflib
@@ -25,12 +25,12 @@ DONE, FAILED, USAGE, SOME_SKIPPED = 0, 1, 2, 3
 """Exit codes of every step."""
 
 TOLD_EVERY_S = 60.0
-"""Where there is no terminal, the next scan that is done after so long is worth a word."""
+"""Least interval between progress lines in the log when there is no terminal."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A scan that was passed over, and why."""
+    """A skipped scan and the reason."""
 
     scan_id: str
     reason: str
@@ -38,7 +38,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """How a step ended: its closing line, and the scans it passed over."""
+    """Result of a step: its closing line and the skipped scans."""
 
     line: str
     failures: Sequence[Failure] = ()
@@ -47,14 +47,14 @@ class Report:
 def run(
     step: Callable[[Any], Report], arguments: Any, *, argv: Sequence[str] | None
 ) -> None:
-    """Reads the command line into `arguments`, runs `step` on it and exits with its code.
+    """Parses the command line into `arguments`, runs `step` and exits with its exit code.
 
     Args:
-        step: Takes the parsed arguments.
-        arguments: A frozen dataclass type. If it has fields of the name and type of
+        step: Function of the parsed arguments.
+        arguments: A frozen dataclass type. If it has fields with the name and type of
             sections of `config.Experiment`, the first word of the command line names
-            the experiment they come from, and `--section.field value` changes one.
-        argv: Command line without the program's name; None for this process' own.
+            the experiment that fills them, and `--section.field value` changes a setting.
+        argv: Command line without the program's name; None takes that of this process.
     """
     logging.basicConfig(
         level=logging.INFO,
@@ -65,10 +65,10 @@ def run(
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # PyTables' own
     try:
         parsed = parse(arguments, argv)
-    except ValueError as error:  # tyro catches those of sections that have a prefix
+    except ValueError as error:  # tyro itself reports errors of prefixed sections
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USAGE)
-    except BrokenPipeError:  # whoever read, such as `head`, has had enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         words = sys.argv[1:] if argv is None else argv
@@ -86,7 +86,7 @@ def run(
 
 
 def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
-    """The command line as an instance of `arguments`; see `run`."""
+    """Parses the command line into an instance of `arguments`; see `run`."""
     description = sys.modules[arguments.__module__].__doc__
     sections = [
         name
@@ -104,7 +104,7 @@ def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
             f"{words[0]!r}{guess}\n"
         )
         sys.exit(USAGE)
-    if words and words[0] in CONFIGS:  # its --help shows this text instead
+    if words and words[0] in CONFIGS:  # --help then describes this experiment
         help_line, experiment = CONFIGS[words[0]]
         chosen = arguments(**{s: getattr(experiment, s) for s in sections})
         return tyro.cli(
@@ -121,8 +121,8 @@ def parse(arguments: Any, argv: Sequence[str] | None) -> Any:
     return tyro.extras.overridable_config_cli(
         defaults,
         args=argv,
-        description=f"{description}\n\nAfter an experiment's name, --help lists what can "
-        "be set.",
+        description=f"{description}\n\nAdd --help after an experiment's name to list its "
+        "settings.",
     )
 
 
@@ -134,21 +134,21 @@ def map_scans(
     scheduler: str = "",
     label: str,
 ) -> tuple[list[Any], list[Failure]]:
-    """Runs `work` on every item, in processes; a bad scan is reported, not fatal.
+    """Runs `work` on every item, in worker processes; a failed scan is reported, not fatal.
 
     Args:
-        work: A module-level function of one item; what it returns is kept.
-        items: Each with an attribute `scan_id`.
-        workers: Processes on this machine; 1 works in this process.
+        work: A module-level function of one item; its results are returned.
+        items: Objects with an attribute `scan_id`.
+        workers: Number of processes on this machine; 1 works in this process.
         scheduler: Address of a Dask scheduler to use instead, e.g. tcp://host:8786.
-        label: What the progress bar says.
+        label: Text of the progress bar.
 
     Returns:
         The results of the items that succeeded, in the order of `items`, and the
         failures.
 
     Raises:
-        OSError: If the disk is full; going on would fail for every scan.
+        OSError: If the disk is full, because every other scan would fail too.
     """
     if scheduler or (workers > 1 and len(items) > 1):
         outcomes = _map_by_dask(work, items, workers, scheduler, label)
@@ -167,7 +167,7 @@ def _attempt(work: Callable[[Any], Any], item: Any) -> Any:
         return work(item)
     except ScanError as error:
         return Failure(item.scan_id, str(error))
-    except Exception as error:  # whatever is wrong with one scan, the others go on
+    except Exception as error:  # one bad scan must not stop the others
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         log.exception("scan %s failed unexpectedly", item.scan_id)
@@ -184,7 +184,7 @@ def _map_by_dask(
     from dask import distributed
 
     logging.getLogger("distributed").setLevel(logging.WARNING)
-    # Given no address, the client starts worker processes here and ends them on closing.
+    # Without an address the client starts local worker processes and ends them on closing.
     where: dict[str, Any] = (
         {"address": scheduler}
         if scheduler
@@ -208,7 +208,7 @@ def _map_by_dask(
             except distributed.KilledWorker:
                 outcomes[index] = Failure(
                     items[index].scan_id,
-                    "its worker process died, most likely for want of memory; "
+                    "its worker process died, most likely because memory ran out; "
                     "run again with --workers 1",
                 )
             future.release()
@@ -216,7 +216,7 @@ def _map_by_dask(
 
 
 def _progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
-    """A bar in a terminal; in the log of a cluster's job a line now and then."""
+    """Shows a progress bar in a terminal, and regular log lines elsewhere."""
     if sys.stderr is None or not sys.stderr.isatty():
         return _told(items, total, label)
     from tqdm import tqdm
@@ -236,7 +236,7 @@ def _told(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
-    """Lists the skipped scans in a CSV; removes an older list when there are none."""
+    """Writes the skipped scans to a CSV; removes an older list if there are none."""
     if not failures:
         files.remove(path)
         return
@@ -247,7 +247,7 @@ def write_failures(failures: Sequence[Failure], path: Path) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration a person reads, e.g. '41 min'."""
+    """Returns a readable duration, e.g. '41 min'."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,12 +1,12 @@
-"""Step 2 of 9: gather the prepared scans into one HDF5 table of axial slices.
+"""Step 2 of 9: collect the scan files in one HDF5 table of axial slices and volumes.
 
 Example:
     python table.py thesis --scans work/scans --out work/table.h5
 
-A table holds facts, not choices: HU and masks as they are; window, crop and augmentation
-come later. Its format is in docs/formats.md. Each scan is first written to a part of its
-own in OUT.parts, so a build that was stopped goes on where it stood; parts are then
-joined, chunk by chunk, and removed. Disk needed while it builds: twice the table.
+The table stores HU and masks unchanged; window, crop and augmentation come later. Its format
+is in docs/formats.md. Each scan is first written to its own part in OUT.parts, so that a
+stopped build can be resumed. The parts are then joined chunk by chunk and removed. The build
+needs disk space for two copies of the table.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScanFile:
-    """A scan file to be taken into the table."""
+    """A scan file to add to the table."""
 
     scan_id: str
     path: Path
@@ -55,23 +55,23 @@ def write_table(
     scheduler: str = "",
     overwrite: bool = False,
 ) -> steps.Report:
-    """Gathers the scan files of a folder into one table.
+    """Collects the scan files of a folder in one table.
 
-    A build that was stopped goes on; one that is complete is left as it is. Scan files
-    that cannot be used are listed beside the table, in `out` with suffix .skipped.csv.
+    Resumes a stopped build and leaves a complete table as it is. Unusable scan files are
+    listed beside the table, in `out` with suffix .skipped.csv.
 
     Args:
         scans_dir: Folder of scan files.
         out: The table.
-        settings: Which slices and volumes.
-        workers: Processes.
+        settings: Selection of slices and volumes.
+        workers: Number of processes.
         scheduler: Address of a Dask scheduler, see `steps.map_scans`.
-        overwrite: Replace a table made otherwise.
+        overwrite: Replace a table made with other settings or from other scan files.
 
     Raises:
         FileNotFoundError: If there are no scan files.
         ValueError: If no scan can be used, or `out` exists and differs.
-        OSError: If the disk is full; a later call goes on from there.
+        OSError: If the disk is full; a later call resumes the build.
     """
     items = [ScanFile(path.stem, path) for path in scans.scan_files(scans_dir)]
     out = Path(out)
@@ -88,7 +88,7 @@ def write_table(
     if not parts:
         raise ValueError(
             f"none of the {len(items)} scan files in {scans_dir} can be used; "
-            f"the first: {failures[0].reason}"
+            f"the first one: {failures[0].reason}"
         )
     join_parts(parts, out, settings, _skipped(failures, items), mask=mask)
     files.remove(parts_dir)
@@ -96,7 +96,7 @@ def write_table(
 
 
 def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
-    """Writes a scan's part, a table of this scan alone; a good one there is kept."""
+    """Writes the part of a scan, a table of this scan alone; keeps a valid existing part."""
     path = parts_dir / f"{item.scan_id}.h5"
     source_sha256 = _source_sha256(item.path)
     if _part_stands(path, settings, source_sha256):
@@ -111,12 +111,12 @@ def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
 
 
 def mask_settings(scan_files: Sequence[Path]) -> dict[str, Any] | None:
-    """How the lung masks of scan files were made; None if they do not say.
+    """Reads the lung mask settings of scan files; returns None if none are recorded.
 
-    Files that cannot be read are left to be skipped.
+    Ignores unreadable files, which are skipped later.
 
     Raises:
-        ValueError: If they were made with different settings.
+        ValueError: If the masks were made with different settings.
     """
     found: dict[str, Path] = {}
     for path in scan_files:
@@ -127,13 +127,13 @@ def mask_settings(scan_files: Sequence[Path]) -> dict[str, Any] | None:
         (a, first), (b, second), *_ = found.items()
         raise ValueError(
             f"lung masks were made with different settings: {first.name} with {a}, "
-            f"{second.name} with {b}; make them alike with preprocess.py --overwrite"
+            f"{second.name} with {b}; remake them with preprocess.py --overwrite"
         )
     return json.loads(next(iter(found), "null"))
 
 
 def _part_stands(path: Path, settings: config.Table, source_sha256: str) -> bool:
-    """Whether a part from a stopped build is whole and of the same scan and settings."""
+    """Returns whether a part is intact and made from this scan with these settings."""
     try:
         with SliceTable(path) as part:
             return (
@@ -146,7 +146,7 @@ def _part_stands(path: Path, settings: config.Table, source_sha256: str) -> bool
 
 
 def _source_sha256(path: Path) -> str:
-    """Tells scan files apart without reading their pixels: by size and record."""
+    """Returns a checksum over file size and provenance record, without reading pixels."""
     record = ""
     try:
         with hdf5.opened(path) as h5:
@@ -183,7 +183,7 @@ def _report(out: Path, failures: Sequence[steps.Failure]) -> steps.Report:
         cut = int((table.scans["cut_px"] > 0).sum())
         line = f"wrote {_summary(table)}"
     if cut:
-        line += f", nodule pixels cut away in {cut} scans"
+        line += f", nodule pixels cropped away in {cut} scans"
     return steps.Report(line, failures)
 
 
@@ -213,8 +213,8 @@ def _report_of_complete(
         if made_of != wanted:
             other = sorted(i for i, _ in made_of.items() ^ wanted.items())
             raise ValueError(
-                f"{out} exists and was made of other scan files: {other[0]} is new, gone "
-                f"or changed, {len(set(other))} in all; add --overwrite to replace it"
+                f"{out} exists and was made from other scan files: {other[0]} is new, "
+                f"missing or changed, {len(set(other))} in all; add --overwrite to replace it"
             )
         failures = [
             steps.Failure(row["scan_id"], row["reason"]) for row in table.skipped
@@ -233,34 +233,36 @@ def _differences(found: config.Table, expected: config.Table) -> str:
 
 @dataclass(frozen=True)
 class Arguments:
+    """Input, output and settings of the table."""
+
     scans: Path = Path("work/scans")
     """Folder of scan files."""
     out: Path = Path("work/table.h5")
-    """The table."""
+    """The table to write."""
     table: config.Table = field(default_factory=config.Table)
     batches: config.Batches = field(default_factory=config.Batches)
-    """Used by --thesis-layout and --npy-slices alone."""
+    """Used only by --thesis-layout and --npy-slices."""
     overwrite: bool = False
-    """Replace a table made with other settings or of other scans."""
+    """Replace a table made with other settings or from other scans."""
     verify: bool = False
-    """Make nothing; read the table again and compare its checksums."""
+    """Write nothing; read the table again and compare its checksums."""
     thesis_layout: Path | None = None
-    """Also write the slices to this HDF5 file as the thesis laid them out."""
+    """Also write the slices to this HDF5 file in the layout of the thesis."""
     npy_slices: Path | None = None
     """Also write the slices as .npy files to this folder, with one folder per patient."""
     middle: int = 0
-    """Of --npy-slices only so many in the middle of each scan; 0 for all."""
+    """Number of slices that --npy-slices writes, from the middle of each scan; 0 for all."""
     workers: int = 1
-    """Processes."""
+    """Number of processes."""
     scheduler: str = ""
-    """Address of a Dask scheduler to use instead."""
+    """Address of a Dask scheduler to use instead of local processes."""
 
     def __post_init__(self) -> None:
         config.require(self.middle >= 0, "middle", self.middle, "0 or more")
 
 
 def run_step(arguments: Arguments) -> steps.Report:
-    """What the command line asks for."""
+    """Writes or verifies the table, and writes the other layouts that are asked for."""
     thesis, npy = arguments.thesis_layout, arguments.npy_slices
     for other in (thesis, npy):
         if other and other.exists() and not arguments.overwrite:
@@ -289,11 +291,11 @@ def _verified(path: Path) -> steps.Report:
     damaged = verify_table(path)
     if damaged:
         raise ValueError(
-            f"{path}: {len(damaged)} scans do not read as they were written: "
-            f"{', '.join(damaged[:5])}; make it again with --overwrite"
+            f"{path}: checksums of {len(damaged)} scans do not match: "
+            f"{', '.join(damaged[:5])}; make the table again with --overwrite"
         )
     with SliceTable(path) as table:
-        return steps.Report(f"{_summary(table)} reads as it was written")
+        return steps.Report(f"{_summary(table)}, all checksums match")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

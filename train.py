@@ -1,8 +1,8 @@
-r"""Step 5 of 9: configuration + table + split -> run directory.
+r"""Step 5 of 9: train a network on the table and the split; write a run directory.
 
-While it trains, the run is NAME.partial; the same command goes on after a kill, to the same
-result as a run that was not broken. A complete run is not trained again; only how its maps
-are postprocessed can still be changed.
+The run directory is called NAME.partial until training ends. If training is interrupted, the
+same command resumes it, with the same result as an uninterrupted run. A complete run is not
+trained again; only its postprocessing settings can still be changed.
 
 Example:
     python train.py thesis --table work/table.h5 --split work/split.json \
@@ -35,35 +35,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-"""Of training.json."""
+"""Format version of training.json."""
 
 TRAINED_BY = ("batches", "augment", "lesions", "model", "loss", "train")
-"""Sections that decide the weights; the others are kept for the steps after this one."""
+"""Sections that determine the weights; the others are stored for later steps."""
 
 PICTURED_SLICES = 6
-"""Validation slices or volumes in the picture of each epoch."""
+"""Number of validation slices or volumes in the picture of each epoch."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Settings of the experiment, and where things are."""
+    """Settings of the experiment and its paths."""
 
     name: str = tyro.MISSING
-    """Name of the run; its directory in `runs`."""
+    """Name of the run and of its directory in `runs`."""
     table: Path = Path("work/table.h5")
-    """Made by table.py."""
+    """Table made by table.py."""
     split: Path = Path("work/split.json")
-    """Made by slice_idx.py of this table."""
+    """Split of this table, made by slice_idx.py."""
     runs: Path = Path("work/runs")
     """Folder of all runs."""
     workers: int = 2
-    """Threads that make batches; they do not change the result."""
+    """Number of threads that make batches; it does not change the result."""
     init: Path | None = None
     """Weights of the same network to start from, e.g. work/runs/OTHER/best.weights.h5."""
     candidates: Path | None = None
-    """For batches.crop=candidate: candidates.csv of infer.py --input on the scans of the
-    table. Of the samples that are not of a nodule, a third are then of what was marked
-    though it is none."""
+    """For batches.crop=candidate: candidates.csv that infer.py --input wrote for the scans of
+    the table. A third of the samples without a nodule then show false positives from it."""
     overwrite: bool = False
     """Replace a run of this name that has other settings or data."""
     batches: config.Batches = field(default_factory=config.Batches)
@@ -86,28 +85,28 @@ def train(
     candidates: Path | None = None,
     overwrite: bool = False,
 ) -> steps.Report:
-    """Trains a run into `run_dir`, or goes on with it, or finds it complete.
+    """Trains a run, resumes it, or reports that it is complete.
 
     Args:
-        table_path: From table.py.
-        split_path: From slice_idx.py.
-        run_dir: Where the run appears when it is complete.
+        table_path: Table made by table.py.
+        split_path: Split made by slice_idx.py.
+        run_dir: Directory of the complete run.
         experiment: Settings; those of table and split are taken from their files.
-        workers: Threads that make batches.
+        workers: Number of threads that make batches.
         init: Weights to start from.
-        candidates: Table of what networks marked in the scans of the table.
+        candidates: CSV of candidates in the scans of the table.
         overwrite: Replace a run with other settings or data.
 
     Raises:
         FileExistsError: If there is a run with other settings or data.
-        FileNotFoundError: If there is no such table of candidates.
-        ValueError: If table and split do not fit, weights to start from are missing,
-            candidates are not of these scans, or the loss is not a number.
+        FileNotFoundError: If the CSV of candidates does not exist.
+        ValueError: If table and split do not match, weights to start from are missing, the
+            candidates are from other scans, or the loss becomes NaN.
     """
     if experiment.train.freeze_normalisation and init is None:
         raise ValueError(
-            "train.freeze_normalisation is set without --init, so there is nothing to "
-            "leave as it is; name weights to start from"
+            "train.freeze_normalisation is set without --init, so there are no statistics to "
+            "keep; give weights to start from with --init"
         )
     import data_generator
 
@@ -142,23 +141,23 @@ def train(
         warn_of_other_spacing(init, experiment)
         data = data_generator.open_data(table, split, experiment, marked)
         start_run(partial, record, experiment, split)
-        if not (partial / "training.json").is_file():  # else only its name is missing
+        if not (partial / "training.json").is_file():  # else only the rename is missing
             fit(partial, data, experiment, workers=workers, init=init)
     partial.replace(run_dir)
     return steps.Report(f"wrote {run_dir}: {closing_line(run_dir)}")
 
 
 def mask_settings(table: SliceTable, otherwise: config.LungMask) -> config.LungMask:
-    """How the lung masks in a table were made, `otherwise` if it does not say."""
+    """Returns the lung mask settings recorded in a table, or `otherwise` if there are none."""
     record = table.provenance.get("mask")
     return otherwise if record is None else config.from_json(config.LungMask, record)
 
 
 def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
-    """Sets how a complete run's maps are postprocessed, which decides no weight.
+    """Updates the postprocessing settings of a complete run, which do not affect weights.
 
     Returns:
-        What changed, for the closing line.
+        Text for the closing line that lists the changes.
     """
     path = run_dir / "config.json"
     record = json.loads(path.read_text())
@@ -172,22 +171,22 @@ def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
 
 
 def split_settings(split: Mapping[str, Any]) -> config.Split:
-    """The settings of a split; those that one written by hand leaves out are defaults."""
+    """Returns the settings of a split; those missing from a hand-written one are defaults."""
     record = config.to_json(config.Split()) | split["settings"]
     return config.from_json(config.Split, record)
 
 
 def warn_of_other_spacing(init: Path | None, experiment: config.Experiment) -> None:
-    """Says so if weights to start from saw pixels or voxels of another size."""
+    """Warns if the weights to start from were trained at another pixel or voxel size."""
     if init is None or not init.with_name("config.json").exists():
         return
     before = runs.seen_mm(runs.read_settings(init.parent))
     now = runs.seen_mm(experiment)
     if before != now:
         log.warning(
-            "%s saw scans at %s, this run at %s",
+            "%s was trained at %s, this run trains at %s",
             init,
-            *(f"{mm:g} mm" if mm else "their own pixels" for mm in (before, now)),
+            *(f"{mm:g} mm" if mm else "original pixel size" for mm in (before, now)),
         )
 
 
@@ -205,17 +204,17 @@ def warn_of_seen_patients(seen: Sequence[str], split: Mapping[str, Any]) -> None
 def refuse_other_run(
     directory: Path, record: Mapping[str, Any], *, overwrite: bool
 ) -> None:
-    """Removes a run that differs if `overwrite`, else says in what it differs.
+    """Removes a run with other settings or data if `overwrite` is set, else raises.
 
     Raises:
-        FileExistsError: If it has other settings or data.
+        FileExistsError: If the run has other settings or data; the message lists them.
     """
     if not directory.exists():
         return
     path = directory / "provenance.json"
     if not path.is_file():
         raise FileExistsError(
-            f"{directory} exists and is no run of train.py (provenance.json is missing); "
+            f"{directory} exists and is not a run of train.py (provenance.json is missing); "
             "choose another --name or --runs"
         )
     found = json.loads(path.read_text())
@@ -232,9 +231,9 @@ def refuse_other_run(
 
 
 def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What decides the weights and differs between two provenance records.
+    """Lists the differences between two provenance records that affect the weights.
 
-    A setting that the first is older than had its default.
+    Settings missing from the older record count as defaults.
     """
     pairs = {
         key: (found.get(key), wanted[key])
@@ -255,22 +254,24 @@ def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 def candidates_of(
     path: Path, table: SliceTable, split: Mapping[str, Any], batches: config.Batches
 ) -> dict[str, np.ndarray]:
-    """What networks marked, (n, 3) LPS mm, by the id of each scan of the table.
+    """Reads the candidates of the table's scans as (n, 3) LPS mm per scan id.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read or is of other scans, or no sample is laid around
-            candidates.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read or is from other scans, or `batches.crop` is not
+            "candidate".
     """
     from dataset import generator3d
 
     if batches.crop != "candidate":
         raise ValueError(
-            f"--candidates {path}, but batches.crop is {batches.crop}; expected candidate, "
-            "such as reduction3d has"
+            f"--candidates {path} is given, but batches.crop is {batches.crop}; expected "
+            "candidate, as in reduction3d"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; infer.py writes candidates.csv")
+        raise FileNotFoundError(
+            f"no file {path}; expected a candidates.csv of infer.py"
+        )
     marked = froc_points.places_of_scans(path)
     ids = table.scans["scan_id"].tolist()
     known = {scan_id: marked[scan_id] for scan_id in ids if scan_id in marked}
@@ -284,12 +285,12 @@ def candidates_of(
     trained = [ids[index] for index in training if ids[index] in known]
     if not trained:
         raise ValueError(
-            f"{path}: of {len(marked)} scans ({', '.join([*marked][:2])}) none is trained on; "
-            f"expected some such as {', '.join(ids[index] for index in training[:2])}; run "
-            "infer.py --input on what preprocess.py read"
+            f"{path}: none of its {len(marked)} scans ({', '.join([*marked][:2])}) is in the "
+            f"training part; expected {', '.join(ids[index] for index in training[:2])} or "
+            "others; run infer.py --input on the source that preprocess.py read"
         )
     log.info(
-        "%s: %d candidates in %d of %d scans trained on",
+        "%s: %d candidates in %d of %d training scans",
         path,
         sum(len(known[scan_id]) for scan_id in trained),
         len(trained),
@@ -304,7 +305,7 @@ def start_run(
     experiment: config.Experiment,
     split: Mapping[str, Any],
 ) -> None:
-    """Makes the directory of a run, with everything but results; or leaves it."""
+    """Writes a run directory with settings, split and provenance, unless it exists."""
     if directory.exists():
         return
     with files.written_whole(directory) as partial:
@@ -322,13 +323,13 @@ def fit(
     workers: int = 1,
     init: Path | None = None,
 ) -> None:
-    """Trains from the directory's state, or from the start, to the last epoch.
+    """Trains to the last epoch, from the saved state if there is one.
 
     Args:
-        directory: With config.json; history, weights and pictures go here.
+        directory: Run directory with config.json; history, weights and pictures go here.
         data: Generators with `len`, `[index]` and `epoch`.
         experiment: Settings.
-        workers: Threads that make batches.
+        workers: Number of threads that make batches.
         init: Weights to start from.
     """
     from data_generator import as_pydataset
@@ -339,11 +340,11 @@ def fit(
     progress = callbacks.Progress()
     if (directory / callbacks.STATE).is_file():
         progress = callbacks.read_state(directory / callbacks.STATE, model)
-        log.info("going on after epoch %d", progress.epoch)
+        log.info("resuming after epoch %d", progress.epoch)
     elif init is not None:
         runs.load_weights(callbacks.without_optimizer(model), init)
     log.info(
-        "%s: %d parameters, %d steps of %d %s an epoch",
+        "%s: %d parameters, %d steps of %d %s per epoch",
         model.name,
         model.count_params(),
         len(data.training),
@@ -371,10 +372,10 @@ def fit(
 
 
 def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A few slices or volumes for the pictures, spread over all; with target if there are such.
+    """Picks a few slices or volumes for the pictures, spread evenly, with target if possible.
 
     Returns:
-        (slices, y, x, 1) input and (slices, y, x) uint8 reference; of volumes, z before y.
+        (slices, y, x, 1) input and (slices, y, x) bool reference; for volumes, z before y.
     """
     images, masks = [], []
     looked_at = 16 if len(generator.batches.input_px) == 2 else PICTURED_SLICES
@@ -389,7 +390,7 @@ def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(progress: Any, parameters: int) -> dict[str, Any]:
-    """The content of training.json."""
+    """Returns the content of training.json."""
     known = not math.isnan(progress.best_dice)
     return {
         "format_version": FORMAT_VERSION,
@@ -413,7 +414,7 @@ def closing_line(run_dir: Path) -> str:
 
 
 def run_step(arguments: Arguments) -> steps.Report:
-    """The step for the command line."""
+    """Trains the run that the command line describes."""
     name = files.checked_id(arguments.name, where="--name")
     return train(
         arguments.table,

@@ -1,4 +1,4 @@
-"""Named experiments, by the name that is typed on the command line."""
+"""Named experiments, indexed by the name given on the command line."""
 
 from config import Experiment
 from configs import (
@@ -22,4 +22,4 @@ CONFIGS: dict[str, tuple[str, Experiment]] = {
     **candidates2d.CONFIGS,
     **nodules3d.CONFIGS,
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

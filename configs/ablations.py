@@ -1,4 +1,4 @@
-"""Ablations: each a difference from `thesis` or `smoke`; `experiments/` makes the tables."""
+"""Ablations, each a difference from `thesis` or `smoke`; `experiments/` makes the tables."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from configs.thesis import THESIS
 
 
 def ablations_of(base: Experiment) -> dict[str, tuple[str, Experiment]]:
-    """The ablations of the thesis, applied to `base`."""
+    """Returns the ablations of the thesis, applied to `base`."""
     model, loss = base.model, base.loss
     return {
         "no-gcn": (
@@ -36,7 +36,7 @@ def ablations_of(base: Experiment) -> dict[str, tuple[str, Experiment]]:
             replace(base, batches=replace(base.batches, lung_mask=False)),
         ),
         "slice-split": (
-            "Split by slice: leaks, as the thesis did; to measure the leak.",
+            "Split by slice as in the thesis, which leaks; it measures the leak.",
             replace(base, split=replace(base.split, unit="slice")),
         ),
     }

@@ -1,13 +1,13 @@
-r"""Nodules in slices of whole scans by a plain U-Net: candidates beside those of `nodule3d`.
+r"""Nodules in slices of whole scans by a plain U-Net; adds candidates to those of `nodule3d`.
 
-In slices of native pixels a faint nodule is as wide as it is, and its haze is not averaged
-away: of ground glass the 3-D network misses what this one marks. What has a probability of
-`postprocess.threshold` or more is a candidate, to be judged by `reduction3d`.
+Slices keep their native pixels, so faint nodules keep their width and their haze is not
+averaged away: this network marks ground-glass nodules that the 3-D network misses. Voxels
+with a probability of at least `postprocess.threshold` become candidates for `reduction3d`.
 
     CONFIG=candidates2d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
 
-No network of the chain may be trained on who tests another: one table can hold the slices
-and volumes of all three, and has one split.
+No network of the chain may train on a patient whom another network tests on. One table can
+hold the slices and volumes of all three networks, and it has one split.
 
     python table.py candidates2d --table.volume_spacing_mm 1.0
     python slice_idx.py candidates2d
@@ -29,4 +29,4 @@ CANDIDATES2D = replace(
 CONFIGS = {
     "candidates2d": ("Nodules in slices of whole scans, by a U-Net.", CANDIDATES2D),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

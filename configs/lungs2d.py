@@ -1,11 +1,12 @@
-"""Lungs in 2-D slices, with and without simulated pathology; an ablation of how often.
+"""Lungs in 2-D slices, with simulated pathology in different fractions of the samples.
 
-The recipe of the study on lungs irrespective of pathology: a U-Net trained on Dice and
-cross-entropy by AdamW with gradients clipped at norm 1, four batches of eight to a step,
-lesions in 8 of 10 samples. Ours are the split of 70/10/20 (train, validation, test; theirs
-is 70/20/10), the 400x400 pixels about the centre, as in the thesis, the augmentation, weight
-decay and learning rate. `lung2d-small` is for two cores: slices in pixels of 1.5 mm, fewer
-filters, no accumulation, batch normalisation, and slices without lung too.
+The recipe follows the study on lung segmentation irrespective of pathology: a U-Net trained
+with Dice and cross-entropy by AdamW, gradients clipped at norm 1, four batches of eight
+accumulated per step, lesions in 8 of 10 samples. These choices are ours: the split of
+70/10/20 (train, validation, test; theirs is 70/20/10), the 400x400 pixels around the centre
+as in the thesis, the augmentation, the weight decay and the learning rate. `lung2d-small`
+suits two cores: slices with 1.5 mm pixels, fewer filters, no accumulation, batch
+normalisation, and also slices without lung.
 
     CONFIG=lung2d-pathology DATA=/data/LIDC-IDRI bash scripts/all.sh
 """
@@ -71,11 +72,11 @@ SMALL = replace(
         validation_tiles=240,
     ),
 )
-"""Pixels of 1.5 mm, so that two cores see whole slices, of the abdomen too."""
+"""1.5 mm pixels, so that whole slices, also of the abdomen, can be trained on two cores."""
 
 
 def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment]]:
-    """The base with lesions in some share of the samples, and with a residual encoder."""
+    """Returns `base` with lesions in various fractions of samples, and a residual encoder."""
 
     def lesioned(share: float, **options) -> Experiment:
         return replace(base, lesions=Lesions(probability=share, **options))
@@ -91,7 +92,7 @@ def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment
             lesioned(0.8),
         ),
         f"{name}-residual": (
-            "The same with a residual encoder.",
+            "Lungs with realistic lesions and a residual encoder.",
             replace(lesioned(0.8), model=replace(base.model, residual=True)),
         ),
     }
@@ -105,12 +106,12 @@ COARSE = replace(
 
 CONFIGS = {
     "lung2d": ("Lungs in slices, by a U-Net.", LUNG2D),
-    "lung2d-small": ("The same for two cores.", SMALL),
+    "lung2d-small": ("Small version of lung2d for two cores.", SMALL),
     "lung2d-coarse": (
-        "Longer, with realistic lesions: ships as weights/lung2d.",
+        "Longer training with realistic lesions; ships as weights/lung2d.",
         COARSE,
     ),
     **pathology_of("lung2d", LUNG2D),
     **pathology_of("lung2d-small", SMALL),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

@@ -1,14 +1,15 @@
-"""Whole lungs from volumes by a 3-D U-Net that is trained with random cubes hidden.
+"""Whole lungs in volumes by a 3-D U-Net that is trained with random cubes hidden.
 
-`lung3d` is Zhuang et al. 2025 at its own size: 2 mm, the whole chest in 224^3 voxels, HU
-clipped to -1024..276 and less their population's mean over its standard deviation, 70 % of
-the cubes of 7 voxels replaced by 1. It needs a GPU of 24 GB or more. What differs: cubes
-at random offsets, augmentation, and dice + cross-entropy with AdamW.
+`lung3d` is the setup of Zhuang et al. 2025 at full size: 2 mm, the whole chest in 224^3
+voxels, HU clipped to -1024..276 and normalised by the mean and standard deviation of their
+population, and 70 % of the 7-voxel cubes replaced by 1. It needs a GPU with 24 GB or more.
+It differs in three points: cubes lie at random offsets, samples are augmented, and the loss
+is Dice + cross-entropy with AdamW.
 
-`lung3d-3mm` is for two cores: 3 mm, crops of 80^3 voxels (24 cm), cubes of 5 voxels
-(15 mm, theirs are 14 mm). It is trained on crops and used on whole chests, with cubes
-hidden and without: so it normalises by batch, since statistics of an instance change with
-what is in sight, and hides from nothing to 70 % of the cubes.
+`lung3d-3mm` suits two cores: 3 mm, crops of 80^3 voxels (24 cm), cubes of 5 voxels (15 mm;
+theirs are 14 mm). It trains on crops but runs on whole chests, with and without hidden
+cubes. It therefore uses batch normalisation, because instance statistics change with the
+field of view, and it hides from 0 to 70 % of the cubes in training.
 
     python table.py lung3d-3mm && python slice_idx.py lung3d-3mm
     python train.py lung3d-3mm --name lung3d
@@ -110,23 +111,24 @@ LUNG3D = replace(
 
 
 def without_masking(base: Experiment, *, dropout: float = 0.0) -> Experiment:
+    """Returns `base` without hidden cubes, optionally with dropout."""
     return replace(base, model=replace(base.model, mask_fraction=0.0, dropout=dropout))
 
 
 CONFIGS = {
-    "lung3d": ("Masked 3-D U-Net on whole chests at 2 mm; for a GPU.", LUNG3D),
-    "lung3d-3mm": ("Masked 3-D U-Net at 3 mm; for two cores.", LUNG3D_3MM),
+    "lung3d": ("3-D U-Net with hidden cubes, whole chests at 2 mm; for a GPU.", LUNG3D),
+    "lung3d-3mm": ("3-D U-Net with hidden cubes at 3 mm; for two cores.", LUNG3D_3MM),
     "lung3d-nomask": (
-        "lung3d-3mm with nothing hidden.",
+        "lung3d-3mm without hidden cubes.",
         without_masking(LUNG3D_3MM),
     ),
     "lung3d-mask30": (
-        "lung3d-3mm with up to 30 % hidden.",
+        "lung3d-3mm with up to 30 % of the cubes hidden.",
         replace(LUNG3D_3MM, model=replace(LUNG3D_3MM.model, mask_fraction=0.3)),
     ),
     "lung3d-dropout": (
-        "lung3d-3mm with dropout in place of masks.",
+        "lung3d-3mm with dropout instead of hidden cubes.",
         without_masking(LUNG3D_3MM, dropout=0.2),
     ),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

@@ -1,20 +1,21 @@
-r"""Nodules outlined in patches around a seed: a click, a candidate, a middle that is known.
+r"""Outlines of nodules in patches around a seed point: a click, a candidate or a known centre.
 
-Trained on the patches of LIDC-IDRI's nodules with the masks of up to four readers; of 70 % of
-the patients, 15 % choose and 15 % are tested. The middle 64 x 64 pixels enter the network,
-each image on the scale of its own range, so that patches of any intensity can be segmented.
+The networks are trained on patches of the LIDC-IDRI nodules with the masks of up to four
+readers; 70 % of the patients train, 15 % validate and 15 % test. The network sees the middle
+64 x 64 pixels. Each image is scaled by its own range, so patches of any intensity scale can
+be segmented.
 
     CONFIG=nodule2d COHORT=patches DATA=/data/lidc_crops.zip bash scripts/all.sh
 
-Dice drives what is uncertain to 0 or 1. `nodule2d-calibrated` goes on from there with
-cross-entropy alone, to a probability that is the share of readers. Its last weights ship, as
-weights/nodule2d/best.weights.h5; Dice alone would choose those of the first epoch.
+The Dice loss drives uncertain pixels to 0 or 1. `nodule2d-calibrated` therefore continues
+with cross-entropy alone, so that the probability becomes the fraction of readers. Its last
+weights ship as weights/nodule2d/best.weights.h5; Dice alone would choose the first epoch.
 
     python train.py nodule2d-calibrated --name calibrated \
         --init work/runs/nodule2d/best.weights.h5
 
-Once all was chosen, what ships was trained on 91 of those who chose, too: 24 epochs and then 6,
-with `--split weights/nodule2d/split.json`.
+After all choices were made, the shipped weights were trained with 91 of the validation
+patients added: 24 epochs and then 6, with `--split weights/nodule2d/split.json`.
 """
 
 from dataclasses import replace
@@ -69,13 +70,14 @@ NODULE2D = Experiment(
 
 
 def changed(**sections: object) -> Experiment:
+    """Returns `nodule2d` with some sections replaced."""
     return replace(NODULE2D, **sections)
 
 
 CONFIGS = {
-    "nodule2d": ("Nodules in patches around a seed.", NODULE2D),
+    "nodule2d": ("Nodules in patches around a seed point.", NODULE2D),
     "nodule2d-calibrated": (
-        "Goes on from nodule2d with cross-entropy alone: probabilities that are votes.",
+        "Continues nodule2d with cross-entropy alone, to predict fractions of readers.",
         changed(
             loss=Loss(name="weighted_cross_entropy", class_weights=(1.0, 1.0)),
             train=replace(NODULE2D.train, learning_rate=5e-4, epochs=6),
@@ -83,25 +85,25 @@ CONFIGS = {
         ),
     ),
     "nodule2d-nasnet": (
-        "The same with the network of the thesis.",
+        "nodule2d with the network of the thesis.",
         changed(
             model=Model(name="nasnet_gcn_se", filters=8, seeded=True),
         ),
     ),
     "nodule2d-consensus": (
-        "The same, trained on the consensus.",
+        "nodule2d trained on the consensus.",
         changed(batches=replace(NODULE2D.batches, reference="consensus")),
     ),
     "nodule2d-reader": (
-        "The same, trained on one reader at a time.",
+        "nodule2d trained on one reader at a time.",
         changed(batches=replace(NODULE2D.batches, reference="reader")),
     ),
     "nodule2d-unseeded": (
-        "The same, without a word on where the middle is.",
+        "nodule2d without the distance from the middle as input.",
         changed(model=replace(NODULE2D.model, seeded=False)),
     ),
     "nodule2d-thesis": (
-        "Network, loss and optimizer of the thesis, from scratch, on the same patches.",
+        "Network, loss and optimizer of the thesis, trained from scratch on the patches.",
         changed(
             batches=replace(
                 NODULE2D.batches, input_px=(128, 128), reference="consensus"
@@ -113,4 +115,4 @@ CONFIGS = {
         ),
     ),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

@@ -1,43 +1,44 @@
-r"""Nodules in whole lungs by a 3-D U-Net: what slices cannot tell, a nodule from a vessel.
+r"""Nodules in whole lungs by a 3-D U-Net; single slices do not tell nodules from vessels.
 
-`nodule3d` is for two cores: 1 mm, crops of 64^3 voxels (6.4 cm). Half of the crops hold a
-nodule, the others lie anywhere in the lungs; into half of all, further nodules are drawn
-(`lesions.simulate_nodules`), a quarter of them ground glass. Nodules fill 0.3 % of the crops:
-with Dice and plain cross-entropy nothing was found after 400 steps, so nodule voxels weigh 20
-times as much. Noise and blur are weaker than for lungs: a small nodule is a few voxels wide and
-drowns in them. Where there are patients and phantoms, three samples in ten are of patients,
-however few they are.
+`nodule3d` suits two cores: 1 mm, crops of 64^3 voxels (6.4 cm). Half of the crops hold a
+nodule, the others lie anywhere in the lungs. Half of all crops get additional simulated
+nodules (`lesions.simulate_nodules`), a quarter of them ground glass. Nodules fill 0.3 % of
+the crops: with Dice and plain cross-entropy the network found nothing after 400 steps, so
+nodule voxels have 20 times the weight. Noise and blur are weaker than for lungs, because a
+small nodule is a few voxels wide and disappears in them. If there are patients and phantoms,
+three samples in ten come from patients, however few they are.
 
     CONFIG=nodule3d PHANTOMS=80 NODULES="5 10" bash scripts/all.sh
 
-A scan takes 34 MB of the table (of 1.5 mm, `table.py nodule3d --table.volume_spacing_mm 1.5`,
-11 MB), and while it trains 95 MB of memory, up to 8 GiB for all.
+A scan takes 34 MB in the table (11 MB at 1.5 mm, `table.py nodule3d
+--table.volume_spacing_mm 1.5`) and 95 MB of memory during training, up to 8 GiB for all scans.
 
-`nodule3d-continued` goes on from its weights, or from those of another spacing, with their
-batch normalisation: the statistics of two crops say little. What the last epoch left ships;
-the Dice of tiles would choose weights that miss more nodules.
+`nodule3d-continued` continues from these weights, or from weights of another spacing, and
+keeps their batch normalisation, because two crops give poor statistics. The weights of the
+last epoch ship; the Dice over tiles would choose weights that miss more nodules.
 
     python train.py nodule3d-continued --name continued \
         --init work/runs/nodule3d/best.weights.h5
     cp work/runs/continued/last.weights.h5 work/runs/continued/best.weights.h5
 
-`reduction3d` is the false-positive network, trained on the same table and split: crops of
-32^3 voxels (3.2 cm) with a nodule in the middle, real (a third) or drawn (a sixth), or
-something else in the lungs that is as dense; scans are drawn and changed as for `nodule3d`.
-One head outlines, the other says whether the middle is nodule. Candidates are what `nodule3d`
-gives at least `postprocess.threshold`, and what `candidates2d` marks; they are kept if that
-probability times the classifier's is at least `postprocess.min_score`.
+`reduction3d` is the false-positive network, trained on the same table and split. Its crops
+of 32^3 voxels (3.2 cm) are centred on a real nodule (a third), a simulated nodule (a sixth),
+or another structure in the lungs that is as dense. Scans are drawn and augmented as for
+`nodule3d`. One head outlines the nodule, the other gives the probability that the middle is
+nodule. Candidates come from `nodule3d`, where its probability is at least
+`postprocess.threshold`, and from `candidates2d`. A candidate is kept if its probability times
+that of the classifier is at least `postprocess.min_score`.
 
     python train.py reduction3d --table work/table.h5 --split work/split.json --name reduction3d
 
-What else networks mark in the scans trained on is harder to tell from nodules than what is as
-dense; so a network that finds candidates comes first, and then
+False positives of other networks on the training scans are harder to tell from nodules than
+arbitrary dense structures. So first train a network that finds candidates, and then run
 
-    python infer.py --input SOURCE --result_dir OUT --n 1    # what preprocess.py read
+    python infer.py --input SOURCE --result_dir OUT --n 1    # the input of preprocess.py
     python train.py reduction3d --candidates OUT/candidates.csv --name continued \
         --init work/runs/reduction3d/best.weights.h5
 
-The weights that ship went on from those of before (see their cards).
+The shipped weights continue earlier ones (see their model cards).
 """
 
 from dataclasses import replace
@@ -128,9 +129,9 @@ REDUCTION3D = replace(
 CONFIGS = {
     "nodule3d": ("Nodules by a 3-D U-Net at 1 mm; for two cores.", NODULE3D),
     "nodule3d-continued": (
-        "Goes on from weights of nodule3d; ships as weights/nodule3d.",
+        "Continues from weights of nodule3d; ships as weights/nodule3d.",
         NODULE3D_CONTINUED,
     ),
-    "reduction3d": ("Nodule or not: the false-positive network.", REDUCTION3D),
+    "reduction3d": ("False-positive network: nodule or not.", REDUCTION3D),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

@@ -1,4 +1,4 @@
-"""The whole chain on two cores: in minutes, and in two hours.
+"""The whole chain on two cores, in minutes (`smoke`) or in two hours (`phantoms`).
 
 make demo
 PHANTOMS=120 NODULES="5 10" CONFIG=phantoms bash scripts/all.sh
@@ -24,7 +24,7 @@ PHANTOMS = replace(
     SMOKE,
     table=Table(negatives_per_nodule_slice=2.0),
     split=Split(fractions=(0.75, 0.125, 0.125)),
-    # The whole slice: lung masks leave out parts of large nodules at the pleura.
+    # Input without lung mask, because the mask cuts off parts of large nodules at the pleura.
     batches=replace(
         SMOKE.batches, input_px=(128, 128), nodule_fraction=0.375, lung_mask=False
     ),
@@ -40,8 +40,8 @@ TINY = replace(
 )
 
 CONFIGS = {
-    "smoke": ("Minutes on two cores; the default of the demo.", SMOKE),
-    "phantoms": ("Two hours on two cores, for phantoms with many nodules.", PHANTOMS),
-    "tiny": ("A small U-Net for two minutes: does every step run?", TINY),
+    "smoke": ("The demo's default; takes minutes on two cores.", SMOKE),
+    "phantoms": ("Phantoms with many nodules; two hours on two cores.", PHANTOMS),
+    "tiny": ("A small U-Net that tests every step in two minutes.", TINY),
 }
-"""Name to (one line of help, experiment)."""
+"""Experiments by name, each with one line of help."""

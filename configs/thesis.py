@@ -1,10 +1,10 @@
-"""After the thesis: NASNet-GCN-SE on 400x400 slices, generalised Dice + weighted cross-entropy.
+"""The thesis: NASNet-GCN-SE on 400x400 slices, generalised Dice + weighted cross-entropy.
 
-Follows Ghofrani's thesis (2020). What differs: patients, not slices, are split; the
-decoder also joins the encoder's stride 2, takes one tap per stride and upsamples with
-aligned pixels (models/nasnet_gcn_se.py); K-means clusters the probabilities of a scan, not
-of a slice, and a component needs a voxel of at least 0.5; the learning rate falls by a
-cosine and gradients are clipped at norm 1.
+Follows Ghofrani's thesis (2020), with these differences: the split is by patient, not by
+slice; the decoder also uses the encoder's stride 2, takes one tap per stride and upsamples
+with aligned pixels (models/nasnet_gcn_se.py); K-means clusters the probabilities of a scan,
+not of a slice, and a component needs a voxel of at least 0.5; the learning rate follows a
+cosine schedule and gradients are clipped at norm 1.
 
     CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh
 """
@@ -20,4 +20,4 @@ THESIS = Experiment(
     postprocess=Postprocess(method="kmeans", erosion_px=5, min_volume_mm3=0.0),
 )
 
-CONFIGS = {"thesis": ("After the thesis, but split by patient.", THESIS)}
+CONFIGS = {"thesis": ("The setup of the thesis, but split by patient.", THESIS)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Predictions + readers -> scores with intervals, tables, figures.
+# Compares predictions with the readers; writes scores with intervals, tables and figures.
 source "$(dirname "$0")/env.sh"
 if [ -f "$WORK/predictions/$NAME/lungs.json" ]; then
     if [ "$DATA" = "$WORK/phantoms" ]; then set -- --truth "$DATA/truth" "$@"; fi

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Run -> SavedModel for TensorFlow Serving.
+# Exports the run as a SavedModel for TensorFlow Serving.
 source "$(dirname "$0")/env.sh"
 python export.py --run "$WORK/runs/$NAME" --out "$WORK/export/$NAME" "$@"

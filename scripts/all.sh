@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every step in order. Exit code 3: done, but some scans were skipped.
-#   bash scripts/all.sh                                       phantoms, minutes
-#   CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh    the thesis
+# Runs every step in order. Exit code 3 means that some scans were skipped.
+#   bash scripts/all.sh                                       phantoms; takes minutes
+#   CONFIG=thesis DATA=/data/LIDC-IDRI bash scripts/all.sh    setup of the thesis
 made_phantoms=${DATA:+no}
 source "$(dirname "$0")/env.sh"
 export CONFIG DATA COHORT WORK NAME WORKERS PHANTOMS NODULES

@@ -129,7 +129,7 @@ def test_too_few_patients_are_refused():
     with pytest.raises(ValueError, match="folds is 5, but the table has 4 patients"):
         slice_idx.split_patients(cohort({"none": 4}), FOLDS)
     with pytest.raises(
-        ValueError, match="nobody is left to train on; expected 3 or more"
+        ValueError, match="patient is left for training; expected 3 or more"
     ):
         slice_idx.split_patients(cohort({"none": 4}), replace(FOLDS, folds=2))
 
@@ -206,7 +206,9 @@ def test_the_split_by_slice_is_marked_as_leaking_and_does_leak(table_path):
     tested = slices_of_part(split, "test")
     assert sum(map(len, tested.values())) == 32
     assert all(z == sorted(set(z)) for z in tested.values())
-    with pytest.raises(ValueError, match="unit=slice cannot keep subsets"):
+    with pytest.raises(
+        ValueError, match="unit=slice does not work with split.method=subsets"
+    ):
         slice_idx.write_split(table_path, out, replace(SUBSETS, unit="slice"))
 
 
@@ -243,7 +245,7 @@ def test_two_patients_are_split_without_a_leak_and_said_so(scans, tmp_path):
     table.write_table(tmp_path / "scans", tmp_path / "table.h5", settings)
     out = tmp_path / "split.json"
     report = slice_idx.write_split(tmp_path / "table.h5", out, config.Split())
-    assert report.line.endswith("NOBODY in validation")
+    assert report.line.endswith("EMPTY: validation")
     split = read_split(out)
     assert [len(split["parts"][part]) for part in PARTS] == [1, 0, 1]
     with SliceTable(tmp_path / "table.h5") as opened:
@@ -256,7 +258,7 @@ def test_an_equal_split_stays_and_another_is_replaced_only_when_told(table_path)
     report = slice_idx.write_split(table_path, out, config.Split())
     assert report.line.endswith("is complete")
     assert out.read_text() == before
-    with pytest.raises(ValueError, match="exists and splits otherwise.*--overwrite"):
+    with pytest.raises(ValueError, match="exists and holds another split.*--overwrite"):
         written(table_path, config.Split(seed=1))
     written(table_path, config.Split(seed=1), overwrite=True)
     assert out.read_text() != before

@@ -219,7 +219,7 @@ def test_nodule_pixels_that_the_size_cuts_away_are_counted(scan, tmp_path):
     )
     with SliceTable(tmp_path / "table.h5") as opened:
         assert opened.scans["cut_px"].tolist() == [lost]
-    assert report.line.endswith("nodule pixels cut away in 1 scans")
+    assert report.line.endswith("nodule pixels cropped away in 1 scans")
 
 
 def test_volumes_are_isotropic_and_lie_where_the_scan_lies(scans_dir, tmp_path):
@@ -375,7 +375,9 @@ def test_a_table_made_otherwise_is_replaced_only_when_told(scans, scans_dir, tmp
     ):
         table.write_table(scans_dir, out, ALL)
     write_scans([scans[7]], scans_dir)
-    with pytest.raises(ValueError, match="scan-007 is new, gone or changed, 1 in all"):
+    with pytest.raises(
+        ValueError, match="scan-007 is new, missing or changed, 1 in all"
+    ):
         table.write_table(scans_dir, out, SETTINGS)
     table.write_table(scans_dir, out, ALL, overwrite=True)
     with SliceTable(out) as opened:

@@ -261,7 +261,7 @@ SHORT = replace(TINY, train=config.Train(epochs=1, steps_per_epoch=2, clip_norm=
 def test_without_validation_the_last_epoch_is_the_best(data, caplog):
     experiment = replace(SHORT, train=replace(SHORT.train, epochs=2))
     run_dir = trained(data, "nobody", experiment, split="nobody.json")
-    assert "nobody validates" in caplog.text
+    assert "the validation part is empty" in caplog.text
     facts = json.loads((run_dir / "training.json").read_text())
     assert (facts["best_epoch"], facts["best_validation_dice"]) == (2, None)
     for best, last in zip(
@@ -421,7 +421,7 @@ def test_a_folder_that_is_no_run_is_never_removed(data):
     folder.mkdir(parents=True)
     (folder / "precious.h5").write_bytes(b"scan")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="is no run of train.py"):
+        with pytest.raises(FileExistsError, match="is not a run of train.py"):
             trained(data, "scans", overwrite=overwrite)
     assert (folder / "precious.h5").read_bytes() == b"scan"
 

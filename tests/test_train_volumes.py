@@ -245,7 +245,7 @@ def test_weights_of_another_spacing_are_spoken_of(run, tmp_path, caplog):
     train.warn_of_other_spacing(init, read_settings(run))
     assert not caplog.messages
     train.warn_of_other_spacing(init, coarse)
-    assert caplog.messages == [f"{init} saw scans at 3 mm, this run at 9 mm"]
+    assert caplog.messages == [f"{init} was trained at 3 mm, this run trains at 9 mm"]
 
 
 def test_a_split_of_nobody_to_train_is_refused(data, tmp_path):
@@ -291,7 +291,7 @@ def test_the_false_positive_network_trains_on_candidates(data):
     path.write_text(
         "case_id,x_lps_mm,y_lps_mm,z_lps_mm,marked_by\nunknown,0,0,0,slices\n"
     )
-    with pytest.raises(ValueError, match=r"of 1 scans \(unknown\) none is trained on"):
+    with pytest.raises(ValueError, match=r"none of its 1 scans \(unknown\) is in"):
         trained(data, "by-candidates", experiment, candidates=path)
     with SliceTable(data / "table.h5") as opened, path.open("a") as file:
         file.writelines(f"{name},0,0,0,both\n" for name in opened.scans["scan_id"])

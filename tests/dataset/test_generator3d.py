@@ -361,7 +361,7 @@ def test_changes_of_volumes_are_refused_for_slices():
 
 
 def test_a_network_of_the_other_kind_is_refused():
-    with pytest.raises(ValueError, match="expected unet3d with"):
+    with pytest.raises(ValueError, match="with unet3d"):
         config.Experiment(batches=LUNGS)
 
 

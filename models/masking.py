@@ -86,7 +86,7 @@ class RandomCubeMasking(layers.Layer):
 
 
 def grid_shape(shape: tuple[int, ...], cube_px: int) -> tuple[int, ...]:
-    """Returns the cubes along z, y and x that cover the volume at any offset."""
+    """Returns the number of cubes along z, y, x that cover the volume at any offset."""
     return tuple((size + 2 * (cube_px - 1)) // cube_px for size in shape)
 
 

@@ -1,4 +1,4 @@
-"""Batches by number, of slices or of volumes: what all generators share."""
+"""Base classes of the batch generators for slices and for volumes."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -16,30 +16,30 @@ from dataset.slice_table import SliceTable
 log = logging.getLogger(__name__)
 
 SLICE_ORDER, SLICE_BATCH, SLICE_NOISE, VOLUME_ORDER, VOLUME_BATCH = 1, 2, 3, 4, 5
-"""First words of the seeds of orders, batches and noise. They stand first because NumPy
-takes the seeds (1, 2) and (1, 2, 0) for the same."""
+"""First words of the seeds of orders, batches and noise. They must come first because NumPy
+treats the seeds (1, 2) and (1, 2, 0) as equal."""
 
 CANDIDATE_PX = (6, 6, 6)
-"""A candidate is a nodule if there is any within so many voxels in the middle of its crop."""
+"""Central voxels (z, y, x) of a crop: the candidate is a nodule if they hold any nodule."""
 
 
 class Generator(ABC):
-    """Batches by number: `len(generator)`, `generator[index]`.
+    """Sequence of batches, used as `len(generator)` and `generator[index]`.
 
-    A batch depends on (seed, epoch, index) alone: not on the thread that makes it, nor on
-    what was made before. Any number of threads may ask for batches at once; for speed, ask
-    from as many as there are cores, as `data_generator.as_pydataset` does.
+    A batch depends on (seed, epoch, index) alone, not on the thread that makes it or on the
+    batches made before. Any number of threads may request batches at once; one thread per
+    core is fastest, as in `data_generator.as_pydataset`.
 
     Args:
-        batches: Target, window, size of a sample and of a batch.
+        batches: Target, window, sample size and batch size.
         steps: Batches per epoch.
-        seeds: Of a batch, before epoch and index.
+        seeds: First words of the seed of a batch; epoch and index are appended.
         shuffle: False makes all epochs the same.
-        with_slice_label: Give y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
-            "slice" is 1 if the sample holds any target; of candidates, if their middle does.
+        with_slice_label: Return y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
+            "slice" is 1 if the sample (for candidates, its central part) holds any target.
 
     Attributes:
-        epoch: The epoch that batches are made for; set it to resume.
+        epoch: Epoch for which batches are made; set it to resume.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Generator(ABC):
         shuffle: bool = False,
         with_slice_label: bool = False,
     ) -> None:
-        # Threads are those of the caller; OpenCV's own would only compete with them.
+        # The caller provides the threads; OpenCV's own would only compete with them.
         cv2.setNumThreads(1)
         self.batches = batches
         self.steps = steps
@@ -63,29 +63,31 @@ class Generator(ABC):
 
     @abstractmethod
     def order_of_epoch(self, epoch: int) -> Sequence[Any]:
-        """What the samples of an epoch are made of, one batch after the other."""
+        """Returns the table rows, scans or tiles of an epoch's samples, batch after batch."""
 
     @abstractmethod
     def sample(
         self, row: Any, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A sample as float32 input and mask, of `batches.input_px`.
+        """Makes a sample of size `batches.input_px`: float32 input and mask.
 
-        The mask is uint8 of 0 and 1, or float32 shares between them.
+        The mask is uint8 of 0 and 1, or float32 with fractions between them.
         """
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        """One batch: x (b, y, x, 1) float32, y (b, y, x, 2) uint8 background and target.
+        """Makes a batch: x (b, y, x, 1) float32, y (b, y, x, 2) uint8 background and target.
 
-        Of volumes, z stands before y. Shares of readers' votes are float32.
+        For volumes, z precedes y. With `reference=votes`, y is float32.
 
         Raises:
-            IndexError: If `index` is not from 0 to the number of batches.
+            IndexError: If `index` is negative or not below the number of batches.
         """
-        epoch = self.epoch if self.shuffle else 0  # once: it may end meanwhile
+        epoch = (
+            self.epoch if self.shuffle else 0
+        )  # read once: the epoch may end meanwhile
         rows = self.rows_of_batch(index, epoch)
         rng = np.random.default_rng((*self.seeds, epoch, index))
         x = np.empty((len(rows), *self.batches.input_px, 1), np.float32)
@@ -101,20 +103,20 @@ class Generator(ABC):
         return x, y
 
     def holds_target(self, mask: np.ndarray) -> bool:
-        """What "slice" says of a sample with this mask."""
+        """Returns True if a mask, or the centre of a candidate's mask, holds the target."""
         if self.batches.crop == "candidate":
             start = boxes.crop_at_centre(mask.shape, CANDIDATE_PX).start
             mask = boxes.cut(mask, start, CANDIDATE_PX, fill=0)
         return bool((mask >= 0.5).any())
 
     def on_epoch_end(self) -> None:
-        """Goes on to the next epoch."""
+        """Advances to the next epoch."""
         self.epoch += 1
 
     def rows_of_batch(self, index: int, epoch: int | None = None) -> Sequence[Any]:
-        """What batch `index` of an epoch, by default the present one, is made of.
+        """Returns the table rows, scan indices or tiles of batch `index` of an epoch.
 
-        Rows of the table's slices or of its scans; of tiles, these.
+        The default is the current epoch.
         """
         if epoch is None:
             epoch = self.epoch if self.shuffle else 0
@@ -129,16 +131,16 @@ class Generator(ABC):
 
 
 class TileGenerator(Generator):
-    """Every tile of some slices or volumes, in order, unchanged: for validation.
+    """Generator of all tiles of some slices or volumes, in order and not augmented.
 
-    It is what inference will look at.
+    It is for validation: the tiles are those that inference will see.
 
     Args:
-        tiles: Row and start of each.
-        read: Gives HU and marks of a row, as `plain` takes them.
-        batches: Window, target, size of the tiles and of a batch.
-        most: Most tiles, spread evenly over all; 0 for all.
-        with_slice_label: As for `Generator`.
+        tiles: Row (or scan index) and start of each tile.
+        read: Function that returns HU and marks of a row, as `plain` takes them.
+        batches: Window, target, tile size and batch size.
+        most: Upper limit of the number of tiles, spread evenly over all; 0 for all.
+        with_slice_label: See `Generator`.
     """
 
     def __init__(
@@ -165,19 +167,19 @@ class TileGenerator(Generator):
 
 
 def batches_of(samples: int, batches: config.Batches) -> int:
-    """Batches that hold so many samples once; the last may be smaller."""
+    """Returns the number of batches that hold all samples once; the last may be smaller."""
     return -(-samples // batches.batch_size)
 
 
 def plain(
     hu: np.ndarray, marks: np.ndarray, start: tuple[int, ...], batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A part of a slice or volume as float32 input and uint8 mask of 0 and 1, unchanged.
+    """Cuts a sample without augmentation: float32 input and uint8 mask of 0 and 1.
 
     Args:
-        hu: HU.
-        marks: uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
-        start: Where the part begins; beyond the ends is air.
+        hu: HU of the slice or volume.
+        marks: uint8 with the bits `augment2d.TARGET_BIT` and `augment2d.LUNG_BIT`.
+        start: First pixel of the sample; pixels beyond the ends are air.
         batches: Size, window and normalisation.
     """
     hu = boxes.cut(hu, start, batches.input_px, fill=inputs.fill(hu, batches))
@@ -187,34 +189,34 @@ def plain(
 
 
 def reads_lung(batches: config.Batches) -> bool:
-    """Whether samples need the lung mask."""
+    """Returns True if samples need the lung mask."""
     return batches.lung_mask or batches.crop not in ("centre", "seed")
 
 
 def usable(
     table: SliceTable, scans: np.ndarray, batches: config.Batches, *, of: str
 ) -> np.ndarray:
-    """Which of some rows have what the settings ask for; says how many have not.
+    """Finds the rows with the masks that the settings need; logs how many are left out.
 
-    A nodule target needs scans that readers saw; a lung target, a masked input and a
-    crop that looks for lungs need scans with a lung mask.
+    A nodule target needs scans that readers annotated. A lung target, a masked input and a
+    crop placed by the lungs need scans with a lung mask.
 
     Args:
         table: The open table.
-        scans: The scan of each row.
-        batches: The settings.
-        of: What the rows are, for messages.
+        scans: Scan index of each row.
+        batches: Settings of the batches.
+        of: Noun for the rows in messages: "rows" or "scans".
 
     Returns:
         (rows,) bool.
 
     Raises:
-        ValueError: If none has, or the input would be masked by the target.
+        ValueError: If no row is usable, or the input would be masked by the target.
     """
     if batches.target == "lung" and batches.lung_mask:
         raise ValueError(
             "batches.target=lung with batches.lung_mask shows the network the answer; "
-            "add --batches.no-lung-mask"
+            "use --batches.no-lung-mask"
         )
     found, needed = np.ones(len(scans), bool), []
     if batches.target == "nodule":
@@ -226,7 +228,7 @@ def usable(
     if not found.any():
         raise ValueError(
             f"{table.path}: none of the {len(scans)} {of} can be used; expected scans "
-            f"with {' and '.join(needed) or of}; run preprocess.py and table.py with them"
+            f"with {' and '.join(needed) or of}; run preprocess.py and table.py on such scans"
         )
     if not found.all():
         left_out = len(scans) - np.count_nonzero(found)

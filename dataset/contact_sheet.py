@@ -1,4 +1,4 @@
-"""Contact sheets of batches."""
+"""Contact sheets: pictures of the samples in batches."""
 
 import copy
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dataset.generator3d import VolumeGenerator
 from dataset.slice_table import SliceTable
 
 SCALE = 2
-"""Magnification of the contact sheet; an outline is one magnified pixel wide."""
+"""Magnification of a slice in the contact sheet; outlines are one picture pixel wide."""
 
 OUTLINE_BGR = (60, 230, 60)
 CAPTION_PX = 22
@@ -21,15 +21,15 @@ CAPTION_PX = 22
 def contact_sheet(
     generator: SliceGenerator, *, slices: int = 24, columns: int = 6
 ) -> np.ndarray:
-    """A picture of the first slices of the generator's epoch, outlined and captioned.
+    """Draws the first slices of the generator's epoch with outlines and captions.
 
-    Slices are shown as the network gets them, but for the normalisation that follows the
-    window; the outline is drawn just outside the reference.
+    Slices are shown as the network sees them, except for the normalisation after the
+    window. The outline is drawn just outside the reference.
 
     Args:
-        generator: Whose batches are shown.
+        generator: Generator of the batches to show.
         slices: Number of slices; fewer if the epoch has fewer.
-        columns: Slices in a line.
+        columns: Slices per line.
 
     Returns:
         (y, x, 3) uint8 picture in OpenCV's channel order (blue, green, red).
@@ -50,14 +50,14 @@ def contact_sheet(
 
 
 def visible(batches: config.Batches) -> config.Batches:
-    """The settings of batches that a person looks at, through `grey`."""
+    """Returns batch settings for display: windowed, unnormalised unless "relative"."""
     if batches.normalisation == "relative":
         return batches
     return replace(batches, normalisation="window")
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """An input as 0 to 1: as it is if it lies there, else its own range."""
+    """Returns an input in 0..1: unchanged if it lies there, else scaled from its own range."""
     least, most = float(image.min()), float(image.max())
     if least >= 0 and most <= 1:
         return image
@@ -67,12 +67,12 @@ def grey(image: np.ndarray) -> np.ndarray:
 def volume_sheet(
     generator: VolumeGenerator, *, crops: int = 8, columns: int = 2
 ) -> np.ndarray:
-    """As `contact_sheet`: of each crop the middle axial, coronal and sagittal slice.
+    """Draws a `contact_sheet` of the middle axial, coronal and sagittal slice of each crop.
 
     Args:
-        generator: Whose batches are shown.
+        generator: Generator of the batches to show.
         crops: Number of crops; fewer if the epoch has fewer.
-        columns: Crops in a line.
+        columns: Crops per line.
     """
     shown = copy.copy(generator)
     shown.batches = visible(generator.batches)
@@ -82,7 +82,7 @@ def volume_sheet(
         scans = shown.rows_of_batch(index)
         for scan, image, reference in zip(scans, x[..., 0], y[..., 1], strict=True):
             patient = str(shown.table.scans["patient_id"][scan])
-            texts = (f"scan {scan} axial", patient, "sagittal")  # each in its own tile
+            texts = (f"scan {scan} axial", patient, "sagittal")  # one text per tile
             planes = middle_planes(image), middle_planes(reference)
             tiles.append(
                 np.hstack([tile(*each) for each in zip(*planes, texts, strict=True)])
@@ -93,13 +93,13 @@ def volume_sheet(
 
 
 def middle_planes(volume: np.ndarray) -> list[np.ndarray]:
-    """The middle axial, coronal and sagittal slice, head up, each in a square of zeros.
+    """Returns the middle axial, coronal and sagittal slice, head up, zero-padded to squares.
 
     Args:
         volume: (z, y, x).
 
     Returns:
-        Three square images with the longest side of the volume.
+        Three square images; their side is the longest one of the volume.
     """
     side = max(volume.shape)
     squares = []
@@ -114,19 +114,19 @@ def middle_planes(volume: np.ndarray) -> list[np.ndarray]:
 
 
 def in_lines(tiles: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size, `columns` in a line; black where the last line has fewer."""
+    """Arranges equally sized pictures, `columns` per line; pads the last line with black."""
     tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     return np.vstack([np.hstack(line) for line in lines])
 
 
 def tile(image: np.ndarray, mask: np.ndarray, text: str) -> np.ndarray:
-    """One slice of a contact sheet: (y, x, 3) uint8.
+    """Draws one slice of a contact sheet as (y, x, 3) uint8.
 
     Args:
         image: (y, x) float32 from 0 to 1.
-        mask: (y, x) uint8 of 0 and 1, outlined.
-        text: Written under the slice.
+        mask: (y, x) uint8 of 0 and 1 to outline.
+        text: Caption under the slice.
     """
     size_xy = (image.shape[1] * SCALE, image.shape[0] * SCALE)
     grey = cv2.resize((image * 255).astype(np.uint8), size_xy)
@@ -140,13 +140,13 @@ def tile(image: np.ndarray, mask: np.ndarray, text: str) -> np.ndarray:
 
 
 def caption(table: SliceTable, row: int) -> str:
-    """Row, patient and slice: what one needs to find it again."""
+    """Returns row, patient and z of a slice, so that it can be found again."""
     entry = table.rows[row]
     return f"row {row}  {table.patient_ids[row]}  z {entry['z']}"
 
 
 def sheet(generator: SliceGenerator | VolumeGenerator, samples: int) -> np.ndarray:
-    """`volume_sheet` or `contact_sheet`."""
+    """Draws `volume_sheet` or `contact_sheet`, whichever fits the generator."""
     if isinstance(generator, VolumeGenerator):
         return volume_sheet(generator, crops=samples)
     return contact_sheet(generator, slices=samples)

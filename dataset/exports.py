@@ -1,4 +1,4 @@
-"""Other layouts of the table: the thesis' HDF5 file and .npy slices."""
+"""Exports the table to other layouts: the thesis' HDF5 file and .npy slices."""
 
 import csv
 from pathlib import Path
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
-    """Writes the slices as the thesis stored them, for scripts that expect that.
+    """Writes the slices in the thesis' layout, for scripts that expect it.
 
-    The file holds `data` (rows, y, x) float32 HU, `truth` (rows, y, x) uint8, 1 where
-    nodule, and `subject_ids` (rows,) "SCAN_ID_Z"; the same row order as the table.
+    The file holds `data` (rows, y, x) float32 HU, `truth` (rows, y, x) uint8, which is 1 in
+    nodules, and `subject_ids` (rows,) "SCAN_ID_Z", all in the row order of the table.
 
     Args:
         path: The table.
-        out: The HDF5 file; it appears whole or not at all.
-        batches: `input_px` (cut around the centre), `lung_mask` and the consensus.
+        out: HDF5 file to write, atomically.
+        batches: Uses `input_px` (cut around the centre), `lung_mask` and the consensus
+            settings.
     """
     import tables
 
@@ -58,22 +59,22 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
 def write_npy_slices(
     path: Path, out: Path, batches: config.Batches, *, middle: int = 0
 ) -> int:
-    """Writes slices as .npy files, one folder per patient; `cohorts.npy` reads them.
+    """Writes slices as .npy files, one folder per patient, in the format of `cohorts.npy`.
 
-    Images are int16 HU. Masks are uint8: lung labels, or 1 where the consensus says
-    nodule, by `batches.target`; where it is unknown, there are none.
+    Images are int16 HU. Masks are uint8: lung labels, or 1 in the nodule consensus,
+    depending on `batches.target`. A scan without that mask gets images alone.
 
     Args:
         path: The table.
-        out: The folder; it appears whole or not at all, and replaces one like it.
-        batches: `target` and the consensus.
-        middle: Only so many slices in the middle of each scan's rows; 0 for all.
+        out: Folder to write, atomically; an earlier export there is replaced.
+        batches: Uses `target` and the consensus settings.
+        middle: Number of slices to take from the middle of each scan's rows; 0 for all.
 
     Returns:
-        The number of slices.
+        The number of slices written.
 
     Raises:
-        ValueError: If `out` holds something else, or an id cannot name a file.
+        ValueError: If `out` holds anything else, or an id cannot be a file name.
     """
     from tqdm import tqdm
 
@@ -82,7 +83,7 @@ def write_npy_slices(
     for found in out.iterdir() if out.exists() else ():
         if not (found / npy.LIST).is_file():
             raise ValueError(
-                f"{out} holds {found.name}, which is no folder of slices; expected a new "
+                f"{out} holds {found.name}, which is not a folder of slices; expected a new "
                 "folder, or one that --npy-slices made"
             )
     lists: dict[str, list[dict[str, Any]]] = {}
@@ -106,7 +107,7 @@ def write_npy_slices(
 
 
 def middle_rows(rows: range, count: int) -> range:
-    """`count` rows in the middle, all if there are fewer; 0 for all."""
+    """Returns the middle `count` rows; all rows if there are fewer or `count` is 0."""
     count = min(count or len(rows), len(rows))
     start = (len(rows) - count) // 2
     return rows[start : start + count]
@@ -115,7 +116,7 @@ def middle_rows(rows: range, count: int) -> range:
 def _write_npy_slice(
     folder: Path, table: SliceTable, row: int, batches: config.Batches
 ) -> dict[str, Any]:
-    """Writes image and mask of a row; its line of the list."""
+    """Writes image and mask of a row; returns its entry in the list."""
     from cohorts import npy
 
     scan, z = table.scans[table.rows["scan"][row]], int(table.rows["z"][row])
@@ -137,7 +138,7 @@ def _write_npy_slice(
 def _hu_and_mask(
     table: SliceTable, row: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(y, x) HU, air outside of the lungs if wanted, and the bool consensus mask."""
+    """Reads (y, x) HU, with air outside the lungs if set, and the bool consensus mask."""
     hu = table.read("hu", row)
     if batches.lung_mask:
         hu[table.read("lung", row) == 0] = AIR_HU
@@ -145,7 +146,7 @@ def _hu_and_mask(
 
 
 def _consensus(table: SliceTable, row: int, batches: config.Batches) -> np.ndarray:
-    """(y, x) bool consensus mask of the nodules."""
+    """Computes the (y, x) bool consensus mask of the nodules."""
     return scans.consensus(
         table.read("reader_bits", row),
         table.read("nodule_labels", row),

@@ -1,4 +1,4 @@
-"""Slices of the table as batches."""
+"""Makes batches from slices of the table."""
 
 import functools
 from dataclasses import replace
@@ -25,27 +25,28 @@ from dataset.slice_table import SliceTable
 
 
 class SliceGenerator(Generator):
-    """Batches of slices; see `Generator`.
+    """Generator of batches of slices; see `Generator`.
 
     Args:
         table: The open table.
-        rows: Rows of the table to use, e.g. those of one part of the split.
+        rows: Table rows to use, e.g. those of one part of the split.
         batches: Crop, window, target, batch size and share of nodule slices.
-        augmentation: Random changes; None gives plain crops.
-        pathology: Lesions simulated in augmented samples; None for none. They have draws
-            of their own, so the other changes are the same with and without. No nodule has
-            the shape of one of a patient of the table without any of these rows.
-        seed: Of order, crops and augmentation.
+        augmentation: Augmentation settings; None for plain crops.
+        pathology: Lesions to simulate in augmented samples; None for none. They use a
+            random stream of their own, so the augmentation is the same with and without
+            them. Simulated nodules never take the shape of a nodule from the table's
+            patients who have none of these rows.
+        seed: Seed of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
-        shuffle: True draws a new order and new changes each epoch. False is for
-            validation: all epochs are the same, and rows come in the order given.
+        shuffle: True draws a new order and new augmentation each epoch. False is for
+            validation: all epochs are the same, and rows keep the order given.
         balanced: Draw `batches.nodule_fraction` of each batch, and at least one row, from
-            the rows with target and the others from those without; the scarcer kind is
+            the rows with target and the others from those without; the rarer kind is
             repeated. False, or a fraction of 0, takes rows as they are.
-        with_slice_label: As for `Generator`.
+        with_slice_label: See `Generator`.
 
     Raises:
-        ValueError: If no row can be used, or the settings give the answer away.
+        ValueError: If no row is usable, or the input would be masked by the target.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class SliceGenerator(Generator):
             self.noise_field = augment2d.noise_field(batches.slice_px, seed=seeds)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Table rows of all batches of an epoch, one batch after the other."""
+        """Returns the table rows of an epoch, batch after batch."""
         rng = None
         if self.shuffle:
             rng = np.random.default_rng((SLICE_ORDER, self.seed, epoch))
@@ -101,7 +102,7 @@ class SliceGenerator(Generator):
         return np.concatenate(columns, axis=1).ravel()
 
     def sample(self, row: int, rng: np.random.Generator):
-        """One row as (y, x) float32 input and mask; see `Generator.sample`."""
+        """Makes a (y, x) float32 input and mask from a row; see `Generator.sample`."""
         batches = self.batches
         if self.readers is not None and self.augmentation is not None:
             return self.sample_of_readers(row, rng, self.readers, self.augmentation)
@@ -125,10 +126,10 @@ class SliceGenerator(Generator):
         readers: "Readers",
         changes: config.Augment,
     ):
-        """`sample` with what readers drew, each for himself, in place of the consensus.
+        """Makes a `sample` whose reference is the readers' votes or one reader per nodule.
 
-        Votes are interpolated, so a border that the warp takes between pixels stays where
-        it is.
+        The votes are interpolated, so that borders keep their subpixel position under the
+        warp.
         """
         hu, consensus, lung = read_row(self.table, row, self.batches)
         crop = self.crop(consensus, lung, rng)
@@ -144,20 +145,20 @@ class SliceGenerator(Generator):
         return image, mask
 
     def spacing_mm(self, row: int) -> list[float]:
-        """(y, x) spacing of the pixels of a row's sample."""
+        """Returns the (y, x) pixel spacing of a row's sample."""
         if self.batches.pixel_mm:
             return [self.batches.pixel_mm] * 2
         return stored_spacing_mm(self.table, row)
 
     def changed(self, hu, marks, crop, changes: config.Augment, rng):
-        """`sample` after its random changes."""
+        """Augments a slice; returns the input and the target mask."""
         image, marks, _ = self.warped(hu, marks, crop, changes, rng)
         return image, marks & augment2d.TARGET_BIT
 
     def warped(self, hu, marks, crop, changes: config.Augment, rng):
-        """Input and marks after random changes, and the warp that moved them.
+        """Augments a slice; returns the input, the marks and the warp applied to both.
 
-        With `lung_mask` only the box around the lungs is computed: the rest is 0.
+        With `lung_mask` only the bounding box of the lungs is computed; the rest is 0.
         """
         batches, size = self.batches, self.batches.slice_px
         warp = augment2d.draw_warp(changes, crop, size, rng)
@@ -175,7 +176,7 @@ class SliceGenerator(Generator):
         return inputs.normalised(image, batches), marks, warp
 
     def crop(self, mask, lung, rng: np.random.Generator) -> boxes.Crop:
-        """The part of the slice that becomes the sample, by `batches.crop`."""
+        """Chooses the part of the slice that becomes the sample, by `batches.crop`."""
         size = self.batches.slice_px
         match self.batches.crop:
             case "centre" | "seed":
@@ -188,15 +189,17 @@ class SliceGenerator(Generator):
                     mask, lung, size, rng, margin_px=shift_px
                 )
             case other:
-                raise ValueError(f"batches.crop is {other}; expected one of slices")
+                raise ValueError(
+                    f"batches.crop is {other}; expected centre, seed, lung or nodule"
+                )
 
 
 class Readers:
-    """What each reader drew on the slices of a table.
+    """Outlines of the individual readers on the slices of a table.
 
     Args:
         table: The open table.
-        min_readers: Nodules of fewer readers count as background.
+        min_readers: Minimum number of readers of a nodule; others count as background.
     """
 
     def __init__(self, table: SliceTable, min_readers: int = 1) -> None:
@@ -206,7 +209,7 @@ class Readers:
         self.bits = functools.lru_cache(maxsize=None)(self.bits_of_scan)
 
     def votes(self, row: int) -> np.ndarray:
-        """(y, x) float32 share of a nodule's readers that drew the pixel."""
+        """Computes the (y, x) float32 share of a nodule's readers who marked each pixel."""
         bits = self.table.read("reader_bits", row)
         labels = self.table.read("nodule_labels", row)
         counts = self.counts(int(self.table.rows["scan"][row]))
@@ -216,7 +219,7 @@ class Readers:
         return shares
 
     def one(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """(y, x) bool: what one reader drew, another one drawn for every nodule."""
+        """Returns a (y, x) bool mask of one randomly drawn reader per nodule."""
         bits = self.table.read("reader_bits", row)
         labels = self.table.read("nodule_labels", row)
         chosen = np.zeros(256, np.uint8)
@@ -229,7 +232,7 @@ class Readers:
         return (bits & chosen[labels]) > 0
 
     def bits_of_scan(self, scan_index: int) -> dict[int, int]:
-        """Label to the bits of all who drew that nodule, on any stored slice."""
+        """Collects by label the bits of all readers who marked the nodule on a stored slice."""
         drawn: dict[int, int] = {}
         for row in self.table.rows_of_scan(scan_index):
             if self.table.rows["nodule_px"][row]:
@@ -244,9 +247,9 @@ class Readers:
 def validation_of_slices(
     table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
 ) -> Generator:
-    """What validates: every tile of some slices, or the middle of every patch.
+    """Builds the validation generator: all tiles of slices, or the centres of patches.
 
-    The reference is the consensus. Arguments as of `tiles_of_slices`.
+    The reference is the consensus. See `tiles_of_slices` for the arguments.
     """
     batches = replace(batches, reference="consensus")
     if batches.crop != "seed":
@@ -262,16 +265,16 @@ def validation_of_slices(
 def tiles_of_slices(
     table: SliceTable, rows: np.ndarray, batches: config.Batches, **options: Any
 ) -> TileGenerator:
-    """Every tile of some slices.
+    """Builds a generator of all tiles of some slices.
 
-    They cover the lungs without asking where nodules are, so the score says how a network
-    does where it has to search too. Without a lung mask they cover the whole slice.
+    The tiles cover the lungs regardless of nodule positions, so the score includes how well
+    a network searches. Without a lung mask they cover the whole slice.
 
     Args:
         table: The open table.
         rows: Rows of the table.
-        batches: Window, target, size of the tiles and of a batch.
-        options: Of `TileGenerator`.
+        batches: Window, target, tile size and batch size.
+        options: Options of `TileGenerator`.
     """
 
     def read(row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -295,9 +298,9 @@ def tiles_of_slices(
 def read_row(
     table: SliceTable, row: int, batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """HU, target and, if the settings look at it, the lung mask of a row; each (y, x).
+    """Reads HU, target and, if the settings need it, the lung mask of a row, each (y, x).
 
-    All have pixels of `batches.pixel_mm`, if that is set.
+    All are resized to pixels of `batches.pixel_mm`, if that is set.
     """
     hu = table.read("hu", row)
     if batches.target == "lung":
@@ -305,7 +308,7 @@ def read_row(
         if batches.pixel_mm:
             spacing_mm = stored_spacing_mm(table, row)
             size = inputs.resized_px(hu.shape, spacing_mm, batches)
-            # Both lungs as one: where they meet, a pixel may be half of neither.
+            # Resize both lungs as one mask: where they touch, a pixel may be half of neither.
             mask = inputs.resized_labels((lung > 0).view(np.uint8), size)
             return (
                 inputs.resized(hu, size),
@@ -318,19 +321,19 @@ def read_row(
 
 
 def stored_spacing_mm(table: SliceTable, row: int) -> list[float]:
-    """(y, x) spacing of the pixels of a row as they are stored."""
+    """Returns the (y, x) pixel spacing of a row as stored in the table."""
     return table.scans["spacing_mm"][table.rows["scan"][row]][1:].tolist()
 
 
 def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
-    """Target and lung as bits of one image, so that one warp moves both."""
+    """Packs target and lung as bits of one image, so that one warp moves both."""
     return mask if lung is None else mask | (lung > 0) * np.uint8(augment2d.LUNG_BIT)
 
 
 def usable_rows(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """The rows that have what the settings ask for; see `batching.usable`."""
+    """Returns the rows with the masks that the settings need; see `batching.usable`."""
     rows = np.asarray(rows)
     return rows[usable(table, table.rows["scan"][rows], batches, of="rows")]
 
@@ -338,7 +341,7 @@ def usable_rows(
 def balanced_groups(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> list[tuple[np.ndarray, int]]:
-    """Rows with and rows without target, each with its number of rows per batch."""
+    """Splits rows into those with and without target, each with its rows per batch."""
     size = batches.batch_size
     if size == 1:
         return [(rows, 1)]
@@ -352,10 +355,10 @@ def balanced_groups(
 def rows_with_target(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """(rows,) bool: whether the slice has a pixel of the target.
+    """Returns (rows,) bool, True where the slice has a target pixel.
 
-    Reads the masks of all slices that a reader marked, as the consensus may be empty
-    where one of four readers drew an outline.
+    Reads the masks of all slices that any reader marked, because the consensus may be empty
+    where only one of four readers drew an outline.
     """
     if batches.target == "lung":
         return table.rows["lung_px"][rows] > 0
@@ -367,7 +370,7 @@ def rows_with_target(
 
 
 def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarray:
-    """(y, x) uint8 mask of 0 and 1: the consensus on nodules, or both lungs."""
+    """Reads the (y, x) uint8 target mask of 0 and 1: nodule consensus, or both lungs."""
     if batches.target == "lung":
         return (table.read("lung", row) > 0).astype(np.uint8)
     if table.rows["nodule_px"][row] == 0:
@@ -381,9 +384,9 @@ def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarr
 
 
 def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.ndarray:
-    """`count` of `rows`, each as often as any other or once more.
+    """Draws `count` of `rows`; each occurs equally often, or once more than others.
 
-    Without `rng` they keep their order; fewer than all are spread evenly over it.
+    Without `rng` the rows keep their order, and fewer than all are spread evenly over it.
     """
     if rng is None:
         if count < len(rows):

@@ -1,7 +1,8 @@
-"""Volumes of the table as augmented 3-D batches, and as tiles for validation.
+"""Makes augmented 3-D batches, and tiles for validation, from volumes of the table.
 
-The volumes are those that table.py stores with `table.volume_spacing_mm`; `input_px` of
-`config.Batches` is then (z, y, x). `data_generator.py` draws them and hands them to Keras.
+Needs the volumes that table.py stores with `table.volume_spacing_mm`; `input_px` of
+`config.Batches` is then (z, y, x). `data_generator.py` displays them and passes them to
+Keras.
 """
 
 import math
@@ -32,45 +33,45 @@ from dataset.batching import (
 from dataset.slice_table import SliceTable
 
 CACHE_BYTES = 2**33
-"""Most memory for volumes that training, and again validation, keeps after use: 290 chests at
-1.5 mm or 85 at 1 mm. One that is not kept is unpacked again, which takes 0.6 s at 1 mm."""
+"""Memory limit of the volume cache, once for training and once for validation: 290 chests at
+1.5 mm or 85 at 1 mm. Decompressing a volume again takes 0.6 s at 1 mm."""
 
 LEAST_VOXELS = 4
-"""Crops are laid around parts of nodules of at least so many voxels: what is left of smaller
-ones after a turn is hardly a nodule."""
+"""Minimum size of a nodule component that crops are placed around: hardly anything is left of
+a smaller one after rotation."""
 
 DENSE_HU = -500
-"""From here on a voxel in the lungs is no air: vessels, airway walls, the pleura, nodules."""
+"""Lower HU limit of dense voxels in the lungs: vessels, airway walls, the pleura, nodules."""
 
 INNER_PX = 3
-"""Half of the dense voxels lie as far as this within the lungs, among vessels; of all, most
-lie at the pleura."""
+"""Depth inside the lungs, in voxels, of the inner dense voxels, which lie among vessels. They
+are drawn as often as dense voxels of the whole lungs, most of which lie at the pleura."""
 
 MOST_DENSE = 20_000
-"""Dense voxels of either kind that are kept of a volume, spread evenly over all."""
+"""Upper limit of the dense voxels of each kind kept per volume, spread evenly over all."""
 
 CANDIDATE_REACH = [length / 2 - 1 for length in CANDIDATE_PX]
-"""How far from the middle of a candidate's crop a nodule is drawn, along each axis."""
+"""Distance limit per axis, in voxels, of a simulated nodule from the centre of its crop."""
 
 CANDIDATES_PER_SCAN = 4
-"""Candidates drawn one after the other from a scan, which costs more to read than they."""
+"""Candidates drawn in succession from a scan, since reading it costs more than they do."""
 
 TILE_MARGIN_PX = 4
-"""How far the tiles of validation reach beyond the box around the lungs."""
+"""Margin of the validation tiles around the bounding box of the lungs, in voxels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """What samples are made of.
+    """Resampled volume of a scan, from which samples are cut.
 
     Attributes:
         hu: (z, y, x) int16.
-        marks: (z, y, x) uint8, `augment.TARGET_BIT` and `augment.LUNG_BIT`.
-        lung_box: Around the lungs; None without lungs.
-        nodule_boxes: Around the connected parts of a nodule target; see `nodule_boxes`.
-        others: Of volumes for candidates, flat indices of voxels that samples are laid
-            around besides nodules: `dense_voxels` and, where networks marked something,
-            `hard_negatives`.
+        marks: (z, y, x) uint8 with the bits `augment2d.TARGET_BIT` and `augment2d.LUNG_BIT`.
+        lung_box: Bounding box of the lungs; None without lungs.
+        nodule_boxes: Boxes of the components of a nodule target; see `nodule_boxes`.
+        others: Flat indices of voxels other than nodules that candidates are centred on:
+            `dense_voxels` and, for scans with marks from networks, `hard_negatives`. Empty
+            unless `crop=candidate`.
     """
 
     hu: np.ndarray
@@ -85,14 +86,14 @@ class Volume:
 
 
 class VolumeCache:
-    """Volumes of a table, decompressed; those used last stay. Any thread may ask.
+    """Thread-safe cache of decompressed volumes of a table; drops the least recently used.
 
     Args:
         table: The open table.
-        batches: Target and consensus.
-        candidates: (n, 3) LPS x, y, z in mm that networks marked, by the id of the scan;
-            those that are no nodule are hard negatives.
-        most_bytes: Memory of what is kept.
+        batches: Target and consensus settings.
+        candidates: (n, 3) LPS x, y, z in mm of marks from networks, by scan id; marks with
+            no nodule at the centre of their crop are hard negatives.
+        most_bytes: Memory limit in bytes.
     """
 
     def __init__(
@@ -112,12 +113,12 @@ class VolumeCache:
         self.lock = threading.Lock()
 
     def read(self, scan_index: int) -> Volume:
-        """The volume of a scan; not to be written to."""
+        """Returns the volume of a scan; callers must not modify it."""
         with self.lock:
             if scan_index in self.kept:
                 self.kept.move_to_end(scan_index)
                 return self.kept[scan_index]
-        # Outside of the lock: two threads may read the same volume, and it is kept once.
+        # Read without the lock: two threads may read the same volume, but it is kept once.
         volume = read_table_volume(self.table, scan_index, self.batches)
         scan_id = str(self.table.scans["scan_id"][scan_index])
         if scan_id in self.candidates:
@@ -135,26 +136,27 @@ class VolumeCache:
 
 
 class VolumeGenerator(Generator):
-    """Batches of crops of volumes; see `Generator`.
+    """Generator of batches of crops from volumes; see `Generator`.
 
     Args:
         table: The open table, made with volumes.
-        scans: Indices of scans of the table, e.g. of `slice_idx.scans_of_part`.
+        scans: Indices of scans of the table, e.g. from `split.scans_of_part`.
         batches: Crop, window, target and batch size.
-        augmentation: Random changes; None gives plain crops.
-        pathology: Lesions simulated in augmented samples; None for none. They have draws
-            of their own, so the other changes are the same with and without. No nodule has
-            the shape of one of a patient of the table without any of these scans.
-        candidates: As of `VolumeCache`; of scans with hard negatives a third of the
-            samples that are not of a nodule are of these.
-        seed: Of order, crops and augmentation.
+        augmentation: Augmentation settings; None for plain crops.
+        pathology: Lesions to simulate in augmented samples; None for none. They use a
+            random stream of their own, so the augmentation is the same with and without
+            them. Simulated nodules never take the shape of a nodule from the table's
+            patients who have none of these scans.
+        candidates: See `VolumeCache`. In scans with hard negatives, these make up a third
+            of the samples that are not centred on a nodule.
+        seed: Seed of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all scans once.
-        shuffle: True draws a new order and new changes each epoch; False gives the scans
-            in the order given and the same crops every epoch.
-        with_slice_label: As for `Generator`.
+        shuffle: True draws a new order and new augmentation each epoch; False keeps the
+            scans in the order given, with the same crops every epoch.
+        with_slice_label: See `Generator`.
 
     Raises:
-        ValueError: If no scan can be used, or the settings give the answer away.
+        ValueError: If no scan is usable, or the input would be masked by the target.
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class VolumeGenerator(Generator):
         self.cache = VolumeCache(table, batches, candidates=candidates)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Scans of all batches of an epoch; see `drawn_scans`."""
+        """Returns the scans of an epoch, batch after batch; see `drawn_scans`."""
         each, count = self.each, len(self.scans)
         visits = -(-self.samples // each)
         if not self.shuffle:
@@ -212,7 +214,7 @@ class VolumeGenerator(Generator):
     def sample(
         self, row: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A crop as (z, y, x) float32 input and (z, y, x) uint8 mask of 0 and 1."""
+        """Makes a (z, y, x) float32 input and a (z, y, x) uint8 mask of 0 and 1 from a scan."""
         volume = self.cache.read(int(row))
         crop = self.crop(volume, rng)
         if self.augmentation is None:
@@ -231,10 +233,10 @@ class VolumeGenerator(Generator):
         pathology: config.Lesions,
         rng: np.random.Generator,
     ) -> tuple[Volume, augment3d.VolumeWarp]:
-        """The volume with lesions in it, and the warp that sees it as before.
+        """Returns the volume with simulated lesions, and the warp adapted to it.
 
-        Nodules, if they are the target, are drawn where the warp looks, and added to the
-        reference; of the volume this part is left.
+        If nodules are the target, they are simulated within the field of view of the warp
+        and added to the reference; the returned volume is cut to that field of view.
         """
         spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
         if self.batches.target == "lung":
@@ -264,7 +266,7 @@ class VolumeGenerator(Generator):
             box = boxes.near(
                 middle, CANDIDATE_REACH, (1, 1, 1), boxes.whole(lung.shape)
             )
-            # A real nodule in the middle stays; elsewhere one may be drawn in the lungs.
+            # A real nodule in the centre stays as it is; else one may be placed in the lungs.
             taken = (marks[box] & augment2d.TARGET_BIT).any()
             places = np.argwhere(lung[box] & ~taken) + [part.start for part in box]
         hu, drawn = lesions.simulate_nodules(
@@ -289,7 +291,7 @@ class VolumeGenerator(Generator):
         changes: config.Augment,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`sample` after its random changes."""
+        """Warps and augments a volume; returns the input and the target mask."""
         size = self.batches.volume_px
         scanner = augment3d.draw_scanner(changes, size, rng)
         marks = augment3d.warp_volume_labels(volume.marks, warp, size)
@@ -304,7 +306,7 @@ class VolumeGenerator(Generator):
         return image, marks & augment2d.TARGET_BIT
 
     def crop(self, volume: Volume, rng: np.random.Generator) -> Crop:
-        """The part of the volume that becomes the sample, by `batches.crop`."""
+        """Draws the part of the volume that becomes the sample, by `batches.crop`."""
         size, full = self.batches.volume_px, volume.hu.shape
         near, which, *place = rng.random(8)
         found = volume.nodule_boxes
@@ -336,15 +338,15 @@ def drawn_scans(
     real_fraction: float,
     seeds: tuple[int, ...],
 ) -> np.ndarray:
-    """Scans of an epoch in random order.
+    """Draws the scans of an epoch in random order.
 
     Args:
-        scans: (n,) indices, each drawn as often as any other of its kind, or once more.
-        phantoms: (n,) bool.
-        count: How many are drawn.
-        real_fraction: Share of those that are no phantoms, to the nearest scan; 0, or one
-            kind alone, makes one kind of all.
-        seeds: Decide the order, and which are drawn once more.
+        scans: (n,) indices; each is drawn equally often within its kind, or once more.
+        phantoms: (n,) bool, True for phantoms.
+        count: Number of scans to draw.
+        real_fraction: Share of real scans (no phantoms), rounded to whole scans. If it is
+            0, or if all scans are of one kind, the kind is ignored.
+        seeds: Seeds of the order and of the choice of scans that are drawn once more.
     """
 
     def turns(kind: np.ndarray, most: int) -> np.ndarray:
@@ -369,9 +371,9 @@ def validation_of_volumes(
     most: int = 0,
     **options: Any,
 ) -> Generator:
-    """What validates: every tile of some volumes, or candidates, the same in each epoch.
+    """Builds the validation generator: all tiles of volumes, or candidates.
 
-    Arguments as of `tiles_of_volumes`.
+    It is the same in each epoch. See `tiles_of_volumes` for the arguments.
     """
     if batches.crop != "candidate":
         return tiles_of_volumes(table, scans, batches, most=most, **options)
@@ -390,16 +392,16 @@ def validation_of_volumes(
 def tiles_of_volumes(
     table: SliceTable, scans: np.ndarray, batches: config.Batches, **options: Any
 ) -> TileGenerator:
-    """Every tile of some volumes, for validation.
+    """Builds a generator of all tiles of some volumes, for validation.
 
-    They cover the box around the lungs and a margin, or the volume where no lungs are
-    known.
+    The tiles cover the bounding box of the lungs with a margin, or the whole volume if it
+    has no lungs.
 
     Args:
         table: The open table, made with volumes.
         scans: Indices of scans of the table.
-        batches: Window, target, size of the tiles and of a batch.
-        options: Of `TileGenerator`.
+        batches: Window, target, tile size and batch size.
+        options: Options of `TileGenerator`.
     """
     cache = VolumeCache(table, batches)
 
@@ -419,7 +421,7 @@ def tiles_of_volumes(
 def read_table_volume(
     table: SliceTable, scan_index: int, batches: config.Batches
 ) -> Volume:
-    """A scan's volume from the table, with its target and where things are."""
+    """Reads a scan's volume from the table, with its target, boxes and dense voxels."""
     hu, lung = (table.volume(scan_index, name) for name in ("hu", "lung"))
     lung_bits = (lung > 0) * np.uint8(augment2d.LUNG_BIT)
     if batches.target == "lung":
@@ -436,27 +438,27 @@ def read_table_volume(
 
 
 def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
-    """(n, 3) indices (z, y, x) of the voxels at (n, 3) LPS x, y, z in mm.
+    """Converts (n, 3) LPS x, y, z in mm to (n, 3) voxel indices (z, y, x).
 
     Raises:
-        ValueError: If a place lies outside of the volume.
+        ValueError: If a point lies outside the volume.
     """
     index = np.rint(grid.ras_mm_to_index(flip_xy(places_lps_mm))).astype(int)
     outside = ((index < 0) | (index >= grid.shape)).any(axis=1)
     if outside.any():
         raise ValueError(
-            f"{outside.sum()} of {len(index)} places lie outside of the volume, the first "
+            f"{outside.sum()} of {len(index)} points lie outside the volume, the first "
             f"at {tuple(places_lps_mm[outside][0].tolist())} LPS mm"
         )
     return index
 
 
 def hard_negatives(places: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    """int32 flat indices of the places whose crops have no nodule in their middle.
+    """Returns int32 flat indices of the voxels whose crops have no nodule at the centre.
 
     Args:
         places: (n, 3) indices (z, y, x) in the volume.
-        marks: As of `Volume`.
+        marks: Target and lung bits; see `Volume`.
     """
     nodule = marks & augment2d.TARGET_BIT
     alone = [
@@ -471,7 +473,7 @@ def hard_negatives(places: np.ndarray, marks: np.ndarray) -> np.ndarray:
 
 
 def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32 flat indices of voxels in the lungs that are no air: of any, of inner ones."""
+    """Finds int32 flat indices of all dense voxels in the lungs, and of the inner ones."""
     from scipy import ndimage
 
     box = boxes.around(lung) or boxes.whole(lung.shape)
@@ -485,7 +487,7 @@ def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
-    """The boxes around connected parts of a (z, y, x) bool mask, of `LEAST_VOXELS` or more."""
+    """Finds boxes of the (z, y, x) mask's components with `LEAST_VOXELS` or more voxels."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
@@ -499,10 +501,10 @@ def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
 def usable_scans(
     table: SliceTable, scans: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """The scans that have what the settings ask for; see `batching.usable`.
+    """Returns the scans with the masks that the settings need; see `batching.usable`.
 
     Raises:
-        ValueError: If none has, or the table has no volumes.
+        ValueError: If no scan is usable, or the table has no volumes.
     """
     if not table.settings.volume_spacing_mm:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Reading the table of slices, from any number of threads; its format and checksums.
+"""Reads the table of slices from any number of threads; defines its format and checksums.
 
-The format is in docs/formats.md; table.py writes it.
+table.py writes the table; docs/formats.md describes the format.
 """
 
 import functools
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import tables
 
 FORMAT_VERSION = 1
-"""Raised when a change makes older tables unreadable."""
+"""Format version of the table; increased when a change makes older tables unreadable."""
 
 DTYPES = {
     "hu": np.dtype(np.int16),
@@ -76,23 +76,23 @@ NODULE = np.dtype(
 SKIPPED = np.dtype([("scan_id", "S128"), ("reason", "S1000"), ("source_sha256", "S64")])
 
 NOT_CONTENT = {"scan", "first_row", "sha256", "source_sha256"}
-"""Columns outside of a scan's checksum: they say where it lies, not what it is."""
+"""Columns left out of a scan's checksum: positions in the table, and checksums themselves."""
 
 
 class SliceTable:
-    """A table, open for reading.
+    """Table that is open for reading.
 
-    Any number of threads may read at once: only the look-up of where a slice lies is
-    under a lock; reading from disk and decompression are not. In another process open
-    it again; a pickled table does that by itself.
+    Any number of threads may read at once: only the look-up of a slice's position in the
+    file is under a lock, reading and decompression are not. Each process must open the
+    table itself; unpickling does that.
 
     Attributes:
-        path: The file.
-        settings: The `config.Table` it was made with.
-        provenance: What made it.
-        rows, scans, nodules: Structured arrays; fields in docs/formats.md.
+        path: Path of the file.
+        settings: Settings that the table was made with.
+        provenance: Provenance record from the table's creation.
+        rows, scans, nodules: Structured arrays; docs/formats.md lists the fields.
         patient_ids: (rows,) str patient of each row.
-        sha256: Checksum of the table's content, from its scans' checksums.
+        sha256: Checksum of the table's content, computed from the checksums of its scans.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,8 +115,8 @@ class SliceTable:
         self.patient_ids = self.scans["patient_id"][self.rows["scan"]]
         self.sha256 = text_sha256("\n".join(self.scans["sha256"]))
         self._slices = {name: self._h5.get_node("/slices", name) for name in VOLUMES}
-        # Where each slice lies, once it was asked for: looking it up takes PyTables as
-        # long as decompressing 400x400 pixels.
+        # Cached positions of slices in the file: a look-up by PyTables takes as long as
+        # decompressing 400x400 pixels.
         self._places = {name: np.zeros((len(self), 2), np.int64) for name in VOLUMES}
 
     def __enter__(self) -> "SliceTable":
@@ -132,11 +132,11 @@ class SliceTable:
         return len(self.rows)
 
     def close(self) -> None:
-        """Ends reading; closing twice does no harm."""
+        """Closes the table; a second call does nothing."""
         self._close()
 
     def read(self, name: str, row: int) -> np.ndarray:
-        """One slice.
+        """Reads one slice.
 
         Args:
             name: "hu", "lung", "reader_bits" or "nodule_labels".
@@ -156,19 +156,19 @@ class SliceTable:
         return self._decompressed(node, int(row), *place.tolist())
 
     def readers_of_label(self, scan_index: int) -> np.ndarray:
-        """(256,) uint8: number of readers of each nodule label of a scan."""
+        """Returns (256,) uint8 with the number of readers of each nodule label of a scan."""
         nodules = self.nodules[self.nodules["scan"] == scan_index]
         counts = np.zeros(256, np.uint8)
         counts[nodules["label"]] = nodules["readers"]
         return counts
 
     def rows_of_scan(self, scan_index: int) -> range:
-        """Row numbers of a scan, rising with z."""
+        """Returns the row numbers of a scan, in order of z."""
         first, count = self.scans[["first_row", "rows"]][scan_index].tolist()
         return range(first, first + count)
 
     def other_patients(self, scans: np.ndarray) -> frozenset[str]:
-        """Patients with no scan among these; of a series of LIDC-IDRI, its patient too."""
+        """Returns the patients with no scan among these, LIDC-IDRI patients by series too."""
         names = self.scans["patient_id"]
         others = ~np.isin(names, names[scans])
         series = zip(names[others], self.scans["series_uid"][others], strict=True)
@@ -176,7 +176,7 @@ class SliceTable:
         return frozenset(names[others].tolist()) | (known - {""})
 
     def volume(self, scan_index: int, name: str) -> np.ndarray:
-        """A scan's resampled volume, (z, y, x), as `read` says of one slice.
+        """Reads a scan's resampled volume, (z, y, x); see `read` for names and dtypes.
 
         Raises:
             ValueError: If the table was made without volumes.
@@ -188,19 +188,19 @@ class SliceTable:
         return volume
 
     def volume_affine(self, scan_index: int) -> np.ndarray:
-        """(4, 4) affine of a scan's volumes, array index -> RAS mm."""
+        """Reads the (4, 4) affine of a scan's volumes, array index -> RAS mm."""
         node, _ = self._volume_node(scan_index, "hu")
         with self._lock:
             return np.array(node._v_parent._v_attrs.affine)
 
     def volume_grid(self, scan_index: int) -> Grid:
-        """Where a scan's volumes lie."""
+        """Returns the grid of a scan's volumes."""
         _, shape = self._volume_node(scan_index, "hu")
         z, y, x = shape
         return Grid((z, y, x), self.volume_affine(scan_index))
 
     def checksum(self, scan_index: int) -> str:
-        """SHA-256 of a scan's content as it now reads; equal to `scans["sha256"]`."""
+        """Computes the SHA-256 of a scan's content; equals `scans["sha256"]` if intact."""
         rows = self.rows_of_scan(scan_index)
         facts = (
             self._stored_scans[scan_index : scan_index + 1],
@@ -232,7 +232,7 @@ class SliceTable:
         return self._decompressed(node, index, *self._place(node, index))
 
     def _place(self, node: Any, index: int) -> tuple[int, int]:
-        """Offset and size of a chunk in the file."""
+        """Finds offset and size of a chunk in the file."""
         with self._lock:
             place = node.chunk_info((index, 0, 0))
         if place.offset is None:
@@ -253,7 +253,7 @@ class SliceTable:
     def _damaged(self, node: Any, index: int) -> OSError:
         return OSError(
             f"{self.path}: slice {index} of {node._v_pathname} is damaged; "
-            "see table.py --verify, and make the table again with --overwrite"
+            "check it with table.py --verify, and make it again with --overwrite"
         )
 
 
@@ -286,7 +286,7 @@ def _close_both(h5: "tables.File", fd: int) -> None:
 
 
 def _as_text(array: np.ndarray) -> np.ndarray:
-    """A structured array whose bytes fields became str, each as wide as it must be."""
+    """Converts the bytes fields of a structured array to str of the least width."""
     columns = {}
     for name in array.dtype.names or ():
         column = array[name]
@@ -300,11 +300,11 @@ def _as_text(array: np.ndarray) -> np.ndarray:
 
 
 def _decompress(frame: bytes, image: np.ndarray) -> None:
-    """Fills `image` from the one chunk of a Blosc2 frame, without holding the GIL.
+    """Fills `image` from the only chunk of a Blosc2 frame, without holding the GIL.
 
-    The chunk follows the frame's header, whose length is a big-endian int32 at byte 11;
-    at byte 4 of the chunk is its uncompressed length (Blosc2's cframe and chunk formats).
-    A frame of one value throughout has no chunk there: then, the slow way makes one.
+    The chunk follows the frame's header, whose length is a big-endian int32 at byte 11; the
+    chunk's uncompressed length is at its byte 4 (Blosc2's cframe and chunk formats). A
+    frame of a single repeated value has no chunk there; `_only_chunk` then makes one.
     """
     import blosc2
 
@@ -312,24 +312,24 @@ def _decompress(frame: bytes, image: np.ndarray) -> None:
     if int.from_bytes(chunk[4:8], "little") != image.nbytes:
         chunk = _only_chunk(frame)
         if blosc2.get_cbuffer_sizes(chunk)[0] != image.nbytes:
-            raise ValueError("the chunk has another size than the slice")
+            raise ValueError("the size of the chunk differs from that of the slice")
     blosc2.decompress2(chunk, dst=image, nthreads=1)
 
 
 @functools.lru_cache(maxsize=64)
 def _only_chunk(frame: bytes) -> bytes:
-    """The chunk of a frame, the slow way. Empty masks of one size have one frame."""
+    """Reads the chunk of a frame slowly; cached, as empty masks of one size share a frame."""
     import blosc2
 
     return blosc2.schunk_from_cframe(frame).get_chunk(0)
 
 
 def compressed(image: np.ndarray) -> bytes:
-    """A Blosc2 frame of one chunk in C order, as the HDF5 filter of Blosc2 reads it.
+    """Compresses an image to a Blosc2 frame of one C-order chunk, as HDF5's filter reads it.
 
-    PyTables itself would store blocks of 256x256 px, which only it puts back in order.
-    Masks are not shuffled: with bits shuffled they are read four times slower, and a table
-    is smaller by 2 kB of 250 per slice.
+    PyTables itself would store blocks of 256x256 px, which only PyTables can reassemble.
+    Masks are not shuffled: bit shuffling would make reading them four times slower and
+    save only 2 of 250 kB per slice.
     """
     import blosc2
 
@@ -365,10 +365,10 @@ def content_sha256(facts: Iterable[np.ndarray], arrays: Iterable[np.ndarray]) ->
 
 
 def verify_table(path: Path) -> list[str]:
-    """Reads a whole table again; the ids of the scans that changed since it was written.
+    """Reads a whole table and returns the ids of the scans that are damaged or changed.
 
     Raises:
-        ValueError: If `path` is no table of this version.
+        ValueError: If `path` is not a table of this version.
     """
     from tqdm import tqdm
 

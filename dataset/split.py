@@ -1,4 +1,4 @@
-"""A stored split: who is in which part, read and applied to a table."""
+"""Reads a stored split of the patients into parts and applies it to a table."""
 
 import json
 from collections import Counter
@@ -11,36 +11,36 @@ import numpy as np
 from dataset.slice_table import SliceTable, text_sha256
 
 FORMAT_VERSION = 1
-"""Raised when a change makes older splits unreadable."""
+"""Format version of split.json; increased when a change makes older splits unreadable."""
 
 PARTS = ("train", "validation", "test")
 
 Parts = dict[str, list[str]]
-"""Part to the sorted ids of its patients, or with `unit=slice` its slices."""
+"""Sorted ids of the patients, or with `unit=slice` of the slices, by part."""
 
 
 def slice_ids(table: SliceTable) -> np.ndarray:
-    """(rows,) str "SCAN_ID/Z" of each row, the entries of a split by slice."""
+    """Returns (rows,) str "SCAN_ID/Z", the entries of a split by slice."""
     scan_ids = table.scans["scan_id"][table.rows["scan"]].tolist()
     z = table.rows["z"].tolist()
     return np.array([f"{s}/{i}" for s, i in zip(scan_ids, z, strict=True)])
 
 
 def split_sha256(parts: Mapping[str, Sequence[str]]) -> str:
-    """SHA-256 of who is in which part; the order within a part does not matter."""
+    """Computes the SHA-256 of the parts, independent of the order within a part."""
     return text_sha256(json.dumps({part: sorted(parts[part]) for part in PARTS}))
 
 
 def read_split(path: Path) -> dict[str, Any]:
-    """The record in a split.json.
+    """Reads the record in a split.json.
 
-    A split by patient that is written by hand needs `format_version`, `settings` and
-    `parts` alone.
+    A split by patient that is written by hand needs only `format_version`, `settings` and
+    `parts`.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is of another version, was edited (remove `sha256` to accept
-            that), or puts a patient in two parts.
+        FileNotFoundError: If the file is missing.
+        ValueError: If it has another version, was edited (remove `sha256` to accept that),
+            or lists a patient twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +59,7 @@ def read_split(path: Path) -> dict[str, Any]:
     sha256 = split_sha256(parts)
     if record.setdefault("sha256", sha256) != sha256:
         raise ValueError(
-            f"{path}: the parts do not have the checksum it states; it was edited. "
+            f"{path}: the parts do not match the stored sha256; the file was edited. "
             "Remove its sha256 to accept that, or run slice_idx.py again"
         )
     record.setdefault("leaks", record["settings"]["unit"] == "slice")
@@ -67,22 +67,22 @@ def read_split(path: Path) -> dict[str, Any]:
 
 
 def _refuse_shared(parts: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Raises ValueError if an entry stands twice."""
+    """Raises ValueError if an entry is listed twice."""
     counts = Counter(entry for part in PARTS for entry in parts[part])
     twice = sorted(entry for entry, count in counts.items() if count > 1)
     if twice:
         where = [part for part in PARTS if twice[0] in parts[part]]
         raise ValueError(
-            f"{path}: {twice[0]} stands twice, in {' and '.join(where)} ({len(twice)} "
-            "such entries); that leaks; run slice_idx.py again"
+            f"{path}: {twice[0]} is listed twice, in {' and '.join(where)} ({len(twice)} "
+            "such entries), which leaks data; run slice_idx.py again"
         )
 
 
 def rows_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.ndarray:
-    """The table's rows in a part of a split.
+    """Returns the table's rows in a part of a split.
 
     Args:
-        split: From `read_split`.
+        split: Record from `read_split`.
         table: The table whose patients were split.
         part: "train", "validation" or "test".
 
@@ -90,7 +90,7 @@ def rows_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.n
         Sorted row numbers.
 
     Raises:
-        ValueError: If the split is of other patients than the table's.
+        ValueError: If the patients or slices of the split are not those of the table.
     """
     by_slice = split["settings"]["unit"] == "slice"
     entries = slice_ids(table) if by_slice else table.patient_ids
@@ -107,17 +107,17 @@ def rows_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.n
 
 
 def scans_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.ndarray:
-    """Sorted indices of the table's scans in a part of a split by patient.
+    """Returns the sorted indices of the table's scans in a part of a split by patient.
 
     Raises:
-        ValueError: If the split is by slice, or of other patients than the table's.
+        ValueError: If the split is by slice, or its patients are not those of the table.
     """
     if split["settings"]["unit"] == "slice":
         raise ValueError(
-            "the split is by slice, and volumes have no slices to share out; run "
+            "the split is by slice, but volumes can only be split by patient; run "
             "slice_idx.py with --split.unit patient"
         )
-    rows_of_part(split, table, part)  # refuses a split of others
+    rows_of_part(split, table, part)  # raises if the split is of other patients
     return np.flatnonzero(np.isin(table.scans["patient_id"], split["parts"][part]))
 
 
@@ -129,7 +129,7 @@ def _some(entries: set[str]) -> str:
 
 
 def patients_of_part(split: Mapping[str, Any], part: str) -> list[str]:
-    """Sorted patients in a part; of a split by slice, those with a slice in it."""
+    """Returns the sorted patients in a part; in a split by slice, those with a slice there."""
     entries = split["parts"][part]
     if split["leaks"]:
         scan_ids = {entry.rpartition("/")[0] for entry in entries}
@@ -138,7 +138,7 @@ def patients_of_part(split: Mapping[str, Any], part: str) -> list[str]:
 
 
 def slices_of_part(split: Mapping[str, Any], part: str) -> dict[str, list[int]]:
-    """Scan id to the slices (z) in a part; only of a split by slice."""
+    """Returns the slices (z) in a part by scan id; for a split by slice only."""
     slices: dict[str, list[int]] = {}
     for entry in split["parts"][part]:
         scan_id, _, z = entry.rpartition("/")

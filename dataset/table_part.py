@@ -1,4 +1,4 @@
-"""What the table holds of one scan: chosen slices, their facts, resampled volumes."""
+"""Makes a scan's part of the table: chosen slices, their records, resampled volumes."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,21 +14,21 @@ from dataset.slice_table import NODULE, ROW, SCAN, content_sha256, text_sha256
 log = logging.getLogger(__name__)
 
 HEALTHY_SLICES = 11
-"""With `slices=nodule`, a scan in which readers found no nodule gives negatives as if it
-had this many nodule slices: the median of the 883 LIDC-IDRI scans with a nodule."""
+"""Number of nodule slices assumed, with `slices=nodule`, for a scan without nodules when
+negatives are drawn: the median of the 883 LIDC-IDRI scans with a nodule."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What the table holds of one scan, in memory.
+    """Part of the table for one scan, in memory.
 
     Attributes:
-        scan: (1,) `SCAN`.
-        rows: (rows,) `ROW`.
-        nodules: (nodules,) `NODULE`.
-        slices: Name to (rows, y, x).
-        volumes: Name to (z, y, x) resampled volume; empty when none is stored.
-        volume_affine: (4, 4) array index of the volumes -> RAS mm.
+        scan: (1,) `SCAN` record.
+        rows: (rows,) `ROW` records.
+        nodules: (nodules,) `NODULE` records.
+        slices: (rows, y, x) slices by name.
+        volumes: (z, y, x) resampled volumes by name; empty if none are stored.
+        volume_affine: (4, 4) affine of the volumes, array index -> RAS mm.
     """
 
     scan: np.ndarray
@@ -39,7 +39,7 @@ class Part:
     volume_affine: np.ndarray
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """In the order of `SliceTable.checksum`."""
+        """Yields all arrays in the order of `SliceTable.checksum`."""
         yield from self.slices.values()
         if self.volumes:
             yield self.volume_affine
@@ -47,11 +47,11 @@ class Part:
 
 
 def make_part(scan: Scan, settings: config.Table, source_sha256: str) -> Part:
-    """What the table holds of a scan.
+    """Makes the part of the table for a scan.
 
     Raises:
-        ScanError: If the scan lacks a mask that `settings.slices` goes by, or has an id
-            too long for the table.
+        ScanError: If the scan lacks a mask that `settings.slices` needs, or has an id that
+            is too long for the table.
     """
     volumes = {
         "hu": scan.hu,
@@ -71,14 +71,14 @@ def make_part(scan: Scan, settings: config.Table, source_sha256: str) -> Part:
     rows = np.zeros(len(chosen), ROW)
     rows["z"], rows["z_mm"] = chosen, _z_mm(scan, chosen)
     rows["lung_px"], rows["nodule_px"] = lung_px[chosen], nodule_px[chosen]
-    # Patches have a scale of their own: air would be far below it.
+    # Patches have their own intensity scale, far above the HU of air.
     beyond = AIR_HU if scan.whole else int(scan.hu.min())
     slices = {"hu": fit(scan.hu[chosen], settings.size_px, fill=beyond)}
     slices |= {name: masks[chosen] for name, masks in fitted.items()}
     cut_px = int(np.count_nonzero(volumes["reader_bits"]) - nodule_px.sum())
     if cut_px:
         log.warning(
-            "scan %s: %d px that readers marked lie outside of %s px",
+            "scan %s: %d px that readers marked lie outside the slice size of %s px",
             scan.scan_id,
             cut_px,
             settings.size_px,
@@ -99,23 +99,23 @@ def make_part(scan: Scan, settings: config.Table, source_sha256: str) -> Part:
 def choose_slices(
     scan: Scan, lung_px: np.ndarray, nodule_px: np.ndarray, settings: config.Table
 ) -> np.ndarray:
-    """The slices of a scan that go into the table.
+    """Chooses the slices of a scan that go into the table.
 
     With `slices=nodule`, negatives are drawn among the slices with lung and without
-    nodule. The draw depends on the seed and the scan's id alone, so another cohort or
-    another order of the scans changes nothing.
+    nodule. The draw depends on the seed and the scan's id alone, not on the cohort or on
+    the order of the scans.
 
     Args:
-        scan: The scan; `lung` or `reader_bits` may be unknown.
+        scan: The scan; `lung` or `reader_bits` may be missing.
         lung_px: (z,) lung pixels per slice.
         nodule_px: (z,) pixels per slice that any reader marked.
-        settings: Which slices.
+        settings: Settings of the choice.
 
     Returns:
         Sorted z indices.
 
     Raises:
-        ScanError: If the mask that decides is unknown.
+        ScanError: If a mask that the choice needs is missing.
     """
     if settings.slices == "all":
         return np.arange(len(lung_px))
@@ -124,15 +124,15 @@ def choose_slices(
     if scan.lung is None:
         raise ScanError(
             f"scan {scan.scan_id} has no lung mask, which table.slices={settings.slices} "
-            "needs; run preprocess.py again, or take --table.slices all"
+            "needs; run preprocess.py again, or use --table.slices all"
         )
     if settings.slices == "lung":
         return np.flatnonzero(lung_px)
     if scan.reader_bits is None:
         raise ScanError(
-            f"scan {scan.scan_id} has no nodule masks, so no slices with nodules can be "
-            "chosen to train on; segment it with infer.py --input, or store all its slices "
-            "with --table.slices lung"
+            f"scan {scan.scan_id} has no nodule masks, which table.slices=nodule needs to "
+            "choose training slices; segment it with infer.py --input, or store all slices "
+            "with lung with --table.slices lung"
         )
     with_nodule = np.flatnonzero(nodule_px)
     negatives = np.flatnonzero((lung_px > 0) & (nodule_px == 0))
@@ -146,14 +146,15 @@ def choose_slices(
 
 
 def offset_px(shape_px: Sequence[int], size_px: Sequence[int]) -> tuple[int, int]:
-    """Where pixel (0, 0) of an image lies in one of another size with the same centre.
+    """Computes the offset of an image in one of another size with the same centre.
 
     Args:
         shape_px: (y, x) size of the image.
-        size_px: (y, x) size it is padded or cut to.
+        size_px: (y, x) size that it is padded or cut to.
 
     Returns:
-        (y, x), negative where it is cut; an odd pixel goes last.
+        (y, x) position of pixel (0, 0), negative where the image is cut. An odd pixel is
+        added or cut at the end.
     """
     y, x = (
         int((size - full) / 2) for full, size in zip(shape_px, size_px, strict=True)
@@ -162,15 +163,15 @@ def offset_px(shape_px: Sequence[int], size_px: Sequence[int]) -> tuple[int, int
 
 
 def fit(images: np.ndarray, size_px: tuple[int, int], *, fill: int) -> np.ndarray:
-    """Images padded or cut to (y, x) `size_px` around their centre.
+    """Pads or cuts images to `size_px` around their centre.
 
     Args:
-        images: (z, y, x).
-        size_px: (y, x).
+        images: (z, y, x) images.
+        size_px: (y, x) size.
         fill: Value of the padding.
 
     Returns:
-        (z, y, x); `images` itself when the size is right.
+        (z, y, x); `images` itself if it already has that size.
     """
     if images.shape[1:] == tuple(size_px):
         return images
@@ -186,7 +187,7 @@ def fit(images: np.ndarray, size_px: tuple[int, int], *, fill: int) -> np.ndarra
 
 
 def _z_mm(scan: Scan, z: np.ndarray) -> np.ndarray:
-    """RAS z of the centre of each slice."""
+    """Returns the RAS z in mm of the centre of each slice."""
     _, height, width = scan.hu.shape
     centre = [(height - 1) / 2, (width - 1) / 2]
     index = np.column_stack((z, np.broadcast_to(centre, (len(z), 2))))
@@ -232,7 +233,7 @@ def _nodule_records(scan: Scan) -> np.ndarray:
 def _volumes(
     scan: Scan, volumes: Mapping[str, np.ndarray], spacing_mm: float
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The resampled volumes by name and their affine; none if `spacing_mm` is 0."""
+    """Resamples the volumes; returns them by name with their affine, none if spacing is 0."""
     if not spacing_mm:
         return {}, np.eye(4)
     weights, affine = resample.isotropic(scan.grid, spacing_mm)

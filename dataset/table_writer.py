@@ -1,4 +1,4 @@
-"""Writes the table: parts of one scan each, joined chunk by chunk."""
+"""Writes the table: one part per scan, then all parts joined chunk by chunk."""
 
 import errno
 import json
@@ -47,14 +47,14 @@ def join_parts(
     *,
     mask: dict[str, Any] | None = None,
 ) -> None:
-    """Joins tables of the same settings; slices are copied as they are, compressed.
+    """Joins tables with the same settings; compressed slices are copied unchanged.
 
     Args:
-        parts: Tables of at least one scan together, in the order of the result.
-        out: The table; it appears whole or not at all.
-        settings: Of all parts.
-        skipped: (scans,) `SKIPPED` scans that are in no part.
-        mask: How the lung masks were made.
+        parts: Tables to join, with at least one scan in total, in the order of the result.
+        out: Table to write, atomically.
+        settings: Settings that all parts were made with.
+        skipped: (scans,) `SKIPPED` records of scans that are in no part.
+        mask: Provenance of the lung masks.
     """
     from tqdm import tqdm
 
@@ -169,8 +169,8 @@ def _rows_of(part: Path) -> int:
 def check_read_back(written: Path, path: Path) -> None:
     """Raises OSError if a table does not hold what was written.
 
-    HDF5 keeps back some of what it writes until it closes the file, and PyTables does
-    not say when that fails.
+    HDF5 buffers part of its output until it closes the file, and PyTables does not report
+    if that fails.
     """
     try:
         good = not verify_table(written)
@@ -187,10 +187,10 @@ def _require_room(parts: Sequence[Path], out: Path) -> None:
         raise OSError(
             errno.ENOSPC,
             f"{out} needs {files.size_text(needed)}, {files.size_text(free)} are free "
-            "there; free some space, and the same command goes on from here",
+            "there; free some space and repeat the command, which resumes from here",
         )
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """Returns the nearest existing folder above `path`."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())

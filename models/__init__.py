@@ -1,4 +1,4 @@
-"""Networks and losses by the names that settings use; the only code that imports Keras."""
+"""Builds networks and losses from settings; import it before Keras to keep TensorFlow quiet."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from typing import Any
 def import_quietly() -> None:
     """Imports TensorFlow without its banners and hints, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
-    TensorFlow writes some to stderr before it has read that variable. Among what it calls
-    errors are that there is no GPU, and that oneDNN knows no bool on this CPU. Python's own
-    errors come through.
+    Redirects stderr for the time of the import, because TensorFlow writes to it before it
+    reads that variable. It logs as errors that there is no GPU and that oneDNN does not
+    support bool on this CPU. Python exceptions still come through.
     """
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if level < "2" or os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
@@ -25,7 +25,7 @@ def import_quietly() -> None:
         import tensorflow as tf
 
         tf.config.list_physical_devices("GPU")
-        # A 3-D network is built, and so traced, for each shape of scan on purpose.
+        # 3-D networks are built, and so traced again, for each scan shape on purpose.
         tf.get_logger().addFilter(
             lambda line: "make_predict_function" not in line.getMessage()
         )
@@ -66,16 +66,16 @@ def build_model(
     num_classes: int,
     **inputs: bool,
 ) -> keras.Model:
-    """The network that `settings` describes, under the precision policy now in force.
+    """Builds the network that `settings` describes, under the current precision policy.
 
     Args:
-        settings: Name and options; those that the network does not have are not used.
-        input_shape: (y, x, channels), or (z, y, x, channels) of unet3d.
-        num_classes: Classes of the mask, background included.
-        inputs: `noise_input` of unet3d.
+        settings: Name and options; options that the network does not have are ignored.
+        input_shape: (y, x, channels), or (z, y, x, channels) for unet3d.
+        num_classes: Number of mask classes, background included.
+        inputs: Further options of the network: `noise_input` for unet3d.
 
     Raises:
-        ValueError: If ImageNet weights are asked of a network that has none.
+        ValueError: If ImageNet weights are requested for a network that has none.
     """
     options: dict[str, Any] = {"filters": settings.filters, "dropout": settings.dropout}
     match settings.name:
@@ -110,14 +110,14 @@ def build_model(
             }
     if settings.weights != "none" and settings.name != "nasnet_gcn_se":
         raise ValueError(
-            f"model.weights is {settings.weights!r}, but {settings.name} has no such "
+            f"model.weights is {settings.weights!r}, but {settings.name} has no pretrained "
             "weights; use --model.weights none"
         )
     return MODELS[settings.name](input_shape, num_classes, **options)
 
 
 def build_loss(settings: config.Loss) -> Callable:
-    """The loss that `settings` describes: a function of (y_true, y_pred)."""
+    """Returns the loss that `settings` describes, a function of (y_true, y_pred)."""
     loss = LOSSES[settings.name]
     if "weighted_cross_entropy" not in settings.name:
         return loss

@@ -1,4 +1,4 @@
-"""Dropout in use, for Monte-Carlo passes: seeded, everything else as in inference."""
+"""Seeded dropout at inference for Monte Carlo passes; other layers stay in inference mode."""
 
 import keras
 import numpy as np
@@ -6,10 +6,10 @@ from keras import layers
 
 
 class Dropping(layers.Layer):
-    """A dropout layer that also drops in use.
+    """Dropout layer that is also active at inference.
 
     Args:
-        dropout: The layer; its rate and its state are used.
+        dropout: Wrapped layer; its rate and its random state are used.
     """
 
     def __init__(self, dropout: layers.Dropout, **kwargs):
@@ -21,9 +21,10 @@ class Dropping(layers.Layer):
 
 
 def with_dropout(network: keras.Model) -> keras.Model:
-    """The network, its layers shared, with dropout in use.
+    """Returns a copy of the network whose dropout is active at inference; layers are shared.
 
-    Called with training=True instead, it would also normalise by the batch.
+    Calling the network with training=True instead would also make batch normalisation use
+    the statistics of the batch.
     """
 
     def clone(layer):
@@ -33,7 +34,7 @@ def with_dropout(network: keras.Model) -> keras.Model:
 
 
 def seed_dropout(network: keras.Model, seed: int, k: int) -> None:
-    """Makes what a network `with_dropout` drops next follow from (seed, k) alone."""
+    """Seeds the dropout of a network from `with_dropout`: pass k depends on (seed, k) alone."""
     dropping = [layer for layer in network.layers if isinstance(layer, Dropping)]
     for place, layer in enumerate(dropping):
         state = np.random.SeedSequence((seed, k, place)).generate_state(2)

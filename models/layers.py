@@ -1,25 +1,26 @@
-"""Blocks that the networks are made of: functions of Keras tensors, channels last."""
+"""Building blocks of the networks: functions on Keras tensors, channels last."""
 
 import keras
 import numpy as np
 from keras import KerasTensor, layers, ops
 
 BATCH_NORM_MOMENTUM = 0.95
-"""Keras' NASNet uses 0.9997, for runs of millions of steps: after a few hundred its moving
-statistics are still the initial ones, and the network fails as soon as it is not training."""
+"""Momentum of batch normalisation. Keras' NASNet uses 0.9997, meant for millions of steps:
+after a few hundred steps its moving statistics are still near their initial values, so the
+network fails at inference."""
 
 
 SEED_PX = 16.0
-"""Distance from the seed at which nearness is one half."""
+"""Distance in pixels from the seed point at which nearness is one half."""
 
 
 @keras.saving.register_keras_serializable("nodules")
 class Nearness(layers.Layer):
-    """Adds a channel: how near each pixel is to the middle of the input, in 0..1.
+    """Layer that adds a channel with the nearness of each pixel to the input's centre, 0..1.
 
-    It is s / (s + distance) with s = `SEED_PX`, the same for every size of input.
+    Nearness is s / (s + distance) with s = `SEED_PX`, independent of the input size.
 
-    Input shape: (batch, y, x, channels) or (batch, z, y, x, channels), sizes stated.
+    Input shape: (batch, y, x, channels) or (batch, z, y, x, channels), spatial sizes static.
     Output shape: the same with one channel more.
     """
 
@@ -44,7 +45,7 @@ def convolution(
     dilation: int = 1,
     separable: bool = False,
 ) -> KerasTensor:
-    """Convolution, batch normalisation, ReLU; (batch, y, x, filters)."""
+    """Applies convolution, batch normalisation and ReLU; returns (batch, y, x, filters)."""
     kind = layers.SeparableConv2D if separable else layers.Conv2D
     x = kind(filters, size_px, padding="same", dilation_rate=dilation, use_bias=False)(
         x
@@ -53,15 +54,15 @@ def convolution(
 
 
 def normalised(x: KerasTensor) -> KerasTensor:
-    """Batch normalisation, then ReLU."""
+    """Applies batch normalisation, then ReLU."""
     x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
     return layers.Activation("relu")(x)
 
 
 def squeeze_excite(x: KerasTensor, *, ratio: int = 8) -> KerasTensor:
-    """Weighs every channel by a gate between 0 and 1 computed from all channels' means.
+    """Scales each channel by a gate in 0..1 computed from the means of all channels.
 
-    Reference: Hu et al. 2018, section 3; without biases, as in the thesis.
+    Reference: Hu et al. 2018, section 3; no biases, as in the thesis.
     """
     channels = x.shape[-1]
     gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
@@ -73,9 +74,10 @@ def squeeze_excite(x: KerasTensor, *, ratio: int = 8) -> KerasTensor:
 
 
 def global_convolution(x: KerasTensor, filters: int, size_px: int) -> KerasTensor:
-    """A `size_px` x `size_px` field of view at the cost of lines: GCN block.
+    """Applies a GCN block: a `size_px` x `size_px` receptive field from 1-D convolutions.
 
-    Column then row, plus row then column; linear until the normalisation at the end.
+    The result is the sum of column-then-row and row-then-column convolutions, linear up to
+    the normalisation at the end.
 
     Reference: Peng et al. 2017, section 3.2.
     """
@@ -90,16 +92,16 @@ def global_convolution(x: KerasTensor, filters: int, size_px: int) -> KerasTenso
 def upsample_to(
     x: KerasTensor, like: KerasTensor, *, dtype: str | None = None
 ) -> KerasTensor:
-    """Doubles y and x bilinearly and cuts the odd last line, to the size of `like`.
+    """Doubles y and x bilinearly, then crops odd last lines to match the size of `like`.
 
-    An encoder that halves 25 to 13 (rounding up) is met by 13 -> 26 -> 25: the pixels
-    that stay lie over the pixels they came from.
+    This inverts an encoder that rounds up: 25 -> 13 on the way down, 13 -> 26 -> 25 on the
+    way up. The remaining pixels stay aligned with the pixels that they came from.
     """
     x = layers.UpSampling2D(2, interpolation="bilinear", dtype=dtype)(x)
     surplus = [
         have - want for have, want in zip(x.shape[1:3], like.shape[1:3], strict=True)
     ]
-    # Also where there is nothing to cut: Keras stores weights in the order of the graph,
+    # Crop even if there is nothing to cut: Keras stores weights in the order of the graph,
     # which must be the same for every input size.
     return layers.Cropping2D(tuple((0, lines) for lines in surplus), dtype=dtype)(x)
 
@@ -107,14 +109,14 @@ def upsample_to(
 def mask_head(
     x: KerasTensor, num_classes: int, *, like: KerasTensor | None = None
 ) -> KerasTensor:
-    """Class probabilities of every pixel, in float32 whatever the precision policy.
+    """Returns class probabilities per pixel, in float32 under any precision policy.
 
     Args:
         x: (batch, y, x, channels).
-        num_classes: Classes, background included.
-        like: Has twice the size of `x`, which the probabilities shall have; None for the
-            size of `x`. The convolution goes first: it commutes with bilinear upsampling,
-            and has a quarter of the pixels to work on.
+        num_classes: Number of classes, background included.
+        like: Tensor of twice the size of `x`; the probabilities are upsampled to its size.
+            None keeps the size of `x`. The convolution comes first: it commutes with
+            bilinear upsampling and then works on a quarter of the pixels.
     """
     x = layers.Conv2D(num_classes, 1, dtype="float32")(x)
     if like is not None:
@@ -123,7 +125,7 @@ def mask_head(
 
 
 def slice_head(x: KerasTensor, dropout: float) -> KerasTensor:
-    """(batch, 1) probability of a nodule in a slice or crop, from the encoder's last stage."""
+    """Returns (batch, 1) nodule probabilities per image from the last encoder stage."""
     volumes = len(x.shape) == 5
     x = (
         layers.GlobalAveragePooling3D() if volumes else layers.GlobalAveragePooling2D()

@@ -1,27 +1,29 @@
-"""Losses of masks, and the Dice score that training is judged by.
+"""Segmentation losses, and the Dice metric that selects the best epoch.
 
-All take y_true, (batch, y, x, classes) or (batch, z, y, x, classes) one-hot of any dtype
-with background first, and y_pred, probabilities of the same shape; they compute in float32
-and return a scalar. Of volumes, pixels are voxels.
+All losses take y_true, (batch, y, x, classes) or (batch, z, y, x, classes) one-hot of any
+dtype with background first, and y_pred, probabilities of the same shape. They compute in
+float32 and return a scalar. "Pixel" means voxel when the input is a volume.
 """
 
 import keras
 from keras import KerasTensor, ops
 
 SMALLEST = 1e-30
-"""Least probability whose logarithm is taken. Far below one over the number of pixels, so a
-pixel that is quite wrong still has its gradient, yet 1 / SMALLEST is finite in float32."""
+"""Lower bound of probabilities before the logarithm. It is far below one over the number of
+pixels, so a pixel that is completely wrong keeps its gradient, and 1 / SMALLEST is still
+finite in float32."""
 
 
 def generalized_dice(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
-    """Generalised Dice loss, in 0..1.
+    """Computes the generalised Dice loss, in 0..1.
 
-    Each class weighs 1 / (its reference volume)^2, so 30 nodule pixels count as much as
-    160 000 of background. Sums run over the batch, not the slice. A class that is absent
-    from the batch takes the largest weight of those present; 1 / 0 would leave a loss
-    of 1 without a slope. So without nodules the loss is the mean probability of nodule.
+    Each class has the weight 1 / (its reference volume)^2, so 30 nodule pixels count as
+    much as 160 000 background pixels. Sums run over the batch, not over single slices. A
+    class that is absent from the batch gets the largest weight among the classes present;
+    1 / 0 would give a constant loss of 1 without gradient. If the batch has no nodule, the
+    loss is the mean nodule probability.
 
-    Reference: Sudre et al. 2017, section 2.1; the rule for absent classes is ours.
+    Reference: Sudre et al. 2017, section 2.1; the rule for absent classes is our own.
     """
     y_true, y_pred = as_float32(y_true), as_float32(y_pred)
     axes = all_but_classes(y_pred)
@@ -42,7 +44,7 @@ def weighted_cross_entropy(
     *,
     class_weights: tuple[float, ...] = (1.0, 7.0),
 ) -> KerasTensor:
-    """Mean over pixels of -weight of the true class * log of its probability."""
+    """Computes the pixel mean of -(weight of the true class) * log(its probability)."""
     y_true, y_pred = as_float32(y_true), as_float32(y_pred)
     log_prob = ops.log(ops.maximum(y_pred, SMALLEST))
     weights = ops.convert_to_tensor(class_weights, dtype="float32")
@@ -55,16 +57,16 @@ def generalized_dice_weighted_cross_entropy(
     *,
     class_weights: tuple[float, ...] = (1.0, 7.0),
 ) -> KerasTensor:
-    """The loss of the thesis: generalised Dice plus weighted cross-entropy."""
+    """Computes generalised Dice plus weighted cross-entropy, the loss of the thesis."""
     return generalized_dice(y_true, y_pred) + weighted_cross_entropy(
         y_true, y_pred, class_weights=class_weights
     )
 
 
 def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
-    """Soft Dice loss of the classes but background, plus cross-entropy.
+    """Computes soft Dice loss of the foreground classes plus cross-entropy.
 
-    Dice pools the batch and adds one pixel to overlap's double and to the volumes, so an
+    Dice is pooled over the batch. One pixel is added to numerator and denominator, so an
     empty prediction of an empty reference costs nothing.
 
     Reference: Isensee et al. 2021 (nnU-Net), methods: batch Dice plus cross-entropy.
@@ -78,10 +80,10 @@ def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
 
 
 def image_dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
-    """`dice_cross_entropy` with a Dice of each image, then their mean.
+    """Computes `dice_cross_entropy` with Dice per image, averaged over the images.
 
-    A small nodule then weighs as much as a large one; scores that are means over nodules
-    do so too.
+    A small nodule then counts as much as a large one, as it does in scores that average
+    over nodules.
     """
     true, pred = as_float32(y_true)[..., 1:], as_float32(y_pred)[..., 1:]
     axes = tuple(range(1, len(pred.shape) - 1))
@@ -97,25 +99,25 @@ def image_dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasT
 def dice_cross_entropy_hausdorff(
     y_true: KerasTensor, y_pred: KerasTensor
 ) -> KerasTensor:
-    """`dice_cross_entropy` plus `hausdorff`."""
+    """Computes `dice_cross_entropy` plus `hausdorff`."""
     return dice_cross_entropy(y_true, y_pred) + hausdorff(y_true, y_pred)
 
 
 def hausdorff(
     y_true: KerasTensor, y_pred: KerasTensor, *, erosions: int = 10, exponent: int = 2
 ) -> KerasTensor:
-    """How far errors reach from the right border, in 0..1: of the classes but background.
+    """Computes an erosion-based Hausdorff loss of the foreground classes, in 0..1.
 
-    The squared error is eroded again and again; what is left after k times lies k pixels
-    deep in an error and costs k^exponent. A pixel of the eroded error is 2 m - 1, or 0 if
-    that is negative, with m the mean of itself and its neighbours along the axes: so the
-    inside of an error stays 1, and single pixels are gone at once. Beyond the border of
-    the image it is mirrored.
+    It grows with the distance of errors from the reference border. The squared error is
+    eroded repeatedly; what remains after k erosions lies k pixels deep in an error and
+    costs k^exponent. One soft erosion replaces a pixel by max(2 m - 1, 0), where m is the
+    mean over the pixel and its neighbours along the axes: the inside of an error stays 1
+    and single pixels vanish at once. The error is mirrored at the image border.
 
     Reference: Karimi and Salcudean 2019, equation 8 (HD_ER, 10 erosions, exponent 2). They
-    balance it against Dice anew each epoch. We divide by the pixels in reference or
-    prediction, and one, so that it weighs as much whatever the size of the image; it is
-    near 1 where no part of either is right.
+    rebalance it against Dice in each epoch. We divide by the number of pixels in the union
+    of reference and prediction, plus one, so the loss does not depend on the image size;
+    it is near 1 where no part of either is right.
     """
     either = sum(errors(y_true, y_pred))
     left = ops.square(as_float32(y_true)[..., 1:] - as_float32(y_pred)[..., 1:])
@@ -129,7 +131,7 @@ def hausdorff(
 
 
 def eroded(error: KerasTensor) -> KerasTensor:
-    """One soft erosion of (batch, ..., classes) errors in 0..1; see `hausdorff`."""
+    """Applies one soft erosion to (batch, ..., classes) errors in 0..1; see `hausdorff`."""
     total, axes = error, range(1, len(error.shape) - 1)
     for axis in axes:
         size = error.shape[axis]
@@ -146,22 +148,22 @@ def focal_tversky(
     missed_weight: float = 0.7,
     exponent: float = 0.75,
 ) -> KerasTensor:
-    """(1 - Tversky index) ^ exponent of the classes but background, pooled over the batch.
+    """Computes (1 - Tversky index)^exponent of the foreground classes, pooled over the batch.
 
     Args:
         y_true: Reference.
         y_pred: Probabilities.
-        missed_weight: Price of a missed pixel; a spurious one costs 1 - missed_weight.
-        exponent: Below 1 it lifts the slope where the overlap is already good.
+        missed_weight: Weight of a missed pixel; a spurious pixel has 1 - missed_weight.
+        exponent: Values below 1 increase the gradient where the overlap is already good.
 
-    Reference: Abraham and Khan 2019, equation 4 (alpha 0.7, 1 / gamma 0.75); one pixel is
-    added to both sides of the fraction, so two empty masks cost nothing.
+    Reference: Abraham and Khan 2019, equation 4 (alpha 0.7, 1 / gamma 0.75). One pixel is
+    added to numerator and denominator, so two empty masks cost nothing.
     """
     overlap, missed, spurious = errors(y_true, y_pred)
     index = (overlap + 1) / (
         overlap + missed_weight * missed + (1 - missed_weight) * spurious + 1
     )
-    # The slope of x^0.75 at 0 is infinite.
+    # The gradient of x^0.75 at 0 is infinite.
     shortfall = ops.maximum(1 - ops.mean(index), keras.config.epsilon())
     return ops.power(shortfall, exponent)
 
@@ -169,7 +171,7 @@ def focal_tversky(
 def errors(
     y_true: KerasTensor, y_pred: KerasTensor
 ) -> tuple[KerasTensor, KerasTensor, KerasTensor]:
-    """Overlap, missed and spurious pixels of every class but background; (classes - 1,)."""
+    """Sums overlap, missed and spurious pixels per foreground class; each (classes - 1,)."""
     y_true, y_pred = as_float32(y_true)[..., 1:], as_float32(y_pred)[..., 1:]
     axes = all_but_classes(y_pred)
     overlap = ops.sum(y_true * y_pred, axis=axes)
@@ -190,10 +192,10 @@ def as_float32(x: KerasTensor) -> KerasTensor:
 
 @keras.saving.register_keras_serializable("nodules")
 class PooledDice(keras.metrics.Metric):
-    """Dice of all pixels that are not background, counted over the whole epoch.
+    """Dice of all foreground pixels, pooled over the whole epoch.
 
-    A pixel is predicted where background is not the likeliest class. Nothing in
-    reference or prediction gives NaN: there is no Dice of nothing.
+    A pixel counts as predicted if background is not its most probable class. The result is
+    NaN if reference and prediction are both empty, since Dice is then undefined.
     """
 
     def __init__(self, name: str = "dice", **kwargs):

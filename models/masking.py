@@ -1,8 +1,8 @@
-"""Random cube masking: hide cubes of the volume, so that context must explain them.
+"""Random cube masking: hides cubes of a volume, so the network must rely on context.
 
-Trained and run with it, a network segments what it cannot see from what surrounds it; over
-many masks, its mean holds lungs whole whatever fills them, and the standard deviation says
-where it guessed.
+A network that is trained and run with it infers hidden regions from their surroundings.
+Over many masks, the mean prediction covers whole lungs whatever fills them, and the
+standard deviation shows where the network was guessing.
 
 Reference: Zhuang et al. 2025 (ISBI), 7-voxel cubes at 2 mm, 70 % of them replaced by 1.0.
 """
@@ -14,27 +14,27 @@ from keras import KerasTensor, layers, ops
 
 @keras.saving.register_keras_serializable("nodules")
 class RandomCubeMasking(layers.Layer):
-    """Replaces an exact number of cubes by a constant, other cubes for every volume.
+    """Layer that replaces an exact number of cubes by a constant, drawn anew per volume.
 
-    The grid of cubes is shifted by a random offset, so cube borders do not always lie in
-    the same place; cubes at the border are cut. In training it draws by itself. Otherwise
-    the volume passes unchanged, unless `noise` is given: then the masks follow from it
-    alone, whatever the batch.
+    The grid of cubes is shifted by a random offset, so that cube borders vary; cubes at
+    the border are cut. In training the layer draws its own noise. At inference the volume
+    passes unchanged unless `noise` is given; the masks then depend on that noise alone, not
+    on the batch.
 
     Args:
-        cube_px: Edge of the cubes.
-        fraction: Share of the cubes that is replaced, 0 to 1.
-        value: What replaces them, in the units of the input.
+        cube_px: Edge length of the cubes in voxels.
+        fraction: Share of the cubes to replace, 0 to 1.
+        value: Replacement value, in the units of the input.
         varied: In training, replace a share drawn from 0 to `fraction` for each volume, so
-            that the network also learns what nothing is hidden of.
-        seed: Of the draws in training.
+            that the network also sees volumes with little or nothing hidden.
+        seed: Seed of the random draws in training.
 
     Call arguments:
         inputs: (batch, z, y, x, channels).
-        noise: (batch, n) numbers in 0..1 with n from `noise_size`, e.g. of `mask_noise`.
+        noise: (batch, n) numbers in 0..1 with n from `noise_size`, e.g. from `mask_noise`.
 
     Output shape:
-        That of `inputs`.
+        The shape of `inputs`.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class RandomCubeMasking(layers.Layer):
         super().__init__(**kwargs)
         if cube_px < 1 or not 0 <= fraction <= 1:
             raise ValueError(
-                f"cube_px is {cube_px} and fraction {fraction}; expected at least 1, and "
-                "0 to 1"
+                f"cube_px is {cube_px} and fraction {fraction}; expected cube_px of at "
+                "least 1 and fraction from 0 to 1"
             )
         self.cube_px = cube_px
         self.fraction = fraction
@@ -86,12 +86,12 @@ class RandomCubeMasking(layers.Layer):
 
 
 def grid_shape(shape: tuple[int, ...], cube_px: int) -> tuple[int, ...]:
-    """Cubes along z, y and x: enough to cover the volume at any offset."""
+    """Returns the number of cubes along z, y, x that cover the volume at any offset."""
     return tuple((size + 2 * (cube_px - 1)) // cube_px for size in shape)
 
 
 def noise_size(shape: tuple[int, ...], cube_px: int) -> int:
-    """Numbers that `cube_mask` needs: one for each cube, and three for the offset."""
+    """Returns how many numbers `cube_mask` needs: one per cube and three for the offset."""
     return int(np.prod(grid_shape(shape, cube_px))) + 3
 
 
@@ -101,15 +101,15 @@ def cube_mask(
     cube_px: int,
     fraction: float | KerasTensor,
 ) -> KerasTensor:
-    """Which voxels are hidden.
+    """Returns the mask of hidden voxels.
 
     Args:
-        noise: (batch, `noise_size`) numbers in 0..1; the first three place the grid, the
-            others rank the cubes.
+        noise: (batch, `noise_size`) numbers in 0..1; the first three set the offset of the
+            grid, the others rank the cubes.
         shape: (z, y, x) of the volume.
-        cube_px: Edge of the cubes.
-        fraction: Share of the cubes that is hidden, rounded to a whole number of cubes; one
-            for all volumes, or (batch, 1).
+        cube_px: Edge length of the cubes in voxels.
+        fraction: Share of the cubes to hide, rounded to a whole number of cubes; a single
+            number for all volumes, or (batch, 1).
 
     Returns:
         (batch, z, y, x) bool.
@@ -140,7 +140,7 @@ def cube_mask(
 def mask_noise(
     passes: range, shape: tuple[int, ...], cube_px: int, *, seed: int
 ) -> np.ndarray:
-    """(passes, `noise_size`) float32: pass k's mask depends on (seed, k) alone."""
+    """Draws (passes, `noise_size`) float32 noise; that of pass k depends on (seed, k) alone."""
     size = noise_size(shape, cube_px)
     return np.stack(
         [np.random.default_rng((seed, k)).random(size, np.float32) for k in passes]

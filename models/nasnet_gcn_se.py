@@ -1,4 +1,4 @@
-"""The thesis network: NASNetMobile encoder, decoder of GCN and squeeze-excite blocks."""
+"""The thesis network: a NASNetMobile encoder and a decoder of GCN and squeeze-excite blocks."""
 
 import hashlib
 import os
@@ -27,13 +27,14 @@ TAPS = {
     4: "reduction_concat_stem_1",
     2: "stem_bn1",
 }
-"""Stride to the encoder's last layer at that stride."""
+"""The encoder's last layer at each stride."""
 
 WIDTHS = {32: 6, 16: 6, 8: 4, 4: 3, 2: 2}
-"""Stride to the decoder's channels, in units of `filters`; 32 gives the thesis' 192 to 64."""
+"""Decoder channels at each stride, as multiples of `filters`; 32 filters give the thesis'
+192 to 64 channels."""
 
 GCN_STRIDES: tuple[int, ...] = (32, 16, 8, 4)
-"""Strides of the stages with a global convolution, in the order of `gcn_kernels`."""
+"""Strides of the stages that can have a global convolution, in the order of `gcn_kernels`."""
 
 IMAGENET_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/nasnet/"
@@ -54,39 +55,43 @@ def build(
     dropout: float = 0.0,
     slice_classifier: bool = False,
 ) -> keras.Model:
-    """NASNet-GCN-SE.
+    """Builds NASNet-GCN-SE.
 
-    Differences from the thesis: one tap per stride, not the tap and its ReLU; the tap at
-    stride 2 joins the decoder (the thesis stops at 4), which sharpens small nodules; and
-    upsampling by two with aligned pixels, not to a stated size with aligned corners.
-    Keras has no NASNet on its torch backend.
+    It differs from the thesis in three ways: it has one tap per stride instead of the tap
+    and its ReLU; the tap at stride 2 also joins the decoder (the thesis stops at 4), which
+    sharpens small nodules; and it upsamples by two with aligned pixels, not to a given size
+    with aligned corners. Keras has no NASNet on its torch backend.
 
     Args:
-        input_shape: (y, x, channels), static, y and x at least 32; any size runs, odd
-            ones too. Weights do not depend on it: build for another size and load them.
-        num_classes: Classes of the mask.
-        weights: "imagenet" starts the encoder from ImageNet; "none" from scratch.
-        filters: Width; see `WIDTHS`.
-        gcn_kernels: Kernel sizes of the global convolutions at stride 32, 16, 8 and 4;
-            fewer leave them out at the shallow stages.
-        squeeze_excite: Use squeeze-excite.
+        input_shape: (y, x, channels), static, y and x at least 32, odd sizes included.
+            Weights do not depend on the size: they load into a network built for another.
+        num_classes: Number of mask classes, background included.
+        weights: "imagenet" starts the encoder from ImageNet weights, "none" from scratch.
+        filters: Unit of the decoder's channels; see `WIDTHS`.
+        gcn_kernels: Kernel sizes of the global convolutions at stride 32, 16, 8 and 4; a
+            shorter tuple leaves them out at the shallow stages.
+        squeeze_excite: Use squeeze-excite blocks.
         seeded: Add the channel of `layers.Nearness` to the input.
-        dropout: Rate before the mask's and the slice classifier's last layer.
+        dropout: Dropout rate before the last layer of the mask and of the slice classifier.
         slice_classifier: Add the head of the false-positive network.
 
     Returns:
-        From images in 0..1 (batch, y, x, channels) to probabilities (batch, y, x,
-        classes) float32; with the slice classifier to {"mask": that, "slice": (batch, 1)}.
+        A network from images in 0..1 (batch, y, x, channels) to probabilities (batch, y, x,
+        classes) float32; with the slice classifier to {"mask": probabilities, "slice":
+        (batch, 1)}.
 
     Raises:
-        ValueError: If the shape is not static or too small, or there are more than four
-            GCN kernels.
+        ValueError: If the shape is not static or too small, if there are more than four
+            GCN kernels, or if `seeded` is combined with ImageNet weights.
 
     Reference: Zoph et al. 2018 (NASNet-A), Peng et al. 2017 (GCN), Hu et al. 2018 (SE).
     """
     check_arguments(input_shape, weights, gcn_kernels)
     if seeded and weights == "imagenet":
-        raise ValueError("ImageNet weights know no seed; use --model.weights none")
+        raise ValueError(
+            "model.seeded needs model.weights=none, as ImageNet weights have no seed "
+            "channel; use --model.weights none"
+        )
     kernels = dict(zip(GCN_STRIDES[: len(gcn_kernels)], gcn_kernels, strict=True))
 
     def context(tap: KerasTensor, stride: int, dilations: tuple[int, ...]):
@@ -122,7 +127,7 @@ def check_arguments(
 ) -> None:
     if None in input_shape or min(input_shape[:2]) < 32:
         raise ValueError(
-            f"nasnet_gcn_se: the input is {input_shape}; expected a stated (y, x, "
+            f"nasnet_gcn_se: input_shape is {input_shape}; expected a static (y, x, "
             "channels) with y and x of at least 32: without a size Keras builds another "
             "NASNet, whose weights do not fit"
         )
@@ -130,13 +135,13 @@ def check_arguments(
         raise ValueError(f"weights is {weights!r}; expected 'none' or 'imagenet'")
     if len(gcn_kernels) > len(GCN_STRIDES):
         raise ValueError(
-            f"gcn_kernels is {gcn_kernels}; expected at most one for each of the strides "
-            f"{GCN_STRIDES}"
+            f"gcn_kernels is {gcn_kernels}; expected at most one kernel for each of the "
+            f"strides {GCN_STRIDES}"
         )
 
 
 def encode(inputs: KerasTensor, weights: str) -> dict[int, KerasTensor]:
-    """The encoder's outputs by stride, each of size ceil(input size / stride)."""
+    """Returns the encoder outputs by stride, each of size ceil(input size / stride)."""
     encoder = nasnet(inputs)
     if weights == "imagenet":
         donor = keras.applications.NASNetMobile(
@@ -151,9 +156,9 @@ def encode(inputs: KerasTensor, weights: str) -> dict[int, KerasTensor]:
 
 
 def nasnet(inputs: KerasTensor) -> keras.Model:
-    """NASNetMobile without weights on images in 0..1 of any size and channels."""
-    # The stem's 3x3 convolution of stride 2 does not pad, so 400 would become 199. One
-    # line of air at the end (two, if odd) makes it 200; all later stages round up.
+    """Builds an untrained NASNetMobile for images in 0..1 of any size and channels."""
+    # The stem's 3x3 convolution of stride 2 does not pad, so 400 would become 199. Padding
+    # with one line of air at the end (two if odd) gives 200; all later stages round up.
     padding = tuple((0, 1 + size % 2) for size in inputs.shape[1:3])
     x = layers.ZeroPadding2D(padding)(inputs)
     x = layers.Rescaling(2.0, offset=-1.0)(x)  # the range NASNet was trained with
@@ -167,10 +172,10 @@ def nasnet(inputs: KerasTensor) -> keras.Model:
 
 
 def copy_encoder(donor: keras.Model, encoder: keras.Model) -> None:
-    """Gives `encoder` the weights of a NASNetMobile for RGB images, by layer name.
+    """Copies the weights of an RGB NASNetMobile to `encoder`, by layer name.
 
-    The stem's kernel is summed over red, green and blue and shared among the encoder's
-    channels, so an image whose channels are equal gives what its grey RGB image gave.
+    The stem's kernel is summed over red, green and blue and divided among the encoder's
+    channels, so an image with equal channels gives the same output as the grey RGB image.
     """
     channels = encoder.get_layer("stem_conv1").kernel.shape[2]
     for layer in donor.layers:
@@ -183,10 +188,12 @@ def copy_encoder(donor: keras.Model, encoder: keras.Model) -> None:
 
 
 def imagenet_file() -> Path:
-    """NASNetMobile's ImageNet weights in Keras' own cache, downloaded if they are not there.
+    """Returns the path of NASNetMobile's ImageNet weights in Keras' cache.
+
+    Downloads the file if it is missing.
 
     Raises:
-        OSError: If they cannot be downloaded, or are not the file that was published.
+        OSError: If the download fails, or the file's MD5 is not that of the published file.
     """
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
     path = home / "models" / "nasnet_mobile_no_top.h5"
@@ -220,14 +227,14 @@ def context_block(
     gcn_kernel: int,
     squeeze_excite: bool,
 ) -> KerasTensor:
-    """One stage's features seen at several scales at once.
+    """Combines the features of one stage at several scales.
 
     Args:
         x: (batch, y, x, channels).
         filters: Channels of each branch and of the result.
-        dilations: One 3x3 branch each, separable where above 1.
-        gcn_kernel: Size of the global convolution; 0 for none.
-        squeeze_excite: Gate the channels before and after.
+        dilations: Dilation rates; each adds a 3x3 branch, separable if above 1.
+        gcn_kernel: Kernel size of the global convolution; 0 for none.
+        squeeze_excite: Apply squeeze-excite before and after the branches.
 
     Returns:
         (batch, y, x, filters).

@@ -1,4 +1,4 @@
-"""A plain 2-D U-Net, the baseline."""
+"""Plain 2-D U-Net, the baseline."""
 
 from typing import Literal
 
@@ -26,35 +26,38 @@ def build(
     dropout: float = 0.0,
     slice_classifier: bool = False,
 ) -> keras.Model:
-    """U-Net with two 3x3 convolutions per level.
+    """Builds a U-Net with two 3x3 convolutions per level.
 
-    Differs from the paper: padded convolutions, normalisation, bilinear upsampling.
+    It differs from the paper by padded convolutions, normalisation and bilinear upsampling.
 
     Args:
-        input_shape: (y, x, channels), static; any size runs, odd ones too.
-        num_classes: Classes of the mask.
-        filters: Channels of the first level; each of the `depth` levels below has twice
-            as many.
-        depth: How often y and x are halved.
-        norm: instance normalises each image by itself, in training as in use, so small
-            batches do not matter; batch is the classical choice.
-        residual: Add what enters each level of the encoder to what leaves it, through a
-            1x1 convolution, as He et al. 2016 do where widths differ.
+        input_shape: (y, x, channels), static; any size works, odd sizes included.
+        num_classes: Number of mask classes, background included.
+        filters: Channels of the first level; each of the `depth` levels below doubles them.
+        depth: Number of times y and x are halved.
+        norm: "instance" normalises each image by itself in training and at inference, so
+            small batches do no harm; "batch" is the classical choice.
+        residual: Add a shortcut from the input to the output of each encoder level, through
+            a 1x1 convolution, as He et al. 2016 do where widths differ.
         seeded: Add the channel of `layers.Nearness` to the input.
-        dropout: Rate at the deepest level and before the slice classifier's last layer.
+        dropout: Dropout rate at the deepest level and before the slice classifier's last
+            layer.
         slice_classifier: Add a classifier of the whole slice.
 
     Returns:
-        From images (batch, y, x, channels) to probabilities (batch, y, x, classes)
-        float32; with the slice classifier to {"mask": that, "slice": (batch, 1)}.
+        A network from images (batch, y, x, channels) to probabilities (batch, y, x,
+        classes) float32; with the slice classifier to {"mask": probabilities, "slice":
+        (batch, 1)}.
 
     Raises:
-        ValueError: If the size is not stated.
+        ValueError: If the input shape is not static.
 
     Reference: Ronneberger et al. 2015, figure 1.
     """
     if None in input_shape:
-        raise ValueError(f"unet2d: the input is {input_shape}; expected a stated size")
+        raise ValueError(
+            f"unet2d: input_shape is {input_shape}; expected a static size"
+        )
     inputs = keras.Input(input_shape)
     x, skips = Nearness()(inputs) if seeded else inputs, []
     for level in range(depth):
@@ -76,7 +79,7 @@ def build(
 def double_convolution(
     x: KerasTensor, filters: int, norm: str, *, residual: bool = False
 ) -> KerasTensor:
-    """Twice convolution, normalisation and leaky ReLU; the last after the shortcut."""
+    """Applies convolution, normalisation and leaky ReLU twice, with an optional shortcut."""
     shortcut = x
     for last in (False, True):
         x = normalised_convolution(x, filters, 3, norm)

@@ -1,4 +1,4 @@
-"""A plain convolutional 3-D U-Net, as nnU-Net configures it, with random cube masking."""
+"""Plain convolutional 3-D U-Net as configured by nnU-Net, with optional cube masking."""
 
 from typing import Literal
 
@@ -27,47 +27,50 @@ def build(
     seeded: bool = False,
     slice_classifier: bool = False,
 ) -> keras.Model:
-    """U-Net: strided convolutions down, transposed convolutions up, two per level.
+    """Builds a U-Net with two convolutions per level.
+
+    Strided convolutions halve the size, transposed convolutions double it.
 
     Args:
         input_shape: (z, y, x, channels), static, each a multiple of 2^depth.
-        num_classes: Classes of the mask, background included.
-        filters: Channels of the first level; each level below has twice as many.
-        max_filters: Most channels of a level.
-        depth: How often z, y and x are halved.
-        norm: "instance", or "batch", which costs nothing once trained.
-        dropout: Rate of spatial dropout before each level's second convolution in the
+        num_classes: Number of mask classes, background included.
+        filters: Channels of the first level; each level below doubles them.
+        max_filters: Upper limit of the channels of a level.
+        depth: Number of times z, y and x are halved.
+        norm: "instance", or "batch", which costs no time at inference.
+        dropout: Spatial dropout rate before the second convolution of each level in the
             lower half of the network; 0 for none.
-        deep_supervision: Also predict at every level but the two lowest: the output is
-            then a list, finest first.
-        cube_px: Edge of the cubes that are masked.
+        deep_supervision: Also predict at every level but the two lowest; the output is
+            then a list, finest level first.
+        cube_px: Edge length of the masked cubes in voxels.
         mask_fraction: Share of the cubes that is masked in training; 0 for none.
-        mask_value: What replaces them.
+        mask_value: Value of masked voxels.
         mask_varied: In training, mask a share drawn from 0 to `mask_fraction`.
-        noise_input: Take the noise of the masks as a second input and mask in use too.
+        noise_input: Take the mask noise as a second input, and mask at inference too.
         seeded: Add the channel of `layers.Nearness` to the input.
         slice_classifier: Add a classifier of the whole input.
 
     Returns:
-        From volumes (batch, z, y, x, channels) to probabilities (batch, z, y, x,
-        classes) float32; with the classifier to {"mask": that, "slice": (batch, 1)}.
+        A network from volumes (batch, z, y, x, channels) to probabilities (batch, z, y, x,
+        classes) float32; with the classifier to {"mask": probabilities, "slice":
+        (batch, 1)}.
 
     Raises:
-        ValueError: If the shape is not static or not a multiple of 2^depth, or there are
-            both deep supervision and the classifier.
+        ValueError: If the shape is not static or not a multiple of 2^depth, or if deep
+            supervision is combined with the classifier.
 
     Reference: Isensee et al. 2021 (nnU-Net), figure 2; Zhuang et al. 2025 (masking).
     """
     stride = 2**depth
     if None in input_shape or any(size % stride for size in input_shape[:3]):
         raise ValueError(
-            f"unet3d: the input is {input_shape}; expected stated z, y and x that are "
+            f"unet3d: input_shape is {input_shape}; expected static z, y and x that are "
             f"multiples of {stride} (depth {depth})"
         )
     if deep_supervision and slice_classifier:
         raise ValueError(
-            "unet3d: model.deep_supervision and model.slice_classifier together; expected "
-            "one of them"
+            "unet3d: model.deep_supervision and model.slice_classifier are both set; "
+            "expected one of them"
         )
     widths = [min(filters * 2**level, max_filters) for level in range(depth + 1)]
     inputs = {"volume": keras.Input(input_shape, name="volume")}
@@ -109,7 +112,7 @@ def build(
 def block(
     x: KerasTensor, filters: int, norm: str, *, strides: int = 1, dropout: float = 0.0
 ) -> KerasTensor:
-    """Two 3x3x3 convolutions, each normalised, with leaky ReLU; the first may stride."""
+    """Applies two normalised 3x3x3 convolutions with leaky ReLU; the first may be strided."""
     for place in range(2):
         if place and dropout:
             x = layers.SpatialDropout3D(dropout)(x)
@@ -132,6 +135,6 @@ def normalisation(norm: str) -> layers.Layer:
 
 
 def probability(x: KerasTensor, num_classes: int, *, name: str) -> KerasTensor:
-    """Class probabilities in float32 whatever the precision policy."""
+    """Returns class probabilities per voxel, in float32 under any precision policy."""
     x = layers.Conv3D(num_classes, 1, dtype="float32")(x)
     return layers.Softmax(dtype="float32", name=name)(x)

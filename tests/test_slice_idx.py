@@ -289,7 +289,9 @@ def test_a_patient_in_two_parts_is_refused(table_path):
     leaked = parts["train"][0]
     parts["test"].append(leaked)
     edited(out, parts=parts)
-    with pytest.raises(ValueError, match=f"{leaked} stands twice, in train and test"):
+    with pytest.raises(
+        ValueError, match=f"{leaked} is listed twice, in train and test"
+    ):
         read_split(out)
 
 

@@ -297,7 +297,7 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
 
 def test_weights_of_another_network_are_refused_by_name(run, data):
     wider = replace(SHORT, model=replace(TINY.model, filters=3))
-    with pytest.raises(ValueError, match="weights are not of this network, unet2d"):
+    with pytest.raises(ValueError, match="weights do not fit this network, unet2d"):
         trained(data, "wider", wider, init=run / "best.weights.h5")
 
 

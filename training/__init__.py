@@ -1,1 +1,1 @@
-"""The training loop, its callbacks and optimizers, and the run directory it leaves."""
+"""The training loop, its callbacks and optimizers, and the run directory that it writes."""

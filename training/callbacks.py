@@ -1,4 +1,4 @@
-"""What happens between epochs: history, weights, state for resuming, pictures, stopping."""
+"""Callbacks between epochs: history, weights, resumable state, pictures, early stopping."""
 
 import csv
 import json
@@ -23,26 +23,26 @@ from training.optimizers import FlatOptimizer
 log = logging.getLogger(__name__)
 
 STATE = "state.npz"
-"""Everything needed to go on after an epoch; only in a run that is not complete."""
+"""File with everything needed to resume after an epoch; absent in a complete run."""
 
 REFERENCE_BGR, PREDICTION_BGR = (80, 220, 80), (60, 60, 255)
 TILE_PX = 256
-"""Least height and width of a slice in the pictures."""
+"""Minimum height and width of a slice in the pictures."""
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        epoch: Epochs done.
-        best_epoch: The best by `add`, counted from 1; 0 before the first.
-        best_dice: Its validation Dice; NaN without validation, and if there was nothing to
-            find and nothing was found.
-        best_loss: Its validation loss, of the classifier if that decides; NaN without
-            validation.
-        stopped: Whether `patience` ended the run early.
-        history: One row of numbers per epoch.
+        epoch: Number of finished epochs.
+        best_epoch: Best epoch as chosen by `add`, counted from 1; 0 before the first.
+        best_dice: Validation Dice of the best epoch; NaN without validation, and if both
+            reference and prediction were empty.
+        best_loss: Validation loss of the best epoch, that of the classifier if `by_slice`;
+            NaN without validation.
+        stopped: True if `patience` ended the run early.
+        history: One row of metrics per epoch.
     """
 
     epoch: int = 0
@@ -60,12 +60,13 @@ class Progress:
         *,
         by_slice: bool = False,
     ) -> bool:
-        """Takes in an epoch's numbers; tells whether it is the best so far.
+        """Records the metrics of an epoch and returns True if it is the best so far.
 
-        The largest validation Dice is the best, then the smallest validation loss. A Dice
-        of NaN counts as 1: nothing was to be found, and nothing was found. `by_slice`, the
-        smallest validation loss of the classifier alone is the best. Without validation
-        the last epoch is. Epochs up to `patience_after` never stop it.
+        The best epoch has the largest validation Dice, and among equals the smallest
+        validation loss. A Dice of NaN counts as 1, since reference and prediction are then
+        both empty. With `by_slice` the best epoch is the one with the smallest validation
+        loss of the classifier. Without validation it is the last epoch. Patience counts
+        only epochs after `patience_after`.
         """
         self.epoch += 1
         self.history.append(row)
@@ -84,12 +85,12 @@ class Progress:
 
 
 def goodness(dice: float, loss: float) -> tuple[float, float]:
-    """Compares epochs; see `Progress.add`."""
+    """Returns a sort key that is larger for better epochs; see `Progress.add`."""
     return (1.0 if math.isnan(dice) else dice, -loss)
 
 
 def write_state(path: Path, model: keras.Model, progress: Progress) -> None:
-    """Writes weights, optimizer, dropout seeds and progress as one file, whole or not."""
+    """Writes weights, optimizer, dropout seeds and progress to one file, atomically."""
     arrays = {
         f"{i:05}": ops.convert_to_numpy(v) for i, v in enumerate(variables(model))
     }
@@ -100,10 +101,10 @@ def write_state(path: Path, model: keras.Model, progress: Progress) -> None:
 
 
 def read_state(path: Path, model: keras.Model) -> Progress:
-    """Sets a compiled model to the state in a file; the inverse of `write_state`.
+    """Restores a compiled model from a file that `write_state` wrote; returns the progress.
 
     Raises:
-        ValueError: If the state is of another network or optimizer.
+        ValueError: If the state belongs to another network or optimizer.
     """
     with np.load(path, allow_pickle=False) as arrays:
         facts = json.loads(arrays["facts"].tobytes())
@@ -120,7 +121,7 @@ def read_state(path: Path, model: keras.Model) -> Progress:
 
 
 def variables(model: keras.Model) -> list[keras.Variable]:
-    """All variables that decide how training goes on, in a fixed order."""
+    """Returns all variables needed to resume training, in a fixed order."""
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return [*model.variables, *model.optimizer.variables]
@@ -128,8 +129,8 @@ def variables(model: keras.Model) -> list[keras.Variable]:
 
 @contextmanager
 def averaged(model: keras.Model) -> Iterator[None]:
-    """The model with the moving average of its weights, if the optimizer keeps one."""
-    # Under mixed_float16 Keras wraps the optimizer in one that scales the loss.
+    """Gives the model its averaged weights in the block, if the optimizer averages them."""
+    # Under mixed_float16 Keras wraps the optimizer in a loss-scaling one.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     keeps = isinstance(optimizer, FlatOptimizer) and optimizer.ema > 0
     if keeps:
@@ -142,15 +143,15 @@ def averaged(model: keras.Model) -> Iterator[None]:
 
 
 def write_weights(path: Path, model: keras.Model) -> None:
-    """Writes the weights that are used afterwards: their average where there is one."""
+    """Writes the weights for inference: their moving average if there is one."""
     with averaged(model), files.written_whole(path) as partial:
         without_optimizer(model).save_weights(partial)
 
 
 def without_optimizer(model: keras.Model) -> keras.Model:
-    """The same layers as a model that is not compiled.
+    """Returns an uncompiled model with the same layers.
 
-    A compiled model's weights file holds, and asks for, the optimizer's variables too.
+    The weights file of a compiled model also contains, and requires, optimizer variables.
     """
     return keras.Model(model.inputs, model.output, name=model.name)
 
@@ -164,18 +165,18 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """After each epoch: best weights, history.csv, state, one line of log, early stop.
+    """Callback that writes best weights, history.csv and state, logs, and stops early.
 
-    The state is written last and names the epoch, so a run killed at any moment goes on
-    from the end of an epoch, and whatever it wrote after that is written again.
+    The state is written last in each epoch and names the epoch. A run that is killed at any
+    moment resumes from the end of an epoch and rewrites whatever it had written since.
 
     Args:
-        run_dir: Where the files go.
-        progress: Continued; empty for a new run.
+        run_dir: Directory for the files.
+        progress: Progress to continue; empty for a new run.
         epochs: Epochs of the whole run.
-        patience: Epochs without a better validation Dice before stopping; 0 for never.
+        patience: Epochs without a better validation score before stopping; 0 for never.
         patience_after: Epochs before that count begins.
-        by_slice: As for `Progress.add`.
+        by_slice: Choose the best epoch by the classifier's loss; see `Progress.add`.
     """
 
     def __init__(
@@ -225,9 +226,9 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 def in_order(logs: dict[str, Any]) -> dict[str, float]:
-    """Keras' logs with plain names, in an order that does not change between runs.
+    """Returns Keras' logs with plain names, in an order that is the same in all runs.
 
-    A network with two outputs calls the mask's Dice mask_dice.
+    For a network with two outputs Keras calls the Dice of the mask `mask_dice`.
     """
     renamed = {name.replace("mask_dice", "dice"): float(logs[name]) for name in logs}
     return {
@@ -237,7 +238,7 @@ def in_order(logs: dict[str, Any]) -> dict[str, float]:
 
 
 def epoch_line(progress: Progress, epochs: int) -> str:
-    """One line on the epoch that ended, e.g. 'epoch 3 of 50: loss 0.5214, ...'."""
+    """Returns a log line about the last epoch, e.g. 'epoch 3 of 50: loss 0.5214, ...'."""
     row = progress.history[-1]
     scores = f"loss {row['loss']:.4f}, Dice {row['dice']:.4f}"
     if "val_dice" in row:
@@ -246,7 +247,7 @@ def epoch_line(progress: Progress, epochs: int) -> str:
             f"epoch {progress.best_epoch})"
         )
     if "val_slice_auc" in row:
-        scores += f", of the classifier AUC {row['val_slice_auc']:.4f}"
+        scores += f", classifier AUC {row['val_slice_auc']:.4f}"
     latest = [row["seconds"] for row in progress.history[-3:]]
     left = (epochs - progress.epoch) * sum(latest) / len(latest)
     return (
@@ -256,7 +257,7 @@ def epoch_line(progress: Progress, epochs: int) -> str:
 
 
 class StopAtNaN(keras.callbacks.Callback):
-    """Ends training with an error at the first batch whose loss is not a number."""
+    """Callback that raises ValueError at the first batch whose loss is not finite."""
 
     epoch = 0
 
@@ -274,10 +275,10 @@ class StopAtNaN(keras.callbacks.Callback):
 
 
 class EpochOfBatches(keras.callbacks.Callback):
-    """Tells the generator the epoch before its first batch is asked for.
+    """Callback that sets the generator's epoch before its first batch is requested.
 
     Args:
-        generator: Has an attribute `epoch` that its batches depend on.
+        generator: Object whose batches depend on its attribute `epoch`.
     """
 
     def __init__(self, generator: Any):
@@ -289,14 +290,14 @@ class EpochOfBatches(keras.callbacks.Callback):
 
 
 class Pictures(keras.callbacks.Callback):
-    """After each epoch, a picture of predictions of the same few slices.
+    """Callback that draws the predictions for the same few slices after each epoch.
 
-    Of volumes, their middle slices are shown.
+    Volumes are shown by their middle slices.
 
     Args:
         images: (slices, y, x, 1) or (volumes, z, y, x, 1) input.
-        masks: The same without the last axis: reference, 0 or 1.
-        pictures_dir: Where epoch-0001.png and so on are written.
+        masks: Reference of 0 and 1, shaped like `images` without the last axis.
+        pictures_dir: Directory for epoch-0001.png and so on.
     """
 
     def __init__(self, images: np.ndarray, masks: np.ndarray, pictures_dir: Path):
@@ -315,7 +316,7 @@ class Pictures(keras.callbacks.Callback):
             cv2.imwrite(str(partial), picture)
 
     def predicted(self, image: np.ndarray) -> np.ndarray:
-        """(y, x) probability of what is not background; one by one, for want of memory."""
+        """Returns the (y, x) foreground probability of one image; a batch may exceed memory."""
         outputs = self.model(image[None], training=False)
         if isinstance(outputs, dict):
             outputs = outputs["mask"]
@@ -326,19 +327,19 @@ class Pictures(keras.callbacks.Callback):
 
 
 def middle_slices(images: np.ndarray) -> np.ndarray:
-    """(n, y, x) images as they are, or the middle slice of each of (n, z, y, x) volumes."""
+    """Returns (n, y, x) images unchanged, or the middle slice of each (n, z, y, x) volume."""
     return images if images.ndim == 3 else images[:, images.shape[1] // 2]
 
 
 def prediction_picture(
     images: np.ndarray, masks: np.ndarray, prob: np.ndarray
 ) -> np.ndarray:
-    """Slices in a row: image; with outlines; probability from black to white.
+    """Draws one column per slice: image, image with outlines, probability as grey value.
 
     Args:
-        images: (slices, y, x) float, shown from its least to its greatest value.
-        masks: (slices, y, x) reference; outlined in green.
-        prob: (slices, y, x) probability; above 0.5 it is outlined in red.
+        images: (slices, y, x) float; each is scaled from its minimum to its maximum.
+        masks: (slices, y, x) reference, outlined in green.
+        prob: (slices, y, x) probability; the region above 0.5 is outlined in red.
 
     Returns:
         (y, x, 3) uint8 in OpenCV's channel order.
@@ -355,7 +356,7 @@ def prediction_picture(
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """A (y, x) image of 0..1 as grey picture, magnified by a whole number if small."""
+    """Converts a (y, x) image in 0..1 to a grey picture, magnified by an integer if small."""
     grey = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     scale = magnification(image.shape)
     grey = np.kron(grey, np.ones((scale, scale), np.uint8))
@@ -363,7 +364,7 @@ def enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, mask: np.ndarray, colour_bgr) -> None:
-    """Draws the border of a (y, x) mask into its magnified picture, inside the mask."""
+    """Draws the inner border of a (y, x) mask into its magnified picture."""
     scale = magnification(mask.shape)
     large = np.kron(mask.astype(np.uint8), np.ones((scale, scale), np.uint8))
     contours, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)

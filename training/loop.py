@@ -1,4 +1,4 @@
-"""A compiled model from settings, and its epochs; what every training run does alike."""
+"""Builds a compiled model from settings and trains it; shared by all training runs."""
 
 import sys
 from pathlib import Path
@@ -15,14 +15,16 @@ from training import callbacks
 from training.optimizers import build_optimizer
 
 CLASSES = 2
-"""Background and target."""
+"""Number of mask classes: background and target."""
 
 
 def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras.Model:
-    """The compiled network of an experiment; seed and precision policy become global.
+    """Builds and compiles the network of an experiment.
+
+    Sets Keras' random seed and precision policy globally.
 
     Args:
-        experiment: Its sections batches, model, loss and train count.
+        experiment: Settings; uses the sections batches, model, loss and train.
         steps_per_epoch: Batches per epoch, for the learning-rate schedule.
     """
     settings = experiment.train
@@ -54,14 +56,14 @@ def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras
 
 
 class DeeplySupervised(keras.Model):
-    """A network that predicts at several levels, finest first, trained on all of them.
+    """Network that predicts at several levels, finest first, and is trained on all of them.
 
-    The reference of a level is the mean of that of the level above over two voxels along
-    each axis; so a border voxel is a share. Each level weighs half as much as the one
-    above, and weights sum to 1. Metrics look at the finest level alone.
+    The reference of a level averages that of the next finer level over two voxels along
+    each axis, so border voxels hold fractions. Each level has half the weight of the next
+    finer one, and the weights sum to 1. Metrics use the finest level alone.
 
-    Reference: Isensee et al. 2021 (nnU-Net), methods, network architecture; their coarser
-    references are the nearest voxels.
+    Reference: Isensee et al. 2021 (nnU-Net), methods, network architecture; they take the
+    nearest voxels for the coarser references.
     """
 
     def compute_loss(
@@ -80,7 +82,7 @@ class DeeplySupervised(keras.Model):
 
 
 def freeze_encoder(model: keras.Model) -> None:
-    """Fixes all layers down to the lowest level, their batch statistics included."""
+    """Freezes all encoder layers down to the deepest level, batch statistics included."""
     up = next(
         layer
         for layer in model.layers
@@ -94,15 +96,15 @@ def freeze_encoder(model: keras.Model) -> None:
 
 
 def freeze_normalisation(model: keras.Model) -> None:
-    """Batch normalisation becomes the fixed scaling that it is in use.
+    """Freezes batch normalisation: it becomes the fixed scaling applied at inference.
 
     Raises:
-        ValueError: If the network has none.
+        ValueError: If the network has no batch normalisation.
     """
     found = [x for x in model.layers if isinstance(x, layers.BatchNormalization)]
     if not found:
         raise ValueError(
-            f"train.freeze_normalisation is set, and {model.name} has no batch "
+            f"train.freeze_normalisation is set, but {model.name} has no batch "
             "normalisation; expected model.norm batch"
         )
     for layer in found:
@@ -110,7 +112,7 @@ def freeze_normalisation(model: keras.Model) -> None:
 
 
 def batch_statistics(model: keras.Model) -> list[keras.Variable]:
-    """The moving means and variances of batch normalisation, but frozen ones."""
+    """Returns the moving means and variances of batch normalisation that is not frozen."""
     return [
         variable
         for layer in model.layers
@@ -125,7 +127,7 @@ def prepare_tensorflow(on_gpu: bool) -> None:
     if on_gpu:
         tf.config.experimental.enable_op_determinism()
     else:
-        # Optimising NASNet's graph takes longer than a short run gains by it.
+        # Optimising NASNet's graph takes longer than it saves in a short run.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
@@ -140,24 +142,24 @@ def run_epochs(
     pictured: tuple[np.ndarray, np.ndarray],
     by_slice: bool = False,
 ) -> None:
-    """Trains from the epoch that `progress` names to the last, or until it stops.
+    """Trains from the epoch stored in `progress` to the last one, or until early stopping.
 
     Args:
-        model: From `prepared_model`, at the state of `progress`.
-        training: Batches, of `data_generator.as_pydataset`.
-        validation: Batches to validate on; None for no validation.
+        model: Network from `prepared_model`, in the state that `progress` describes.
+        training: Training batches from `data_generator.as_pydataset`.
+        validation: Validation batches; None for no validation.
         settings: Epochs and patience.
-        progress: Kept up to date.
-        run_dir: Gets history, weights, state, pictures and curves.
+        progress: Progress of the run; updated after each epoch.
+        run_dir: Directory for history, weights, state, pictures and TensorBoard curves.
         pictured: Images and masks for the pictures.
-        by_slice: Let the classifier's validation loss choose the epoch, not the Dice.
+        by_slice: Choose the best epoch by the classifier's validation loss, not by Dice.
     """
     model.fit(
         training,
         validation_data=validation,
         epochs=settings.epochs,
         initial_epoch=progress.epoch,
-        shuffle=False,  # the generator shuffles; Keras would by Python's global state
+        shuffle=False,  # the generator shuffles; Keras would use Python's global state
         verbose="auto" if sys.stderr.isatty() else 0,
         callbacks=[
             callbacks.EpochOfBatches(training.generator),

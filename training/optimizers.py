@@ -10,7 +10,7 @@ from keras import ops
 import config
 
 UNDECAYED = ("bias", "gamma", "beta")
-"""Weights that weight decay leaves alone: offsets, and the scales of normalisation."""
+"""Weights without weight decay: offsets, and the scales of normalisation."""
 
 
 def build_optimizer(
@@ -18,12 +18,12 @@ def build_optimizer(
     steps_per_epoch: int,
     statistics: Sequence[keras.Variable] = (),
 ) -> "FlatOptimizer":
-    """The optimizer that `settings` describes.
+    """Builds the optimizer that `settings` describes.
 
     Args:
         settings: Optimizer, schedule, clipping, accumulation and moving average.
         steps_per_epoch: Batches per epoch; the schedules count batches.
-        statistics: Variables that are averaged with the weights: batch normalisation's.
+        statistics: Batch-normalisation statistics, averaged along with the weights.
     """
     rate = learning_rate(settings, steps_per_epoch)
     options = {
@@ -52,7 +52,7 @@ def build_optimizer(
 
 
 def learning_rate(settings: config.Train, steps_per_epoch: int) -> "Schedule":
-    """The learning rate by batch number that `settings` describes."""
+    """Builds the learning-rate schedule that `settings` describes, by batch number."""
     return Schedule(
         settings.learning_rate,
         settings.schedule,
@@ -63,19 +63,19 @@ def learning_rate(settings: config.Train, steps_per_epoch: int) -> "Schedule":
 
 @keras.saving.register_keras_serializable("nodules")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then a decay to zero at the last step.
+    """Learning-rate schedule with linear warm-up, then a constant rate or a decay to zero.
 
-    With p the share of the steps after warm-up that is done, the rate is `peak` times
+    With p the finished share of the steps after warm-up, the rate is `peak` times
 
         constant     1
         cosine       (1 + cos(pi p)) / 2
         polynomial   (1 - p)^0.9
 
     Args:
-        peak: Rate at the end of the warm-up.
-        decay: Name of the decay.
-        steps: Number of all batches, the warm-up's included.
-        warmup_steps: Batches of warm-up; batch k of them has the share (k + 1) / warmup_steps.
+        peak: Learning rate at the end of the warm-up.
+        decay: Name of the decay in the table above.
+        steps: Total number of batches, warm-up included.
+        warmup_steps: Number of warm-up batches; batch k has `peak` * (k + 1) / warmup_steps.
 
     Reference: Loshchilov and Hutter 2017 (cosine); nnU-Net (polynomial, exponent 0.9).
     """
@@ -112,21 +112,22 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable("nodules")
 class FlatOptimizer(keras.optimizers.Optimizer):
-    """Applies another optimizer to all weights laid end to end, as one vector.
+    """Optimizer that applies another one to all weights concatenated into vectors.
 
-    The steps are those of the other optimizer; only fewer operations are needed to take
-    them. NASNet has 883 small weight tensors: TensorFlow would trace 45 operations for
-    each, more than for the network and its gradient together.
+    There is one vector of weights with weight decay and one of weights without. The steps
+    equal those of the inner optimizer but need fewer operations: NASNet has 883 small weight
+    tensors, for each of which TensorFlow would trace 45 operations, more than for the
+    network and its gradient together.
 
-    It also keeps the moving average of the weights, if `ema` is above 0, and of the
-    statistics of batch normalisation, which belong to the weights they were measured with.
+    If `ema` is above 0, it also keeps the moving average of the weights, and that of the
+    batch-normalisation statistics, which belong to the weights that they were measured with.
 
     Args:
-        inner: Optimizer that is not built yet.
-        learning_rate: The one that `inner` has, for the logs.
+        inner: Optimizer to apply; not built yet.
+        learning_rate: Learning rate of `inner`, for the logs.
         ema: Momentum of the moving average, per step; 0 for none.
         accumulate: Batches per step.
-        statistics: Variables that are not trained but averaged.
+        statistics: Variables that are averaged but not trained.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         self.inner.build(list(self.vectors))
 
     def new_vectors(self, name: str) -> tuple[keras.Variable, ...]:
-        """One vector of zeros per group of weights."""
+        """Adds one vector of zeros per group of weights."""
         lengths = (
             sum(size_of(self.weights[i]) for i in group) for group in self.groups
         )
@@ -204,8 +205,8 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         self.iterations.assign_add(1)
 
     def update_averages(self) -> None:
-        # The first step starts the average: there is nothing to average with yet. Batches
-        # that only add to the gradient leave the weights and so the average alone.
+        # The first step sets the average, as there is nothing to average with yet. Batches
+        # that only accumulate the gradient change neither the weights nor the average.
         batch = self.iterations + 1
         momentum = ops.where(
             batch <= self.accumulate,
@@ -221,12 +222,12 @@ class FlatOptimizer(keras.optimizers.Optimizer):
             )
 
     def write_weights(self, vectors) -> None:
-        """Gives the weights the values that lie end to end in `vectors`, one per group."""
+        """Assigns the concatenated values in `vectors`, one per group, to the weights."""
         for vector, group in zip(vectors, self.groups, strict=True):
             assign_parts([self.weights[i] for i in group], vector)
 
     def swap_averages(self) -> None:
-        """Exchanges weights and statistics with their averages; again, and they are back."""
+        """Swaps weights and statistics with their averages; a second call swaps them back."""
         for vector, group in zip(self.vectors, self.groups, strict=True):
             vector.assign(laid_flat([self.weights[i] for i in group]))
         self.write_weights(self.averages)
@@ -263,7 +264,7 @@ def size_of(variable: keras.Variable) -> int:
 def assign_parts(
     variables: Sequence[keras.Variable], vector: keras.KerasTensor
 ) -> None:
-    """Gives variables the values that lie end to end in `vector`."""
+    """Assigns consecutive parts of `vector` to the variables."""
     ends = list(itertools.accumulate(map(size_of, variables)))
     parts = ops.split(vector, ends[:-1]) if ends[:-1] else [vector]
     for variable, part in zip(variables, parts, strict=True):

@@ -1,4 +1,4 @@
-"""A run directory opened: its settings, its network, and whom its weights have seen."""
+"""Reads a run directory: its settings, its network, and the patients it was trained on."""
 
 import json
 import logging
@@ -14,18 +14,18 @@ from dataset import split
 log = logging.getLogger(__name__)
 
 POSTPROCESS_JSON = "postprocess.json"
-"""Settings and their origin: in a run its tuned values, in predictions what was used."""
+"""File of postprocessing settings and their origin: tuned in a run, used in predictions."""
 
 
 def tuned_settings(
     run: Path, experiment: config.Experiment
 ) -> tuple[config.Postprocess, int]:
-    """The settings that a run was tuned to, and on how many passes.
+    """Returns a run's tuned postprocessing and the number of passes it was tuned on.
 
-    Those of its configuration, and one pass, if it was not tuned.
+    If the run was not tuned, returns the settings of its configuration and one pass.
 
     Raises:
-        ValueError: If it was tuned with other weights.
+        ValueError: If the run was tuned on other weights.
     """
     base, path = experiment.postprocess, run / POSTPROCESS_JSON
     if base.method != "tuned" or not path.exists():
@@ -34,7 +34,7 @@ def tuned_settings(
     tuned = record.get("tuned_on", {})
     if tuned.get("weights_sha256") != files.sha256(run / "best.weights.h5"):
         raise ValueError(
-            f"{path} was tuned on other weights than {run} has; run infer.py and "
+            f"{path} was tuned on other weights than those in {run}; run infer.py and "
             "postprocess.py --tune with this run"
         )
     settings = config.from_json(config.Postprocess, record["settings"])
@@ -45,10 +45,10 @@ Precision = Literal["float32", "mixed_float16", "mixed_bfloat16"]
 
 
 def read_settings(run_dir: Path) -> config.Experiment:
-    """The experiment a run was trained with.
+    """Reads the settings that a run was trained with.
 
     Raises:
-        FileNotFoundError: If the run is absent or not complete.
+        FileNotFoundError: If the run is missing or not complete.
     """
     path = Path(run_dir) / "config.json"
     if not path.exists():
@@ -59,21 +59,25 @@ def read_settings(run_dir: Path) -> config.Experiment:
 
 
 def seen_mm(settings: config.Experiment) -> float:
-    """Spacing of what the network sees of every scan; 0 where it is the scan's own."""
+    """Returns the spacing in mm of the network's input; 0 if it is the scan's own spacing."""
     on_volumes = settings.model.name == "unet3d"
     return settings.table.volume_spacing_mm if on_volumes else settings.batches.pixel_mm
 
 
 def training_patients_of(weights: Path | None) -> list[str]:
-    """Patients that the weights of another run have seen; none if that is unknown.
+    """Returns the patients that a run's weights were trained on; empty if unknown.
 
-    Those that the weights that run started from had seen are among them.
+    Includes the patients of the weights that the run itself started from.
     """
     if weights is None:
         return []
     split_path = weights.parent / "split.json"
     if not split_path.is_file():
-        log.warning("no %s: who %s was trained on is unknown", split_path, weights)
+        log.warning(
+            "no %s: the training patients of %s are unknown",
+            split_path,
+            weights,
+        )
         return []
     seen = split.patients_of_part(split.read_split(split_path), "train")
     made_by = json.loads((weights.parent / "provenance.json").read_text())
@@ -81,10 +85,10 @@ def training_patients_of(weights: Path | None) -> list[str]:
 
 
 def names_of(scan_id: str, *patients: str) -> set[str]:
-    """All that a scan's patient may be called among those a run was trained on.
+    """Returns all names that a scan's patient may have among a run's training patients.
 
-    Beside `patients` these are the scan's id, which stands for a patient whom nothing
-    names, and the patient of LIDC-IDRI whose series the scan is called after.
+    Besides `patients`, these are the scan's id, which stands in for a patient without a
+    name, and the LIDC-IDRI patient if the scan's id is a series of LIDC-IDRI.
     """
     from nodules import lidc_database
 
@@ -92,7 +96,7 @@ def names_of(scan_id: str, *patients: str) -> set[str]:
 
 
 def mask_of(output: Any) -> Any:
-    """The mask among a network's outputs, beside those of slice or coarser levels."""
+    """Returns the full-resolution mask from a network's outputs."""
     if isinstance(output, dict):
         return output["mask"]
     return output[0] if isinstance(output, list | tuple) else output
@@ -107,26 +111,26 @@ def load_network(
     dropout: bool = False,
     precision: Precision | None = None,
 ) -> Any:
-    """The run's network with its best weights.
+    """Builds a run's network and loads its best weights.
 
     Args:
-        run_dir: Made by train.py.
-        settings: The run's.
-        input_px: (y, x) or (z, y, x) of its inputs.
-        masks: Take the noise of random masks as a second input.
-        dropout: Drop in use as in training; `models.dropout.seed_dropout` says what. Batch
-            normalisation still uses what it learnt.
-        precision: Keras' policy; None for the one in force.
+        run_dir: Run directory made by train.py.
+        settings: Settings of the run.
+        input_px: (y, x) or (z, y, x) size of the input.
+        masks: Take the noise of random cube masks as a second input.
+        dropout: Keep dropout active at inference, seeded by `models.dropout.seed_dropout`.
+            Batch normalisation still uses its learnt statistics.
+        precision: Keras precision policy; None for the current one.
 
     Raises:
-        ValueError: If the weights are of another network.
+        ValueError: If the weights belong to another network.
     """
-    from models import build_model  # before keras: it keeps TensorFlow quiet
+    from models import build_model  # before keras, to keep TensorFlow quiet
 
     model = replace(settings.model, weights="none")
     inputs = {"noise_input": True} if masks else {}
     if not masks:
-        model = replace(model, mask_fraction=0.0)  # the layer would have nothing to do
+        model = replace(model, mask_fraction=0.0)  # the masking layer would do nothing
     import keras
 
     before = keras.config.dtype_policy()
@@ -141,32 +145,32 @@ def load_network(
         from models.dropout import with_dropout
 
         network = with_dropout(network)
-    # XLA compiles for every shape anew, and is slower than oneDNN on a CPU.
+    # XLA recompiles for every shape and is slower than oneDNN on a CPU.
     network.jit_compile = False
     return network
 
 
 def load_weights(network: Any, path: Path) -> None:
-    """Gives a network that is not compiled the weights in a file.
+    """Loads the weights in a file into an uncompiled network.
 
     Raises:
-        ValueError: If they are of another network.
+        ValueError: If the weights belong to another network.
     """
     import h5py
 
     found: list[tuple[int, ...]] = []
 
     def note(_: str, item: Any) -> None:
-        # Random generators have a state too, of whole numbers.
+        # The states of random generators are stored too, as integers.
         if isinstance(item, h5py.Dataset) and item.dtype.kind == "f":
             found.append(item.shape)
 
     with h5py.File(path) as file:
         file.visititems(note)
-    # Keras would take what fits, warn of the rest and then fail without a name.
+    # Keras would load what fits, warn about the rest and fail without naming the file.
     if sorted(found) != sorted(tuple(weight.shape) for weight in network.weights):
         raise ValueError(
-            f"{path}: the weights are not of this network, {network.name} with "
+            f"{path}: the weights do not fit this network, {network.name} with "
             f"{network.count_params()} parameters; use the model settings in "
             f"{path.with_name('config.json')}"
         )

@@ -149,7 +149,7 @@ def test_a_folder_with_something_else_in_it_is_never_replaced(table_path, tmp_pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/work.txt").write_text("years")
     with pytest.raises(
-        ValueError, match="holds work.txt, which is no folder of slices"
+        ValueError, match="holds work.txt, which is not a folder of slices"
     ):
         exports.write_npy_slices(table_path, tmp_path / "mine", LUNG)
     assert (tmp_path / "mine/work.txt").read_text() == "years"

@@ -496,7 +496,7 @@ def test_voxels_at_places_are_the_nearest_and_places_beyond_are_refused():
     # Index (z, y, x) lies at RAS (x, y, z); LPS turns x and y over.
     places = np.array([[-3.0, -2.0, 1.0], [-0.6, 0.4, 0.4]])
     assert generator3d.voxels_at(places, grid).tolist() == [[1, 2, 3], [0, 0, 1]]
-    with pytest.raises(ValueError, match=r"1 of 3 places .* the first at \(-4.0, 0.0"):
+    with pytest.raises(ValueError, match=r"1 of 3 points .* the first at \(-4.0, 0.0"):
         generator3d.voxels_at(np.vstack([places, [-4.0, 0, 0]]), grid)
 
 

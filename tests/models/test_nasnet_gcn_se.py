@@ -168,10 +168,14 @@ def test_imagenet_weights_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((None, None, 1), {}, "expected a stated (y, x, channels)"),
+        ((None, None, 1), {}, "expected a static (y, x, channels)"),
         ((16, 64, 1), {}, "of at least 32"),
         ((64, 64, 1), {"weights": "coco"}, "expected 'none' or 'imagenet'"),
-        ((64, 64, 1), {"gcn_kernels": (3,) * 5}, "at most one for each of the strides"),
+        (
+            (64, 64, 1),
+            {"gcn_kernels": (3,) * 5},
+            "at most one kernel for each of the strides",
+        ),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(shape, options, message):

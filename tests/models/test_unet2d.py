@@ -83,7 +83,7 @@ def test_dropout_changes_outputs_in_training_only(batch):
 
 
 def test_a_shape_without_a_size_is_refused():
-    with pytest.raises(ValueError, match="expected a stated size"):
+    with pytest.raises(ValueError, match="expected a static size"):
         unet2d.build((None, None, 1), 2)
 
 

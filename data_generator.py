@@ -72,7 +72,7 @@ def as_pydataset(
     starts its workers before it announces an epoch. The epoch therefore changes only at the
     end of one, when the workers have stopped, and only if it had begun. Under a
     `tf.distribute` strategy Keras also draws a batch to build the model, which counts as an
-    epoch; `training.callbacks.EpochOfBatches` sets Keras' own number and is always right.
+    epoch; `training.callbacks.SetGeneratorEpoch` sets Keras' own number and is always right.
 
     Args:
         generator: Source of the batches; its `epoch` is the first one.
@@ -144,10 +144,10 @@ def run_step(arguments: Arguments) -> steps.Report:
             generator = generator_of_slices(table, arguments)
             shown = f"{len(generator.rows)} {arguments.part} rows"
         if arguments.show:
-            slice_window.browse(*views(generator))
+            slice_window.browse(*make_views(generator))
             return steps.Report(f"showed samples of {shown}")
         picture = sheet(generator, arguments.slices)
-        with files.written_whole(arguments.out) as partial:
+        with files.write_atomically(arguments.out) as partial:
             if not cv2.imwrite(str(partial), picture):
                 raise OSError(f"{arguments.out} was not written; expected a .png")
         speeds = ", ".join(
@@ -220,7 +220,7 @@ def open_data(
         table: The open table.
         split: The split of its patients.
         experiment: Settings.
-        candidates: Result of `train.candidates_of`; only for volumes.
+        candidates: Result of `train.read_candidates`; only for volumes.
 
     Raises:
         ValueError: If the training part is empty.
@@ -266,7 +266,7 @@ def open_data(
     )
 
 
-def pictures(
+def make_picture_function(
     generator: SliceGenerator | VolumeGenerator,
 ) -> Callable[[int], Picture]:
     """Returns a function that draws a sample, given its number in the generator's epoch.
@@ -294,7 +294,7 @@ def pictures(
     return picture
 
 
-def views(
+def make_views(
     generator: SliceGenerator | VolumeGenerator,
 ) -> tuple[int, list[Callable[[int], Picture]]]:
     """Returns the number of samples in an epoch and the views to show in a window.
@@ -303,11 +303,11 @@ def views(
     may lie elsewhere.
     """
     count = len(generator.order_of_epoch(generator.epoch))
-    shown = [pictures(generator)]
+    shown = [make_picture_function(generator)]
     if generator.augmentation is not None:
         unchanged = copy.copy(generator)
         unchanged.augmentation = None
-        shown.append(pictures(unchanged))
+        shown.append(make_picture_function(unchanged))
     return count, shown
 
 

@@ -122,7 +122,7 @@ def evaluate(arguments: Arguments) -> steps.Report:
     lines += froc_lines(curve, scored)
     seen = leak_text(scored, draws=arguments.draws)
     facts = protocol(arguments, predictions, rows, seen, fitted)
-    with files.written_whole(arguments.out) as out:
+    with files.write_atomically(arguments.out) as out:
         out.mkdir()
         write_rows(rows, list(rows[0]), out / "scores.csv")
         if nodules:
@@ -179,7 +179,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
         ValueError: If the part has no prediction, the masks were made from maps of other
             weights, the folder holds lungs without nodules, or the results are not NIfTI.
     """
-    if in_lungs(arguments.predictions) == {}:
+    if read_nodule_record(arguments.predictions) == {}:
         raise ValueError(
             f"{arguments.predictions} holds lung masks without nodules; run infer.py with "
             "--nodules, or compare the lung masks with experiments.lung_comparison"
@@ -214,7 +214,7 @@ def jobs_of(predictions: Predictions, arguments: Arguments) -> list[Job]:
             f"{arguments.predictions} has no scan in part {arguments.part!r}, only in "
             f"{parts}; choose another --part"
         )
-    if in_lungs(arguments.predictions):
+    if read_nodule_record(arguments.predictions):
         path = arguments.predictions / CANDIDATES_CSV
         froc_points.warn_of_unknown_cases(path, predictions.scans.keys())
     for job in jobs:
@@ -319,7 +319,7 @@ def score(job: Job) -> Scored:
     return Scored(
         row,
         [owner | nodule for nodule in nodules],
-        votes_met(job, scan),
+        calibration_counts(job, scan),
         **points_of(job, scan),
     )
 
@@ -332,7 +332,7 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
     """
     folder = job.arguments.predictions
     name, maker = "mask.nii.gz", "postprocess.py"
-    if in_lungs(folder):
+    if read_nodule_record(folder):
         name, maker = "nodules.nii.gz", "infer.py"
     mask_path = folder / job.scan_id / name
     path = scan_path(job.arguments.scans, job.scan_id)
@@ -345,7 +345,7 @@ def read_pair(job: Job) -> tuple[Scan, np.ndarray]:
     return scan, labels
 
 
-def in_lungs(predictions: Path) -> dict[str, Any] | None:
+def read_nodule_record(predictions: Path) -> dict[str, Any] | None:
     """Reads from lungs.json how nodules were found inside the lungs.
 
     Returns:
@@ -384,7 +384,7 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     """
     folder = job.arguments.predictions
     path = folder / job.scan_id / NODULES_CSV
-    shared = in_lungs(folder) is not None
+    shared = read_nodule_record(folder) is not None
     if shared:
         path = folder / CANDIDATES_CSV
     if not scan.whole or not path.exists():
@@ -402,7 +402,7 @@ def points_of(job: Job, scan: Scan) -> dict[str, np.ndarray]:
     return points
 
 
-def votes_met(job: Job, scan: Scan) -> np.ndarray | None:
+def calibration_counts(job: Job, scan: Scan) -> np.ndarray | None:
     """Returns the calibration histogram of a scan; None without a map or counted voxels.
 
     Raises:
@@ -441,7 +441,7 @@ def temperature_of(
 
 
 def votes_of(job: Job) -> np.ndarray | None:
-    """Returns `votes_met` for the scan of a job; None for a scan without readers' marks."""
+    """Returns `calibration_counts` of a job's scan; None without readers' marks."""
     path = job.arguments.predictions / job.scan_id / "prob.nii.gz"
     if not path.exists():
         return None
@@ -449,7 +449,7 @@ def votes_of(job: Job) -> np.ndarray | None:
     if not scan_file.exists():
         raise ScanError(f"{scan_file} is missing; run preprocess.py first")
     scan = read_scan(scan_file)
-    return None if scan.reader_bits is None else votes_met(job, scan)
+    return None if scan.reader_bits is None else calibration_counts(job, scan)
 
 
 def protocol(
@@ -468,7 +468,7 @@ def protocol(
     if by_slice(predictions):
         what = f"{files.count_text(len(rows), 'scan')} (only their slices in the part)"
     candidates = "the components that postprocessing kept"
-    if in_lungs(arguments.predictions):
+    if read_nodule_record(arguments.predictions):
         candidates = "every candidate"
     return [
         f"Run {predictions.run}, weights {predictions.weights_sha256[:12]}; "
@@ -502,7 +502,7 @@ def protocol(
 
 def masks_made_by(predictions: Path) -> str:
     """Returns a sentence on the settings that made the masks."""
-    found = in_lungs(predictions)
+    found = read_nodule_record(predictions)
     if found:
         used = config.from_json(config.Postprocess, found["settings"])
         how = settings_text(used)

@@ -107,7 +107,7 @@ def export(
             "or use --overwrite"
         )
     network = runs.load_network(run, settings, size_px)
-    with files.written_whole(target) as partial:
+    with files.write_atomically(target) as partial:
         write_saved_model(partial, network, settings.batches, size_px)
         record = provenance.record(settings, **made_of)
         files.write_json(partial / "assets.extra/provenance.json", record)
@@ -149,11 +149,15 @@ def write_saved_model(
         specs.append(tf.TensorSpec((None, *size_px), tf.uint8, name="lung"))
     archive = keras.export.ExportArchive()
     archive.track(network)
-    archive.add_endpoint("serving_default", graph(network, batches), specs)
+    archive.add_endpoint(
+        "serving_default", make_serving_function(network, batches), specs
+    )
     archive.write_out(path, verbose=False)
 
 
-def graph(network: Any, batches: config.Batches) -> Callable[..., dict[str, Any]]:
+def make_serving_function(
+    network: Any, batches: config.Batches
+) -> Callable[..., dict[str, Any]]:
     """Returns the served function, with the arithmetic of `inputs.to_input` in TensorFlow."""
     import tensorflow as tf
 
@@ -200,10 +204,12 @@ def largest_difference(
         to_input(image, lung, batches) for image, lung in zip(hu, lungs, strict=True)
     ]
     expected = runs.mask_of(network.predict_on_batch(np.stack(images)[..., None]))
-    return float(np.abs(served(model_dir, inputs) - np.asarray(expected)[..., 1]).max())
+    return float(
+        np.abs(run_saved_model(model_dir, inputs) - np.asarray(expected)[..., 1]).max()
+    )
 
 
-def served(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_saved_model(model_dir: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """Runs the SavedModel in a process without Keras and without this project."""
     with tempfile.TemporaryDirectory() as folder:
         sent, received = Path(folder) / "inputs.npz", Path(folder) / "output.npy"

@@ -35,9 +35,9 @@ from dataset.split import read_split
 from inference.passes import CONVERGED_DICE
 from inference.segment import (
     BATCH_SIZE,
+    DEFAULT_LUNGS,
     SHIPPED,
     SHIPPED_RUNS,
-    USUAL,
     Lungs,
     NoduleRuns,
     SeededPredictor,
@@ -46,7 +46,7 @@ from inference.segment import (
     nodule_predictor,
     passes_predictor,
     refuse_unused,
-    seen_for_nodules,
+    training_patients_by_run,
 )
 from inference.tasks import (
     Task,
@@ -101,7 +101,7 @@ class Arguments:
     """Folder of scan files made by preprocess.py, used if --csv_file and --input are unset."""
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split whose scan files are segmented."""
-    lungs: Annotated[Lungs, tyro.conf.arg(name="")] = USUAL
+    lungs: Annotated[Lungs, tyro.conf.arg(name="")] = DEFAULT_LUNGS
     nodules: Annotated[NoduleRuns, tyro.conf.arg(name="")] = SHIPPED_RUNS
     batch_size: int = BATCH_SIZE
     """Tiles per call of a 2-D network."""
@@ -117,7 +117,7 @@ def infer(
     input: Path | None = None,
     scans: Path = Path("work/scans"),
     parts: Sequence[str] = ("validation", "test"),
-    lungs: Lungs = USUAL,
+    lungs: Lungs = DEFAULT_LUNGS,
     nodules: NoduleRuns = SHIPPED_RUNS,
     batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
@@ -157,7 +157,7 @@ def infer(
     segment: Callable[..., Outcome] = write_probabilities
     if settings.batches.target == "lung":
         segment = functools.partial(write_lungs, nodules=nodules)
-        seen |= seen_for_nodules(nodules)
+        seen |= training_patients_by_run(nodules)
     everyone = sorted({patient for some in seen.values() for patient in some})
     predictions = replace(predictions, training_patients=tuple(everyone))
     warn_of_leaks(tasks, seen)
@@ -228,7 +228,7 @@ def write_probabilities(
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
     scans = files.count_text(len(done), "scan")
     line = f"{scans}, {files.size_text(volume_bytes)}"
-    return done, failures, line + there_before(len(stood))
+    return done, failures, line + earlier_scans_text(len(stood))
 
 
 def write_lungs(
@@ -244,7 +244,7 @@ def write_lungs(
     overwrite: bool,
 ) -> Outcome:
     """Writes lungs, uncertainty and nodules of every scan that has no results yet."""
-    reach_mm = lungs.labels.snap * runs.seen_mm(settings)
+    reach_mm = lungs.labels.snap * runs.input_spacing_mm(settings)
     made_by = {
         "weights_sha256": files.sha256(exp_dir / "best.weights.h5"),
         **asdict(lungs.passes),
@@ -279,7 +279,7 @@ def write_lungs(
         maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
         found = finder.find(replace(scan, lung=labels)) if finder else None
         seconds = time.monotonic() - started
-        row = rows.row_of(task.scan_id, maps.n, verdict, seconds)
+        row = rows.lung_row(task.scan_id, maps.n, verdict, seconds)
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
@@ -292,10 +292,10 @@ def write_lungs(
     if finder:
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
-    return done, failures, line + there_before(len(tasks) - len(missing))
+    return done, failures, line + earlier_scans_text(len(tasks) - len(missing))
 
 
-def there_before(count: int) -> str:
+def earlier_scans_text(count: int) -> str:
     """Returns text for the closing line: the number of scans segmented by earlier calls."""
     return f" ({files.count_text(count, 'scan')} done before)" if count else ""
 

@@ -101,10 +101,10 @@ def preprocess(
         for task in (
             PrepareTask(item, cohort, scans, mask, tuple(repair)) for item in found
         )
-        if overwrite or not complete(task)
+        if overwrite or not is_complete(task)
     ]
     _, failures = steps.map_scans(
-        prepare, tasks, workers=workers, scheduler=scheduler, label="preprocess"
+        prepare_scan, tasks, workers=workers, scheduler=scheduler, label="preprocess"
     )
     steps.write_failures(failures, scans / "skipped.csv")
     made = len(tasks) - len(failures)
@@ -116,7 +116,7 @@ def preprocess(
     )
 
 
-def complete(task: PrepareTask) -> bool:
+def is_complete(task: PrepareTask) -> bool:
     """Returns whether the task's scan file exists, with the same settings and source.
 
     Raises:
@@ -127,12 +127,12 @@ def complete(task: PrepareTask) -> bool:
     if not path.exists():
         return False
     try:
-        found = flat(read_provenance(path))
+        found = flatten_record(read_provenance(path))
     except ScanError:
         return False
     changed = {
         name: (found.get(name), value)
-        for name, value in flat(task.made_by()).items()
+        for name, value in flatten_record(task.made_by()).items()
         if found.get(name) != value
     }
     if changed:
@@ -143,7 +143,7 @@ def complete(task: PrepareTask) -> bool:
     return True
 
 
-def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a provenance record with the mask settings moved to its top level."""
     return {**record, **(record.get("mask") or {}), "mask": None}
 
@@ -156,7 +156,7 @@ def source_sha256(source: ScanSource) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def prepare(task: PrepareTask) -> str:
+def prepare_scan(task: PrepareTask) -> str:
     """Reads one scan, segments its lungs, writes its scan file and returns the scan id."""
     import cohorts
 

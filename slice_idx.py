@@ -33,7 +33,7 @@ from dataset.split import (
 
 log = logging.getLogger(__name__)
 
-LIMITS_MM = (6.0, 10.0, 20.0)
+STRATA_LIMITS_MM = (6.0, 10.0, 20.0)
 STRATA = ("none", "below 6 mm", "6 to 10 mm", "10 to 20 mm", "20 mm or more")
 """Groups of patients by the diameter of their largest nodule."""
 
@@ -188,7 +188,7 @@ def strata_of_patients(table: SliceTable) -> dict[str, str]:
     ):
         largest_mm[patient_id] = max(largest_mm[patient_id], diameter_mm)
     return {
-        patient_id: STRATA[1 + np.digitize(size_mm, LIMITS_MM) if size_mm else 0]
+        patient_id: STRATA[1 + np.digitize(size_mm, STRATA_LIMITS_MM) if size_mm else 0]
         for patient_id, size_mm in largest_mm.items()
     }
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 DONE, FAILED, USAGE, SOME_SKIPPED = 0, 1, 2, 3
 """Exit codes of every step."""
 
-TOLD_EVERY_S = 60.0
+PROGRESS_LOG_S = 60.0
 """Least interval between progress lines in the log when there is no terminal."""
 
 
@@ -228,7 +228,7 @@ def _told(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     begun = told = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if done and now - told >= TOLD_EVERY_S:
+        if done and now - told >= PROGRESS_LOG_S:
             spent = duration_text(now - begun)
             log.info("%s: %d of %d scans, %s", label, done, total, spent)
             told = now
@@ -240,7 +240,7 @@ def write_failures(failures: Sequence[Failure], path: Path) -> None:
     if not failures:
         files.remove(path)
         return
-    with files.written_whole(path) as partial, partial.open("w", newline="") as file:
+    with files.write_atomically(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("scan_id", "reason"))
         rows.writerows((failure.scan_id, failure.reason) for failure in failures)

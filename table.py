@@ -102,8 +102,8 @@ def write_part(item: ScanFile, parts_dir: Path, settings: config.Table) -> Path:
     if _part_stands(path, settings, source_sha256):
         return path
     part = make_part(scans.read_scan(item.path), settings, source_sha256)
-    with files.written_whole(path) as partial:
-        with hdf5.written(partial, path) as h5:
+    with files.write_atomically(path) as partial:
+        with hdf5.open_new(partial, path) as h5:
             create_table(h5, settings, rows=len(part.rows), provenance_record={})
             write_scan_part(h5, part)
         check_read_back(partial, path)
@@ -149,7 +149,7 @@ def _source_sha256(path: Path) -> str:
     """Returns a checksum over file size and provenance record, without reading pixels."""
     record = ""
     try:
-        with hdf5.opened(path) as h5:
+        with hdf5.open_readonly(path) as h5:
             if "record" in h5.root:
                 record = h5.root.record[:].tobytes().decode()
     except hdf5.Unreadable:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 """Format version of training.json."""
 
-TRAINED_BY = ("batches", "augment", "lesions", "model", "loss", "train")
+WEIGHT_SECTIONS = ("batches", "augment", "lesions", "model", "loss", "train")
 """Sections that determine the weights; the others are stored for later steps."""
 
 PICTURED_SLICES = 6
@@ -114,7 +114,7 @@ def train(
     with SliceTable(table_path) as table:
         marked = None
         if candidates is not None:
-            marked = candidates_of(candidates, table, split, experiment.batches)
+            marked = read_candidates(candidates, table, split, experiment.batches)
         experiment = dataclasses.replace(
             experiment,
             mask=mask_settings(table, experiment.mask),
@@ -133,7 +133,7 @@ def train(
         for directory in (run_dir, partial):
             refuse_other_run(directory, record, overwrite=overwrite)
         if run_dir.exists():
-            changed = keep_postprocess(run_dir, experiment.postprocess)
+            changed = update_postprocess(run_dir, experiment.postprocess)
             return steps.Report(
                 f"{run_dir} is complete: {closing_line(run_dir)}{changed}"
             )
@@ -153,7 +153,7 @@ def mask_settings(table: SliceTable, otherwise: config.LungMask) -> config.LungM
     return otherwise if record is None else config.from_json(config.LungMask, record)
 
 
-def keep_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
+def update_postprocess(run_dir: Path, settings: config.Postprocess) -> str:
     """Updates the postprocessing settings of a complete run, which do not affect weights.
 
     Returns:
@@ -180,8 +180,8 @@ def warn_of_other_spacing(init: Path | None, experiment: config.Experiment) -> N
     """Warns if the weights to start from were trained at another pixel or voxel size."""
     if init is None or not init.with_name("config.json").exists():
         return
-    before = runs.seen_mm(runs.read_settings(init.parent))
-    now = runs.seen_mm(experiment)
+    before = runs.input_spacing_mm(runs.read_settings(init.parent))
+    now = runs.input_spacing_mm(experiment)
     if before != now:
         log.warning(
             "%s was trained at %s, this run trains at %s",
@@ -241,7 +241,7 @@ def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     }
     known = config.with_defaults(config.Experiment, found["settings"])
     before = json.loads(json.dumps(known))
-    for section in TRAINED_BY:
+    for section in WEIGHT_SECTIONS:
         for name, value in wanted["settings"][section].items():
             pairs[f"{section}.{name}"] = (before[section].get(name), value)
     return [
@@ -251,7 +251,7 @@ def differing_fields(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     ]
 
 
-def candidates_of(
+def read_candidates(
     path: Path, table: SliceTable, split: Mapping[str, Any], batches: config.Batches
 ) -> dict[str, np.ndarray]:
     """Reads the candidates of the table's scans as (n, 3) LPS mm per scan id.
@@ -272,7 +272,7 @@ def candidates_of(
         raise FileNotFoundError(
             f"no file {path}; expected a candidates.csv of infer.py"
         )
-    marked = froc_points.places_of_scans(path)
+    marked = froc_points.read_candidate_positions(path)
     ids = table.scans["scan_id"].tolist()
     known = {scan_id: marked[scan_id] for scan_id in ids if scan_id in marked}
     for scan_id, places in known.items():
@@ -308,7 +308,7 @@ def start_run(
     """Writes a run directory with settings, split and provenance, unless it exists."""
     if directory.exists():
         return
-    with files.written_whole(directory) as partial:
+    with files.write_atomically(directory) as partial:
         partial.mkdir()
         files.write_json(partial / "config.json", config.to_json(experiment))
         files.write_json(partial / "split.json", split)
@@ -336,7 +336,7 @@ def fit(
     from training import callbacks, loop
 
     settings = experiment.train
-    model = loop.prepared_model(experiment, steps_per_epoch=len(data.training))
+    model = loop.build_compiled_model(experiment, steps_per_epoch=len(data.training))
     progress = callbacks.Progress()
     if (directory / callbacks.STATE).is_file():
         progress = callbacks.read_state(directory / callbacks.STATE, model)
@@ -361,7 +361,7 @@ def fit(
             settings,
             progress,
             run_dir=directory,
-            pictured=pictured_slices(data.validation or data.training),
+            pictured=pick_pictured_samples(data.validation or data.training),
             by_slice=experiment.batches.crop == "candidate",
         )
     callbacks.write_weights(directory / "last.weights.h5", model)
@@ -371,7 +371,7 @@ def fit(
     files.remove(directory / callbacks.STATE)
 
 
-def pictured_slices(generator: Any) -> tuple[np.ndarray, np.ndarray]:
+def pick_pictured_samples(generator: Any) -> tuple[np.ndarray, np.ndarray]:
     """Picks a few slices or volumes for the pictures, spread evenly, with target if possible.
 
     Returns:

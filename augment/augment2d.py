@@ -56,7 +56,7 @@ def crop_at_lungs(lung: np.ndarray, output_px: tuple[int, int]) -> Crop:
         lung: (y, x) uint8 lung labels.
         output_px: (y, x) size of the crop.
     """
-    box = boxes.around(lung)
+    box = boxes.bounding_box(lung)
     if box is None:
         return boxes.crop_at_centre(lung.shape, output_px)
     return boxes.crop_around(boxes.centre(box), lung.shape, output_px)
@@ -87,7 +87,7 @@ def crop_near_nodule(
     """
     which, *place = rng.random(5)
     box = _nodule_box(target, which)
-    lungs = None if box else boxes.around(lung)
+    lungs = None if box else boxes.bounding_box(lung)
     if box:
         focus = boxes.centre(box)
         half = [(part.stop - part.start) / 2 + margin_px for part in box]
@@ -104,7 +104,7 @@ def _nodule_box(target: np.ndarray, which: float) -> Box | None:
 
     Returns None if the target is empty.
     """
-    whole = boxes.around(target)
+    whole = boxes.bounding_box(target)
     if whole is None:
         return None
     part = np.ascontiguousarray(target[whole])
@@ -214,13 +214,13 @@ def smooth_displacement(
     )
     return np.stack(
         [
-            product(product(rows, part), columns, cv2.GEMM_2_T)
+            multiply_matrices(multiply_matrices(rows, part), columns, cv2.GEMM_2_T)
             for part in knots.astype(np.float32)
         ]
     )
 
 
-def product(a: np.ndarray, b: np.ndarray, flags: int = 0) -> np.ndarray:
+def multiply_matrices(a: np.ndarray, b: np.ndarray, flags: int = 0) -> np.ndarray:
     """Multiplies two matrices without BLAS.
 
     NumPy's product wakes the BLAS threads, which compete with the threads that make
@@ -368,7 +368,7 @@ def nodule_target(
         (y, x) uint8, 0 or 1.
     """
     mask = np.zeros(nodule_labels.shape, np.uint8)
-    box = boxes.around(nodule_labels)
+    box = boxes.bounding_box(nodule_labels)
     if box:
         mask[box] = scan.consensus(
             reader_bits[box],

@@ -182,10 +182,12 @@ def smooth_field(
     planes, rows, columns = (augment2d.spline_basis(n, distance_px) for n in size_px)
     shape = planes.shape[1], rows.shape[1], columns.shape[1]
     knots = rng.normal(0, sd, shape).astype(np.float32)
-    wide = augment2d.product(knots.reshape(-1, shape[2]), columns, cv2.GEMM_2_T)
-    slabs = augment2d.product(planes, wide.reshape(shape[0], -1))
+    wide = augment2d.multiply_matrices(
+        knots.reshape(-1, shape[2]), columns, cv2.GEMM_2_T
+    )
+    slabs = augment2d.multiply_matrices(planes, wide.reshape(shape[0], -1))
     slabs = slabs.reshape(size_px[0], shape[1], size_px[2])
-    return np.stack([augment2d.product(rows, slab) for slab in slabs])
+    return np.stack([augment2d.multiply_matrices(rows, slab) for slab in slabs])
 
 
 def warp_volume(
@@ -201,7 +203,7 @@ def warp_volume(
         (z, y, x) float32; `fill` at voxels that map outside the volume.
     """
     output = np.full(output_px, fill, np.float32)
-    box = reach(warp, output_px, volume.shape)
+    box = sampled_box(warp, output_px, volume.shape)
     if box is None:
         return output
     # OpenCV interpolates images only: one mosaic holds the lower slice of each pair, a
@@ -231,7 +233,7 @@ def warp_volume_labels(
     Voxels that map outside the volume are 0.
     """
     output = np.zeros(output_px, np.uint8)
-    box = reach(warp, output_px, labels.shape)
+    box = sampled_box(warp, output_px, labels.shape)
     if box is None:
         return output
     padded = padded_part(labels, box, 0)
@@ -245,7 +247,7 @@ def warp_volume_labels(
     return output
 
 
-def reach(
+def sampled_box(
     warp: VolumeWarp, output_px: tuple[int, ...], volume_px: tuple[int, ...]
 ) -> Box | None:
     """Returns the (z, y, x) box of the volume that the warp samples.
@@ -341,7 +343,7 @@ def draw_scanner(
         curve_hu = np.maximum.accumulate(curve_hu)
     thick = settings.slice_px > 1 and share[1] < 0.5
     slice_px = 1 + (settings.slice_px - 1) * share[2] if thick else 1.0
-    field = boxes.whole(output_px)
+    field = boxes.full_box(output_px)
     if settings.field_cut and share[3] < 0.5:
         lost = np.where(ends[..., 0] < 1 / 3, settings.field_cut * ends[..., 1], 0)
         field = tuple(
@@ -360,22 +362,24 @@ def draw_scanner(
     )
 
 
-def scanned(hu: np.ndarray, scanner: Scanner, rng: np.random.Generator) -> np.ndarray:
+def simulate_scanner(
+    hu: np.ndarray, scanner: Scanner, rng: np.random.Generator
+) -> np.ndarray:
     """Applies the scanner properties, except `gamma`, to a (z, y, x) float32 volume."""
     if scanner.curve_hu is not None:
-        hu = curved(hu, scanner.curve_hu)
+        hu = apply_hu_curve(hu, scanner.curve_hu)
     if scanner.blur_px > 0:
-        hu = blurred(hu, scanner.blur_px)
+        hu = blur_volume(hu, scanner.blur_px)
     if scanner.noise_hu > 0:
-        hu = hu + noise(hu.shape, scanner.noise_width_px, rng) * np.float32(
+        hu = hu + draw_noise(hu.shape, scanner.noise_width_px, rng) * np.float32(
             scanner.noise_hu
         )
     if scanner.slice_px > 1:
         hu = thick_slices(hu, scanner.slice_px, scanner.first_slice_px)
-    return within_field(hu, scanner.field, AIR_HU)
+    return cut_to_field(hu, scanner.field, AIR_HU)
 
 
-def curved(hu: np.ndarray, curve_hu: np.ndarray) -> np.ndarray:
+def apply_hu_curve(hu: np.ndarray, curve_hu: np.ndarray) -> np.ndarray:
     """Maps HU by the piecewise linear curve from `CURVE_HU` to `curve_hu`.
 
     HU are rounded to index a table, which is eight times faster than `np.interp`.
@@ -389,7 +393,7 @@ def curved(hu: np.ndarray, curve_hu: np.ndarray) -> np.ndarray:
     return (whole + offset).astype(np.float32)[np.rint(index).astype(np.int32)]
 
 
-def blurred(volume: np.ndarray, sigma_px: float) -> np.ndarray:
+def blur_volume(volume: np.ndarray, sigma_px: float) -> np.ndarray:
     """Smooths a (z, y, x) float32 volume with a Gaussian and mirrored borders."""
     result = np.empty_like(volume)
     for image, smooth in zip(volume, result, strict=True):
@@ -399,7 +403,7 @@ def blurred(volume: np.ndarray, sigma_px: float) -> np.ndarray:
     return cv2.sepFilter2D(flat, -1, np.ones((1, 1)), along_z).reshape(volume.shape)
 
 
-def noise(
+def draw_noise(
     size_px: tuple[int, ...], width_px: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Draws (z, y, x) float32 noise of standard deviation 1.
@@ -442,7 +446,7 @@ def weighted_slices(weights: np.ndarray, volume: np.ndarray) -> np.ndarray:
     return result
 
 
-def within_field(volume: np.ndarray, field: Box, fill: float) -> np.ndarray:
+def cut_to_field(volume: np.ndarray, field: Box, fill: float) -> np.ndarray:
     """Replaces the volume outside the field of view by `fill`.
 
     Returns the volume itself, not a copy, if the field of view covers all of it.

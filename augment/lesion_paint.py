@@ -14,7 +14,7 @@ from augment.textures import (
     CELLS_UNIT,
     GRAIN_UNIT,
     Grain,
-    grain_of,
+    draw_grain,
     stored_cells,
 )
 from ct import boxes
@@ -58,7 +58,7 @@ class Lung:
 
     @property
     def bounds(self) -> Box:
-        return boxes.whole(self.mask.shape)
+        return boxes.full_box(self.mask.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,20 +105,20 @@ def span(part: slice) -> int:
     return part.stop - part.start
 
 
-def put(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
+def write_rounded(part: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
     """Writes values into a part of the HU, rounded if the HU are integers."""
     if np.issubdtype(part.dtype, np.integer):
         np.rint(values, out=values)
     np.copyto(part, values, where=where, casting="unsafe")
 
 
-def lung_in(hu, mask, rim, grain: Grain, spacing_mm, rng, held_out) -> Lung:
+def build_lung(hu, mask, rim, grain: Grain, spacing_mm, rng, held_out) -> Lung:
     """Builds a lung from (z, y, x) HU and mask that include `rim` voxels around it."""
     square = np.ones((2 * rim[1] + 1, 2 * rim[2] + 1), np.uint8)
     near = apply_by_slice(lambda plane: cv2.dilate(plane, square), mask)
     near &= ((hu > RIM_HU[0]) & (hu < RIM_HU[1])).view(np.uint8)
     near |= mask
-    noise = grain_of(hu.shape, grain, rng)
+    noise = draw_grain(hu.shape, grain, rng)
     noise_hu = grain.sd_hu / GRAIN_UNIT
     hu = hu.astype(np.float32)
     return Lung(hu, mask, near, noise, noise_hu, spacing_mm, held_out)

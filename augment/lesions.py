@@ -22,14 +22,14 @@ from augment.lesion_paint import (
     TRIES,
     Lung,
     Painter,
-    lung_in,
+    build_lung,
     paint_nodule_lesion,
     place_at_pleura,
     point_in,
-    put,
+    write_rounded,
 )
 from augment.nodule_shapes import SHAPE_MM, SHAPES, check_shapes, drawn_shape
-from augment.textures import measured_grain
+from augment.textures import measure_grain
 from ct import boxes
 from ct.boxes import Box
 from ct.scan import LEFT, RIGHT
@@ -72,7 +72,7 @@ class Circle:
     opacity: float
 
 
-def simulate(
+def simulate_lesions(
     hu: np.ndarray,
     lung: np.ndarray,
     spacing_mm: Sequence[float],
@@ -89,7 +89,7 @@ def simulate(
     Args:
         hu: (y, x) or (z, y, x) HU of any real dtype.
         lung: Labels of the same shape, 1 in the right lung and 2 in the left; or a
-            mask, which `lung_sides` splits.
+            mask, which `split_lungs` splits.
         spacing_mm: Spacing of each axis.
         settings: Probability and kind of the lesions.
         rng: Source of all random choices.
@@ -111,7 +111,7 @@ def simulate(
     if rng.random() >= settings.probability:
         return result
     volume = result.reshape((-1, *hu.shape[-2:]))
-    labels = lung_sides(lung.reshape(volume.shape))
+    labels = split_lungs(lung.reshape(volume.shape))
     z_mm, y_mm, x_mm = (float(step) for step in (spacing_mm[-1], *spacing_mm)[-3:])
     box_of = lung_boxes(labels)
     if settings.kind == "circles":
@@ -160,8 +160,8 @@ def simulate_nodules(
         return result, drawn
     mask = (lung > 0).view(np.uint8)
     rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
-    grain = measured_grain(result)
-    own = lung_in(result, mask, rim, grain, spacing_mm, rng, held_out)
+    grain = measure_grain(result)
+    own = build_lung(result, mask, rim, grain, spacing_mm, rng, held_out)
     most = MOST_NODULES if places is None else 1
     for _ in range(rng.integers(1, most + 1)):
         shape = drawn_shape(NODULE_SHAPES, NODULE_MM, held_out, rng)
@@ -186,7 +186,7 @@ def simulate_nodules(
             )
             drawn[box] |= inside
     drawn &= own.open.view(bool)
-    put(result, own.hu, own.open.view(bool))
+    write_rounded(result, own.hu, own.open.view(bool))
     return result, drawn
 
 
@@ -238,7 +238,7 @@ def checked_lesions(
     return settings
 
 
-def lung_sides(lung: np.ndarray) -> np.ndarray:
+def split_lungs(lung: np.ndarray) -> np.ndarray:
     """Returns (z, y, x) uint8 labels, 1 right and 2 left, from labels or a plain mask.
 
     A mask with voxels in both outer thirds of the image is split midway between its
@@ -325,7 +325,7 @@ def paint_circles(hu: np.ndarray, circles: Sequence[Circle], spacing_mm) -> None
         inside = across <= radii[i] ** 2 - squares[0][i, z, None, None]
         blended = hu[box] * np.float32(1 - circle.opacity)
         blended += np.float32(circle.opacity * CIRCLE_HU)
-        put(hu[box], blended, inside)
+        write_rounded(hu[box], blended, inside)
 
 
 def paint_findings(
@@ -353,13 +353,13 @@ def paint_findings(
             first = sides[rng.integers(len(sides))]
             for side in sides if both else [first]:
                 painters[side].append(painter)
-    grain = measured_grain(hu)
+    grain = measure_grain(hu)
     rim = [0, *(math.ceil(RIM_MM / step) for step in spacing_mm[1:])]
     for side in sides:
         if painters[side]:
-            box = boxes.widened(box_of[side], rim, labels.shape)
+            box = boxes.grow_box(box_of[side], rim, labels.shape)
             mask = (labels[box] == side).view(np.uint8)
-            lung = lung_in(hu[box], mask, rim, grain, spacing_mm, rng, held_out)
+            lung = build_lung(hu[box], mask, rim, grain, spacing_mm, rng, held_out)
             for painter in painters[side]:
                 painter(lung, rng)
-            put(hu[box], lung.hu, lung.open.view(bool))
+            write_rounded(hu[box], lung.hu, lung.open.view(bool))

@@ -49,7 +49,9 @@ def tissues(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
     return np.where(lung > 0, of_lung, of_body)
 
 
-def synthetic(hu: np.ndarray, lung: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def synthesize_patch(
+    hu: np.ndarray, lung: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Replaces HU by a random mean and texture per tissue, and blurs the patch.
 
     Args:
@@ -63,9 +65,9 @@ def synthetic(hu: np.ndarray, lung: np.ndarray, rng: np.random.Generator) -> np.
     tissue = tissues(hu, lung)
     means = np.array([rng.uniform(*RANGES_HU[key]) for key in sorted(RANGES_HU)])
     textures = rng.uniform(0, TEXTURE_HU, len(means))
-    texture = augment3d.noise(hu.shape, rng.uniform(0.5, 2.0), rng)
+    texture = augment3d.draw_noise(hu.shape, rng.uniform(0.5, 2.0), rng)
     texture *= textures.astype(np.float32)[tissue]
     texture += means.astype(np.float32)[tissue]
     uneven = augment3d.smooth_field(hu.shape, rng.uniform(0, UNEVEN_HU), UNEVEN_PX, rng)
     np.add(texture, uneven, out=texture, where=tissue == LUNG)
-    return augment3d.blurred(texture, rng.uniform(0.4, 1.0))
+    return augment3d.blur_volume(texture, rng.uniform(0.4, 1.0))

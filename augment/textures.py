@@ -38,7 +38,7 @@ class Grain:
     sigma_px: float
 
 
-def measured_grain(hu: np.ndarray) -> Grain:
+def measure_grain(hu: np.ndarray) -> Grain:
     """Measures the noise of (z, y, x) HU in small blocks of homogeneous soft tissue.
 
     The variance is the 10th percentile over the blocks: structure raises the variance
@@ -76,7 +76,7 @@ def measured_grain(hu: np.ndarray) -> Grain:
     return Grain(math.sqrt(variance), sigma)
 
 
-def grain_of(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
+def draw_grain(shape: tuple[int, ...], grain: Grain, rng: np.random.Generator):
     """Draws (z, y, x) int8 noise, correlated within a slice but not between slices.
 
     See `GRAIN_UNIT` for its unit.

@@ -104,7 +104,7 @@ def time_findings(scan: Scan) -> None:
             for seed in range(CALLS + 1):
                 rng = np.random.default_rng(seed)
                 started = time.thread_time()
-                lesions.simulate(
+                lesions.simulate_lesions(
                     hu, lung, spacing_mm, settings, rng, held_out=frozenset()
                 )
                 times.append(1000 * (time.thread_time() - started))

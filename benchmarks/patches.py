@@ -91,7 +91,7 @@ def naive(predictor: seeded.PatchPredictor) -> Callable[[np.ndarray], None]:
 
     def segment(some: np.ndarray) -> None:
         for image in some:
-            seen = seeded.middle(image.astype(np.float32), size)
+            seen = seeded.crop_to_centre(image.astype(np.float32), size)
             seen = inputs.to_input(seen, None, predictor.batches)
             predictor.network.predict(seen[None, ..., None], verbose=0)
 
@@ -111,7 +111,7 @@ def pytorch(settings: Any) -> Callable[[np.ndarray], None] | None:
 
     def segment(some: np.ndarray) -> None:
         seen = [
-            inputs.to_input(seeded.middle(image, size), None, settings.batches)
+            inputs.to_input(seeded.crop_to_centre(image, size), None, settings.batches)
             for image in some.astype(np.float32)
         ]
         x = torch.from_numpy(np.stack(seen))[:, None].expand(-1, channels, -1, -1)

@@ -65,8 +65,6 @@ def main(
 
         from cohorts import nifti
         from inference import segment
-
-        pass
         from inference.passes import Passes
         from lungs.labels import LungMap
         from phantoms import chest, write

@@ -53,9 +53,9 @@ class SciPyGenerator(VolumeGenerator):
             cval=AIR_HU,
         )
         if rng.random() < changes.synthesis:
-            hu = synthesis.synthetic(hu, marks & augment2d.LUNG_BIT, rng)
-        hu = augment3d.scanned(hu, scanner, rng)
-        marks = augment3d.within_field(marks, scanner.field, 0)
+            hu = synthesis.synthesize_patch(hu, marks & augment2d.LUNG_BIT, rng)
+        hu = augment3d.simulate_scanner(hu, scanner, rng)
+        marks = augment3d.cut_to_field(marks, scanner.field, 0)
         image = inputs.to_input(hu, None, self.batches, gamma=scanner.gamma)
         return image, marks & augment2d.TARGET_BIT
 
@@ -144,10 +144,12 @@ def where_time_goes(table: SliceTable, changes: config.Augment) -> None:
         "warp masks, elastic": lambda: augment3d.warp_volume_labels(
             volume.marks, bent, size
         ),
-        "synthesis": lambda: synthesis.synthetic(hu, marks, rng),
-        "curve of HU": lambda: augment3d.curved(hu, np.add(augment3d.CURVE_HU, 10)),
-        "blur": lambda: augment3d.blurred(hu, 1.0),
-        "noise": lambda: augment3d.noise(hu.shape, 1.0, rng),
+        "synthesis": lambda: synthesis.synthesize_patch(hu, marks, rng),
+        "curve of HU": lambda: augment3d.apply_hu_curve(
+            hu, np.add(augment3d.CURVE_HU, 10)
+        ),
+        "blur": lambda: augment3d.blur_volume(hu, 1.0),
+        "noise": lambda: augment3d.draw_noise(hu.shape, 1.0, rng),
         "thick slices": lambda: augment3d.thick_slices(hu, 2.5, 0.3),
         "window, gamma": lambda: inputs.to_input(hu, None, batches, gamma=1.2),
         "one-hot": lambda: inputs.one_hot(marks & 1),

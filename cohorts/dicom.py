@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cohorts.dicom_checks import check_neighbours, check_series, without_duplicates
+from cohorts.dicom_checks import check_neighbours, check_series, drop_duplicates
 from cohorts.dicom_headers import (
     FIND_THREADS,
     SLICE_TAGS,
@@ -32,11 +32,11 @@ from cohorts.dicom_headers import (
     sorted_slices,
 )
 from cohorts.dicom_volume import (
-    _z_of_sop,
     fill_gaps,
     reversed_axes,
     stack_slices,
     straighten,
+    z_of_sop,
 )
 from cohorts.plausible import check_field, check_hu
 from cohorts.pseudonyms import is_anonymous, safe_patient_id
@@ -123,7 +123,7 @@ def read_series(
     check_repair(repair)
     slices = sorted_slices(read_slices(paths))
     if "duplicates" in repair:
-        slices = without_duplicates(slices)
+        slices = drop_duplicates(slices)
     uid = slices[0].series_uid
     findings = check_series(slices)
     unmended = [f for f in findings if f.repair not in repair]
@@ -144,7 +144,7 @@ def read_series(
         grid=grid,
         source_grid=reversed_axes(slice_grid),
         series_uid=uid,
-        z_of_sop=_z_of_sop(slices, grid),
+        z_of_sop=z_of_sop(slices, grid),
         acquisition=acquisition_facts(header),
     )
 
@@ -161,7 +161,7 @@ def identify_files(folder: Path) -> Iterator[Identity]:
     if not folder.is_dir():
         raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
     with ThreadPoolExecutor(FIND_THREADS) as threads:
-        identified = threads.map(identify, files.below(folder))
+        identified = threads.map(identify, files.files_below(folder))
         yield from (identity for identity in identified if identity is not None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from cohorts.dicom_headers import (
     SAME_PLACE_MM,
     Slice,
-    along_normal_mm,
+    positions_along_normal_mm,
     slice_normal,
     sorted_slices,
 )
@@ -23,7 +23,7 @@ In 1014 of the 1018 LIDC-IDRI scans the deviation stays below 0.0001 mm; each of
 four has a gap of at least 1.6 times the usual one.
 """
 
-MAX_MENDED_GAP_MM = 10.0
+MAX_INTERPOLATED_GAP_MM = 10.0
 """Widest gap that is interpolated; a wider one could hide a nodule."""
 
 SIDEWAYS_MM = 0.1
@@ -161,16 +161,17 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
 
 def _check_place(slices: Sequence[Slice]) -> Iterator[Defect]:
     ordered = sorted_slices(slices)
-    along_mm = along_normal_mm(ordered)
+    along_mm = positions_along_normal_mm(ordered)
     gaps_mm = np.diff(along_mm)
-    places = by_place(ordered)
+    places = group_by_position(ordered)
     doubled = [place for place in places if len(place) > 1]
     if doubled:
         one, another = doubled[0][:2]
-        unlike = unlike_doubles(doubled)
+        unlike = explain_mismatch(doubled)
+        place_mm = positions_along_normal_mm([one])[0]
         yield Defect(
             f"{len(ordered) - len(places)} duplicate slices, first {one.name} and "
-            f"{another.name} at {along_normal_mm([one])[0]:.2f} mm; expected one image per "
+            f"{another.name} at {place_mm:.2f} mm; expected one image per "
             f"position{unlike and '; ' + unlike}",
             "" if unlike else "duplicates",
         )
@@ -197,9 +198,9 @@ def _check_gaps(
         f"{gaps_mm[k]:.3f} mm between {ordered[k].name} and {ordered[k + 1].name} at "
         f"{along_mm[k]:.2f} mm; expected {usual_mm:.3f} mm throughout"
     )
-    if gaps_mm[k] > MAX_MENDED_GAP_MM and missing:
+    if gaps_mm[k] > MAX_INTERPOLATED_GAP_MM and missing:
         yield Defect(
-            f"{reason}; gaps above {MAX_MENDED_GAP_MM:g} mm are not interpolated"
+            f"{reason}; gaps above {MAX_INTERPOLATED_GAP_MM:g} mm are not interpolated"
         )
     else:
         yield Defect(reason, "gaps")
@@ -234,9 +235,9 @@ def _check_tilt(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Defe
         )
 
 
-def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
+def group_by_position(ordered: Sequence[Slice]) -> list[list[Slice]]:
     """Groups slices by position; sorts each group by InstanceNumber, path and frame."""
-    along_mm = along_normal_mm(ordered)
+    along_mm = positions_along_normal_mm(ordered)
     places: list[list[Slice]] = []
     start_mm = -np.inf
     for item, at_mm in zip(ordered, along_mm, strict=True):
@@ -247,11 +248,11 @@ def by_place(ordered: Sequence[Slice]) -> list[list[Slice]]:
     return [sorted(p, key=lambda s: (s.instance, s.path, s.frame)) for p in places]
 
 
-def unlike_doubles(doubled: Sequence[Sequence[Slice]]) -> str:
+def explain_mismatch(doubled: Sequence[Sequence[Slice]]) -> str:
     """Returns why images at the same positions are not duplicates; "" if they are.
 
     Args:
-        doubled: Images of each position, sorted as by `by_place`. The first of each is
+        doubled: Images of each position, sorted as by `group_by_position`. The first of each is
             kept, so the first ones must form one set, and likewise the second ones.
     """
     for place in doubled:
@@ -293,10 +294,10 @@ def _in_order(doubled: Sequence[Sequence[Slice]]) -> bool:
     return True
 
 
-def without_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
+def drop_duplicates(ordered: Sequence[Slice]) -> list[Slice]:
     """Keeps the first image of each position if these form one set; else keeps all."""
-    places = by_place(ordered)
-    if unlike_doubles([place for place in places if len(place) > 1]):
+    places = group_by_position(ordered)
+    if explain_mismatch([place for place in places if len(place) > 1]):
         return list(ordered)
     return [place[0] for place in places]
 
@@ -360,7 +361,7 @@ def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
         return
     steps_hu = _steps_by_quarter_hu(volume)
     usual_hu = np.median(steps_hu, axis=0)
-    gaps_mm = np.diff(along_normal_mm(ordered))
+    gaps_mm = np.diff(positions_along_normal_mm(ordered))
     # Slices that are further apart may differ more.
     apart = np.maximum(gaps_mm / np.median(gaps_mm), 1)
     over = steps_hu > np.maximum(CORRUPT_HU, CORRUPT_RATIO * np.outer(apart, usual_hu))

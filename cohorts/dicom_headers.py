@@ -215,7 +215,7 @@ def identify(path: Path) -> Identity | None:
 
 def first_ct_image(folder: Path) -> Path | None:
     """Returns the first DICOM CT image below a folder, or None; stops at the first."""
-    identified = (identify(path) for path in files.below(folder))
+    identified = (identify(path) for path in files.files_below(folder))
     return next((i.path for i in identified if i is not None and i.ct_image), None)
 
 
@@ -410,14 +410,14 @@ def slice_normal(item: Slice) -> np.ndarray:
     return normal / np.linalg.norm(normal)
 
 
-def along_normal_mm(slices: Sequence[Slice]) -> np.ndarray:
+def positions_along_normal_mm(slices: Sequence[Slice]) -> np.ndarray:
     """Returns (slices,) positions along the normal of the first slice."""
     return np.array([s.position_lps_mm for s in slices]) @ slice_normal(slices[0])
 
 
 def sorted_slices(slices: Sequence[Slice]) -> list[Slice]:
     """Sorts slices by position along the normal, InstanceNumber, path and frame."""
-    along_mm = along_normal_mm(slices)
+    along_mm = positions_along_normal_mm(slices)
     return [
         item
         for _, item in sorted(

@@ -10,7 +10,12 @@ from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import JPEGLSLossless, JPEGLSNearLossless
 
 from cohorts.dicom_checks import GAP_ATOL_MM, GAP_RTOL
-from cohorts.dicom_headers import PIXEL_ERRORS, Slice, along_normal_mm, slice_normal
+from cohorts.dicom_headers import (
+    PIXEL_ERRORS,
+    Slice,
+    positions_along_normal_mm,
+    slice_normal,
+)
 from ct import geometry
 from ct.geometry import Grid
 from ct.scan import AIR_HU, ScanError
@@ -109,7 +114,7 @@ def reversed_axes(grid: Grid) -> Grid:
     return Grid((k, j, i), grid.affine[:, [2, 1, 0, 3]])
 
 
-def _z_of_sop(ordered: Sequence[Slice], grid: Grid) -> dict[str, int]:
+def z_of_sop(ordered: Sequence[Slice], grid: Grid) -> dict[str, int]:
     single_frame = len({s.path for s in ordered}) == len(ordered)
     axial = int(np.argmax(np.abs(slice_normal(ordered[0])))) == 2
     if not (single_frame and axial):
@@ -133,7 +138,7 @@ def fill_gaps(volume: np.ndarray, ordered: Sequence[Slice]) -> tuple[np.ndarray,
     Returns:
         The regular int16 volume from the first to the last slice, and its grid.
     """
-    along_mm = along_normal_mm(ordered)
+    along_mm = positions_along_normal_mm(ordered)
     length_mm = along_mm[-1] - along_mm[0]
     count = round(length_mm / np.median(np.diff(along_mm))) + 1
     wanted_mm = np.linspace(along_mm[0], along_mm[-1], count)

@@ -168,8 +168,8 @@ def read_reading(source: ScanSource) -> Reading | None:
 
 
 def with_nodules(scan: Scan, reading: Reading, slices: Slices) -> Scan:
-    """Returns `scan` with the masks and nodules of its readers; see `draw`."""
-    reader_bits, nodule_labels, nodules = draw(reading, slices, scan.scan_id)
+    """Returns `scan` with the masks and nodules of its readers; see `draw_reading`."""
+    reader_bits, nodule_labels, nodules = draw_reading(reading, slices, scan.scan_id)
     affine = slices.grid.affine
     marks = {
         name: marks_lps_mm(rois, slices, scan.scan_id)
@@ -191,7 +191,7 @@ def marks_lps_mm(
     found = []
     for roi in rois:
         try:
-            (placed,) = place([roi], slices, series_uid)
+            (placed,) = assign_slices([roi], slices, series_uid)
         except ScanError as error:
             log.warning("skipping the mark of a reader: %s", error)
             continue
@@ -201,7 +201,7 @@ def marks_lps_mm(
     return found
 
 
-def draw(
+def draw_reading(
     reading: Reading, slices: Slices, series_uid: str
 ) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, ...]]:
     """Draws the masks of the readers on the slices, rows and columns of the source.
@@ -216,9 +216,9 @@ def draw(
         ScanError: If an outline lies outside the volume, or there are more nodules or
             readers than a scan file can hold.
     """
-    drawn = [place(f.rois, slices, series_uid) for f in reading.findings]
+    drawn = [assign_slices(f.rois, slices, series_uid) for f in reading.findings]
     masks = [outlines.fill_outlines(outline) for outline in drawn]
-    clusters = cluster(drawn, slices)
+    clusters = cluster_findings(drawn, slices)
     kept = [c for c in clusters if any(masks[i][0].any() for i in c)]
     if len(kept) < len(clusters):
         log.info(
@@ -227,8 +227,8 @@ def draw(
             len(clusters) - len(kept),
         )
     readers = max((f.session for f in reading.findings), default=0) + 1
-    check_room(len(kept), MAX_LABEL, f"series {series_uid}: nodules outlined")
-    check_room(readers, MAX_READERS, f"series {series_uid}: reading sessions")
+    check_capacity(len(kept), MAX_LABEL, f"series {series_uid}: nodules outlined")
+    check_capacity(readers, MAX_READERS, f"series {series_uid}: reading sessions")
     placed = [
         PlacedMask(*masks[i], label, reading.findings[i].session)
         for label, members in enumerate(kept, start=1)
@@ -243,13 +243,15 @@ def draw(
     return *outlines.paint(placed, slices.grid.shape), nodules
 
 
-def check_room(found: int, most: int, what: str) -> None:
+def check_capacity(found: int, most: int, what: str) -> None:
     """Raises ScanError if `found` exceeds what a scan file can hold."""
     if found > most:
         raise ScanError(f"{what}: {found}; a scan file holds at most {most}")
 
 
-def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]:
+def assign_slices(
+    rois: Iterable[Roi], slices: Slices, series_uid: str
+) -> list[Outline]:
     """Assigns outlines to slice indices.
 
     Raises:
@@ -279,7 +281,9 @@ def place(rois: Iterable[Roi], slices: Slices, series_uid: str) -> list[Outline]
     return placed
 
 
-def cluster(drawn: Sequence[Sequence[Outline]], slices: Slices) -> list[list[int]]:
+def cluster_findings(
+    drawn: Sequence[Sequence[Outline]], slices: Slices
+) -> list[list[int]]:
     """Groups the findings that belong to the same nodule; see `outlines.cluster`.
 
     pylidc 0.2.3 documents its distance in mm, but measures it in voxel indices and compares

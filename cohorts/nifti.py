@@ -31,9 +31,9 @@ from cohorts.volume_file import (
     CHANNEL,
     SUFFIXES,
     UNSAFE,
-    _bare,
-    _grid,
+    bare_name,
     checked_lung_labels,
+    grid_of_affine,
     is_volume,
     read_labels,
     read_volume_file,
@@ -96,7 +96,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
             patient_id=source.patient_id,
             hu=hu,
             grid=grid,
-            source_grid=_grid(array, affine),
+            source_grid=grid_of_affine(array, affine),
             subset=source.subset,
         )
     known: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
 def _find_in_folder(folder: Path) -> list[ScanSource]:
     if (folder / "imagesTr").is_dir() or (folder / "imagesTs").is_dir():
         return find_nnunet(folder)
-    volumes = sorted(path for path in files.below(folder) if is_volume(path))
+    volumes = sorted(path for path in files.files_below(folder) if is_volume(path))
     if not volumes:
         return dicom.find_scans(folder)
     ct_image = dicom_headers.first_ct_image(folder)
@@ -186,9 +186,9 @@ def _refuse_channels(volumes: Sequence[Path]) -> None:
 
     A name such as LUNG_0001 counts as a channel only if the folder also has LUNG_0000.
     """
-    first = {(p.parent, stem(p)) for p in volumes if _bare(p).endswith(CHANNEL)}
+    first = {(p.parent, stem(p)) for p in volumes if bare_name(p).endswith(CHANNEL)}
     for path in volumes:
-        case, mark, number = _bare(path).rpartition("_")
+        case, mark, number = bare_name(path).rpartition("_")
         further = mark and re.fullmatch(r"\d{4}", number) and f"_{number}" != CHANNEL
         if further and (path.parent, case) in first:
             raise ValueError(

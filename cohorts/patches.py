@@ -203,7 +203,7 @@ class Collection:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = nodule_names(path, path.stat().st_mtime_ns)
+        self.names = list_files(path, path.stat().st_mtime_ns)
 
     def read(self, name: str) -> bytes:
         """Reads the content of a file.
@@ -216,7 +216,7 @@ class Collection:
         try:
             if self.path.is_dir():
                 return (self.path / name).read_bytes()
-            return archive(self.path, self.path.stat().st_mtime_ns).read(name)
+            return open_archive(self.path, self.path.stat().st_mtime_ns).read(name)
         except (OSError, zipfile.BadZipFile, RuntimeError) as error:
             raise ScanError(f"{self.path}: cannot read {name} ({error})") from error
 
@@ -238,17 +238,19 @@ class Collection:
 
 
 @functools.lru_cache(maxsize=2)
-def nodule_names(path: Path, changed: int) -> Mapping[str, None]:
+def list_files(path: Path, changed: int) -> Mapping[str, None]:
     """Returns sorted names of all files; `changed` (mtime) refreshes the cache."""
     if path.is_dir():
         found = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     else:
-        found = (name for name in archive(path, changed).namelist() if name[-1] != "/")
+        found = (
+            name for name in open_archive(path, changed).namelist() if name[-1] != "/"
+        )
     return dict.fromkeys(sorted(found))
 
 
 @functools.lru_cache(maxsize=2)
-def archive(path: Path, changed: int) -> zipfile.ZipFile:
+def open_archive(path: Path, changed: int) -> zipfile.ZipFile:
     """Opens a .zip; cached, as reading its list of files is slower than reading a file.
 
     Raises:
@@ -277,7 +279,7 @@ def read_collection(path: Path) -> dict[str, PatchNodule]:
 
 @functools.lru_cache(maxsize=2)
 def _read_collection(path: Path, changed: int) -> dict[str, PatchNodule]:
-    names = nodule_names(path, changed)
+    names = list_files(path, changed)
     nodules = _of_index(path, names) if INDEX in names else _of_folders(path, names)
     for nodule in nodules.values():
         for patch in nodule.patches:

@@ -49,10 +49,10 @@ def is_volume(path: Path) -> bool:
 
 def stem(path: Path) -> str:
     """Returns the file name without suffix and nnU-Net channel."""
-    return _bare(path).removesuffix(CHANNEL)
+    return bare_name(path).removesuffix(CHANNEL)
 
 
-def _bare(path: Path) -> str:
+def bare_name(path: Path) -> str:
     """Returns the file name without suffix."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
@@ -206,7 +206,7 @@ def to_hu(array: np.ndarray, path: Path) -> np.ndarray:
     return np.where(array < dicom_volume.PADDING_HU, np.int16(AIR_HU), array)
 
 
-def _grid(array: np.ndarray, affine: np.ndarray) -> Grid:
+def grid_of_affine(array: np.ndarray, affine: np.ndarray) -> Grid:
     i, j, k = array.shape
     return Grid((i, j, k), np.asarray(affine, np.float64))
 

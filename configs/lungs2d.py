@@ -75,7 +75,9 @@ SMALL = replace(
 """1.5 mm pixels, so that whole slices, also of the abdomen, can be trained on two cores."""
 
 
-def pathology_of(name: str, base: Experiment) -> dict[str, tuple[str, Experiment]]:
+def make_pathology_experiments(
+    name: str, base: Experiment
+) -> dict[str, tuple[str, Experiment]]:
     """Returns `base` with lesions in various fractions of samples, and a residual encoder."""
 
     def lesioned(share: float, **options) -> Experiment:
@@ -111,7 +113,7 @@ CONFIGS = {
         "Longer training with realistic lesions; ships as weights/lung2d.",
         COARSE,
     ),
-    **pathology_of("lung2d", LUNG2D),
-    **pathology_of("lung2d-small", SMALL),
+    **make_pathology_experiments("lung2d", LUNG2D),
+    **make_pathology_experiments("lung2d-small", SMALL),
 }
 """Experiments by name, each with one line of help."""

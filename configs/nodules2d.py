@@ -69,7 +69,7 @@ NODULE2D = Experiment(
 )
 
 
-def changed(**sections: object) -> Experiment:
+def replace_sections(**sections: object) -> Experiment:
     """Returns `nodule2d` with some sections replaced."""
     return replace(NODULE2D, **sections)
 
@@ -78,7 +78,7 @@ CONFIGS = {
     "nodule2d": ("Nodules in patches around a seed point.", NODULE2D),
     "nodule2d-calibrated": (
         "Continues nodule2d with cross-entropy alone, to predict fractions of readers.",
-        changed(
+        replace_sections(
             loss=Loss(name="weighted_cross_entropy", class_weights=(1.0, 1.0)),
             train=replace(NODULE2D.train, learning_rate=5e-4, epochs=6),
             postprocess=replace(NODULE2D.postprocess, threshold=0.43, one_nodule=True),
@@ -86,25 +86,25 @@ CONFIGS = {
     ),
     "nodule2d-nasnet": (
         "nodule2d with the network of the thesis.",
-        changed(
+        replace_sections(
             model=Model(name="nasnet_gcn_se", filters=8, seeded=True),
         ),
     ),
     "nodule2d-consensus": (
         "nodule2d trained on the consensus.",
-        changed(batches=replace(NODULE2D.batches, reference="consensus")),
+        replace_sections(batches=replace(NODULE2D.batches, reference="consensus")),
     ),
     "nodule2d-reader": (
         "nodule2d trained on one reader at a time.",
-        changed(batches=replace(NODULE2D.batches, reference="reader")),
+        replace_sections(batches=replace(NODULE2D.batches, reference="reader")),
     ),
     "nodule2d-unseeded": (
         "nodule2d without the distance from the middle as input.",
-        changed(model=replace(NODULE2D.model, seeded=False)),
+        replace_sections(model=replace(NODULE2D.model, seeded=False)),
     ),
     "nodule2d-thesis": (
         "Network, loss and optimizer of the thesis, trained from scratch on the patches.",
-        changed(
+        replace_sections(
             batches=replace(
                 NODULE2D.batches, input_px=(128, 128), reference="consensus"
             ),

@@ -19,12 +19,12 @@ TILE_OVERLAP = 0.25
 """Smallest share of a tile that overlaps its neighbour."""
 
 
-def whole(shape: Sequence[int]) -> Box:
+def full_box(shape: Sequence[int]) -> Box:
     """Returns the box that covers an entire array."""
     return tuple(slice(0, length) for length in shape)
 
 
-def around(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Box | None:
+def bounding_box(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Box | None:
     """Returns the bounding box of nonzero elements plus a margin; None if all are 0.
 
     Args:
@@ -41,10 +41,10 @@ def around(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Box | None:
         if not len(found):
             return None
         box.append(slice(int(found[0]), int(found[-1]) + 1))
-    return widened(tuple(box), margin, mask.shape)
+    return grow_box(tuple(box), margin, mask.shape)
 
 
-def widened(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:
+def grow_box(box: Box, margin: int | Sequence[int], shape: Sequence[int]) -> Box:
     """Returns a box grown by a margin at each end, cut to an array of this shape."""
     margins = np.broadcast_to(margin, len(box)).tolist()
     return tuple(
@@ -94,18 +94,18 @@ class Crop:
 def crop_at_centre(shape: Sequence[int], size: Sequence[int]) -> Crop:
     """Returns the central crop; an odd leftover element stays at the end."""
     start = ((full - part) // 2 for full, part in zip(shape, size, strict=True))
-    return Crop(tuple(start), centre(whole(size)))
+    return Crop(tuple(start), centre(full_box(size)))
 
 
 def crop_around(focus, shape: Sequence[int], size: Sequence[int]) -> Crop:
     """Returns the crop centred on a point, shifted into the array where it fits."""
-    pin = centre(whole(size))
+    pin = centre(full_box(size))
     return Crop(_start(focus, pin, shape, size), pin)
 
 
 def crop_on(focus, size: Sequence[int]) -> Crop:
     """Returns the crop centred on a point, even if it reaches beyond the array."""
-    pin = centre(whole(size))
+    pin = centre(full_box(size))
     start = (round(at - place) for at, place in zip(focus, pin, strict=True))
     return Crop(tuple(start), pin)
 
@@ -220,7 +220,7 @@ def tiles(box: Box, size: Sequence[int]) -> list[Tile]:
 
 def tiles_on(mask: np.ndarray, size: Sequence[int]) -> list[Tile]:
     """Returns the tiles of a mask's bounding box that contain part of the mask."""
-    box = around(mask)
+    box = bounding_box(mask)
     return [
         tile
         for tile in (tiles(box, size) if box else ())

@@ -22,7 +22,7 @@ ABANDONED_S = 24 * 3600
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` when the block succeeds.
 
     The temporary name keeps the suffix of `path`, so writers that choose a format by
@@ -58,7 +58,7 @@ def sync(path: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yields every file below a folder in a fixed order, except hidden files.
 
     Follows links to folders and reads no folder twice.
@@ -111,7 +111,7 @@ def checked_id(text: str, *, where: str) -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Writes plain values as JSON; the file appears whole or not at all."""
-    with written_whole(path) as partial:
+    with write_atomically(path) as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -146,7 +146,7 @@ def write_rows(
     rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
 ) -> None:
     """Writes rows as CSV with a header; the file appears whole or not at all."""
-    with written_whole(path) as partial, partial.open("w", newline="") as file:
+    with write_atomically(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

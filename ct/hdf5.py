@@ -39,7 +39,7 @@ class _NoUnpickling:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator["tables.File"]:
+def open_readonly(path: Path) -> Iterator["tables.File"]:
     """Opens an HDF5 file for reading and closes it at the end.
 
     PyTables unpickles attributes as soon as it sees them; here that raises an error.
@@ -58,7 +58,7 @@ def opened(path: Path) -> Iterator["tables.File"]:
 
 
 def open_file(path: Path) -> "tables.File":
-    """Opens an HDF5 file for reading like `opened`, but the caller closes it.
+    """Opens an HDF5 file for reading like `open_readonly`, but the caller closes it.
 
     Raises:
         Unreadable: If the file is damaged or holds a pickled object.
@@ -75,7 +75,7 @@ def open_file(path: Path) -> "tables.File":
 
 
 @contextmanager
-def written(partial: Path, path: Path) -> Iterator["tables.File"]:
+def open_new(partial: Path, path: Path) -> Iterator["tables.File"]:
     """Opens a new HDF5 file `partial` for writing; `path` is its final name.
 
     HDF5 writes some of its data only when it closes the file, and PyTables does not

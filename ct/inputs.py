@@ -63,11 +63,11 @@ def tiles(
         output_px: (y, x) size of a tile.
     """
     if lung is None:
-        return boxes.tiles(boxes.whole(slice_px), output_px)
+        return boxes.tiles(boxes.full_box(slice_px), output_px)
     return boxes.tiles_on(lung, output_px)
 
 
-def fill(image_hu: np.ndarray, batches: config.Batches) -> float:
+def padding_value(image_hu: np.ndarray, batches: config.Batches) -> float:
     """Returns the padding value: air, or the image's minimum where HU are unknown."""
     return float(image_hu.min()) if batches.normalisation == "relative" else AIR_HU
 

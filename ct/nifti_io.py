@@ -73,7 +73,7 @@ def write_nifti(
         )
     if slope:
         image.header.set_slope_inter(slope, 0)
-    with files.written_whole(path) as partial:
+    with files.write_atomically(path) as partial:
         nibabel.save(image, partial)
 
 

@@ -124,12 +124,12 @@ def mask(inside: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray:
         (new z, new y, new x) bool.
     """
     resampled = np.zeros([len(w) for w in weights], bool)
-    box = boxes.around(inside)
+    box = boxes.bounding_box(inside)
     if box is None:
         return resampled
     reached, inner = [], []
     for old, axis_weights in zip(box, weights, strict=True):
-        weighted = boxes.around(axis_weights[:, old])
+        weighted = boxes.bounding_box(axis_weights[:, old])
         if weighted is None:
             return resampled
         reached.append(weighted[0])
@@ -163,7 +163,9 @@ def nodules(
     new_bits = np.zeros([len(w) for w in weights], np.uint8)
     new_labels = np.zeros_like(new_bits)
     for label in _values(nodule_labels):
-        box = boxes.around(nodule_labels == label) or ()  # never (): the label occurs
+        box = (
+            boxes.bounding_box(nodule_labels == label) or ()
+        )  # never (): the label occurs
         inner = [w[:, old] for w, old in zip(weights, box, strict=True)]
         own_bits = np.where((nodule_labels == label)[box], reader_bits[box], 0)
         for reader in range(8):

@@ -222,8 +222,8 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
         "whole": scan.whole,
         "provenance": provenance,
     }
-    with files.written_whole(path) as partial:
-        with hdf5.written(partial, path) as h5:
+    with files.write_atomically(path) as partial:
+        with hdf5.open_new(partial, path) as h5:
             for name in VOLUMES:
                 volume = getattr(scan, name)
                 if volume is not None:
@@ -259,7 +259,7 @@ def read_scan(path: Path) -> Scan:
     Raises:
         ScanError: If the file is damaged or has another format version.
     """
-    with opened(path) as h5:
+    with open_scan_file(path) as h5:
         record = read_record(h5, path)
         volumes = {
             name: h5.get_node("/", name)[:] for name in VOLUMES if name in h5.root
@@ -279,14 +279,14 @@ def read_scan(path: Path) -> Scan:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator["tables.File"]:
+def open_scan_file(path: Path) -> Iterator["tables.File"]:
     """Opens a scan file for reading.
 
     Raises:
         ScanError: If the file is damaged or not a scan file.
     """
     try:
-        with hdf5.opened(path) as h5:
+        with hdf5.open_readonly(path) as h5:
             yield h5
     except hdf5.Unreadable as error:
         raise ScanError(
@@ -316,14 +316,14 @@ def scan_identity(path: Path) -> tuple[str, str]:
     Raises:
         ScanError: If the file is damaged or has another format version.
     """
-    with opened(path) as h5:
+    with open_scan_file(path) as h5:
         record = read_record(h5, path)
     return record["patient_id"], record["scan_id"]
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """Reads the provenance of a scan file; see `read_scan` for errors."""
-    with opened(path) as h5:
+    with open_scan_file(path) as h5:
         return read_record(h5, path)["provenance"]
 
 

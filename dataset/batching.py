@@ -137,7 +137,7 @@ class TileGenerator(Generator):
 
     Args:
         tiles: Row (or scan index) and start of each tile.
-        read: Function that returns HU and marks of a row, as `plain` takes them.
+        read: Function that returns HU and marks of a row, as `cut_sample` takes them.
         batches: Window, target, tile size and batch size.
         most: Upper limit of the number of tiles, spread evenly over all; 0 for all.
         with_slice_label: See `Generator`.
@@ -154,7 +154,7 @@ class TileGenerator(Generator):
     ) -> None:
         count = min(most or len(tiles), len(tiles))
         self.tiles = [tiles[i * len(tiles) // count] for i in range(count)]
-        steps = batches_of(count, batches)
+        steps = count_batches(count, batches)
         super().__init__(batches, steps, with_slice_label=with_slice_label)
         self.read = read
 
@@ -163,15 +163,15 @@ class TileGenerator(Generator):
 
     def sample(self, row, rng):
         which, start = row
-        return plain(*self.read(which), start, self.batches)
+        return cut_sample(*self.read(which), start, self.batches)
 
 
-def batches_of(samples: int, batches: config.Batches) -> int:
+def count_batches(samples: int, batches: config.Batches) -> int:
     """Returns the number of batches that hold all samples once; the last may be smaller."""
     return -(-samples // batches.batch_size)
 
 
-def plain(
+def cut_sample(
     hu: np.ndarray, marks: np.ndarray, start: tuple[int, ...], batches: config.Batches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a sample without augmentation: float32 input and uint8 mask of 0 and 1.
@@ -182,7 +182,7 @@ def plain(
         start: First pixel of the sample; pixels beyond the ends are air.
         batches: Size, window and normalisation.
     """
-    hu = boxes.cut(hu, start, batches.input_px, fill=inputs.fill(hu, batches))
+    hu = boxes.cut(hu, start, batches.input_px, fill=inputs.padding_value(hu, batches))
     marks = boxes.cut(marks, start, batches.input_px, fill=0)
     image = inputs.to_input(hu, marks & augment2d.LUNG_BIT, batches)
     return image, marks & augment2d.TARGET_BIT
@@ -193,7 +193,7 @@ def reads_lung(batches: config.Batches) -> bool:
     return batches.lung_mask or batches.crop not in ("centre", "seed")
 
 
-def usable(
+def find_usable(
     table: SliceTable, scans: np.ndarray, batches: config.Batches, *, of: str
 ) -> np.ndarray:
     """Finds the rows with the masks that the settings need; logs how many are left out.

@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from ct import scan as scans
 from ct.scan import AIR_HU
 from dataset.slice_table import SliceTable
 from dataset.table_part import fit
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
@@ -34,8 +31,8 @@ def write_thesis_layout(path: Path, out: Path, batches: config.Batches) -> None:
     filters = tables.Filters(complevel=5, complib="blosc")
     with (
         SliceTable(path) as table,
-        files.written_whole(out) as partial,
-        hdf5.written(partial, out) as h5,
+        files.write_atomically(out) as partial,
+        hdf5.open_new(partial, out) as h5,
     ):
         shape = (0, *batches.slice_px)
         data, truth = (
@@ -87,7 +84,7 @@ def write_npy_slices(
                 "folder, or one that --npy-slices made"
             )
     lists: dict[str, list[dict[str, Any]]] = {}
-    with SliceTable(path) as table, files.written_whole(out) as partial:
+    with SliceTable(path) as table, files.write_atomically(out) as partial:
         partial.mkdir()
         patients = tqdm(table.scans["patient_id"], "npy", unit="scan", disable=None)
         for index, patient in enumerate(patients):

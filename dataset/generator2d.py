@@ -16,10 +16,10 @@ from dataset.batching import (
     SLICE_ORDER,
     Generator,
     TileGenerator,
-    batches_of,
-    plain,
+    count_batches,
+    cut_sample,
+    find_usable,
     reads_lung,
-    usable,
 )
 from dataset.slice_table import SliceTable
 
@@ -67,7 +67,7 @@ class SliceGenerator(Generator):
         self.rows = usable_rows(table, rows, batches)
         super().__init__(
             batches,
-            steps_per_epoch or batches_of(len(self.rows), batches),
+            steps_per_epoch or count_batches(len(self.rows), batches),
             seeds=(SLICE_BATCH, seed),
             shuffle=shuffle,
             with_slice_label=with_slice_label,
@@ -94,9 +94,9 @@ class SliceGenerator(Generator):
         if self.shuffle:
             rng = np.random.default_rng((SLICE_ORDER, self.seed, epoch))
         if self.rows_once:
-            return drawn(self.rows, len(self.rows), rng)
+            return draw_rows(self.rows, len(self.rows), rng)
         columns = [
-            drawn(rows, self.steps * count, rng).reshape(self.steps, count)
+            draw_rows(rows, self.steps * count, rng).reshape(self.steps, count)
             for rows, count in self.groups
         ]
         return np.concatenate(columns, axis=1).ravel()
@@ -108,16 +108,16 @@ class SliceGenerator(Generator):
             return self.sample_of_readers(row, rng, self.readers, self.augmentation)
         hu, mask, lung = read_row(self.table, row, batches)
         crop = self.crop(mask, lung, rng)
-        marks = marks_of(mask, lung)
+        marks = pack_marks(mask, lung)
         if self.augmentation is not None:
             if self.pathology is not None and lung is not None:
                 own = rng.spawn(1)[0]
                 spacing_mm, settings = self.spacing_mm(row), self.pathology
-                hu = lesions.simulate(
+                hu = lesions.simulate_lesions(
                     hu, lung, spacing_mm, settings, own, held_out=self.held_out
                 )
             return self.changed(hu, marks, crop, self.augmentation, rng)
-        return plain(hu, marks, crop.start, batches)
+        return cut_sample(hu, marks, crop.start, batches)
 
     def sample_of_readers(
         self,
@@ -134,12 +134,12 @@ class SliceGenerator(Generator):
         hu, consensus, lung = read_row(self.table, row, self.batches)
         crop = self.crop(consensus, lung, rng)
         if self.batches.reference == "votes":
-            drawn = readers.votes(row)
+            draw_rows = readers.votes(row)
         else:
-            drawn = readers.one(row, rng).astype(np.float32)
-        marks = marks_of(consensus, lung)
+            draw_rows = readers.one(row, rng).astype(np.float32)
+        marks = pack_marks(consensus, lung)
         image, _, warp = self.warped(hu, marks, crop, changes, rng)
-        mask = augment2d.warp_image(drawn, warp, self.batches.slice_px, fill=0)
+        mask = augment2d.warp_image(draw_rows, warp, self.batches.slice_px, fill=0)
         if self.batches.reference == "reader":
             mask = (mask >= 0.5).astype(np.uint8)
         return image, mask
@@ -166,9 +166,9 @@ class SliceGenerator(Generator):
         marks = augment2d.warp_labels(marks, warp, size)
         lung = marks & augment2d.LUNG_BIT
         image = np.zeros(size, np.float32)
-        box = boxes.around(lung) if batches.lung_mask else boxes.whole(size)
+        box = boxes.bounding_box(lung) if batches.lung_mask else boxes.full_box(size)
         if box:
-            fill = inputs.fill(hu, batches)
+            fill = inputs.padding_value(hu, batches)
             hu = augment2d.warp_image(hu, warp.within(box), image[box].shape, fill=fill)
             if self.noise_field is not None:
                 hu = augment2d.add_noise(hu, self.noise_field, noise_hu, rng)
@@ -224,8 +224,8 @@ class Readers:
         labels = self.table.read("nodule_labels", row)
         chosen = np.zeros(256, np.uint8)
         scan = int(self.table.rows["scan"][row])
-        for label, drawn in self.bits(scan).items():
-            readers = scans.readers_in(drawn)
+        for label, draw_rows in self.bits(scan).items():
+            readers = scans.readers_in(draw_rows)
             if self.counts(scan)[label] < self.min_readers:
                 continue
             chosen[label] = 1 << readers[int(rng.random() * len(readers))]
@@ -233,15 +233,15 @@ class Readers:
 
     def bits_of_scan(self, scan_index: int) -> dict[int, int]:
         """Collects by label the bits of all readers who marked the nodule on a stored slice."""
-        drawn: dict[int, int] = {}
+        draw_rows: dict[int, int] = {}
         for row in self.table.rows_of_scan(scan_index):
             if self.table.rows["nodule_px"][row]:
                 bits = self.table.read("reader_bits", row)
                 labels = self.table.read("nodule_labels", row)
                 for label in np.unique(labels[bits > 0]).tolist():
                     found = np.bitwise_or.reduce(bits[labels == label])
-                    drawn[label] = drawn.get(label, 0) | int(found)
-        return drawn
+                    draw_rows[label] = draw_rows.get(label, 0) | int(found)
+        return draw_rows
 
 
 def validation_of_slices(
@@ -256,7 +256,7 @@ def validation_of_slices(
         return tiles_of_slices(table, rows, batches, **options)
     rows = usable_rows(table, rows, batches)
     most = options.pop("most", 0) or len(rows)
-    spread = drawn(rows, min(most, len(rows)), None)
+    spread = draw_rows(rows, min(most, len(rows)), None)
     return SliceGenerator(
         table, spread, batches, None, seed=0, shuffle=False, balanced=False, **options
     )
@@ -279,7 +279,7 @@ def tiles_of_slices(
 
     def read(row: int) -> tuple[np.ndarray, np.ndarray]:
         hu, mask, lung = read_row(table, row, batches)
-        return hu, marks_of(mask, lung)
+        return hu, pack_marks(mask, lung)
 
     tiles = [
         (int(row), tile.start)
@@ -325,7 +325,7 @@ def stored_spacing_mm(table: SliceTable, row: int) -> list[float]:
     return table.scans["spacing_mm"][table.rows["scan"][row]][1:].tolist()
 
 
-def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
+def pack_marks(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
     """Packs target and lung as bits of one image, so that one warp moves both."""
     return mask if lung is None else mask | (lung > 0) * np.uint8(augment2d.LUNG_BIT)
 
@@ -333,9 +333,9 @@ def marks_of(mask: np.ndarray, lung: np.ndarray | None) -> np.ndarray:
 def usable_rows(
     table: SliceTable, rows: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """Returns the rows with the masks that the settings need; see `batching.usable`."""
+    """Returns the rows with the masks that the settings need; see `batching.find_usable`."""
     rows = np.asarray(rows)
-    return rows[usable(table, table.rows["scan"][rows], batches, of="rows")]
+    return rows[find_usable(table, table.rows["scan"][rows], batches, of="rows")]
 
 
 def balanced_groups(
@@ -383,7 +383,9 @@ def row_target(table: SliceTable, row: int, batches: config.Batches) -> np.ndarr
     )
 
 
-def drawn(rows: np.ndarray, count: int, rng: np.random.Generator | None) -> np.ndarray:
+def draw_rows(
+    rows: np.ndarray, count: int, rng: np.random.Generator | None
+) -> np.ndarray:
     """Draws `count` of `rows`; each occurs equally often, or once more than others.
 
     Without `rng` the rows keep their order, and fewer than all are spread evenly over it.

@@ -26,9 +26,9 @@ from dataset.batching import (
     VOLUME_ORDER,
     Generator,
     TileGenerator,
-    batches_of,
-    plain,
-    usable,
+    count_batches,
+    cut_sample,
+    find_usable,
 )
 from dataset.slice_table import SliceTable
 
@@ -180,7 +180,7 @@ class VolumeGenerator(Generator):
         self.each = CANDIDATES_PER_SCAN if batches.crop == "candidate" else 1
         own = len(self.scans) * self.each
         self.samples = steps_per_epoch * batches.batch_size or own
-        steps = batches_of(self.samples, batches)
+        steps = count_batches(self.samples, batches)
         super().__init__(
             batches,
             steps,
@@ -195,14 +195,14 @@ class VolumeGenerator(Generator):
         self.cache = VolumeCache(table, batches, candidates=candidates)
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Returns the scans of an epoch, batch after batch; see `drawn_scans`."""
+        """Returns the scans of an epoch, batch after batch; see `draw_scans`."""
         each, count = self.each, len(self.scans)
         visits = -(-self.samples // each)
         if not self.shuffle:
             spread = np.arange(visits)
             spread = spread % count if visits >= count else spread * count // visits
             return self.scans[spread].repeat(each)[: self.samples]
-        visited = drawn_scans(
+        visited = draw_scans(
             self.scans,
             self.phantoms,
             visits,
@@ -218,7 +218,7 @@ class VolumeGenerator(Generator):
         volume = self.cache.read(int(row))
         crop = self.crop(volume, rng)
         if self.augmentation is None:
-            return plain(volume.hu, volume.marks, crop.start, self.batches)
+            return cut_sample(volume.hu, volume.marks, crop.start, self.batches)
         size = self.batches.volume_px
         warp = augment3d.draw_volume_warp(self.augmentation, crop, size, rng)
         if self.pathology is not None:
@@ -241,16 +241,16 @@ class VolumeGenerator(Generator):
         spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
         if self.batches.target == "lung":
             lung = ((volume.marks & augment2d.LUNG_BIT) > 0).view(np.uint8)
-            hu = lesions.simulate(
+            hu = lesions.simulate_lesions(
                 volume.hu, lung, spacing_mm, pathology, rng, held_out=self.held_out
             )
             return replace(volume, hu=hu), warp
         size, full = self.batches.volume_px, volume.hu.shape
-        box = augment3d.reach(warp, size, full)
+        box = augment3d.sampled_box(warp, size, full)
         if box is None:
             return volume, warp
         beyond = math.ceil(lesions.NODULE_MM[1] / 2 / spacing_mm[0])
-        room = boxes.widened(box, beyond, full)
+        room = boxes.grow_box(box, beyond, full)
         start = np.array([part.start for part in room])
         to_output = np.linalg.inv(warp.matrix[:, :3])
 
@@ -262,9 +262,9 @@ class VolumeGenerator(Generator):
         lung = ((marks & augment2d.LUNG_BIT) > 0).view(np.uint8)
         places = None
         if self.batches.crop == "candidate":
-            middle = warp.matrix @ (*boxes.centre(boxes.whole(size)), 1) - start
+            middle = warp.matrix @ (*boxes.centre(boxes.full_box(size)), 1) - start
             box = boxes.near(
-                middle, CANDIDATE_REACH, (1, 1, 1), boxes.whole(lung.shape)
+                middle, CANDIDATE_REACH, (1, 1, 1), boxes.full_box(lung.shape)
             )
             # A real nodule in the centre stays as it is; else one may be placed in the lungs.
             taken = (marks[box] & augment2d.TARGET_BIT).any()
@@ -298,9 +298,9 @@ class VolumeGenerator(Generator):
         lung = marks & augment2d.LUNG_BIT
         hu = augment3d.warp_volume(volume.hu, warp, size)
         if rng.random() < changes.synthesis:
-            hu = synthesis.synthetic(hu, lung, rng)
-        hu = augment3d.scanned(hu, scanner, rng)
-        marks = augment3d.within_field(marks, scanner.field, 0)
+            hu = synthesis.synthesize_patch(hu, lung, rng)
+        hu = augment3d.simulate_scanner(hu, scanner, rng)
+        marks = augment3d.cut_to_field(marks, scanner.field, 0)
         lung = marks & augment2d.LUNG_BIT
         image = inputs.to_input(hu, lung, self.batches, gamma=scanner.gamma)
         return image, marks & augment2d.TARGET_BIT
@@ -311,8 +311,8 @@ class VolumeGenerator(Generator):
         near, which, *place = rng.random(8)
         found = volume.nodule_boxes
         if self.batches.crop == "centre":
-            return boxes.crop_around(boxes.centre(boxes.whole(full)), full, size)
-        box = volume.lung_box or boxes.whole(full)
+            return boxes.crop_around(boxes.centre(boxes.full_box(full)), full, size)
+        box = volume.lung_box or boxes.full_box(full)
         wanted = found and near < self.batches.nodule_fraction
         if self.batches.crop == "candidate":
             others = [kind for kind in volume.others if len(kind)]
@@ -331,7 +331,7 @@ class VolumeGenerator(Generator):
         return boxes.crop_around(boxes.point_in(box, place[3:]), full, size)
 
 
-def drawn_scans(
+def draw_scans(
     scans: np.ndarray,
     phantoms: np.ndarray,
     count: int,
@@ -383,7 +383,7 @@ def validation_of_volumes(
         batches,
         None,
         seed=0,
-        steps_per_epoch=batches_of(most, batches),
+        steps_per_epoch=count_batches(most, batches),
         shuffle=False,
         **options,
     )
@@ -413,7 +413,9 @@ def tiles_of_volumes(
     for scan in usable_scans(table, scans, batches).tolist():
         volume = cache.read(scan)
         full = volume.hu.shape
-        box = boxes.widened(volume.lung_box or boxes.whole(full), TILE_MARGIN_PX, full)
+        box = boxes.grow_box(
+            volume.lung_box or boxes.full_box(full), TILE_MARGIN_PX, full
+        )
         tiles += [(scan, tile.start) for tile in boxes.tiles(box, batches.volume_px)]
     return TileGenerator(tiles, read, batches, **options)
 
@@ -425,7 +427,7 @@ def read_table_volume(
     hu, lung = (table.volume(scan_index, name) for name in ("hu", "lung"))
     lung_bits = (lung > 0) * np.uint8(augment2d.LUNG_BIT)
     if batches.target == "lung":
-        return Volume(hu, lung_bits | (lung > 0), boxes.around(lung), ())
+        return Volume(hu, lung_bits | (lung > 0), boxes.bounding_box(lung), ())
     mask = consensus(
         table.volume(scan_index, "reader_bits"),
         table.volume(scan_index, "nodule_labels"),
@@ -434,7 +436,9 @@ def read_table_volume(
         min_readers=batches.min_readers,
     )
     dense = dense_voxels(hu, lung) if batches.crop == "candidate" else ()
-    return Volume(hu, lung_bits | mask, boxes.around(lung), nodule_boxes(mask), dense)
+    return Volume(
+        hu, lung_bits | mask, boxes.bounding_box(lung), nodule_boxes(mask), dense
+    )
 
 
 def voxels_at(places_lps_mm: np.ndarray, grid: Grid) -> np.ndarray:
@@ -476,7 +480,7 @@ def dense_voxels(hu: np.ndarray, lung: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Finds int32 flat indices of all dense voxels in the lungs, and of the inner ones."""
     from scipy import ndimage
 
-    box = boxes.around(lung) or boxes.whole(lung.shape)
+    box = boxes.bounding_box(lung) or boxes.full_box(lung.shape)
     inner = np.zeros(lung.shape, bool)
     inner[box] = ndimage.binary_erosion(lung[box] > 0, iterations=INNER_PX)
     kinds = []
@@ -501,7 +505,7 @@ def nodule_boxes(mask: np.ndarray) -> tuple[Box, ...]:
 def usable_scans(
     table: SliceTable, scans: np.ndarray, batches: config.Batches
 ) -> np.ndarray:
-    """Returns the scans with the masks that the settings need; see `batching.usable`.
+    """Returns the scans with the masks that the settings need; see `batching.find_usable`.
 
     Raises:
         ValueError: If no scan is usable, or the table has no volumes.
@@ -513,4 +517,4 @@ def usable_scans(
             "--table.volume_spacing_mm"
         )
     scans = np.asarray(scans)
-    return scans[usable(table, scans, batches, of="scans")]
+    return scans[find_usable(table, scans, batches, of="scans")]

@@ -64,14 +64,14 @@ def join_parts(
     joined = parts[0].with_name(".joined.h5")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with hdf5.written(joined, out) as h5:
+        with hdf5.open_new(joined, out) as h5:
             create_table(h5, settings, rows=total, provenance_record=made_by)
             h5.root.skipped.append(skipped)
             first_row = 0
             for index, part in enumerate(
                 tqdm(parts, "join", unit="scan", disable=None)
             ):
-                with hdf5.opened(part) as source:
+                with hdf5.open_readonly(part) as source:
                     first_row = _append(h5, source, index, first_row)
         check_read_back(joined, out)
         joined.replace(out)
@@ -162,7 +162,7 @@ def _frames(node: "tables.EArray") -> Iterator[bytes]:
 
 
 def _rows_of(part: Path) -> int:
-    with hdf5.opened(part) as h5:
+    with hdf5.open_readonly(part) as h5:
         return h5.root.rows.nrows
 
 

@@ -106,7 +106,7 @@ def ablation_table(arguments: Arguments) -> steps.Report:
             draws=arguments.draws,
         )
     facts.append(DISCLAIMER)
-    with files.written_whole(arguments.out) as out:
+    with files.write_atomically(arguments.out) as out:
         out.mkdir()
         rows = [paired.csv_row(cell) for cell in cells]
         write_rows(rows, paired.COLUMNS, out / "ablations.csv")

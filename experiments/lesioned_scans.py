@@ -74,7 +74,7 @@ class Task:
     arguments: Arguments
 
 
-def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
+def add_lesions(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
     """Returns the scan with simulated pathology, which is labelled as nodules.
 
     Raises:
@@ -87,11 +87,11 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
         )
     rng = np.random.default_rng((seed, *scan.scan_id.encode()))
     lung = np.asarray(scan.lung)
-    hu = lesions.simulate(
+    hu = lesions.simulate_lesions(
         np.asarray(scan.hu), lung, scan.spacing_mm, settings, rng, held_out=frozenset()
     )
     denser = (hu - scan.hu.astype(np.float32) >= DENSER_HU) & (lung > 0)
-    labels = parts(denser, LEAST_MM3 / scan.grid.voxel_mm3)
+    labels = label_components(denser, LEAST_MM3 / scan.grid.voxel_mm3)
     return replace(
         scan,
         hu=hu,
@@ -104,7 +104,7 @@ def lesioned(scan: Scan, settings: config.Lesions, *, seed: int) -> Scan:
     )
 
 
-def parts(mask: np.ndarray, least: float) -> np.ndarray:
+def label_components(mask: np.ndarray, least: float) -> np.ndarray:
     """Labels the components of at least `least` voxels, largest first; (z, y, x) uint8."""
     import cc3d
 
@@ -146,7 +146,7 @@ def write_lesioned(task: Task) -> Task:
         "seed": arguments.seed,
     }
     if not (truth.exists() and masked.exists()):
-        scan = lesioned(read_scan(task.path), arguments.disease, seed=arguments.seed)
+        scan = add_lesions(read_scan(task.path), arguments.disease, seed=arguments.seed)
         record = provenance.record() | made_of
         write_scan(scan, truth, record)
         write_scan(

@@ -133,7 +133,7 @@ def compare_lungs(arguments: Arguments) -> steps.Report:
     patients = len({row["patient_id"] for row in rows})
     facts = protocol(arguments, first[1], nodules, patients, first[0])
     marked = patients >= paired.FEW_PATIENTS
-    with files.written_whole(arguments.out) as out:
+    with files.write_atomically(arguments.out) as out:
         out.mkdir()
         write_rows(rows, list(rows[0]), out / "lungs.csv")
         if nodules:
@@ -286,7 +286,7 @@ def nodule_marks(scan: Scan, reference: np.ndarray | None) -> list[Mark]:
     if lungs is None or not labels.any():
         return []
     inside = (lungs > 0) | consensus
-    box = boxes.around(inside)
+    box = boxes.bounding_box(inside)
     depth_mm = np.zeros(inside.shape, np.float32)
     padded = np.pad(inside[box], 1)
     depth_mm[box] = distance_transform_edt(padded, sampling=scan.spacing_mm)[

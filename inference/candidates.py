@@ -134,7 +134,7 @@ def candidate_map(prob: np.ndarray, settings: config.Postprocess) -> np.ndarray:
         (z, y, x) float32: `prob` in the candidates, 0 elsewhere.
     """
     result = np.zeros(prob.shape, np.float32)
-    box = boxes.around(prob >= np.float32(min(settings.threshold, OUTLINED_FROM)))
+    box = boxes.bounding_box(prob >= np.float32(min(settings.threshold, OUTLINED_FROM)))
     if box is None:
         return result
     threshold = OUTLINED_FROM

@@ -19,7 +19,7 @@ from ct import files
 from ct.geometry import Grid
 from ct.scan import Scan, ScanError
 from inference.candidates import CandidateClassifier, candidate_map
-from inference.outlining import outlined
+from inference.outlining import outline_nodules
 from inference.passes import Maps, Passes
 from inference.predictor2d import Predictor
 from inference.predictor3d import MEMORY_GB, VolumePredictor
@@ -149,7 +149,7 @@ class NoduleFinder:
         low, high = PIXEL_MM
         known = all(low <= step <= high for step in scan.spacing_mm[1:])
         if reported and known and self.seeded is not None:
-            labels, became = outlined(scan.hu, labels, self.seeded)
+            labels, became = outline_nodules(scan.hu, labels, self.seeded)
         kept = [became.index(n) for n in range(1, max(became, default=0) + 1)]
         chances = np.array([(every[k].score, every[k].max_prob) for k in kept])
         nodules = measure_nodules(
@@ -199,7 +199,7 @@ class NoduleFinder:
                 peaks,
                 np.array([component.max_std for component in found]),
             ).tolist()
-        return joined(found, scores, spreads, scan.grid)
+        return merge_overlapping(found, scores, spreads, scan.grid)
 
 
 def slice_network(
@@ -289,7 +289,7 @@ def components_in(
     return found
 
 
-def joined(
+def merge_overlapping(
     found: Sequence[Component],
     scores: Sequence[float],
     spreads: Sequence[float | None],

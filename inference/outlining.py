@@ -22,7 +22,7 @@ SAME_SHARE = 0.5
 """Share of the smaller outline inside the other from which two nodules become one."""
 
 
-def outlined(
+def outline_nodules(
     hu: np.ndarray, labels: np.ndarray, seeded: Any
 ) -> tuple[np.ndarray, list[int]]:
     """Outlines nodules with a seeded network, in the slices they were found in.
@@ -64,12 +64,12 @@ def outlined(
         outline = np.zeros(labels.shape[1:], bool)
         inside, covered = boxes.overlap(start, size, outline.shape)
         outline[inside] = mask[covered]
-        outline = counted(outline, labels[z] == label)
+        outline = merge_with_outline(outline, labels[z] == label)
         owners = result[z][outline]
         sizes[label] += len(owners)
         shared.setdefault(label, Counter()).update(owners[owners > 0].tolist())
         result[z][outline & (result[z] == 0)] = label
-    return renumbered(result, sizes, shared)
+    return merge_same_outlines(result, sizes, shared)
 
 
 def patch_start(mask: np.ndarray) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def patch_start(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(round(at) - PATCH_PX // 2 for at in middle)
 
 
-def counted(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
+def merge_with_outline(outline: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Merges an outline with the found mask of its nodule.
 
     Keeps the outline's components near the found mask, and adds the found components that
@@ -104,7 +104,7 @@ def dilated(mask: np.ndarray) -> np.ndarray:
     return cv2.dilate(mask.view(np.uint8), np.ones((side, side), np.uint8)) > 0
 
 
-def renumbered(
+def merge_same_outlines(
     labels: np.ndarray, sizes: Counter[int], shared: dict[int, Counter[int]]
 ) -> tuple[np.ndarray, list[int]]:
     """Merges labels with mostly the same outline and renumbers the rest from 1.

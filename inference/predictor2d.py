@@ -156,5 +156,5 @@ def tile_input(
     size = batches.slice_px
     if lung is not None:
         lung = boxes.cut(lung, start, size, fill=0)
-    hu = boxes.cut(hu, start, size, fill=inputs.fill(hu, batches))
+    hu = boxes.cut(hu, start, size, fill=inputs.padding_value(hu, batches))
     return inputs.to_input(hu, lung, batches)

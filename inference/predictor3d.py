@@ -113,13 +113,15 @@ class VolumePredictor:
         lung = scan.lung if self.settings.batches.target == "nodule" else None
         box = body_box(hu) if lung is None else lung_box(lung, weights)
         moments = self.moments(hu[box], threshold)
-        return Maps(moments, functools.partial(onto, scan.grid, spacing_mm, box))
+        return Maps(
+            moments, functools.partial(resample_to_grid, scan.grid, spacing_mm, box)
+        )
 
     def moments(self, hu: np.ndarray, threshold: float) -> RunningMoments:
         """Makes the passes over a (z, y, x) volume in HU at the run's spacing."""
         tile_px = self.tile_px(hu.shape)
         network = self.network(tile_px)
-        tiles = boxes.tiles(boxes.whole(hu.shape), tile_px)
+        tiles = boxes.tiles(boxes.full_box(hu.shape), tile_px)
         cuts = [boxes.cut(hu, tile.start, tile_px, fill=AIR_HU) for tile in tiles]
         inputs = [to_input(cut, None, self.settings.batches) for cut in cuts]
 
@@ -187,7 +189,9 @@ class VolumePredictor:
         return self.networks[tile_px]
 
 
-def onto(grid: Grid, spacing_mm: float, box: Box, values: np.ndarray) -> np.ndarray:
+def resample_to_grid(
+    grid: Grid, spacing_mm: float, box: Box, values: np.ndarray
+) -> np.ndarray:
     """Resamples values in a box of the cubic voxels to the scan's grid, 0 outside."""
     weights = zip(resample.from_isotropic(grid, spacing_mm), box, strict=True)
     return np.clip(resample.volume(values, [w[:, part] for w, part in weights]), 0, 1)
@@ -212,9 +216,9 @@ def lung_box(lung: np.ndarray, weights: Sequence[np.ndarray]) -> Box:
         weights: Resampling weights of each axis; see `resample.isotropic`.
     """
     shape = tuple(len(axis) for axis in weights)
-    return boxes.around(
+    return boxes.bounding_box(
         resample.mask(lung > 0, weights), LUNG_MARGIN_PX
-    ) or boxes.whole(shape)
+    ) or boxes.full_box(shape)
 
 
 def body_box(hu: np.ndarray) -> Box:
@@ -228,4 +232,4 @@ def body_box(hu: np.ndarray) -> Box:
     counts = np.bincount(parts.ravel())
     counts[0] = 0
     large = (counts > 0) & (counts >= BODY_SHARE * counts.max())
-    return boxes.around(large[parts], BODY_MARGIN_PX) or boxes.whole(hu.shape)
+    return boxes.bounding_box(large[parts], BODY_MARGIN_PX) or boxes.full_box(hu.shape)

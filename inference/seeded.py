@@ -16,7 +16,7 @@ import numpy as np
 import config
 from ct import boxes
 from ct.inputs import to_input
-from nodules.components import components, likeliest
+from nodules.components import components, keep_likeliest
 from training import runs
 
 BORDER_PX = 2
@@ -92,16 +92,22 @@ class PatchPredictor:
         """
         patches = checked_patches(patches)
         shape, size = patches.shape[1:], self.batches.slice_px
-        near = self.look([middle(filled_up(patch, size), size) for patch in patches])
-        prob = np.stack([placed(image, shape) for image in near]) if len(near) else near
+        near = self.look(
+            [crop_to_centre(pad_to_size(patch, size), size) for patch in patches]
+        )
+        prob = (
+            np.stack([place_at_centre(image, shape) for image in near])
+            if len(near)
+            else near
+        )
         beyond = any(full > part for full, part in zip(shape, size, strict=True))
         if not beyond or not len(patches):
             return prob.reshape(patches.shape)
         wide = tuple(FURTHER * length for length in size)
         again = np.flatnonzero(reaches_border(near, self.postprocess.threshold))
-        far = [shrunk(middle(patches[i], wide)) for i in again]
+        far = [downsample(crop_to_centre(patches[i], wide)) for i in again]
         for i, image in zip(again, self.look(far), strict=True):
-            prob[i] = placed(cv2.resize(image, wide[::-1]), shape)
+            prob[i] = place_at_centre(cv2.resize(image, wide[::-1]), shape)
         return prob
 
     def nodule_probability(self, slices: np.ndarray) -> np.ndarray:
@@ -148,7 +154,7 @@ class PatchPredictor:
         turned = (turn(image, t) for image in inputs for t in range(self.turns))
         for number, prob in enumerate(self.predicted(turned)):
             index, t = divmod(number, self.turns)
-            found[index] += turned_back(prob, t)
+            found[index] += undo_turn(prob, t)
         found /= self.turns
         return found
 
@@ -190,13 +196,13 @@ def checked_patches(patches: np.ndarray) -> np.ndarray:
     return patches
 
 
-def middle(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def crop_to_centre(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Crops a patch to its centre; pads a smaller patch with its least value."""
     start = boxes.crop_at_centre(patch.shape, size).start
     return boxes.cut(patch, start, size, fill=float(patch.min()))
 
 
-def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def pad_to_size(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Pads a patch to at least `size` by repeating its border pixels."""
     start = boxes.crop_at_centre(patch.shape, size).start
     lacking = [
@@ -206,14 +212,14 @@ def filled_up(patch: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return np.pad(patch, lacking, mode="edge")
 
 
-def placed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def place_at_centre(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Places an image at the centre of an array of another shape, 0 elsewhere."""
     whole = np.zeros(shape, image.dtype)
     boxes.add(whole, image, boxes.crop_at_centre(shape, image.shape).start)
     return whole
 
 
-def shrunk(image: np.ndarray) -> np.ndarray:
+def downsample(image: np.ndarray) -> np.ndarray:
     """Downsamples an image to the mean of every `FURTHER` x `FURTHER` pixels."""
     size = tuple(length // FURTHER for length in image.shape)
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
@@ -229,7 +235,7 @@ def reaches_border(prob: np.ndarray, threshold: float) -> np.ndarray:
 def middle_of_nodule(prob: np.ndarray, threshold: float) -> np.ndarray | None:
     """Returns the (y, x) centre of the nodule over all its slices; None if there is none."""
     parts = components(prob >= np.float32(threshold), 26)
-    nodule = np.argwhere(likeliest(parts, prob))
+    nodule = np.argwhere(keep_likeliest(parts, prob))
     return nodule[:, 1:].mean(axis=0) if len(nodule) else None
 
 
@@ -260,7 +266,7 @@ def turn(image: np.ndarray, number: int) -> np.ndarray:
     return np.rot90(image[:, ::-1] if number >= 4 else image, number % 4)
 
 
-def turned_back(image: np.ndarray, number: int) -> np.ndarray:
+def undo_turn(image: np.ndarray, number: int) -> np.ndarray:
     """Undoes `turn`."""
     image = np.rot90(image, -number % 4)
     return image[:, ::-1] if number >= 4 else image

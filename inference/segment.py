@@ -21,7 +21,7 @@ from inference.seeded import PatchPredictor
 from inference.tasks import Task, warn_of_leaks
 from lungs.checks import Verdict, judge, volumes_ml
 from lungs.classical import segment_lungs
-from lungs.labels import LungMap, labels_from_map, snapped
+from lungs.labels import LungMap, labels_from_map, snap_to_classical
 from lungs.sides import body_middle_x
 from nodules.components import label_nodules
 from results.result_folder import SaveAs
@@ -70,7 +70,7 @@ class Lungs:
     """Memory limit of a pass in GB; larger scans are covered by tiles."""
 
 
-USUAL = Lungs()
+DEFAULT_LUNGS = Lungs()
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def lungs_of(
     verdict = judge(labels, maps.mean, maps.std, scan)
     if reach_mm and labels.any():
         classical = segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
-        labels = snapped(labels, classical, scan.spacing_mm, reach_mm)
+        labels = snap_to_classical(labels, classical, scan.spacing_mm, reach_mm)
         right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
         verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
     return maps, labels, verdict
@@ -149,7 +149,7 @@ def predict(
     spacing_mm: Sequence[float] | None = None,
     *,
     exp_dir: Path = SHIPPED,
-    lungs: Lungs = USUAL,
+    lungs: Lungs = DEFAULT_LUNGS,
     nodules: NoduleRuns = SHIPPED_RUNS,
 ) -> np.ndarray:
     """Finds the nodules of one CT, as infer.py does.
@@ -191,7 +191,7 @@ def predict(
         if len(sources) != 1:
             raise ValueError(f"{image}: {len(sources)} scans; expected one")
         scan = nifti.load_scan(sources[0])
-    seen = seen_for_nodules(nodules)
+    seen = training_patients_by_run(nodules)
     predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules)
     patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))
     seen = {str(exp_dir): patients, **seen}
@@ -213,7 +213,7 @@ def scan_networks(
             f"{exp_dir}: the run segments {settings.batches.target}; expected one for lungs"
         )
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=BATCH_SIZE)
-    reach_mm = lungs.labels.snap * runs.seen_mm(settings)
+    reach_mm = lungs.labels.snap * runs.input_spacing_mm(settings)
     finder = nodule_finder(nodules, lungs, batch_size=BATCH_SIZE)
     return predictor, reach_mm, finder
 
@@ -348,7 +348,7 @@ def refuse_unused(nodules: NoduleRuns) -> None:
         )
 
 
-def seen_for_nodules(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
+def training_patients_by_run(nodules: NoduleRuns) -> dict[str, tuple[str, ...]]:
     """Returns the training patients of the runs that find nodules, by run directory.
 
     Raises:

@@ -100,7 +100,7 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
         reasons = [
             *wrong_volumes(right_ml, left_ml),
             *missing_parts(labels, scan.spacing_mm),
-            *doubts(labels, std, score),
+            *low_confidence(labels, std, score),
             *wrong_values(labels, scan.hu),
             *wrong_orientation(labels, scan.hu, scan.spacing_mm),
         ]
@@ -177,7 +177,7 @@ def small_field(
         )
 
 
-def doubts(labels: np.ndarray, std: np.ndarray, score: float) -> Iterator[str]:
+def low_confidence(labels: np.ndarray, std: np.ndarray, score: float) -> Iterator[str]:
     if score < LEAST_SCORE:
         yield (
             f"the probabilities predict a Dice of {score:.2f}; expected {LEAST_SCORE} or "

@@ -153,7 +153,7 @@ def airway(
     found = np.zeros(inside.shape, np.uint8)
     top = len(coarse) - 1
     while top >= 0:
-        end = follow(lumen, found, top, spacing_mm)
+        end = follow_airway(lumen, found, top, spacing_mm)
         if (top - end) * spacing_mm[0] >= AIRWAY_LENGTH_MM:
             break
         found[:] = 0
@@ -163,7 +163,7 @@ def airway(
     return per_slice(lambda image: cv2.dilate(image, wall), found).astype(bool)
 
 
-def follow(
+def follow_airway(
     lumen: np.ndarray, found: np.ndarray, top: int, spacing_mm: tuple[float, ...]
 ) -> int:
     """Marks the airway that begins in slice `top` in `found`; returns where it ends."""
@@ -223,7 +223,7 @@ def fill_lungs(
         box = box_with_air(labels == side, settings.closing_mm, spacing_mm)
         grown = labels[box] == side
         if settings.closing_mm:
-            grown = closed(grown, settings.closing_mm, spacing_mm)
+            grown = close_by_ball(grown, settings.closing_mm, spacing_mm)
         if settings.fill_holes:
             grown = per_slice(without_holes, grown)
         view = filled[box]
@@ -235,10 +235,12 @@ def box_with_air(
     mask: np.ndarray, margin_mm: float, spacing_mm: tuple[float, ...]
 ) -> Box | None:
     """Returns a mask's bounding box plus a margin, within the volume; None if empty."""
-    return boxes.around(mask, [int(margin_mm / spacing) + 2 for spacing in spacing_mm])
+    return boxes.bounding_box(
+        mask, [int(margin_mm / spacing) + 2 for spacing in spacing_mm]
+    )
 
 
-def closed(
+def close_by_ball(
     mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, ...]
 ) -> np.ndarray:
     """Closes a (z, y, x) mask morphologically by a ball that is exact in mm."""

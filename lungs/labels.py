@@ -66,7 +66,7 @@ def labels_from_map(
     """
     labels = np.zeros(prob.shape, np.uint8)
     mask = prob > np.float32(settings.thresh)
-    box = boxes.around(mask, 2)
+    box = boxes.bounding_box(mask, 2)
     if box is None:
         return labels
     least = settings.min_volume_mm3 / float(np.prod(spacing_mm))
@@ -83,7 +83,7 @@ def labels_from_map(
     return labels
 
 
-def snapped(
+def snap_to_classical(
     labels: np.ndarray,
     classical: np.ndarray,
     spacing_mm: tuple[float, float, float],
@@ -108,7 +108,7 @@ def snapped(
         Labels of the same shape; added voxels get the side of the nearest lung.
     """
     margin = [int(reach_mm / step) + 2 for step in spacing_mm]
-    box = boxes.around(labels, margin)
+    box = boxes.bounding_box(labels, margin)
     if box is None or not classical.any():
         return labels
     mask, other = labels[box] > 0, classical[box] > 0

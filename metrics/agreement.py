@@ -45,42 +45,44 @@ def agreement(reader_bits: np.ndarray, mask_pred: np.ndarray) -> Agreement:
         reader_bits: (...) uint8; bit r is set where reader r drew this nodule.
         mask_pred: (...) bool, same shape.
     """
-    masks = masks_of(reader_bits)
+    masks = reader_masks(reader_bits)
     votes = reader_votes(reader_bits)
-    consensus = votes >= half(len(masks))
+    consensus = votes >= majority_votes(len(masks))
     others = (
-        [votes - mask >= half(len(masks) - 1) for mask in masks]
+        [votes - mask >= majority_votes(len(masks) - 1) for mask in masks]
         if len(masks) > 1
         else []
     )
     return Agreement(
         consensus=overlap.dice(consensus, mask_pred),
-        others=mean([overlap.dice(mask, mask_pred) for mask in others]),
-        readers=mean([overlap.dice(mask, mask_pred) for mask in masks]),
-        reader_consensus=mean([overlap.dice(consensus, mask) for mask in masks]),
-        reader_others=mean(
+        others=mean_of_defined([overlap.dice(mask, mask_pred) for mask in others]),
+        readers=mean_of_defined([overlap.dice(mask, mask_pred) for mask in masks]),
+        reader_consensus=mean_of_defined(
+            [overlap.dice(consensus, mask) for mask in masks]
+        ),
+        reader_others=mean_of_defined(
             [
                 overlap.dice(rest, mask)
                 for rest, mask in zip(others, masks, strict=False)
             ]
         ),
-        reader_reader=mean(
+        reader_reader=mean_of_defined(
             [overlap.dice(one, two) for one, two in itertools.combinations(masks, 2)]
         ),
     )
 
 
-def masks_of(reader_bits: np.ndarray) -> list[np.ndarray]:
+def reader_masks(reader_bits: np.ndarray) -> list[np.ndarray]:
     """Returns one bool mask for each reader who drew anything."""
     return [(reader_bits >> r & 1).astype(bool) for r in readers_in(reader_bits)]
 
 
-def half(readers: int) -> int:
+def majority_votes(readers: int) -> int:
     """Returns the number of votes that is at least half of the readers, and at least 1."""
     return max((readers + 1) // 2, 1)
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_of_defined(values: Sequence[float]) -> float:
     """Returns the mean of the values that are not NaN; NaN if there are none."""
     defined = [value for value in values if not np.isnan(value)]
     return sum(defined) / len(defined) if defined else float("nan")

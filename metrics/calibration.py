@@ -85,8 +85,10 @@ def fit_temperature(counts: np.ndarray) -> float | None:
     probability = summed / voxels
 
     def cross_entropy(log_temperature: float) -> float:
-        scaled = with_temperature(probability, np.exp(log_temperature))
-        found = votes * np.log(scaled) + (voxels - votes) * np.log1p(-scaled)
+        scale_histogram = scale_probabilities(probability, np.exp(log_temperature))
+        found = votes * np.log(scale_histogram) + (voxels - votes) * np.log1p(
+            -scale_histogram
+        )
         return -float(found.sum())
 
     bounds = np.log(TEMPERATURES)
@@ -95,7 +97,7 @@ def fit_temperature(counts: np.ndarray) -> float | None:
     return float(np.exp(found.x)) if inside else None
 
 
-def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
+def scale_probabilities(probability: np.ndarray, temperature: float) -> np.ndarray:
     """Divides the logits of probabilities by a temperature; results lie inside (0, 1)."""
     least = 0.5 / FINE_BINS
     inner = np.clip(probability, least, 1 - least)
@@ -103,12 +105,12 @@ def with_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
     return np.clip(1 / (1 + np.exp(-logit / temperature)), 1e-12, 1 - 1e-12)
 
 
-def scaled(counts: np.ndarray, temperature: float) -> np.ndarray:
+def scale_histogram(counts: np.ndarray, temperature: float) -> np.ndarray:
     """Returns the histogram after temperature scaling; 1 changes nothing."""
     if temperature == 1:
         return counts
     voxels, summed, votes = counts.T
-    probability = with_temperature(overlap.ratio(summed, voxels), temperature)
+    probability = scale_probabilities(overlap.ratio(summed, voxels), temperature)
     place = np.minimum(np.nan_to_num(probability) * FINE_BINS, FINE_BINS - 1).astype(
         int
     )
@@ -119,7 +121,7 @@ def scaled(counts: np.ndarray, temperature: float) -> np.ndarray:
     return result
 
 
-def coarse(counts: np.ndarray) -> np.ndarray:
+def merge_bins(counts: np.ndarray) -> np.ndarray:
     """Sums a (..., fine bins, 3) histogram into (..., bins, 3)."""
     return counts.reshape(*counts.shape[:-2], BINS, -1, 3).sum(axis=-2)
 
@@ -132,7 +134,7 @@ def ece(counts: np.ndarray, patients: np.ndarray, *, draws: int) -> intervals.In
         patients: (scans,) patient of each scan.
         draws: Number of bootstrap draws.
     """
-    cells = coarse(counts)
+    cells = merge_bins(counts)
 
     def error(sums: np.ndarray) -> np.ndarray:
         voxels, summed, votes = np.moveaxis(

@@ -7,7 +7,7 @@ import numpy as np
 from ct.files import write_rows
 from ct.provenance import DISCLAIMER
 from metrics import calibration, froc
-from metrics.calibration import coarse
+from metrics.calibration import merge_bins
 from metrics.tables import number
 
 
@@ -44,7 +44,7 @@ def write_reliability(counts: np.ndarray, out: Path) -> None:
         counts: (fine bins, 3) histogram, summed over all scans.
         out: Output folder.
     """
-    curve = calibration.reliability(coarse(counts))
+    curve = calibration.reliability(merge_bins(counts))
     bounds_of_bins = np.linspace(0, 1, len(curve.voxels) + 1)
     rows = [
         {

@@ -81,9 +81,9 @@ def mark(
         raise ValueError(
             f"{len(scans) - len(place)} scan ids are listed twice; expected each once"
         )
-    check(candidates, place, "candidates")
-    check(nodules, place, "nodules", of_diameters=True)
-    check(irrelevant, place, "irrelevant findings", of_diameters=True)
+    check_findings(candidates, place, "candidates")
+    check_findings(nodules, place, "nodules", of_diameters=True)
+    check_findings(irrelevant, place, "irrelevant findings", of_diameters=True)
     nodule_scan, nodule_score, false_scan, false_score = [], [], [], []
     nothing = np.zeros((0, 4))
     for scan_id, index in place.items():
@@ -118,7 +118,7 @@ def within(points: np.ndarray, spheres: np.ndarray) -> np.ndarray:
     return (apart**2).sum(axis=-1) < (spheres[:, 3] / 2) ** 2
 
 
-def check(
+def check_findings(
     findings: Mapping[str, np.ndarray],
     scans: Mapping[str, int],
     what: str,

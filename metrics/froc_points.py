@@ -58,7 +58,7 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
             raise ScanError(
                 f"{where}: series_uid {series_uid!r}; expected {scan.series_uid!r}"
             )
-        point = [finite(row[name], f"{where}: {name}") for name in COLUMNS]
+        point = [parse_finite(row[name], f"{where}: {name}") for name in COLUMNS]
         check_inside(point, scan, where)
         nodule = ("nodule_id", row.get("nodule_id"))
         if shared and nodule in first_line:
@@ -77,7 +77,7 @@ def read_candidates(path: Path, scan: Scan, *, shared: bool = False) -> np.ndarr
     return np.array(points).reshape(-1, 4)
 
 
-def places_of_scans(path: Path) -> dict[str, np.ndarray]:
+def read_candidate_positions(path: Path) -> dict[str, np.ndarray]:
     """Reads the positions of all candidates in candidates.csv, by scan id.
 
     Returns:
@@ -90,7 +90,7 @@ def places_of_scans(path: Path) -> dict[str, np.ndarray]:
     # Requiring marked_by excludes nodules.csv: a reported nodule is no hard negative.
     for line, row in rows_of(path, (*COLUMNS[:3], "case_id", "marked_by")):
         where = f"{path}, line {line}"
-        point = [finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]
+        point = [parse_finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]
         places.setdefault(row["case_id"], []).append(point)
     return {case_id: np.array(points) for case_id, points in places.items()}
 
@@ -119,7 +119,7 @@ def rows_of(
             yield table.line_num, row
 
 
-def finite(text: str | None, what: str) -> float:
+def parse_finite(text: str | None, what: str) -> float:
     """Parses a number of a table.
 
     Raises:
@@ -221,7 +221,7 @@ def within_spheres(scan: Scan, spheres: np.ndarray) -> np.ndarray:
             centre_zyx,
             [diameter_mm / 2] * 3,
             scan.spacing_mm,
-            boxes.whole(scan.hu.shape),
+            boxes.full_box(scan.hu.shape),
         )
         axes_mm = [
             (axis - place) * step

@@ -138,7 +138,7 @@ def nodule_rows(
         if scan.whole:
             met = np.unique(labels_pred[near][drawn[near] == nodule.label])
             touching = met[met > 0]
-        box = hull([near, *(boxes_pred[label - 1] for label in touching)])
+        box = enclosing_box([near, *(boxes_pred[label - 1] for label in touching)])
         index = place[nodule.label]
         component = int(match.component[index])
         surfaces = surface_distances(
@@ -213,7 +213,7 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def hull(parts: Sequence[boxes.Box]) -> boxes.Box:
+def enclosing_box(parts: Sequence[boxes.Box]) -> boxes.Box:
     """Returns the smallest box that contains all the given boxes."""
     return tuple(
         slice(min(part.start for part in axis), max(part.stop for part in axis))

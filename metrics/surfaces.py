@@ -103,7 +103,7 @@ def surface(
         (elements, 3) float64 position of each corner in mm along z, y, x, measured from the
         corner before voxel (0, 0, 0), and (elements,) area in mm2.
     """
-    box = boxes.around(mask)
+    box = boxes.bounding_box(mask)
     if box is None:
         return np.zeros((0, 3)), np.zeros(0)
     voxels = np.pad(mask[box], 1).astype(np.uint8)

@@ -180,7 +180,7 @@ def calibration_lines(
     text = "Calibration error (ECE) against readers' votes"
     kinds = {text: counts}
     if temperature is not None:
-        scaled = [calibration.scaled(some, temperature) for some in counts]
+        scaled = [calibration.scale_histogram(some, temperature) for some in counts]
         kinds[f"{text}, temperature scaled"] = scaled
     return [
         Line(

@@ -18,7 +18,7 @@ MIN_VOLUMES_MM3 = (0.0, 14.0, 33.0, 65.0, 113.0)
 MIN_SCORES = (0.0, 0.8, 0.85, 0.9, 0.93, 0.95)
 """Tuning grid; the volumes are those of spheres with diameters of 0, 3, 4, 5 and 6 mm."""
 
-FALSE_PRICE = 0.02
+FALSE_COMPONENT_PENALTY = 0.02
 """Penalty for each false component, subtracted from the Dice of its scan."""
 
 
@@ -43,7 +43,7 @@ def tuning_counts(
     reference = only_slices(reference, slices)
     total_ref = int(np.count_nonzero(reference))
     counts[..., 2] = total_ref
-    box = boxes.around(prob >= np.float32(THRESHOLDS[0]))
+    box = boxes.bounding_box(prob >= np.float32(THRESHOLDS[0]))
     if box is None:
         return counts
     prob, reference = prob[box], reference[box]
@@ -78,7 +78,8 @@ def best_of_grid(
 ) -> tuple[config.Postprocess, dict[str, Any]]:
     """Chooses the simplest setting that is within one standard error of the best.
 
-    The score of a scan is its Dice, or 0 without a nodule, minus `FALSE_PRICE` for every
+    The score of a scan is its Dice, or 0 without a nodule, minus
+    `FALSE_COMPONENT_PENALTY` for every
     false component. A setting is as good as the best if its mean score is lower by at most
     one standard error of the per-scan differences. Of these settings, the one closest in
     grid steps to threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is
@@ -98,7 +99,7 @@ def best_of_grid(
     with_nodule = (counts[..., 0] + counts[..., 2]).max(axis=(1, 2, 3, 4)) > 0
     scores = np.nan_to_num(dice)
     scores[~with_nodule] = 0.0
-    scores -= FALSE_PRICE * counts[..., 3]
+    scores -= FALSE_COMPONENT_PENALTY * counts[..., 3]
     best = np.unravel_index(scores.mean(axis=0).argmax(), scores.shape[1:])
     lack = scores[:, *best].reshape(-1, 1, 1, 1, 1) - scores
     error = lack.std(axis=0, ddof=1) if len(scores) > 1 else np.zeros(lack.shape[1:])

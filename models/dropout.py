@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 
-class Dropping(layers.Layer):
+class ActiveDropout(layers.Layer):
     """Dropout layer that is also active at inference.
 
     Args:
@@ -20,7 +20,7 @@ class Dropping(layers.Layer):
         return self.dropout(inputs, training=True)
 
 
-def with_dropout(network: keras.Model) -> keras.Model:
+def activate_dropout(network: keras.Model) -> keras.Model:
     """Returns a copy of the network whose dropout is active at inference; layers are shared.
 
     Calling the network with training=True instead would also make batch normalisation use
@@ -28,14 +28,14 @@ def with_dropout(network: keras.Model) -> keras.Model:
     """
 
     def clone(layer):
-        return Dropping(layer) if isinstance(layer, layers.Dropout) else layer
+        return ActiveDropout(layer) if isinstance(layer, layers.Dropout) else layer
 
     return keras.models.clone_model(network, clone_function=clone)
 
 
 def seed_dropout(network: keras.Model, seed: int, k: int) -> None:
-    """Seeds the dropout of a network from `with_dropout`: pass k depends on (seed, k) alone."""
-    dropping = [layer for layer in network.layers if isinstance(layer, Dropping)]
+    """Seeds the dropout of `activate_dropout`: pass k depends on (seed, k) alone."""
+    dropping = [layer for layer in network.layers if isinstance(layer, ActiveDropout)]
     for place, layer in enumerate(dropping):
         state = np.random.SeedSequence((seed, k, place)).generate_state(2)
         layer.dropout.seed_generator.state.assign(state)

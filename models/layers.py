@@ -37,7 +37,7 @@ class Nearness(layers.Layer):
         return (*input_shape[:-1], input_shape[-1] + 1)
 
 
-def convolution(
+def conv_norm_relu(
     x: KerasTensor,
     filters: int,
     size_px: int,
@@ -50,10 +50,10 @@ def convolution(
     x = kind(filters, size_px, padding="same", dilation_rate=dilation, use_bias=False)(
         x
     )
-    return normalised(x)
+    return norm_relu(x)
 
 
-def normalised(x: KerasTensor) -> KerasTensor:
+def norm_relu(x: KerasTensor) -> KerasTensor:
     """Applies batch normalisation, then ReLU."""
     x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
     return layers.Activation("relu")(x)
@@ -86,7 +86,7 @@ def global_convolution(x: KerasTensor, filters: int, size_px: int) -> KerasTenso
     for first, second in ((column, row), (row, column)):
         path = layers.Conv2D(filters, first, padding="same")(x)
         paths.append(layers.Conv2D(filters, second, padding="same")(path))
-    return normalised(layers.Add()(paths))
+    return norm_relu(layers.Add()(paths))
 
 
 def upsample_to(

@@ -71,7 +71,7 @@ def dice_cross_entropy(y_true: KerasTensor, y_pred: KerasTensor) -> KerasTensor:
 
     Reference: Isensee et al. 2021 (nnU-Net), methods: batch Dice plus cross-entropy.
     """
-    overlap, missed, spurious = errors(y_true, y_pred)
+    overlap, missed, spurious = sum_errors(y_true, y_pred)
     dice = (2 * overlap + 1) / (2 * overlap + missed + spurious + 1)
     ones = (1.0,) * y_pred.shape[-1]
     return (
@@ -119,18 +119,18 @@ def hausdorff(
     of reference and prediction, plus one, so the loss does not depend on the image size;
     it is near 1 where no part of either is right.
     """
-    either = sum(errors(y_true, y_pred))
+    either = sum(sum_errors(y_true, y_pred))
     left = ops.square(as_float32(y_true)[..., 1:] - as_float32(y_pred)[..., 1:])
     axes = all_but_classes(left)
     cost, most = ops.zeros_like(either), 0
     for k in range(1, erosions + 1):
-        left = eroded(left)
+        left = erode(left)
         cost = cost + ops.sum(left, axis=axes) * k**exponent
         most += k**exponent
     return ops.mean(cost / (either + 1)) / most
 
 
-def eroded(error: KerasTensor) -> KerasTensor:
+def erode(error: KerasTensor) -> KerasTensor:
     """Applies one soft erosion to (batch, ..., classes) errors in 0..1; see `hausdorff`."""
     total, axes = error, range(1, len(error.shape) - 1)
     for axis in axes:
@@ -159,7 +159,7 @@ def focal_tversky(
     Reference: Abraham and Khan 2019, equation 4 (alpha 0.7, 1 / gamma 0.75). One pixel is
     added to numerator and denominator, so two empty masks cost nothing.
     """
-    overlap, missed, spurious = errors(y_true, y_pred)
+    overlap, missed, spurious = sum_errors(y_true, y_pred)
     index = (overlap + 1) / (
         overlap + missed_weight * missed + (1 - missed_weight) * spurious + 1
     )
@@ -168,7 +168,7 @@ def focal_tversky(
     return ops.power(shortfall, exponent)
 
 
-def errors(
+def sum_errors(
     y_true: KerasTensor, y_pred: KerasTensor
 ) -> tuple[KerasTensor, KerasTensor, KerasTensor]:
     """Sums overlap, missed and spurious pixels per foreground class; each (classes - 1,)."""

@@ -12,7 +12,7 @@ from ct import files
 from models.layers import (
     BATCH_NORM_MOMENTUM,
     Nearness,
-    convolution,
+    conv_norm_relu,
     global_convolution,
     mask_head,
     slice_head,
@@ -111,9 +111,9 @@ def build(
         skip = context(taps[stride], stride, dilations=(3, 6))
         x = layers.Concatenate()([upsample_to(x, skip), skip])
         x = gated(x, squeeze_excite)
-        x = convolution(x, filters * WIDTHS[next_stride], 3)
+        x = conv_norm_relu(x, filters * WIDTHS[next_stride], 3)
     x = layers.Concatenate()([upsample_to(x, taps[2]), taps[2]])
-    x = convolution(x, filters * WIDTHS[2], 3)
+    x = conv_norm_relu(x, filters * WIDTHS[2], 3)
     x = layers.Dropout(dropout)(x)
     mask = mask_head(x, num_classes, like=inputs)
     if not slice_classifier:
@@ -200,7 +200,7 @@ def imagenet_file() -> Path:
     instead = f"put that file at {path}, or train with --model.weights none"
     if not path.exists():
         try:
-            with files.written_whole(path) as partial:
+            with files.write_atomically(path) as partial:
                 urllib.request.urlretrieve(IMAGENET_URL, partial)
         except OSError as error:
             raise OSError(
@@ -240,12 +240,12 @@ def context_block(
         (batch, y, x, filters).
     """
     x = gated(x, squeeze_excite)
-    branches = [convolution(x, filters, 1)]
+    branches = [conv_norm_relu(x, filters, 1)]
     for dilation in dilations:
         branches.append(
-            convolution(x, filters, 3, dilation=dilation, separable=dilation > 1)
+            conv_norm_relu(x, filters, 3, dilation=dilation, separable=dilation > 1)
         )
     if gcn_kernel:
         branches.append(global_convolution(x, filters, gcn_kernel))
     x = gated(layers.Concatenate()(branches), squeeze_excite)
-    return convolution(x, filters, 1)
+    return conv_norm_relu(x, filters, 1)

@@ -46,14 +46,14 @@ def label_nodules(
     if marked is None:
         inside = prob if within is None else prob[within]
         marked = prob >= threshold_of(inside, settings)
-    box = boxes.around(marked)
+    box = boxes.bounding_box(marked)
     if box is None:
         return np.zeros(prob.shape, np.uint8), np.zeros((0, 2))
     parts = connected(marked[box], settings)
     if within is not None:
         parts[~within_lung(parts, within[box])[parts]] = 0
     if settings.one_nodule:
-        parts = likeliest(parts, prob[box])
+        parts = keep_likeliest(parts, prob[box])
     kept, scores, peaks = _kept_components(parts, prob[box], grid, settings)
     order = np.argsort(-scores[kept], kind="stable")
     renumber = np.zeros(len(scores), np.min_scalar_type(max(len(kept), 255)))
@@ -160,7 +160,7 @@ def components(marked: np.ndarray, connectivity: Connectivity) -> np.ndarray:
     )
 
 
-def likeliest(parts: np.ndarray, prob: np.ndarray) -> np.ndarray:
+def keep_likeliest(parts: np.ndarray, prob: np.ndarray) -> np.ndarray:
     """Returns the component with the largest probability sum and all above or below it.
 
     This keeps a nodule whole that was missed in one slice.

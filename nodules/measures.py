@@ -121,7 +121,7 @@ def pleura_distance_mm(
     """
     from scipy.ndimage import binary_dilation, distance_transform_edt
 
-    near = boxes.widened(box, 1, lung.shape)
+    near = boxes.grow_box(box, 1, lung.shape)
     own = np.zeros([part.stop - part.start + 2 for part in box], bool)
     own[1:-1, 1:-1, 1:-1] = mask
     around = np.zeros(own.shape, bool)
@@ -137,7 +137,7 @@ def pleura_distance_mm(
     margin_mm, reach = PLEURA_MARGIN_MM, float("inf")
     while True:
         margin = np.ceil(margin_mm / spacing_mm).astype(int)
-        wide = boxes.widened(box, margin.tolist(), lung.shape)
+        wide = boxes.grow_box(box, margin.tolist(), lung.shape)
         # Voxels beyond the scan are not lung.
         inside = np.pad(lung[wide] > 0, 1)
         apart_mm, nearest = distance_transform_edt(

@@ -248,7 +248,7 @@ def diameter_mm(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> flo
     for image in mask[mask.any(axis=(1, 2))]:
         centres_mm = (np.argwhere(image) * pixel_mm).astype(np.float32)
         hull_mm = cv2.convexHull(centres_mm)[:, 0].astype(np.float64)
-        largest = max(largest, farthest(hull_mm) + float(pixel_mm.mean()))
+        largest = max(largest, largest_distance(hull_mm) + float(pixel_mm.mean()))
     return largest
 
 
@@ -261,7 +261,7 @@ def outline_diameter_mm(outlines: Iterable[Outline], pixel_mm: float) -> float:
     Reference: pylidc 0.2.3, Annotation.diameter.
     """
     return max(
-        (farthest(np.unique(o.points_xy, axis=0) * pixel_mm) for o in outlines),
+        (largest_distance(np.unique(o.points_xy, axis=0) * pixel_mm) for o in outlines),
         default=0.0,
     )
 
@@ -300,7 +300,7 @@ def outline_volume_mm3(
     return volume
 
 
-def farthest(points: np.ndarray) -> float:
+def largest_distance(points: np.ndarray) -> float:
     """Returns the largest distance between any two of (points, 2) points; 0 for one."""
     from scipy.spatial.distance import pdist
 

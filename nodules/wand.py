@@ -62,7 +62,7 @@ def wand(
     """
     radius_mm = diameter_mm / 2
     reach_mm = REACH * radius_mm * MAX_SCALE
-    box = boxes.near(centre_zyx, [reach_mm] * 3, spacing_mm, boxes.whole(hu.shape))
+    box = boxes.near(centre_zyx, [reach_mm] * 3, spacing_mm, boxes.full_box(hu.shape))
     local_zyx = centre_zyx - [axis.start for axis in box]
     region = hu[box].astype(np.float32)
     radii_mm = radii_by_slice_mm(region, local_zyx, radius_mm, spacing_mm)

@@ -95,7 +95,7 @@ class PhantomReading:
     ratings: dict[str, int]
 
 
-def fitted(
+def fit_nodule(
     nodule: PlacedNodule,
     mesh: Mesh,
     limit_at: Callable[[Box], np.ndarray],

@@ -59,7 +59,7 @@ def place_nodules(
         )
         others = [other for other, _ in placed]
         for centre in islice(places.find(site, diameter, others, rng), PLACES_TRIED):
-            fit = drawn_nodules.fitted(
+            fit = drawn_nodules.fit_nodule(
                 dataclasses.replace(nodule, centre_xyz=centre),
                 scene.mesh,
                 scene.nodule_limit,

@@ -125,7 +125,7 @@ class _Layer:
     @classmethod
     def of(cls, organ: anatomy.Organ, scene: Scene) -> "_Layer | None":
         borders = _borders(organ.field, scene)
-        box = boxes.around(borders < 0.5, margin=2)
+        box = boxes.bounding_box(borders < 0.5, margin=2)
         if box is None:
             return None
         return cls(float(organ.hu), np.ascontiguousarray(borders[box]), box)
@@ -200,7 +200,7 @@ def render(
 
 def _paint_lungs(image, border, scene: Scene, tubes: _Tubes, z: int) -> None:
     """Paints lung tissue, fissures, vessels and bronchi of slice `z`."""
-    inside = boxes.around(border < 0.5)
+    inside = boxes.bounding_box(border < 0.5)
     if inside is None:
         return
     rows, columns = inside

@@ -126,7 +126,7 @@ def write_phantom(phantom: Phantom, out: Path) -> None:
     }
     write_scan(to_scan(phantom), truth_path(out, phantom.series_uid), provenance)
     order = random_stream(phantom.seed, "files").permutation(len(phantom.hu)) + 1
-    with files.written_whole(out / phantom.patient_id) as folder:
+    with files.write_atomically(out / phantom.patient_id) as folder:
         target = folder / series.study_uid / series.series_uid
         target.mkdir(parents=True)
         dicom_series.write_dicom_series(series, target, order.tolist())

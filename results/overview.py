@@ -98,7 +98,7 @@ def foremost(labels: np.ndarray, axis: int) -> np.ndarray:
 def around_lungs(scan: Scan, lung: np.ndarray) -> boxes.Box:
     """Returns the box of the lungs with `MARGIN_MM`; the whole scan without lungs."""
     margin = [math.ceil(MARGIN_MM / step) for step in scan.spacing_mm]
-    return boxes.around(lung, margin) or boxes.whole(lung.shape)
+    return boxes.bounding_box(lung, margin) or boxes.full_box(lung.shape)
 
 
 def enlarged(
@@ -122,7 +122,7 @@ def enlarged(
     middle = boxes.centre(box[1:])
     side_mm = max(NEAR_MM, 1.5 * nodule.long_axis_mm)
     near = boxes.near(
-        middle, [side_mm / 2] * 2, scan.spacing_mm[1:], boxes.whole(labels.shape[1:])
+        middle, [side_mm / 2] * 2, scan.spacing_mm[1:], boxes.full_box(labels.shape[1:])
     )
     planes = (scan.hu[z][near], lung[z][near], labels[z][near])
     picture = outlined_plane(*planes, scan.spacing_mm[1:])

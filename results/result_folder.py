@@ -90,7 +90,8 @@ class Results:
             if others == {"nodules"} and not replaced:
                 raise ValueError(
                     f"{path}: nodules were searched for "
-                    f"{otherwise(found.get('nodules'), made_by['nodules'])}; use the same "
+                    f"{describe_difference(found.get('nodules'), made_by['nodules'])}; "
+                    "use the same "
                     "--nodules RUN --slices RUN --reduction RUN (None for no run) "
                     "--min_score SCORE, or --overwrite, or another --result_dir"
                 )
@@ -161,7 +162,7 @@ class Results:
             shown = labels if found is None else found.labels
             write_nifti(path, shown, scan.grid, scan.source_grid)
         else:
-            with files.written_whole(path) as partial:
+            with files.write_atomically(path) as partial:
                 if self.save_as == "numpy":
                     write_arrays(partial, maps, labels, scan.grid, found)
                 else:
@@ -203,7 +204,9 @@ def differing_settings(
     }
 
 
-def otherwise(found: dict[str, Any] | None, made_by: dict[str, Any] | None) -> str:
+def describe_difference(
+    found: dict[str, Any] | None, made_by: dict[str, Any] | None
+) -> str:
     """Describes how the earlier search for nodules differs from the present one."""
     if not found:
         return "without a run, and now with one"

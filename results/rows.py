@@ -142,7 +142,7 @@ def read_lung_rows(path: Path) -> list[LungRow]:
 def write_lung_rows(path: Path, rows: list[LungRow]) -> None:
     """Writes lungs.csv, sorted by pid."""
     with (
-        files.written_whole(path) as partial,
+        files.write_atomically(path) as partial,
         partial.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.writer(file)
@@ -183,7 +183,7 @@ def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
     return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
 
 
-def row_of(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
+def lung_row(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
     """Returns the row of lungs.csv for a `lungs.checks.Verdict`."""
     facts = asdict(verdict)
     reasons = facts.pop("reasons")

@@ -18,7 +18,7 @@ from ct import boxes, inputs
 from ct.scan import consensus, readers_of_label, write_scan
 from data_generator import as_pydataset
 from dataset import contact_sheet, generator2d
-from dataset.generator2d import SliceGenerator, drawn
+from dataset.generator2d import SliceGenerator, draw_rows
 from dataset.slice_table import SliceTable
 from nodules import shapes
 from table import write_table
@@ -150,10 +150,10 @@ def test_every_balanced_batch_has_target_pixels(table):
 
 def test_scarce_rows_are_repeated_evenly():
     rows = np.array([3, 5, 9])
-    got = drawn(rows, 8, np.random.default_rng(0))
+    got = draw_rows(rows, 8, np.random.default_rng(0))
     assert sorted(np.unique(got, return_counts=True)[1]) == [2, 3, 3]
-    assert drawn(rows, 5, None).tolist() == [3, 5, 9, 3, 5]
-    assert drawn(np.arange(10), 5, None).tolist() == [0, 2, 4, 6, 8]
+    assert draw_rows(rows, 5, None).tolist() == [3, 5, 9, 3, 5]
+    assert draw_rows(np.arange(10), 5, None).tolist() == [0, 2, 4, 6, 8]
 
 
 def test_slices_with_too_few_readers_are_negatives(table):
@@ -484,7 +484,7 @@ def test_lesions_are_refused_where_nodules_are_the_target(table):
 def test_pictures_show_samples_their_reference_and_where_they_are_from(table):
     batches = replace(BATCHES, normalisation="zscore")
     generator = training(table, batches)
-    picture = data_generator.pictures(generator)(
+    picture = data_generator.make_picture_function(generator)(
         6
     )  # the third of the second batch of 4
     x, y = training(table, replace(BATCHES, normalisation="window"))[1]
@@ -497,7 +497,7 @@ def test_pictures_show_samples_their_reference_and_where_they_are_from(table):
 def test_the_window_leads_through_an_epoch_with_and_without_changes(table):
     pyplot.switch_backend("Agg")
     generator = training(table, balanced=False)
-    count, views = data_generator.views(generator)
+    count, views = data_generator.make_views(generator)
     assert count == len(table)
     window = SliceWindow(count, views)
     canvas = window.figure.canvas
@@ -510,7 +510,7 @@ def test_the_window_leads_through_an_epoch_with_and_without_changes(table):
 
 
 def test_plain_samples_have_one_view(table):
-    (view,) = data_generator.views(plain(table))[1]
+    (view,) = data_generator.make_views(plain(table))[1]
     assert view(0).title == "scan-000\nz 3, plain"
 
 
@@ -587,7 +587,7 @@ def test_relative_input_is_the_same_for_any_scale(table):
     hu = table.read("hu", 0)
     one = inputs.to_input(hu, None, batches)
     assert np.allclose(inputs.to_input(hu * 3.0 + 7, None, batches), one, atol=1e-5)
-    assert inputs.fill(hu, batches) == hu.min()
+    assert inputs.padding_value(hu, batches) == hu.min()
     flat = inputs.to_input(np.full((4, 4), 9.0), None, batches)
     assert not flat.any()
 

@@ -1,7 +1,7 @@
 """The commands of README and docs/ run as they stand, on tiny phantoms and small settings.
 
-A fenced block below the line `<!-- test -->` is executed. Below `<!-- test: options -->` its files
-and options are checked. Below `<!-- test: download -->` all but the download itself runs.
+A fenced block below the line `<!-- test -->` is executed. Below `<!-- test: options -->` its
+files and options are checked. Below `<!-- test: download -->` all but the download itself runs.
 """
 
 import inspect

@@ -311,9 +311,9 @@ def test_a_temperature_is_fitted_on_validation_and_told_on_test(scan, tmp_path):
         tmp_path / "predictions/scan-000/prob.nii.gz",
         read_scan(scan_path(tmp_path / "scans", "scan-000")),
     )
-    found = calibration.scaled(counts, float(temperature))
+    found = calibration.scale_histogram(counts, float(temperature))
     assert after == pytest.approx(
-        calibration.reliability(calibration.coarse(found)).ece, abs=1e-3
+        calibration.reliability(calibration.merge_bins(found)).ece, abs=1e-3
     )
     assert after != before
 

@@ -468,7 +468,7 @@ def test_every_network_of_a_result_counts(
         for name, made in runs_of.items()
     }
     monkeypatch.setattr(segment_module, "OUTLINES", tmp_path / "outlines")
-    with_training_patients(nodule_run, OUTLINES, "of-outlines")
+    with_training_patients(nodule_run, tmp_path / "outlines", "of-outlines")
     provenance = {"init_training_patients": ["of-before"]}
     (trained["nodules"] / "provenance.json").write_text(json.dumps(provenance))
     for name in (*trained, "outlines", "before", "nobody"):
@@ -536,8 +536,8 @@ def test_a_2d_run_sees_pixels_of_its_own_size(make_lung_run, run, chest_scan, tm
         replace(scan, hu=coarse)
     )
     assert np.array_equal(maps.moments.mean, expected)
-    assert runs.seen_mm(settings) == 4.0
-    assert runs.seen_mm(plain) == 0.0
+    assert runs.input_spacing_mm(settings) == 4.0
+    assert runs.input_spacing_mm(plain) == 0.0
     # Of its map, every pixel of the scan lies between those of the nearest.
     back = [cv2.resize(image, (200, 200)) for image in expected]
     assert np.allclose(maps.mean, back)

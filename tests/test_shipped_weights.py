@@ -27,7 +27,7 @@ from training import runs
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("LUNG_DATA", ROOT.parent / "shared/data"))
 
-ONE_LOOK = replace(segment.USUAL, passes=Passes(n=1))
+ONE_LOOK = replace(segment.DEFAULT_LUNGS, passes=Passes(n=1))
 
 
 def lungs_found(source, folder, lungs, *, weights=segment.SHIPPED):
@@ -59,7 +59,7 @@ def test_the_default_weights_are_among_those_that_ship():
 
 
 def test_all_networks_of_a_whole_scan_say_whom_they_have_seen():
-    seen = segment.seen_for_nodules(segment.SHIPPED_RUNS)
+    seen = segment.training_patients_by_run(segment.SHIPPED_RUNS)
     split = read_split(segment.SHIPPED / "split.json")
     predictions = infer.new_predictions(segment.SHIPPED, split)
     seen[str(segment.SHIPPED)] = predictions.training_patients
@@ -160,7 +160,7 @@ def phantom(tmp_path_factory):
 
 def test_lungs_of_a_phantom_never_seen(phantom, tmp_path):
     (truth,) = phantom.with_name("truth").glob("*.h5")
-    four = replace(segment.USUAL, passes=Passes(n=4))
+    four = replace(segment.DEFAULT_LUNGS, passes=Passes(n=4))
     mask, std = lungs_found(phantom, tmp_path / "out", four)
     lung = np.asarray(read_scan(truth).lung)
     assert overlap.dice(lung > 0, mask > 0) > 0.96

@@ -75,7 +75,7 @@ def test_without_a_terminal_long_work_says_how_far_it_is(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "steps"):
         steps.map_scans(work, scans, workers=1, label="masks")
         assert not caplog.messages  # not for what is done in a moment
-        monkeypatch.setattr(steps, "TOLD_EVERY_S", 0.0)
+        monkeypatch.setattr(steps, "PROGRESS_LOG_S", 0.0)
         found, _ = steps.map_scans(work, scans, workers=1, label="masks")
     assert found == ["a", "b", "c"]
     assert [text.rsplit(",", 1)[0] for text in caplog.messages] == [

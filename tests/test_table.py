@@ -22,7 +22,7 @@ import steps
 import table
 from ct import scan as scans_module
 from ct.scan import AIR_HU, VOLUMES, ScanError, write_scan
-from dataset import exports, slice_table, table_part
+from dataset import exports, slice_table, table_part, table_writer
 from dataset.slice_table import SliceTable, verify_table
 from tests.conftest import tiny_scan
 
@@ -467,12 +467,13 @@ def test_a_kill_while_parts_are_joined_leaves_no_table_and_the_next_call_ends_it
     out = tmp_path / "table.h5"
     code = (
         "import os, signal, table, config; from pathlib import Path\n"
-        "append, done = table._append, []\n"
+        "from dataset import table_writer\n"
+        "append, done = table_writer._append, []\n"
         "def kill_at_third(*args):\n"
         "    done.append(1)\n"
         "    if len(done) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return append(*args)\n"
-        "table._append = kill_at_third\n"
+        "table_writer._append = kill_at_third\n"
         f"table.write_table(Path({str(scans_dir)!r}), Path({str(out)!r}),"
         " config.Table(size_px=(64, 64)))\n"
     )
@@ -540,7 +541,7 @@ def test_a_disk_too_small_for_the_table_is_seen_before_it_is_written(
     scans_dir, tmp_path, monkeypatch
 ):
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(table.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(table_writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"table.h5 needs .*B, 1 kB are free") as error:
         table.write_table(scans_dir, tmp_path / "table.h5", SETTINGS)
     assert error.value.errno == 28

@@ -343,7 +343,7 @@ def test_other_lesions_are_another_run(run, data):
 
 def test_the_flags_of_the_killed_run_are_those_of_the_unbroken_one():
     parsed = steps.parse(train.Arguments, ["smoke", "--name", "x", *FLAGS])
-    for section in train.TRAINED_BY:
+    for section in train.WEIGHT_SECTIONS:
         assert getattr(parsed, section) == getattr(TINY, section)
 
 

@@ -123,9 +123,9 @@ def test_deep_supervision_trains_and_is_scored_on_the_finest_level(data):
 
 
 def test_deep_supervision_weighs_each_level_half_of_the_one_above():
-    from training.loop import DeeplySupervised, prepared_model
+    from training.loop import DeeplySupervised, build_compiled_model
 
-    model = prepared_model(DEEP, 1)
+    model = build_compiled_model(DEEP, 1)
     assert isinstance(model, DeeplySupervised)
     model.loss = lambda y, prob: np.float32(0) + float(np.mean(y - prob))
     y = np.zeros((1, 16, 16, 16, 2), np.float32)
@@ -137,9 +137,9 @@ def test_deep_supervision_weighs_each_level_half_of_the_one_above():
 
 
 def test_the_coarse_reference_is_the_share_of_voxels():
-    from training.loop import prepared_model
+    from training.loop import build_compiled_model
 
-    model, seen = prepared_model(DEEP, 1), []
+    model, seen = build_compiled_model(DEEP, 1), []
     model.loss = lambda y, prob: seen.append(np.asarray(y)) or 0.0
     y = np.zeros((1, 4, 4, 4, 2), np.uint8)
     y[0, :3, 0, 0, 1] = 1
@@ -152,11 +152,11 @@ def test_the_coarse_reference_is_the_share_of_voxels():
 def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
     import keras
 
-    from training.loop import prepared_model
+    from training.loop import build_compiled_model
 
     settings = config.Model(name, filters=2, depth=2)
     size = (16, 16, 16) if name == "unet3d" else (16, 16)
-    model = prepared_model(
+    model = build_compiled_model(
         config.Experiment(
             batches=config.Batches(input_px=size),
             model=settings,
@@ -186,9 +186,9 @@ def test_a_frozen_encoder_stays_as_it_was_and_the_decoder_learns(name):
 def test_frozen_normalisation_is_used_and_kept_by_the_moving_average_too(frozen):
     import keras
 
-    from training.loop import prepared_model
+    from training.loop import build_compiled_model
 
-    model = prepared_model(
+    model = build_compiled_model(
         config.Experiment(
             batches=config.Batches(input_px=(16, 16, 16)),
             model=config.Model("unet3d", filters=2, depth=2, norm="batch"),
@@ -220,11 +220,11 @@ def test_frozen_normalisation_is_used_and_kept_by_the_moving_average_too(frozen)
 
 
 def test_what_cannot_be_frozen_is_refused(data, tmp_path):
-    from training.loop import prepared_model
+    from training.loop import build_compiled_model
 
     frozen = config.Train(freeze_normalisation=True)
     with pytest.raises(ValueError, match="expected model.norm batch"):
-        prepared_model(
+        build_compiled_model(
             config.Experiment(
                 batches=config.Batches(input_px=(16, 16, 16)),
                 model=config.Model("unet3d", filters=2, depth=2, norm="instance"),

@@ -73,7 +73,7 @@ class Progress:
         dice = row.get("val_dice", math.nan)
         loss = row.get("val_slice_loss" if by_slice else "val_loss", math.nan)
         ranks = [
-            goodness(math.nan if by_slice else score, its_loss)
+            rank_epoch(math.nan if by_slice else score, its_loss)
             for score, its_loss in ((dice, loss), (self.best_dice, self.best_loss))
         ]
         better = not self.best_epoch or "val_dice" not in row or ranks[0] > ranks[1]
@@ -84,7 +84,7 @@ class Progress:
         return better
 
 
-def goodness(dice: float, loss: float) -> tuple[float, float]:
+def rank_epoch(dice: float, loss: float) -> tuple[float, float]:
     """Returns a sort key that is larger for better epochs; see `Progress.add`."""
     return (1.0 if math.isnan(dice) else dice, -loss)
 
@@ -96,7 +96,7 @@ def write_state(path: Path, model: keras.Model, progress: Progress) -> None:
     }
     facts = {"paths": [v.path for v in variables(model)], "progress": asdict(progress)}
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    with files.written_whole(path) as partial, partial.open("wb") as file:
+    with files.write_atomically(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -128,7 +128,7 @@ def variables(model: keras.Model) -> list[keras.Variable]:
 
 
 @contextmanager
-def averaged(model: keras.Model) -> Iterator[None]:
+def use_averaged_weights(model: keras.Model) -> Iterator[None]:
     """Gives the model its averaged weights in the block, if the optimizer averages them."""
     # Under mixed_float16 Keras wraps the optimizer in a loss-scaling one.
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
@@ -144,7 +144,7 @@ def averaged(model: keras.Model) -> Iterator[None]:
 
 def write_weights(path: Path, model: keras.Model) -> None:
     """Writes the weights for inference: their moving average if there is one."""
-    with averaged(model), files.written_whole(path) as partial:
+    with use_averaged_weights(model), files.write_atomically(path) as partial:
         without_optimizer(model).save_weights(partial)
 
 
@@ -158,7 +158,7 @@ def without_optimizer(model: keras.Model) -> keras.Model:
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
     """Writes one CSV row per epoch."""
-    with files.written_whole(path) as partial, partial.open("w", newline="") as file:
+    with files.write_atomically(path) as partial, partial.open("w", newline="") as file:
         rows = csv.DictWriter(file, list(history[0]))
         rows.writeheader()
         rows.writerows(history)
@@ -202,7 +202,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.started = time.monotonic()
 
     def on_test_begin(self, logs=None):
-        self.average = averaged(self.model)
+        self.average = use_averaged_weights(self.model)
         self.average.__enter__()
 
     def on_test_end(self, logs=None):
@@ -274,7 +274,7 @@ class StopAtNaN(keras.callbacks.Callback):
             )
 
 
-class EpochOfBatches(keras.callbacks.Callback):
+class SetGeneratorEpoch(keras.callbacks.Callback):
     """Callback that sets the generator's epoch before its first batch is requested.
 
     Args:
@@ -307,12 +307,12 @@ class Pictures(keras.callbacks.Callback):
         self.pictures_dir = pictures_dir
 
     def on_epoch_end(self, epoch, logs=None):
-        with averaged(self.model):
+        with use_averaged_weights(self.model):
             prob = np.stack([self.predicted(image) for image in self.images])
         images = middle_slices(self.images[..., 0])
         picture = prediction_picture(images, middle_slices(self.masks), prob)
         path = self.pictures_dir / f"epoch-{epoch + 1:04}.png"
-        with files.written_whole(path) as partial:
+        with files.write_atomically(path) as partial:
             cv2.imwrite(str(partial), picture)
 
     def predicted(self, image: np.ndarray) -> np.ndarray:

@@ -18,7 +18,9 @@ CLASSES = 2
 """Number of mask classes: background and target."""
 
 
-def prepared_model(experiment: config.Experiment, steps_per_epoch: int) -> keras.Model:
+def build_compiled_model(
+    experiment: config.Experiment, steps_per_epoch: int
+) -> keras.Model:
     """Builds and compiles the network of an experiment.
 
     Sets Keras' random seed and precision policy globally.
@@ -145,7 +147,7 @@ def run_epochs(
     """Trains from the epoch stored in `progress` to the last one, or until early stopping.
 
     Args:
-        model: Network from `prepared_model`, in the state that `progress` describes.
+        model: Network from `build_compiled_model`, in the state that `progress` describes.
         training: Training batches from `data_generator.as_pydataset`.
         validation: Validation batches; None for no validation.
         settings: Epochs and patience.
@@ -162,7 +164,7 @@ def run_epochs(
         shuffle=False,  # the generator shuffles; Keras would use Python's global state
         verbose="auto" if sys.stderr.isatty() else 0,
         callbacks=[
-            callbacks.EpochOfBatches(training.generator),
+            callbacks.SetGeneratorEpoch(training.generator),
             callbacks.StopAtNaN(),
             keras.callbacks.TensorBoard(run_dir / "tensorboard", write_graph=False),
             callbacks.Pictures(*pictured, run_dir / "pictures"),

@@ -187,9 +187,9 @@ class FlatOptimizer(keras.optimizers.Optimizer):
             self.build(list(trainable_variables or ()))
         flat_grads = []
         for vector, group in zip(self.vectors, self.groups, strict=True):
-            vector.assign(laid_flat([self.weights[i] for i in group]))
+            vector.assign(concatenate_flat([self.weights[i] for i in group]))
             flat_grads.append(
-                laid_flat(
+                concatenate_flat(
                     [
                         ops.zeros_like(self.weights[i])
                         if grads[i] is None
@@ -216,7 +216,7 @@ class FlatOptimizer(keras.optimizers.Optimizer):
         for average, vector in zip(self.averages, self.vectors, strict=True):
             average.assign(momentum * average + (1 - momentum) * vector)
         if self.average_statistics is not None:
-            present = laid_flat(self.statistics)
+            present = concatenate_flat(self.statistics)
             self.average_statistics.assign(
                 momentum * self.average_statistics + (1 - momentum) * present
             )
@@ -229,12 +229,12 @@ class FlatOptimizer(keras.optimizers.Optimizer):
     def swap_averages(self) -> None:
         """Swaps weights and statistics with their averages; a second call swaps them back."""
         for vector, group in zip(self.vectors, self.groups, strict=True):
-            vector.assign(laid_flat([self.weights[i] for i in group]))
+            vector.assign(concatenate_flat([self.weights[i] for i in group]))
         self.write_weights(self.averages)
         for average, vector in zip(self.averages, self.vectors, strict=True):
             average.assign(vector)
         if self.average_statistics is not None:
-            present = laid_flat(self.statistics)
+            present = concatenate_flat(self.statistics)
             assign_parts(self.statistics, self.average_statistics)
             self.average_statistics.assign(present)
 
@@ -271,5 +271,5 @@ def assign_parts(
         variable.assign(ops.reshape(part, variable.shape))
 
 
-def laid_flat(tensors) -> keras.KerasTensor:
+def concatenate_flat(tensors) -> keras.KerasTensor:
     return ops.concatenate([ops.reshape(tensor, (-1,)) for tensor in tensors])

@@ -58,7 +58,7 @@ def read_settings(run_dir: Path) -> config.Experiment:
     return config.from_json(config.Experiment, json.loads(path.read_text()))
 
 
-def seen_mm(settings: config.Experiment) -> float:
+def input_spacing_mm(settings: config.Experiment) -> float:
     """Returns the spacing in mm of the network's input; 0 if it is the scan's own spacing."""
     on_volumes = settings.model.name == "unet3d"
     return settings.table.volume_spacing_mm if on_volumes else settings.batches.pixel_mm
@@ -142,9 +142,9 @@ def load_network(
         keras.config.set_dtype_policy(before)
     load_weights(network, run_dir / "best.weights.h5")
     if dropout:
-        from models.dropout import with_dropout
+        from models.dropout import activate_dropout
 
-        network = with_dropout(network)
+        network = activate_dropout(network)
     # XLA recompiles for every shape and is slower than oneDNN on a CPU.
     network.jit_compile = False
     return network

@@ -371,7 +371,7 @@ def write_page(arguments: Arguments) -> steps.Report:
         raise ValueError(
             f"{error.name} is not installed; run pip install -r requirements-viewers.txt"
         ) from error
-    with files.written_whole(out) as partial:
+    with files.write_atomically(out) as partial:
         partial.write_text(page_of(row, figure), encoding="utf-8")
     triangles = sum(len(mesh.i) for mesh in figure.data)
     size = files.size_text(out.stat().st_size)

@@ -12,7 +12,7 @@ from augment.augment3d import (
     VolumeWarp,
     draw_scanner,
     draw_volume_warp,
-    scanned,
+    simulate_scanner,
     volume_warp_matrix,
     warp_volume,
     warp_volume_labels,
@@ -151,7 +151,7 @@ def test_switching_a_change_off_leaves_the_others():
 def test_a_neutral_scanner_changes_nothing():
     scanner = draw_scanner(NEUTRAL, SIZE, rng())
     volume = smooth_volume().astype(np.float32)
-    assert np.array_equal(scanned(volume, scanner, rng()), volume)
+    assert np.array_equal(simulate_scanner(volume, scanner, rng()), volume)
     assert scanner.gamma == 1
 
 
@@ -162,7 +162,7 @@ def neutral_but(**fields):
 def test_the_curve_is_that_of_numpy():
     curve = np.add(CURVE_HU, (-30, 40, 0, 10, 100, 120))
     hu = np.array([[[-1000, -925, -850, 25, 500, 900]]], np.float32)
-    found = augment3d.curved(hu, curve).ravel()
+    found = augment3d.apply_hu_curve(hu, curve).ravel()
     inside = np.interp(hu.ravel()[:5], CURVE_HU, curve)
     np.testing.assert_allclose(found[:5], inside, atol=0.5)
     assert found[5] == 900 + 120  # the last offset goes on
@@ -171,14 +171,14 @@ def test_the_curve_is_that_of_numpy():
 def test_blur_is_that_of_scipy():
     volume = rng().normal(size=SIZE).astype(np.float32)
     expected = ndimage.gaussian_filter(volume, 1.1, mode="mirror", truncate=4)
-    np.testing.assert_allclose(augment3d.blurred(volume, 1.1), expected, atol=0.02)
+    np.testing.assert_allclose(augment3d.blur_volume(volume, 1.1), expected, atol=0.02)
 
 
 def test_noise_has_the_deviation_it_should_and_width_makes_neighbours_alike():
     size = (20, 40, 40)
     flat, field = np.zeros(size, np.float32), tuple(slice(0, n) for n in size)
     grains = {
-        width: scanned(
+        width: simulate_scanner(
             flat, neutral_but(noise_hu=50.0, noise_width_px=width, field=field), rng()
         )
         for width in (0.0, 1.5)
@@ -209,7 +209,9 @@ def test_thick_slices_keep_ramps_and_spread_what_is_thin():
 
 def test_beyond_the_field_of_view_is_air():
     field = (slice(2, 20), slice(0, 28), slice(0, 21))
-    found = scanned(np.zeros(SIZE, np.float32), neutral_but(field=field), rng())
+    found = simulate_scanner(
+        np.zeros(SIZE, np.float32), neutral_but(field=field), rng()
+    )
     assert (found[field] == 0).all()
     assert np.count_nonzero(found == -1024) == found.size - 18 * 28 * 21
 

@@ -35,7 +35,7 @@ def only(finding, **options):
 
 def simulated(hu, lung, settings, seed=0):
     spacing = SPACING_MM[-hu.ndim :]
-    return lesions.simulate(
+    return lesions.simulate_lesions(
         hu,
         lung,
         spacing,
@@ -424,10 +424,10 @@ def test_circles_are_skipped_where_one_lung_shows(side):
 def test_a_plain_mask_is_taken_apart_into_the_lungs():
     _, lung = chest(2)
     mask = (lung > 0).astype(np.uint8)
-    np.testing.assert_array_equal(lesions.lung_sides(mask), lung)
+    np.testing.assert_array_equal(lesions.split_lungs(mask), lung)
     for side in (RIGHT, LEFT):
         one = (lung == side).astype(np.uint8)
-        np.testing.assert_array_equal(lesions.lung_sides(one), one * side)
+        np.testing.assert_array_equal(lesions.split_lungs(one), one * side)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.6, 1.0])
@@ -454,7 +454,7 @@ def test_noise_is_measured_as_it_was_made():
     white = rng.normal(0, 1, (1, 512, 512)).astype(np.float32)
     for sigma, sd in ((0.5, 30.0), (0.9, 15.0)):
         smooth = cv2.GaussianBlur(white[0], (0, 0), sigma)[None]
-        found = textures.measured_grain(40 + sd * smooth / smooth.std())
+        found = textures.measure_grain(40 + sd * smooth / smooth.std())
         assert 0.65 * sd < found.sd_hu < 1.05 * sd
         assert found.sigma_px == pytest.approx(sigma, abs=0.25)
 
@@ -472,7 +472,7 @@ def test_small_images_have_lesions_too(shape):
 
 def test_noise_is_a_default_where_there_is_no_tissue():
     nothing = np.full((1, 200, 200), -1000, np.int16)
-    found = textures.measured_grain(nothing)
+    found = textures.measure_grain(nothing)
     assert found == textures.Grain(textures.GRAIN_SD_HU, textures.GRAIN_SIGMA_PX)
 
 
@@ -481,7 +481,7 @@ def test_sizes_that_do_not_fit_are_refused():
     rng = np.random.default_rng(0)
     for bad in ((hu, lung[:, 1:], SPACING_MM), (hu[0], lung[0], SPACING_MM)):
         with pytest.raises(ValueError, match="a spacing per axis"):
-            lesions.simulate(*bad, CIRCLES, rng, held_out=frozenset())
+            lesions.simulate_lesions(*bad, CIRCLES, rng, held_out=frozenset())
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_tissues_get_one_density_each_from_their_range():
     }  # fmt: skip
     means = {key: [] for key in inner}
     for seed in range(20):
-        found = synthesis.synthetic(hu, lung, np.random.default_rng(seed))
+        found = synthesis.synthesize_patch(hu, lung, np.random.default_rng(seed))
         assert found.dtype == np.float32
         for key, part in inner.items():
             assert (tissue[part] == key).all()
@@ -50,7 +50,8 @@ def test_tissues_get_one_density_each_from_their_range():
 def test_the_same_seed_gives_the_same_volume_and_another_another():
     hu, lung = blocks()
     first, again, other = (
-        synthesis.synthetic(hu, lung, np.random.default_rng(seed)) for seed in (1, 1, 2)
+        synthesis.synthesize_patch(hu, lung, np.random.default_rng(seed))
+        for seed in (1, 1, 2)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -60,7 +61,7 @@ def test_only_tissues_of_the_patch_matter():
     hu, lung = blocks()
     denser = np.where(hu == 40, 60, hu)
     found, same = (
-        synthesis.synthetic(image, lung, np.random.default_rng(0))
+        synthesis.synthesize_patch(image, lung, np.random.default_rng(0))
         for image in (hu, denser)
     )
     assert np.array_equal(found, same)

@@ -702,7 +702,9 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(
     (tmp_path / "stored/readers.XML").write_text("<x>")
     (source,) = dicom.find_scans(tmp_path / "linked")
     assert len(source.paths) == 8
-    names = [path.relative_to(tmp_path) for path in files.below(tmp_path / "linked")]
+    names = [
+        path.relative_to(tmp_path) for path in files.files_below(tmp_path / "linked")
+    ]
     assert len(names) == 9
     assert Path("linked/one/readers.XML") in names
 

@@ -412,13 +412,13 @@ def test_sessions_end_where_the_ids_change_form_or_a_nodule_returns():
     ids = ["Nodule 001", "Nodule 003", "IL057_7", "12", "15", "11", "40"]
     #       nodule 0      nodule 1      0          0     1     0     2
     nodules = [[0, 2, 3, 5], [1, 4], [6]]
-    assert lidc_readings.sessions_of(ids, nodules) == [0, 0, 1, 2, 2, 3, 3]
+    assert lidc_readings.infer_sessions(ids, nodules) == [0, 0, 1, 2, 2, 3, 3]
 
 
 def test_pieces_of_one_nodule_do_not_make_a_fifth_reader():
     # Reader 1 drew nodule 0 in two pieces, 20976 and 20972.
     ids = ["Nodule 001", "20976", "20972", "11786", "0"]
-    assert lidc_readings.sessions_of(ids, [[0, 1, 2, 3, 4]]) == [0, 1, 1, 2, 3]
+    assert lidc_readings.infer_sessions(ids, [[0, 1, 2, 3, 4]]) == [0, 1, 1, 2, 3]
 
 
 def test_the_database_lists_scans_that_were_read_and_have_no_nodule():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ct import boxes, inputs
-from ct.boxes import Crop, add, around, cut
+from ct.boxes import Crop, add, bounding_box, cut
 
 SHAPES = [
     ((7,), (4,)),
@@ -33,16 +33,16 @@ def blocks(shape, *parts):
 def test_a_box_is_tight_whatever_the_number_of_axes(kind):
     part = slice(3, 5), slice(0, 7), slice(9, 24)
     mask = blocks((6, 8, 24), part).astype(kind)
-    assert around(mask) == part
-    assert around(mask[4]) == part[1:]
-    assert around(mask[4, 0]) == part[2:]
-    assert around(mask[:3]) is None
+    assert bounding_box(mask) == part
+    assert bounding_box(mask[4]) == part[1:]
+    assert bounding_box(mask[4, 0]) == part[2:]
+    assert bounding_box(mask[:3]) is None
 
 
 def test_a_margin_ends_where_the_array_does():
     mask = blocks((6, 8, 24), (slice(3, 5), slice(0, 7), slice(9, 24)))
-    assert around(mask, 2) == (slice(1, 6), slice(0, 8), slice(7, 24))
-    assert around(mask, (0, 9, 1)) == (slice(3, 5), slice(0, 8), slice(8, 24))
+    assert bounding_box(mask, 2) == (slice(1, 6), slice(0, 8), slice(7, 24))
+    assert bounding_box(mask, (0, 9, 1)) == (slice(3, 5), slice(0, 8), slice(8, 24))
 
 
 def test_the_box_near_a_place_reaches_some_mm_and_stays_in_its_bounds():
@@ -108,7 +108,7 @@ def test_a_crop_near_a_box_holds_it_and_what_shall_be_free(share):
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
 def test_weights_of_tiles_sum_to_one_everywhere(shape, size):
     total = np.zeros(shape, np.float32)
-    for tile in boxes.tiles(boxes.whole(shape), size):
+    for tile in boxes.tiles(boxes.full_box(shape), size):
         assert tile.weights.shape == size
         add(total, tile.weights, tile.start)
     assert np.allclose(total, 1, atol=1e-6)
@@ -117,7 +117,7 @@ def test_weights_of_tiles_sum_to_one_everywhere(shape, size):
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
 def test_tiles_cut_and_put_together_are_the_array(shape, size):
     array, again = noise(shape), np.zeros(shape, np.float32)
-    for tile in boxes.tiles(boxes.whole(shape), size):
+    for tile in boxes.tiles(boxes.full_box(shape), size):
         add(again, tile.weights * cut(array, tile.start, size, fill=7), tile.start)
     assert np.allclose(again, array, atol=1e-6)
 
@@ -143,7 +143,7 @@ def test_tiles_on_a_mask_hold_some_of_it_and_give_all_of_it():
     cv2.circle(lung, (150, 20), 15, 2, -1)
     size, again = (48, 64), np.zeros_like(image)
     tiles = inputs.tiles(lung, image.shape, size)
-    assert len(tiles) < len(boxes.tiles(boxes.around(lung), size))
+    assert len(tiles) < len(boxes.tiles(boxes.bounding_box(lung), size))
     for tile in tiles:
         assert cut(lung, tile.start, size, fill=0).any()
         add(again, tile.weights * cut(image, tile.start, size, fill=0), tile.start)

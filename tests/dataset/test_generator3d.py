@@ -250,7 +250,7 @@ def test_tiles_are_cuts_and_the_most_are_spread_evenly(table):
     assert {scan for scan, _ in few.tiles} == {0, 1}
     assert len(everything) == -(-len(everything.tiles) // 2)
     (scan, start), (x, y) = few.tiles[3], few[1]
-    wanted_x, wanted_y = batching.plain(*few.read(scan), start, LUNGS)
+    wanted_x, wanted_y = batching.cut_sample(*few.read(scan), start, LUNGS)
     np.testing.assert_array_equal(x[1, ..., 0], wanted_x)
     np.testing.assert_array_equal(y[1, ..., 1], wanted_y)
     with pytest.raises(IndexError, match="batch 2; expected 0 to 1"):
@@ -320,7 +320,7 @@ def test_planes_stand_head_up():
 def test_pictures_hold_three_planes_of_a_crop_and_its_scan(table):
     batches = replace(LUNGS, input_px=(12, 20, 16), normalisation="window")
     generator = training(table, batches)
-    picture = data_generator.pictures(generator)(1)
+    picture = data_generator.make_picture_function(generator)(1)
     x, y = generator[0]
     for found, volume in (
         (picture.image, x[1, ..., 0]),
@@ -486,7 +486,7 @@ def test_other_candidates_are_dense_voxels_of_the_lungs(table):
         assert all(len(kind) for kind in volume.others)
         crop = generator.crop(volume, np.random.default_rng(seed))
         place = tuple(s + round(p) for s, p in zip(crop.start, crop.pin, strict=True))
-        near = boxes.near(place, [1] * 3, [1] * 3, boxes.whole(volume.hu.shape))
+        near = boxes.near(place, [1] * 3, [1] * 3, boxes.full_box(volume.hu.shape))
         inside = (volume.marks[near] & augment2d.LUNG_BIT) > 0
         assert (inside & (volume.hu[near] >= generator3d.DENSE_HU)).any()
 
@@ -591,8 +591,8 @@ def test_scans_are_drawn_alike_or_by_the_share_of_real_ones():
     phantoms = np.array([True, True, False, True, True])
 
     def counts(fraction, kinds=phantoms):
-        drawn = generator3d.drawn_scans(scans, kinds, 22, fraction, (0,))
-        again = generator3d.drawn_scans(scans, kinds, 22, fraction, (0,))
+        drawn = generator3d.draw_scans(scans, kinds, 22, fraction, (0,))
+        again = generator3d.draw_scans(scans, kinds, 22, fraction, (0,))
         assert drawn.tolist() == again.tolist()
         return dict(zip(*np.unique(drawn, return_counts=True), strict=True))
 

@@ -37,7 +37,7 @@ def healthy():
 
 def test_what_became_denser_is_marked_and_the_lungs_stay():
     scan = healthy()
-    ill = lesioned_scans.lesioned(scan, MASSES, seed=1)
+    ill = lesioned_scans.add_lesions(scan, MASSES, seed=1)
     lung, labels = np.asarray(scan.lung), np.asarray(ill.nodule_labels)
     assert np.array_equal(np.asarray(ill.lung), lung)
     denser = (ill.hu >= -700) & (lung > 0)
@@ -54,7 +54,7 @@ def test_parts_are_numbered_by_size_and_measured():
     mask[1, 1, 1:3] = True
     mask[5:8, 5:8, 5:8] = True
     mask[9, 0, 0] = True  # below two voxels
-    labels = lesioned_scans.parts(mask, 2)
+    labels = lesioned_scans.label_components(mask, 2)
     assert labels[6, 6, 6] == 1
     assert labels[1, 1, 1] == 2
     assert labels[9, 0, 0] == 0
@@ -66,12 +66,12 @@ def test_parts_are_numbered_by_size_and_measured():
 
 def test_the_seed_decides_and_scans_differ():
     scan = healthy()
-    ill = lesioned_scans.lesioned(scan, MASSES, seed=1)
-    again = lesioned_scans.lesioned(scan, MASSES, seed=1)
+    ill = lesioned_scans.add_lesions(scan, MASSES, seed=1)
+    again = lesioned_scans.add_lesions(scan, MASSES, seed=1)
     assert np.array_equal(ill.hu, again.hu)
     for other in (
-        lesioned_scans.lesioned(scan, MASSES, seed=2),
-        lesioned_scans.lesioned(replace(scan, scan_id="other"), MASSES, seed=1),
+        lesioned_scans.add_lesions(scan, MASSES, seed=2),
+        lesioned_scans.add_lesions(replace(scan, scan_id="other"), MASSES, seed=1),
     ):
         assert not np.array_equal(ill.hu, other.hu)
 
@@ -80,7 +80,7 @@ def test_scans_without_known_lungs_are_refused():
     with pytest.raises(
         ScanError, match=r"scan-000 has no lung labels; .*phantoms.write"
     ):
-        lesioned_scans.lesioned(replace(healthy(), lung=None), MASSES, seed=0)
+        lesioned_scans.add_lesions(replace(healthy(), lung=None), MASSES, seed=0)
 
 
 def test_the_folders_hold_truth_and_classical_masks(tmp_path):

@@ -11,8 +11,8 @@ import config
 from ct import boxes, files
 from ct.geometry import Grid
 from ct.scan import ScanError
-from inference.finder import PIXEL_MM, Component, NoduleFinder, joined
-from inference.outlining import PATCH_PX, outlined, renumbered
+from inference.finder import PIXEL_MM, Component, NoduleFinder, merge_overlapping
+from inference.outlining import PATCH_PX, merge_same_outlines, outline_nodules
 from tests.conftest import tiny_scan
 
 
@@ -43,13 +43,13 @@ def found_in(hu, *places):
     """Labels of the soft tissue in some boxes, eroded to a cross-section's middle."""
     labels = np.zeros(hu.shape, np.uint8)
     for number, (centre, reach) in enumerate(places, start=1):
-        box = boxes.near(centre, [reach] * 3, (1, 1, 1), boxes.whole(hu.shape))
+        box = boxes.near(centre, [reach] * 3, (1, 1, 1), boxes.full_box(hu.shape))
         labels[box][hu[box] > -300] = number
     return labels
 
 
 def outlined_by_discs(hu, labels):
-    result, became = outlined(hu, labels, Discs())
+    result, became = outline_nodules(hu, labels, Discs())
     assert result.dtype == labels.dtype
     assert set(np.unique(result)) - {0} == set(became)
     return result, became
@@ -59,7 +59,7 @@ def test_outlines_grow_to_what_the_seeded_network_sees_in_the_slices_found():
     hu = lung_with(((6, 70, 80), 5))
     labels = found_in(hu, ((6, 70, 80), 1))
     seeded = Discs()
-    result, became = outlined(hu, labels, seeded)
+    result, became = outline_nodules(hu, labels, seeded)
     assert became == [1]
     assert seeded.patches.shape == (3, PATCH_PX, PATCH_PX)
     # The nodule lies in the middle of each patch.
@@ -126,11 +126,11 @@ def test_a_find_whose_outline_others_share_among_them_is_not_lost():
     sizes = Counter({1: 100, 2: 100, 3: 40})
     shared = {1: Counter(), 2: Counter(), 3: Counter({1: 19, 2: 18})}
     labels = np.repeat(np.array([1, 2, 3], np.uint8), (100, 100, 3)).reshape(1, 1, -1)
-    result, became = renumbered(labels, sizes, shared)
+    result, became = merge_same_outlines(labels, sizes, shared)
     assert became == [1, 2, 3]
     np.testing.assert_array_equal(result, labels)
     # With nothing left it belongs to the one that has most of it.
-    result, became = renumbered(labels[..., :200], sizes, shared)
+    result, became = merge_same_outlines(labels[..., :200], sizes, shared)
     assert became == [1, 2, 1]
     np.testing.assert_array_equal(result, labels[..., :200])
 
@@ -184,7 +184,7 @@ def test_what_overlaps_a_candidate_is_one_with_it_and_what_overlaps_two_is_neith
     ]
     grid = Grid((1, 1, 20), np.diag([2.0, 1.0, 1.0, 1.0]))
     scores = [0.8, 0.6, 0.9, 0.5, 0.7]
-    labels, candidates = joined(found, scores, [None] * 5, grid)
+    labels, candidates = merge_overlapping(found, scores, [None] * 5, grid)
     expected = [1] * 6 + [0] * 4 + [3] * 4 + [0] * 2 + [2] * 2 + [0] * 2
     np.testing.assert_array_equal(labels[0, 0], expected)
     assert [c.score for c in candidates] == [0.9, 0.7, 0.6]
@@ -194,7 +194,7 @@ def test_what_overlaps_a_candidate_is_one_with_it_and_what_overlaps_two_is_neith
     assert candidates[0].equivalent_diameter_mm == pytest.approx(
         (6 * 12 / np.pi) ** (1 / 3)
     )
-    labels, candidates = joined([], [], [], grid)
+    labels, candidates = merge_overlapping([], [], [], grid)
     assert not labels.any()
     assert candidates == []
 

@@ -250,7 +250,7 @@ def test_a_map_goes_back_to_the_scans_grid_by_linear_interpolation(chest_scan):
     moments = RunningMoments(shape)
     moments.add(values)
     box = tuple(slice(0, n) for n in shape)
-    to_scan = functools.partial(predictor3d.onto, chest_scan.grid, 4.0, box)
+    to_scan = functools.partial(predictor3d.resample_to_grid, chest_scan.grid, 4.0, box)
     found = Maps(moments, to_scan).mean
     index = np.stack(np.meshgrid(*map(np.arange, (40, 200, 200)), indexing="ij"), -1)
     ras_mm = chest_scan.grid.index_to_ras_mm(index[::7, ::9, ::11])

@@ -23,10 +23,10 @@ from inference.seeded import (
     TURNS,
     PatchPredictor,
     expected_dice,
-    filled_up,
     middle_of_nodule,
+    pad_to_size,
     turn,
-    turned_back,
+    undo_turn,
 )
 from metrics import overlap
 
@@ -198,7 +198,7 @@ def test_turning_back_undoes_a_turn_and_all_turns_differ():
     turned = [turn(image, number) for number in range(TURNS)]
     assert len({array.tobytes() for array in turned}) == TURNS
     for number, array in enumerate(turned):
-        assert np.array_equal(turned_back(array, number), image)
+        assert np.array_equal(undo_turn(array, number), image)
 
 
 def test_segment_patches_is_the_predictor_and_loads_once(work, predictor, some):
@@ -326,7 +326,7 @@ def test_a_small_patch_goes_on_as_its_border(predictor):
     assert prob.shape == small.shape
     assert overlap.dice(disc(6)[20:43, 20:44], prob >= 0.5) > 0.8
     assert max(prob[0].max(), prob[:, 0].max()) < 0.5
-    filled = filled_up(np.array([[1, 2], [3, 4]]), (4, 3))
+    filled = pad_to_size(np.array([[1, 2], [3, 4]]), (4, 3))
     assert filled.tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4], [3, 3, 4]]
 
 

@@ -10,7 +10,7 @@ import config
 from ct.scan import LEFT, RIGHT, Scan
 from lungs.checks import expected_dice, judge
 from lungs.classical import segment_lungs
-from lungs.labels import LungMap, border, labels_from_map, side_of, snapped
+from lungs.labels import LungMap, border, labels_from_map, side_of, snap_to_classical
 from lungs.sides import body_middle_x, distance_mm
 
 SPACING_MM = (4.0, 2.0, 2.0)
@@ -290,7 +290,7 @@ def test_a_border_near_the_classical_one_follows_it_and_another_stays():
     # To the left the classical border lies 2 voxels further out, to the front 2 further in;
     # to the right it ends 15 voxels before: disease that only the labels know.
     classical[2:18, 7:35, 8:35] = LEFT
-    found = snapped(labels, classical, (1.0, 1.0, 1.0), 3.0)
+    found = snap_to_classical(labels, classical, (1.0, 1.0, 1.0), 3.0)
     expected = labels.copy()
     expected[2:18, 7:35, 8:10] = RIGHT
     expected[2:18, 5:7, 10:35] = 0
@@ -311,7 +311,7 @@ def test_added_voxels_have_the_side_of_the_nearest_lung():
     labels[1:5, 2:10, 2:15], labels[1:5, 2:10, 24:38] = RIGHT, LEFT
     classical = np.where(labels, 1, 0).astype(np.uint8)
     classical[1:5, 2:10, 2:17] = classical[1:5, 2:10, 22:38] = 1
-    found = snapped(labels, classical, (1.0, 1.0, 1.0), 3.0)
+    found = snap_to_classical(labels, classical, (1.0, 1.0, 1.0), 3.0)
     assert (found[2, 5, 15:17] == RIGHT).all() and (found[2, 5, 22:24] == LEFT).all()
 
 
@@ -319,6 +319,6 @@ def test_no_classical_mask_leaves_the_labels_as_they_are():
     labels = np.zeros((5, 9, 9), np.uint8)
     labels[1:4, 2:7, 2:7] = RIGHT
     empty = np.zeros_like(labels)
-    found = snapped(labels, empty, (1.0, 1.0, 1.0), 3.0)
+    found = snap_to_classical(labels, empty, (1.0, 1.0, 1.0), 3.0)
     assert np.array_equal(found, labels)
-    assert not snapped(empty, labels, (1.0, 1.0, 1.0), 3.0).any()
+    assert not snap_to_classical(empty, labels, (1.0, 1.0, 1.0), 3.0).any()

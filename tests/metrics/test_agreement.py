@@ -59,7 +59,7 @@ def test_one_reader_has_nobody_to_agree_with():
 
 def test_a_reader_who_drew_on_another_slice_only_is_a_reader():
     bits = np.stack([bits_of([1, 1], [0, 0]), bits_of([0, 0], [1, 0])])
-    assert len(agreement.masks_of(bits)) == 2
+    assert len(agreement.reader_masks(bits)) == 2
     # One of two is half: both slices count.
     predicted = np.array([[1, 1], [1, 0]], bool)
     assert agreement.agreement(bits, predicted).consensus == 1
@@ -67,7 +67,7 @@ def test_a_reader_who_drew_on_another_slice_only_is_a_reader():
 
 @pytest.mark.parametrize(("readers", "votes"), [(4, 2), (3, 2), (2, 1), (1, 1), (0, 1)])
 def test_votes_that_make_half(readers, votes):
-    assert agreement.half(readers) == votes
+    assert agreement.majority_votes(readers) == votes
 
 
 def test_two_readers_by_hand():

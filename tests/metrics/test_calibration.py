@@ -26,9 +26,9 @@ def test_the_temperature_of_a_network_is_found(shares, temperature):
     counts = drawn(sure(shares, temperature), shares)
     found = calibration.fit_temperature(counts)
     assert found == pytest.approx(temperature, rel=0.02)
-    before = calibration.reliability(calibration.coarse(counts)).ece
+    before = calibration.reliability(calibration.merge_bins(counts)).ece
     after = calibration.reliability(
-        calibration.coarse(calibration.scaled(counts, found))
+        calibration.merge_bins(calibration.scale_histogram(counts, found))
     ).ece
     assert after < 0.003
     assert before > 0.03 or temperature == 1
@@ -37,10 +37,11 @@ def test_the_temperature_of_a_network_is_found(shares, temperature):
 def test_a_temperature_by_hand():
     # The odds of 0.9 are 9; at temperature 2 they are 3.
     np.testing.assert_allclose(
-        calibration.with_temperature(np.array([0.9, 0.5, 0.1]), 2.0), [0.75, 0.5, 0.25]
+        calibration.scale_probabilities(np.array([0.9, 0.5, 0.1]), 2.0),
+        [0.75, 0.5, 0.25],
     )
-    assert 0 < calibration.with_temperature(np.array([0.0]), 1.0)[0] < 0.001
-    assert 0.999 < calibration.with_temperature(np.array([1.0]), 1.0)[0] < 1
+    assert 0 < calibration.scale_probabilities(np.array([0.0]), 1.0)[0] < 0.001
+    assert 0.999 < calibration.scale_probabilities(np.array([1.0]), 1.0)[0] < 1
 
 
 def test_a_map_that_is_right_has_temperature_1_whatever_lies_below_the_least():
@@ -63,8 +64,8 @@ def test_without_an_inner_optimum_there_is_no_temperature():
 
 def test_scaling_moves_voxels_and_keeps_them(shares):
     counts = drawn(sure(shares, 2.0), shares)
-    np.testing.assert_array_equal(calibration.scaled(counts, 1.0), counts)
-    moved = calibration.scaled(counts, 2.0)
+    np.testing.assert_array_equal(calibration.scale_histogram(counts, 1.0), counts)
+    moved = calibration.scale_histogram(counts, 2.0)
     np.testing.assert_allclose(moved[:, ::2].sum(axis=0), counts[:, ::2].sum(axis=0))
     # Every bin's mean lies within the bin.
     used = moved[:, 0] > 0
@@ -75,7 +76,7 @@ def test_scaling_moves_voxels_and_keeps_them(shares):
 def test_fine_bins_hold_what_coarse_ones_do(shares):
     coarse = calibration.reliability_counts(shares, shares > 0.4, bins=calibration.BINS)
     fine = drawn(shares, shares > 0.4)
-    np.testing.assert_allclose(calibration.coarse(fine), coarse)
+    np.testing.assert_allclose(calibration.merge_bins(fine), coarse)
 
 
 def test_the_error_of_scans_by_hand():

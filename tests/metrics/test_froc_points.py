@@ -62,20 +62,20 @@ def test_places_of_candidates_are_read_by_scan_and_checked(tmp_path):
     head = "case_id,score,x_lps_mm,y_lps_mm,z_lps_mm,marked_by\n"
     rows = "a,0.9,1,2,3,both\nb,0.8,4,5,6,slices\na,0.1,-7,8,9.5,volumes\n"
     path.write_text(head + rows)
-    found = froc_points.places_of_scans(path)
+    found = froc_points.read_candidate_positions(path)
     assert {name: places.tolist() for name, places in found.items()} == {
         "a": [[1, 2, 3], [-7, 8, 9.5]],
         "b": [[4, 5, 6]],
     }
     path.write_text(head + "a,0.9,1,2,nan,both\n")
     with pytest.raises(ScanError, match="line 2: z_lps_mm is 'nan'"):
-        froc_points.places_of_scans(path)
+        froc_points.read_candidate_positions(path)
     path.write_text("case_id,x_lps_mm,y_lps_mm,z_lps_mm,nodule_id\n")  # nodules.csv
     with pytest.raises(ScanError, match="lack marked_by"):
-        froc_points.places_of_scans(path)
+        froc_points.read_candidate_positions(path)
     path.write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ScanError, match="candidates.csv: not a CSV table"):
-        froc_points.places_of_scans(path)
+        froc_points.read_candidate_positions(path)
 
 
 def test_lists_of_luna16_come_before_the_masks():

@@ -243,9 +243,9 @@ def test_erosion_in_three_dimensions_asks_six_neighbours():
     error = np.zeros((1, 5, 5, 5, 1), np.float32)
     error[0, 2, 2, 1:4] = 1
     # The middle has two of six neighbours: 2 * 3/7 - 1 is below 0.
-    assert float(ops.max(losses.eroded(error))) == 0
+    assert float(ops.max(losses.erode(error))) == 0
     error[0, 1:4, 1:4, 1:4] = 1
-    found = np.asarray(losses.eroded(error))[0, ..., 0]
+    found = np.asarray(losses.erode(error))[0, ..., 0]
     assert found[2, 2, 2] == pytest.approx(1)
     assert found[2, 2, 1] == pytest.approx(2 * 6 / 7 - 1)
     assert found[1, 1, 1] == pytest.approx(2 * 4 / 7 - 1)

@@ -100,7 +100,7 @@ def test_nodules_are_painted_as_large_as_asked_for(room):
     rng = np.random.default_rng(5)
     mesh = fine_mesh()
     for asked_mm in [4.0] * 6 + [5.0] * 6 + [8.0, 12.0, 15.0, 20.0] * 3:
-        fit = drawn_nodules.fitted(
+        fit = drawn_nodules.fit_nodule(
             nodule_of(asked_mm, rng),
             mesh,
             partial(beside_wall, mesh, room * asked_mm),
@@ -126,7 +126,9 @@ def test_a_nodule_that_cannot_have_its_size_is_refused():
         return np.broadcast_to(np.hypot(part.x, part.y) - 1.5, part.shape)
 
     nodule = nodule_of(15.0, rng)
-    assert drawn_nodules.fitted(nodule, mesh, limit_at, rng, smallest_mm=4.0) is None
+    assert (
+        drawn_nodules.fit_nodule(nodule, mesh, limit_at, rng, smallest_mm=4.0) is None
+    )
 
 
 def test_no_nodule_of_the_truth_is_missing_or_of_another_size(written):

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 CLIENT = """
 import sys
 
-HIDDEN = {"keras", "tf_keras", "models", "augment", "runs", "config"}
+HIDDEN = {"keras", "tf_keras", "config", "ct", "models", "augment", "training", "inference"}
 
 class WithoutProject:
     # Delegates to another finder, but hides Keras and this project.

@@ -32,7 +32,7 @@ from ct import files, provenance
 from ct.nifti_io import write_nifti
 from ct.scan import Scan
 from dataset.split import read_split
-from inference.passes import CONVERGED_DICE
+from inference.passes import CONVERGED_DICE, Passes
 from inference.segment import (
     BATCH_SIZE,
     DEFAULT_LUNGS,
@@ -40,13 +40,18 @@ from inference.segment import (
     SHIPPED_RUNS,
     Lungs,
     NoduleRuns,
+    Preset,
     SeededPredictor,
     lungs_of,
     nodule_finder,
     nodule_predictor,
     passes_predictor,
+    predict,
     refuse_unused,
+    segment_nodule,
+    segment_patches,
     training_patients_by_run,
+    with_preset,
 )
 from inference.tasks import (
     Task,
@@ -69,6 +74,18 @@ from results.result_folder import Results
 from training import runs
 from training.runs import POSTPROCESS_JSON
 
+__all__ = [
+    "Arguments",
+    "Lungs",
+    "NoduleRuns",
+    "Passes",
+    "infer",
+    "main",
+    "predict",
+    "segment_nodule",
+    "segment_patches",
+]
+
 log = logging.getLogger(__name__)
 
 OWN_NAMES = {
@@ -89,24 +106,27 @@ class Arguments:
 
     result_dir: Path
     """Folder for the results, with one folder or file per scan."""
-    exp_dir: Path = SHIPPED
-    """Run directory made by train.py; by default the shipped weights for lungs."""
     csv_file: Path | None = None
     """Segment the scans of this CSV list (columns pid,image_path). Rows that cannot be used
     are listed in skipped.csv and do not stop the others."""
     input: Path | None = None
     """Segment this CT: DICOM folder, volume, folder of volumes or CSV list. postprocess.py
     also needs its scan file, which preprocess.py --cohort nifti makes."""
+    preset: Preset = "default"
+    """w1 takes the settings of Zhuang et al. 2025: 100 passes, 70 % of the cubes hidden, the
+    mask is mean > 0.55. An option given beside it counts."""
+    overwrite: bool = False
+    """Replace existing results, also those made with other weights or settings."""
+    exp_dir: Path = SHIPPED
+    """Run directory made by train.py; by default the shipped weights for lungs."""
     scans: Path = Path("work/scans")
     """Folder of scan files made by preprocess.py, used if --csv_file and --input are unset."""
     parts: tuple[Literal["train", "validation", "test"], ...] = ("validation", "test")
     """Parts of the run's split whose scan files are segmented."""
-    lungs: Annotated[Lungs, tyro.conf.arg(name="")] = DEFAULT_LUNGS
-    nodules: Annotated[NoduleRuns, tyro.conf.arg(name="")] = SHIPPED_RUNS
     batch_size: int = BATCH_SIZE
     """Tiles per call of a 2-D network."""
-    overwrite: bool = False
-    """Replace existing results, also those made with other weights or settings."""
+    lungs: Annotated[Lungs, tyro.conf.OmitArgPrefixes] = DEFAULT_LUNGS
+    nodules: Annotated[NoduleRuns, tyro.conf.OmitArgPrefixes] = SHIPPED_RUNS
 
 
 def infer(
@@ -251,6 +271,7 @@ def write_lungs(
         **asdict(lungs.labels) | {"snap": reach_mm},
         "precision": lungs.precision,
         "memory_gb": lungs.memory_gb,
+        "mean_is_mask": lungs.mean_is_mask,
         "converged_dice": CONVERGED_DICE if lungs.passes.n == "auto" else None,
         "nodules": None,
     }
@@ -403,8 +424,15 @@ def write_predictions(
     replace(predictions, scans=scans).write(result_dir)
 
 
+def run_step(arguments: Arguments) -> steps.Report:
+    """Runs the step from the command line."""
+    options: dict[str, Any] = dict(vars(arguments))
+    options["lungs"] = with_preset(arguments.lungs, options.pop("preset"))
+    return infer(**options)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    steps.run(lambda a: infer(**vars(a)), Arguments, argv=argv)
+    steps.run(run_step, Arguments, argv=argv)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def source_sha256(source: ScanSource) -> str:
     lines = [f"{path.name} {path.stat().st_size}" for path in sorted(source.paths)]
     marks = [*source.annotations, *([source.lung] if source.lung else [])]
     lines += [files.sha256(path) for path in marks if path.is_file()]
+    if source.spacing_mm is not None:
+        lines.append(f"spacing {source.spacing_mm}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

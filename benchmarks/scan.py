@@ -89,7 +89,7 @@ def main(
     stages.watch(finder, "measure_nodules", "nodules: measures")
     found = finder.find(replace(scan, lung=labels))
     with stages("writing"), tempfile.TemporaryDirectory() as folder:
-        result_folder.write_niftis(Path(folder), maps, labels, scan, "nifti")
+        result_folder.write_niftis(Path(folder), maps, maps.mean, labels, scan, "nifti")
         result_folder.write_found(Path(folder), found, labels, scan, "")
     memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     before = time.perf_counter() - STARTED - sum(stages.seconds.values())

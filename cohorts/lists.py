@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from nodules import lidc_database
 log = logging.getLogger(__name__)
 
 REQUIRED_COLUMNS = ("pid", "image_path")
-OPTIONAL_COLUMNS = ("seg_path", "lung_path", "patient_id")
+SPACING_COLUMNS = ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")
+"""Spacing of a TIFF stack; other files state their own."""
+OPTIONAL_COLUMNS = ("seg_path", "lung_path", "patient_id", *SPACING_COLUMNS)
 
 
 def read_list(path: Path) -> list[ScanSource]:
@@ -129,7 +132,27 @@ def _row_source(row: dict[Any, Any], folder: Path, where: str) -> ScanSource:
         paths=(image,),
         annotations=(folder / value["seg_path"],) if value.get("seg_path") else (),
         lung=folder / value["lung_path"] if value.get("lung_path") else None,
+        spacing_mm=_row_spacing_mm(value, where),
     )
+
+
+def _row_spacing_mm(
+    value: dict[str, str], where: str
+) -> tuple[float, float, float] | None:
+    """Reads the spacing columns of a row; None if all are empty."""
+    texts = [value.get(name, "") for name in SPACING_COLUMNS]
+    if not any(texts):
+        return None
+    try:
+        z, y, x = map(float, texts)
+    except ValueError:
+        z = y = x = math.nan
+    if not all(0 < step < math.inf for step in (z, y, x)):
+        raise ValueError(
+            f"{where}: {', '.join(SPACING_COLUMNS)} are {', '.join(texts)}; expected three "
+            "numbers above 0, or none"
+        )
+    return z, y, x
 
 
 def find_patient_id(image: Path, pid: str) -> str:

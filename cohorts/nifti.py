@@ -2,7 +2,8 @@
 
 `find_scans` accepts:
 
-    a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id;
+    a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id, and for
+                 TIFF spacing_z_mm, spacing_y_mm, spacing_x_mm;
                  relative paths start at the list's folder; without patient_id, the patient
                  comes from the DICOM header or the LIDC-IDRI series, else it is the pid
     a folder     if it contains imagesTr or imagesTs: nnU-Net or Decathlon layout; else all
@@ -87,7 +88,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     if first.is_dir() or not is_volume(first):
         scan = _load_dicom(source, repair)
     else:
-        array, affine = read_volume_file(first)
+        array, affine = read_volume_file(first, source.spacing_mm)
         hu, grid = geometry.to_canonical(to_hu(array, first), affine)
         plausible.check_field(grid, str(first))
         plausible.check_hu(hu, str(first))

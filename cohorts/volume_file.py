@@ -1,4 +1,4 @@
-"""Reads NIfTI, MHD, MHA and NRRD files as HU or labels, with their geometry."""
+"""Reads NIfTI, MHD, MHA, NRRD and TIFF files as HU or labels, with their geometry."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from ct.scan import AIR_HU, LEFT, RIGHT, ScanError
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
+TIFF_SUFFIXES = (".tif", ".tiff")
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + TIFF_SUFFIXES
 """Suffixes of volume files."""
 
 CHANNEL = "_0000"
@@ -60,8 +61,14 @@ def bare_name(path: Path) -> str:
     return path.stem
 
 
-def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_volume_file(
+    path: Path, spacing_mm: Sequence[float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads the values and the geometry of a volume file.
+
+    Args:
+        path: The file.
+        spacing_mm: (z, y, x) of a TIFF stack; overrides the voxel size in the file.
 
     Returns:
         (i, j, k) array in the file's axis order, with i varying fastest in the file, and
@@ -74,9 +81,12 @@ def read_volume_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise ScanError(f"{path}: no such file; expected a volume")
     lower = path.name.lower()
-    array, affine = (
-        _read_nifti(path) if lower.endswith(NIFTI_SUFFIXES) else _read_itk(path)
-    )
+    if lower.endswith(TIFF_SUFFIXES):
+        array, affine = _read_tiff(path, spacing_mm)
+    elif lower.endswith(NIFTI_SUFFIXES):
+        array, affine = _read_nifti(path)
+    else:
+        array, affine = _read_itk(path)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or min(array.shape) < 2:
@@ -142,6 +152,50 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     affine = np.eye(4)
     affine[:3] = geometry.flip_xy(columns_lps).T
     return SimpleITK.GetArrayFromImage(image).T, affine
+
+
+def _read_tiff(
+    path: Path, spacing_mm: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a stack of (y, x) pages, the first at the feet, rows to the back."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            stated = _imagej_spacing_mm(file)
+            array = file.asarray()
+    except (tifffile.TiffFileError, ValueError, KeyError, IndexError) as error:
+        raise ScanError(
+            f"{path}: not a readable TIFF ({error}); restore it from its source"
+        ) from error
+    spacing_mm = spacing_mm or stated
+    if spacing_mm is None:
+        raise ScanError(
+            f"{path}: the TIFF states no spacing in mm; expected ImageJ's voxel size, or "
+            "the columns spacing_z_mm,spacing_y_mm,spacing_x_mm of a CSV list"
+        )
+    if array.ndim != 3 or array.shape[-1] in (3, 4):
+        raise ScanError(
+            f"{path}: shape {array.shape}; expected (z, y, x) without colour"
+        )
+    grid = geometry.canonical_grid(array.shape, spacing_mm)
+    return array.T, grid.affine[:, [2, 1, 0, 3]]
+
+
+def _imagej_spacing_mm(file: Any) -> tuple[float, float, float] | None:
+    """Returns the (z, y, x) voxel size that ImageJ stored, or None."""
+    stated = file.imagej_metadata or {}
+    scale = {"mm": 1.0, "micron": 1e-3, "um": 1e-3, "\u00b5m": 1e-3}.get(
+        str(stated.get("unit", "")).replace("\\u00B5", "\u00b5")
+    )
+    tags = file.pages[0].tags
+    if scale is None or "spacing" not in stated or "XResolution" not in tags:
+        return None
+    y, x = (
+        tags[name].value[1] / tags[name].value[0]
+        for name in ("YResolution", "XResolution")
+    )
+    return float(stated["spacing"]) * scale, y * scale, x * scale
 
 
 def _check_data_file(path: Path) -> None:
@@ -225,7 +279,7 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
         ScanError: If the file is damaged, does not match the grid of the image, or holds
             values other than whole numbers from 0.
     """
-    array, affine = read_volume_file(path)
+    array, affine = read_volume_file(path, grid.spacing_mm)
     labels, label_grid = geometry.to_canonical(array, affine)
     if labels.shape != tuple(grid.shape):
         raise ScanError(

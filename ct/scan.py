@@ -57,6 +57,7 @@ class ScanSource:
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
         lung: Label volume of the lungs, or None.
+        spacing_mm: (z, y, x) of a TIFF stack, if a list gives it.
     """
 
     scan_id: str
@@ -65,6 +66,7 @@ class ScanSource:
     annotations: tuple[Path, ...] = ()
     subset: str = ""
     lung: Path | None = None
+    spacing_mm: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -55,10 +55,12 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Lungs:
-    """Options of a run for lungs; a run for nodules ignores `labels` and `save_as`."""
+    """How results are computed and saved; a run for nodules ignores `labels` and `save_as`."""
 
-    passes: Annotated[Passes, tyro.conf.arg(name="")] = field(default_factory=Passes)
-    labels: Annotated[LungMap, tyro.conf.arg(name="")] = field(default_factory=LungMap)
+    passes: Annotated[Passes, tyro.conf.OmitArgPrefixes] = field(default_factory=Passes)
+    labels: Annotated[LungMap, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=LungMap
+    )
     save_as: SaveAs = "nifti"
     """nifti: maps, masks and overview.png on the source's grid; numpy: maps and masks in one
     .npz per scan, in RAS order; nifti-labels: masks and overview.png; nnunet: one label volume
@@ -68,9 +70,54 @@ class Lungs:
     """Keras dtype policy; mixed_bfloat16 is faster on CPUs with AVX512_BF16 or AMX."""
     memory_gb: float = MEMORY_GB
     """Memory limit of a pass in GB; larger scans are covered by tiles."""
+    mean_is_mask: bool = False
+    """Write 1 where the mean is above --thresh and 0 elsewhere into mean.nii.gz, as the
+    published tool of Zhuang et al. 2025 does, instead of the mean."""
 
 
 DEFAULT_LUNGS = Lungs()
+
+Preset = Literal["default", "w1"]
+
+PRESETS: dict[Preset, Lungs] = {
+    "default": DEFAULT_LUNGS,
+    # Zhuang et al., ISBI 2025: the mask is mean > 0.55, with nothing removed or filled.
+    "w1": Lungs(
+        Passes(n=100, mask_fraction=0.7),
+        LungMap(
+            thresh=0.55,
+            min_volume_mm3=0.0,
+            min_share=0.0,
+            max_pieces=1_000_000,
+            fill_holes=False,
+            snap=0.0,
+        ),
+        mean_is_mask=True,
+    ),
+}
+"""Named sets of options; infer.py --preset takes one."""
+
+
+def with_preset(lungs: Lungs, preset: Preset) -> Lungs:
+    """Returns `lungs` with the options of a preset where they have their default value."""
+    named = PRESETS[preset]
+    parts = {
+        name: _fill_defaults(getattr(lungs, name), getattr(named, name), kind())
+        for name, kind in (("passes", Passes), ("labels", LungMap))
+    }
+    return _fill_defaults(replace(lungs, **parts), replace(named, **parts), Lungs())
+
+
+def _fill_defaults(chosen: Any, named: Any, default: Any) -> Any:
+    """Returns `chosen` with the fields of `named` where it equals `default`."""
+    return replace(
+        chosen,
+        **{
+            name: getattr(named, name)
+            for name in (part.name for part in fields(chosen))
+            if getattr(chosen, name) == getattr(default, name)
+        },
+    )
 
 
 @dataclass(frozen=True)

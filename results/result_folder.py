@@ -77,6 +77,8 @@ class Results:
         self.folder = folder
         self.save_as: SaveAs = save_as
         self.names = LABELS | (OF_PASSES if save_as == "nifti" else set())
+        self.thresh = made_by.get("thresh", 0.5)
+        self.mean_is_mask = made_by.get("mean_is_mask", False)
         self.names |= OF_NODULES if made_by.get("nodules") else set()
         version = FORMAT_VERSION if made_by.get("nodules") else 1
         made_by = {"format_version": version, "save_as": save_as, **made_by}
@@ -163,10 +165,15 @@ class Results:
             write_nifti(path, shown, scan.grid, scan.source_grid)
         else:
             with files.write_atomically(path) as partial:
+                mask = (maps.mean > self.thresh).view(np.uint8)
+                mean = mask if self.mean_is_mask else maps.mean
                 if self.save_as == "numpy":
-                    write_arrays(partial, maps, labels, scan.grid, found)
+                    arrays = {"mean": mean, "mean_seg": mask, "mask": labels}
+                    if found is not None:
+                        arrays["nodules"] = found.labels
+                    write_arrays(partial, maps, arrays, scan.grid)
                 else:
-                    write_niftis(partial, maps, labels, scan, self.save_as)
+                    write_niftis(partial, maps, mean, labels, scan, self.save_as)
                     if found is not None:
                         write_found(partial, found, labels, scan, row.reason)
         if found is not None:
@@ -186,6 +193,7 @@ class Results:
 def read_lungs_json(path: Path) -> dict[str, Any]:
     """Reads lungs.json; settings newer than the file get their defaults."""
     record = json.loads(path.read_text())
+    record.setdefault("mean_is_mask", False)
     nodules = record.get("nodules") or {}
     for name in NODULE_SETTINGS:
         if name in nodules:
@@ -259,18 +267,19 @@ def remove(folder: Path, save_as: SaveAs, pids: Collection[str] | None) -> None:
 def write_niftis(
     folder: Path,
     maps: Any,
+    mean: np.ndarray,
     labels: np.ndarray,
     scan: Scan,
     save_as: SaveAs,
 ) -> None:
-    """Writes mask.nii.gz, and the maps with `save_as` nifti."""
+    """Writes mask.nii.gz, and with `save_as` nifti the maps, with `mean` as their mean."""
 
     def write(name: str, values: np.ndarray) -> None:
         write_nifti(folder / f"{name}.nii.gz", values, scan.grid, scan.source_grid)
 
     write("mask", labels)
     if save_as == "nifti":
-        write("mean", maps.mean)
+        write("mean", mean)
         write("std", maps.std)
         write("uncertainty", maps.mutual_information)
 
@@ -288,22 +297,23 @@ def write_found(
 
 
 def write_arrays(
-    path: Path, maps: Any, labels: np.ndarray, grid: Grid, found: Found | None
+    path: Path, maps: Any, arrays: dict[str, np.ndarray], grid: Grid
 ) -> None:
-    """Writes one .npz with the maps, the mask, nodules if any were sought, and the affine.
+    """Writes one .npz with some arrays, the maps of the passes and the affine.
 
-    Arrays are (x, y, z) in RAS order.
+    Arrays are (x, y, z) in RAS order. `mean_seg` and `std_seg` are the names that the
+    published tool of Zhuang et al. 2025 gives to the thresholded mean and the standard
+    deviation.
     """
-    nodules = {} if found is None else {"nodules": to_ras(found.labels)}
+    std = to_ras(maps.std)
     np.savez_compressed(
         path,
         allow_pickle=False,
-        mean=to_ras(maps.mean),
-        std=to_ras(maps.std),
+        std=std,
+        std_seg=std,
         uncertainty=to_ras(maps.mutual_information),
-        mask=to_ras(labels),
         affine=ras_affine(grid),
-        **nodules,
+        **{name: to_ras(array) for name, array in arrays.items()},
     )
 
 

@@ -8,4 +8,8 @@ source "$(dirname "$0")/env.sh"
 first=$(find -L "$DATA" -type f -iname '*.dcm' | sort | sed -n 1p)
 if [ -n "$first" ]; then DATA=$(dirname "$first"); fi   # else DATA holds no DICOM
 DATA=$DATA WORK=$WORK bash scripts/lungs.sh
+for folder in "$WORK"/lungs/*/; do
+    python -m viewers.lungs "$folder" --overwrite   # a page with the lungs in 3-D, for any browser
+    break
+done
 exit "$code"

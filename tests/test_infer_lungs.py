@@ -29,6 +29,7 @@ from inference.segment import (
     Lungs,
     NoduleRuns,
     scan_networks,
+    with_preset,
 )
 from lungs.labels import LungMap
 from training import runs
@@ -1098,3 +1099,34 @@ def test_nodules_in_lungs_are_scored_as_those_of_a_run(
     scores = scores_of(arguments.out)
     assert scores["Nodule sensitivity, all"] == 0
     assert scores["CPM (mean of these)"] == 1
+
+
+def test_the_names_of_the_readme_are_there():
+    for name in ("predict", "segment_nodule", "segment_patches", "Lungs", "Passes"):
+        assert callable(getattr(infer, name))
+
+
+def test_preset_w1_thresholds_the_mean_and_removes_nothing(run, volume, tmp_path):
+    source, out = save(tmp_path / "chest.nii.gz", volume), tmp_path / "OUT"
+    command = ("--input", source, "--exp_dir", run, "--preset", "w1", "--n", 20)
+    assert run_main(*command, "--result_dir", out) == 0
+    mean, mask = read(out / "chest/mean.nii.gz"), read(out / "chest/mask.nii.gz")
+    assert np.unique(mean).tolist() == [0, 1]
+    assert np.array_equal(mask > 0, mean > 0)
+    record = json.loads((out / "lungs.json").read_text())
+    assert (record["n"], record["mask_fraction"], record["snap"]) == (20, 0.7, 0)
+    assert run_main(*command, "--result_dir", out / "npz", "--save_as", "numpy") == 0
+    with np.load(out / "npz/chest.npz") as arrays:
+        assert np.array_equal(arrays["mean_seg"], arrays["mask"] > 0)
+        assert np.array_equal(arrays["std_seg"], arrays["std"])
+        assert arrays["mean_seg"].dtype == np.uint8
+
+
+def test_a_preset_fills_in_what_is_not_given():
+    w1 = with_preset(infer.Lungs(), "w1")
+    assert (w1.passes.n, w1.passes.mask_fraction, w1.labels.snap) == (100, 0.7, 0)
+    given = infer.Lungs(Passes(n=3), LungMap(thresh=0.4), save_as="numpy")
+    mixed = with_preset(given, "w1")
+    assert (mixed.passes.n, mixed.labels.thresh, mixed.save_as) == (3, 0.4, "numpy")
+    assert mixed.passes.mask_fraction == 0.7
+    assert with_preset(given, "default") == given

@@ -18,6 +18,7 @@ from keras import ops
 
 import steps
 from ct import files
+from training.curves import draw_curves
 from training.optimizers import FlatOptimizer
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,7 @@ class Checkpoints(keras.callbacks.Callback):
         ):
             write_weights(self.run_dir / "best.weights.h5", self.model)
         write_history(self.run_dir / "history.csv", self.progress.history)
+        draw_curves(self.progress.history, self.run_dir / "curves.png")
         write_state(self.run_dir / STATE, self.model, self.progress)
         log.info("%s", epoch_line(self.progress, self.epochs))
         if self.progress.stopped:

@@ -6,7 +6,6 @@ Reads the results of infer.py for one scan with --save_as nifti, and writes one 
 a browser shows offline: turn with the mouse, zoom with the wheel.
 
 Example:
-    pip install -r requirements-viewers.txt
     python -m viewers.lungs OUT/PID --out OUT/PID.html
 """
 
@@ -356,21 +355,16 @@ def write_page(arguments: Arguments) -> steps.Report:
     """Writes the page; see `Arguments`.
 
     Raises:
-        ValueError: If results are missing, the page exists, or Plotly is not installed.
+        ValueError: If results are missing or the page exists.
     """
     row, labels, std, grid = read_lungs(arguments.scan)
     out = arguments.out or arguments.scan.absolute().parent / f"{row.pid}.html"
     if out.exists() and not arguments.overwrite:
         raise ValueError(f"{out} exists; add --overwrite to replace it")
-    try:
-        nodules, rows = read_nodules(arguments.scan, grid)
-        opacity = LUNG_OPACITY if rows else 1.0
-        figure = figure_of(labels, std, grid, arguments.spacing_mm, opacity=opacity)
-        add_nodules(figure, nodules, rows, grid)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is not installed; run pip install -r requirements-viewers.txt"
-        ) from error
+    nodules, rows = read_nodules(arguments.scan, grid)
+    opacity = LUNG_OPACITY if rows else 1.0
+    figure = figure_of(labels, std, grid, arguments.spacing_mm, opacity=opacity)
+    add_nodules(figure, nodules, rows, grid)
     with files.write_atomically(out) as partial:
         partial.write_text(page_of(row, figure), encoding="utf-8")
     triangles = sum(len(mesh.i) for mesh in figure.data)

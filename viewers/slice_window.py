@@ -137,7 +137,7 @@ def browse(
     if backend.lower() in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE):
         raise ValueError(
             f"cannot open a window: matplotlib uses the backend {backend}; expected "
-            "a display, and tkinter or Qt (pip install -r requirements-viewers.txt)"
+            "a display, and tkinter or Qt (pip install -r requirements/viewers.txt)"
         )
     with pyplot.rc_context(FREED_KEYS):
         window = SliceWindow(count, views, start=start)

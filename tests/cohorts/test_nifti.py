@@ -73,7 +73,9 @@ def test_a_nifti_volume_is_read_as_it_is(chest_file, chest):
     assert scan.lung is None
 
 
-@pytest.mark.parametrize("suffix", volume_file.SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", volume_file.NIFTI_SUFFIXES + volume_file.ITK_SUFFIXES
+)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_every_format_places_voxels_where_simpleitk_does(
     suffix, mirrored, chest, tmp_path
@@ -668,3 +670,57 @@ def test_a_real_lobe_map_is_no_ct_and_no_lung_mask():
     grid = load(DATA / "CIP/ct-64.nrrd").grid
     with pytest.raises(ScanError, match="lung labels 0, 9, 10"):
         volume_file.checked_lung_labels(volume_file.read_labels(path, grid), str(path))
+
+
+def save_tiff(path, hu, **options):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(path, hu, **options)
+    return path
+
+
+def test_a_tiff_stack_lies_as_its_list_says(chest, tmp_path):
+    hu = chest()
+    save_tiff(tmp_path / "stack.tif", hu)
+    columns = "pid,image_path,spacing_z_mm,spacing_y_mm,spacing_x_mm"
+    (tmp_path / "list.csv").write_text(f"{columns}\na,stack.tif,5,2,1.5\n")
+    scan = load(tmp_path / "list.csv")
+    assert np.array_equal(scan.hu, hu)
+    assert scan.spacing_mm == pytest.approx((5, 2, 1.5))
+    one_on_mm = scan.grid.index_to_ras_mm(np.ones(3)) - scan.grid.index_to_ras_mm(
+        np.zeros(3)
+    )
+    assert one_on_mm == pytest.approx((-1.5, -2, 5))  # to the left, to the back, up
+
+
+def test_a_tiff_of_imagej_states_its_voxels(chest, tmp_path):
+    options = {"imagej": True, "resolution": (1 / 1.5, 1 / 2)}
+    metadata = {"spacing": 5.0, "unit": "mm"}
+    path = save_tiff(
+        tmp_path / "stack.tif", chest().astype(np.float32), metadata=metadata, **options
+    )
+    assert load(path).spacing_mm == pytest.approx((5, 2, 1.5), rel=1e-5)
+    metadata = {"spacing": 5000.0, "unit": "micron"}
+    options["resolution"] = (1 / 1500, 1 / 2000)
+    save_tiff(path, chest().astype(np.float32), metadata=metadata, **options)
+    assert load(path).spacing_mm == pytest.approx((5, 2, 1.5), rel=1e-5)
+
+
+def test_a_tiff_without_spacing_or_with_colour_is_refused(chest, tmp_path):
+    path = save_tiff(tmp_path / "stack.tif", chest())
+    with pytest.raises(ScanError, match="states no spacing.*spacing_z_mm"):
+        load(path)
+    (tmp_path / "list.csv").write_text(
+        "pid,image_path,spacing_z_mm,spacing_y_mm,spacing_x_mm\na,stack.tif,5,0,1\n"
+    )
+    with pytest.raises(ValueError, match="line 2: .* are 5, 0, 1; expected three"):
+        load(tmp_path / "list.csv")
+    metadata = {"spacing": 5.0, "unit": "mm"}
+    colour = np.zeros((8, 40, 36, 3), np.uint8)
+    path = save_tiff(tmp_path / "rgb.tif", colour, imagej=True, metadata=metadata)
+    with pytest.raises(
+        ScanError, match=r"shape \(8, 40, 36, 3\); expected \(z, y, x\)"
+    ):
+        load(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ScanError, match="not a readable TIFF"):
+        load(path)

@@ -55,7 +55,7 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Lungs:
-    """How results are computed and saved; a run for nodules ignores `labels` and `save_as`."""
+    """Options for lungs and for saving; a run for nodules ignores `labels` and `save_as`."""
 
     passes: Annotated[Passes, tyro.conf.OmitArgPrefixes] = field(default_factory=Passes)
     labels: Annotated[LungMap, tyro.conf.OmitArgPrefixes] = field(

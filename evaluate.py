@@ -31,7 +31,6 @@ from metrics.surfaces import surface_distances
 from metrics.tables import (
     Scored,
     calibration_lines,
-    column,
     curve_of,
     froc_lines,
     latex,
@@ -539,64 +538,40 @@ def draw_figures(
     out: Path,
 ) -> None:
     """Draws Dice per scan, Dice by nodule size, and overlays of three scans."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    values = np.sort(column(rows, "dice"))
-    left.plot(np.arange(1, len(values) + 1), values, "o-", color="0.2")
-    left.set(xlabel="scan, by Dice", ylabel="Dice", ylim=(0, 1), title="Dice per scan")
-    for hit, colour, label in ((1, "tab:green", "found"), (0, "tab:red", "missed")):
-        some = [nodule for nodule in nodules if nodule["hit"] == hit]
-        right.scatter(
-            [nodule["diameter_mm"] for nodule in some],
-            [nodule["dice"] for nodule in some],
-            color=colour,
-            label=f"{label} ({len(some)})",
-        )
-    right.set(xlabel="diameter (mm)", ylabel="Dice", ylim=(0, 1), title="Nodules")
-    right.legend(loc="lower right")
-    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
-    figure.savefig(out / FIGURES[0], dpi=120, bbox_inches="tight")
-    draw_overlays(arguments, rows).savefig(out / FIGURES[1], dpi=120)
+    figures.draw_dice(rows, nodules, out / FIGURES[0])
+    overlays = [read_overlay(arguments, row) for row in three_scans(rows)]
+    figures.draw_overlays(overlays, out / FIGURES[1])
 
 
-def draw_overlays(arguments: Arguments, rows: Sequence[dict[str, Any]]) -> Any:
-    """Draws the slice with most reference voxels of the best, median and worst scan.
+def three_scans(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of the best, the median and the worst scan by Dice.
 
-    Scans without a reference nodule are shown only if no scan has one.
+    Scans without a reference nodule are chosen only if no scan has one.
     """
-    from matplotlib.figure import Figure
-
     defined = [row for row in rows if np.isfinite(row["dice"])]
     order = sorted(defined, key=lambda row: -row["dice"]) or list(rows)
-    chosen = list(dict.fromkeys((0, len(order) // 2, len(order) - 1)))
-    width = max(4.2 * len(chosen), 6.4)  # a narrower figure would cut the title
-    figure = Figure(figsize=(width, 4.8), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(chosen)))
-    for axis, place in zip(axes, chosen, strict=True):
-        row = order[place]
-        job = Job(row["scan_id"], row["patient_id"], "", False, None, arguments)
-        scan, labels = read_pair(job)
-        reference = reference_mask(
-            scan,
-            consensus_level=arguments.consensus_level,
-            min_readers=arguments.min_readers,
-        )
-        z = int(
-            (reference if reference.any() else labels > 0).sum(axis=(1, 2)).argmax()
-        )
-        window = {"vmin": -1000, "vmax": 400} if scan.whole else {}
-        axis.imshow(scan.hu[z], cmap="gray", **window)
-        for mask, colour in ((reference[z], "lime"), (labels[z] > 0, "red")):
-            if mask.any():
-                axis.contour(mask, levels=[0.5], colors=colour, linewidths=0.8)
-        axis.set_title(f"{row['patient_id']}, slice {z}: Dice {number(row['dice'])}")
-        axis.axis("off")
-    figure.suptitle(
-        f"green: readers' consensus, red: prediction. {DISCLAIMER}", fontsize=9
+    places = dict.fromkeys((0, len(order) // 2, len(order) - 1))
+    return [order[place] for place in places]
+
+
+def read_overlay(arguments: Arguments, row: dict[str, Any]) -> figures.Overlay:
+    """Reads the slice of a scan with most reference voxels, or most predicted ones."""
+    job = Job(row["scan_id"], row["patient_id"], "", False, None, arguments)
+    scan, labels = read_pair(job)
+    reference = reference_mask(
+        scan,
+        consensus_level=arguments.consensus_level,
+        min_readers=arguments.min_readers,
     )
-    return figure
+    counted = reference if reference.any() else labels > 0
+    z = int(counted.sum(axis=(1, 2)).argmax())
+    return figures.Overlay(
+        f"{row['patient_id']}, slice {z}: Dice {number(row['dice'])}",
+        scan.hu[z],
+        reference[z],
+        labels[z] > 0,
+        in_hu=scan.whole,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,9 @@
-"""Figures of FROC and reliability curves."""
+"""Figures of scores: Dice, overlays, FROC and reliability."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +11,72 @@ from ct.files import write_rows
 from ct.provenance import DISCLAIMER
 from metrics import calibration, froc
 from metrics.calibration import merge_bins
-from metrics.tables import number
+from metrics.tables import column, number
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """One slice with the outlines of reference and prediction.
+
+    Attributes:
+        title: Title of the picture.
+        image: (y, x) HU or other values.
+        reference: (y, x) bool mask, drawn in green.
+        predicted: (y, x) bool mask, drawn in red.
+        in_hu: Whether `image` is shown in a window of -1000 to 400 HU.
+    """
+
+    title: str
+    image: np.ndarray
+    reference: np.ndarray
+    predicted: np.ndarray
+    in_hu: bool
+
+
+def draw_dice(
+    rows: Sequence[dict[str, Any]], nodules: Sequence[dict[str, Any]], path: Path
+) -> None:
+    """Draws Dice per scan, sorted, and Dice of each nodule over its diameter."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = np.sort(column(rows, "dice"))
+    left.plot(np.arange(1, len(values) + 1), values, "o-", color="0.2")
+    left.set(xlabel="scan, by Dice", ylabel="Dice", ylim=(0, 1), title="Dice per scan")
+    for hit, colour, label in ((1, "tab:green", "found"), (0, "tab:red", "missed")):
+        some = [nodule for nodule in nodules if nodule["hit"] == hit]
+        right.scatter(
+            [nodule["diameter_mm"] for nodule in some],
+            [nodule["dice"] for nodule in some],
+            color=colour,
+            label=f"{label} ({len(some)})",
+        )
+    right.set(xlabel="diameter (mm)", ylabel="Dice", ylim=(0, 1), title="Nodules")
+    right.legend(loc="lower right")
+    figure.text(0.5, -0.03, DISCLAIMER, ha="center", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def draw_overlays(overlays: Sequence[Overlay], path: Path) -> None:
+    """Draws slices side by side, each with the outlines of reference and prediction."""
+    from matplotlib.figure import Figure
+
+    width = max(4.2 * len(overlays), 6.4)  # a narrower figure would cut the title
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(overlays)))
+    for axis, overlay in zip(axes, overlays, strict=True):
+        window = {"vmin": -1000, "vmax": 400} if overlay.in_hu else {}
+        axis.imshow(overlay.image, cmap="gray", **window)
+        for mask, colour in ((overlay.reference, "lime"), (overlay.predicted, "red")):
+            if mask.any():
+                axis.contour(mask, levels=[0.5], colors=colour, linewidths=0.8)
+        axis.set_title(overlay.title)
+        axis.axis("off")
+    figure.suptitle(
+        f"green: readers' consensus, red: prediction. {DISCLAIMER}", fontsize=9
+    )
+    figure.savefig(path, dpi=120)
 
 
 def draw_froc(curve: froc.Froc, path: Path) -> None:

@@ -114,7 +114,8 @@ class Arguments:
     also needs its scan file, which preprocess.py --cohort nifti makes."""
     preset: Preset = "default"
     """w1 takes the settings of Zhuang et al. 2025: 100 passes, 70 % of the cubes hidden, the
-    mask is mean > 0.55. An option given beside it counts."""
+    mask is mean > 0.55. Other values given beside
+    it count; an option at its usual default takes the value of the preset."""
     overwrite: bool = False
     """Replace existing results, also those made with other weights or settings."""
     exp_dir: Path = SHIPPED

@@ -64,6 +64,7 @@ def main(
         import keras  # noqa: F401 - infer.py imports it when it loads a network
 
         from cohorts import nifti
+        from inference import finder as finder_module
         from inference import segment
         from inference.passes import Passes
         from lungs.labels import LungMap
@@ -85,8 +86,8 @@ def main(
     stages.watch(finder.predictor, "maps", "nodules: 3-D network")
     stages.watch(finder.slices, "probability", "nodules: slices")
     stages.watch(finder.classifier, "probabilities", "nodules: candidates judged")
-    stages.watch(finder, "outlined", "nodules: outlines")
-    stages.watch(finder, "measure_nodules", "nodules: measures")
+    stages.watch(finder_module, "outline_nodules", "nodules: outlines")
+    stages.watch(finder_module, "measure_nodules", "nodules: measures")
     found = finder.find(replace(scan, lung=labels))
     with stages("writing"), tempfile.TemporaryDirectory() as folder:
         result_folder.write_niftis(Path(folder), maps, maps.mean, labels, scan, "nifti")

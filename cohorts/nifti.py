@@ -35,6 +35,7 @@ from cohorts.volume_file import (
     bare_name,
     checked_lung_labels,
     grid_of_affine,
+    is_tiff,
     is_volume,
     read_labels,
     read_volume_file,
@@ -166,10 +167,14 @@ def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
 def _find_in_folder(folder: Path) -> list[ScanSource]:
     if (folder / "imagesTr").is_dir() or (folder / "imagesTs").is_dir():
         return find_nnunet(folder)
-    volumes = sorted(path for path in files.files_below(folder) if is_volume(path))
+    every = sorted(path for path in files.files_below(folder) if is_volume(path))
+    # A TIFF beside other scans is more likely a screenshot than a stack.
+    volumes = [path for path in every if not is_tiff(path)]
+    ct_image = dicom_headers.first_ct_image(folder)
+    if not volumes and ct_image is None:
+        volumes = every
     if not volumes:
         return dicom.find_scans(folder)
-    ct_image = dicom_headers.first_ct_image(folder)
     if ct_image is not None:
         raise ValueError(
             f"{folder}: contains volumes ({len(volumes)}, first {volumes[0]}) and DICOM CT "

@@ -1,6 +1,8 @@
 """Reads NIfTI, MHD, MHA, NRRD and TIFF files as HU or labels, with their geometry."""
 
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -17,6 +19,17 @@ ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + TIFF_SUFFIXES
 """Suffixes of volume files."""
+
+TIFF_ERRORS = (
+    ValueError,
+    KeyError,
+    IndexError,
+    ArithmeticError,
+    RuntimeError,
+    zlib.error,
+    struct.error,
+)
+"""Exceptions that tifffile raises on a damaged file, beside its own TiffFileError."""
 
 CHANNEL = "_0000"
 """nnU-Net's suffix of the first channel; CT is the only channel here."""
@@ -46,6 +59,11 @@ MAX_HEADER_BYTES = 1 << 20
 def is_volume(path: Path) -> bool:
     """Returns True if the name has the suffix of a volume file."""
     return path.name.lower().endswith(SUFFIXES)
+
+
+def is_tiff(path: Path) -> bool:
+    """Returns True if the name has the suffix of a TIFF file."""
+    return path.name.lower().endswith(TIFF_SUFFIXES)
 
 
 def stem(path: Path) -> str:
@@ -81,7 +99,7 @@ def read_volume_file(
     if not path.is_file():
         raise ScanError(f"{path}: no such file; expected a volume")
     lower = path.name.lower()
-    if lower.endswith(TIFF_SUFFIXES):
+    if is_tiff(path):
         array, affine = _read_tiff(path, spacing_mm)
     elif lower.endswith(NIFTI_SUFFIXES):
         array, affine = _read_nifti(path)
@@ -163,23 +181,38 @@ def _read_tiff(
     try:
         with tifffile.TiffFile(path) as file:
             stated = _imagej_spacing_mm(file)
-            array = file.asarray()
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError) as error:
+            array = _calibrated(file.asarray(), file.imagej_metadata or {})
+            stacks = len(file.series)
+    except (*TIFF_ERRORS, tifffile.TiffFileError) as error:
         raise ScanError(
-            f"{path}: not a readable TIFF ({error}); restore it from its source"
+            f"{path}: not a readable TIFF ({error}); save it again without compression, or "
+            "restore it from its source"
         ) from error
+    if stacks != 1:
+        raise ScanError(
+            f"{path}: holds {stacks} separate images; expected one stack; save the slices "
+            "as one (z, y, x) stack"
+        )
     spacing_mm = spacing_mm or stated
     if spacing_mm is None:
         raise ScanError(
             f"{path}: the TIFF states no spacing in mm; expected ImageJ's voxel size, or "
             "the columns spacing_z_mm,spacing_y_mm,spacing_x_mm of a CSV list"
         )
-    if array.ndim != 3 or array.shape[-1] in (3, 4):
+    if array.ndim != 3 or array.shape[-1] in (3, 4) or array.dtype.kind not in "iuf":
         raise ScanError(
-            f"{path}: shape {array.shape}; expected (z, y, x) without colour"
+            f"{path}: {array.dtype} of shape {array.shape}; expected (z, y, x) numbers "
+            "without colour"
         )
     grid = geometry.canonical_grid(array.shape, spacing_mm)
     return array.T, grid.affine[:, [2, 1, 0, 3]]
+
+
+def _calibrated(array: np.ndarray, stated: dict[str, Any]) -> np.ndarray:
+    """Applies the line c0 + c1 * value that ImageJ stores for signed values."""
+    if stated.get("cf") != 0 or "c0" not in stated:
+        return array
+    return array.astype(np.float32) * float(stated.get("c1", 1)) + float(stated["c0"])
 
 
 def _imagej_spacing_mm(file: Any) -> tuple[float, float, float] | None:

@@ -221,6 +221,8 @@ def score(job: Job) -> Scored:
         if reference is not None and prob_path.exists():
             prob, grid = read_nifti(prob_path)
             check_same_grid(grid, scan.grid, prob_path)
+            if prob.dtype.kind != "f":  # --mean_is_mask wrote a mask
+                continue
             reliability[name] = calibration.reliability_counts(
                 prob, reference, bins=BINS
             )

@@ -99,12 +99,18 @@ PRESETS: dict[Preset, Lungs] = {
 
 
 def with_preset(lungs: Lungs, preset: Preset) -> Lungs:
-    """Returns `lungs` with the options of a preset where they have their default value."""
+    """Returns `lungs` with the options of a preset where they have their default value.
+
+    A single pass hides nothing, so it takes no `mask_fraction` from the preset.
+    """
     named = PRESETS[preset]
     parts = {
         name: _fill_defaults(getattr(lungs, name), getattr(named, name), kind())
         for name, kind in (("passes", Passes), ("labels", LungMap))
     }
+    if parts["passes"].n in (0, 1):
+        share = lungs.passes.mask_fraction
+        parts["passes"] = replace(parts["passes"], mask_fraction=share)
     return _fill_defaults(replace(lungs, **parts), replace(named, **parts), Lungs())
 
 

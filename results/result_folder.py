@@ -165,9 +165,11 @@ class Results:
             write_nifti(path, shown, scan.grid, scan.source_grid)
         else:
             with files.write_atomically(path) as partial:
-                mask = (maps.mean > self.thresh).view(np.uint8)
-                mean = mask if self.mean_is_mask else maps.mean
+                mean = maps.mean
+                if self.mean_is_mask:
+                    mean = (mean > self.thresh).view(np.uint8)
                 if self.save_as == "numpy":
+                    mask = (maps.mean > self.thresh).view(np.uint8)
                     arrays = {"mean": mean, "mean_seg": mask, "mask": labels}
                     if found is not None:
                         arrays["nodules"] = found.labels

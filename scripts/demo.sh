@@ -7,9 +7,9 @@ if [ "$code" -ne 0 ] && [ "$code" -ne 3 ]; then exit "$code"; fi
 source "$(dirname "$0")/env.sh"
 first=$(find -L "$DATA" -type f -iname '*.dcm' | sort | sed -n 1p)
 if [ -n "$first" ]; then DATA=$(dirname "$first"); fi   # else DATA holds no DICOM
-DATA=$DATA WORK=$WORK bash scripts/lungs.sh
-for folder in "$WORK"/lungs/*/; do
-    python -m viewers.lungs "$folder" --overwrite   # a page with the lungs in 3-D, for any browser
+python infer.py --input "$DATA" --result_dir "$WORK/demo"
+for folder in "$WORK"/demo/*/; do   # a page with the lungs in 3-D, for any browser
+    python -m viewers.lungs "$folder" --overwrite || echo "no page for $folder" >&2
     break
 done
 exit "$code"

@@ -6,6 +6,7 @@ files, their table and split, a run, its predictions, and a result folder of lun
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,20 @@ import pytest
 
 import evaluate
 import infer
+from ct import files
 from ct.nifti_io import read_nifti
 from ct.scan import read_scan
 from dataset.slice_table import SliceTable, verify_table
 from dataset.split import patients_of_part, read_split
+from inference.segment import NO_RUNS
+from lungs.labels import LungMap
 from results.predictions import read_predictions
-from results.result_folder import Results, read_lungs_json
+from results.result_folder import read_lungs_json
 from results.rows import CANDIDATES_CSV, NODULES_CSV, read_lung_rows, read_rows
 from tests.conftest import tiny_scan
 from training import runs
 
+PHANTOM = Path(__file__).parents[1] / "examples/phantom.nii.gz"
 BEFORE = Path(__file__).parent / "data/before_rooms"
 
 
@@ -80,7 +85,24 @@ def test_a_result_folder_of_lungs_goes_on(tmp_path):
     assert row.pid == "phantom" and row.right_ml > 1000
     assert len(read_rows(folder / NODULES_CSV)["phantom"]) == 3
     assert len(read_rows(folder / CANDIDATES_CSV)["phantom"]) > 3
-    made_by = {k: v for k, v in record.items() if k not in ("save_as", "provenance")}
-    assert Results(folder, record["save_as"], made_by).rows["phantom"] == row
+
+
+def test_a_command_goes_on_in_an_older_result_folder(tmp_path, monkeypatch):
+    """What decides lungs has the keys and values it had; weights may change."""
+    folder = tmp_path / "lungs"
+    shutil.copytree(BEFORE / "lungs", folder)
+    weights = files.sha256(infer.SHIPPED / "best.weights.h5")
+    for name, changes in {
+        "lungs.json": {"nodules": None, "format_version": 1},
+        "predictions.json": {},
+    }.items():
+        record = json.loads((folder / name).read_text())
+        changes |= {"weights_sha256": weights}
+        (folder / name).write_text(json.dumps(record | changes))
+    monkeypatch.setattr(infer, "read_and_map", lambda *_: [])
+    options = {"input": PHANTOM, "nodules": NO_RUNS}
+    lungs = infer.Lungs(infer.Passes(n=1), save_as="nifti-labels")
+    infer.infer(infer.SHIPPED, folder, lungs=lungs, **options)
     with pytest.raises(ValueError, match="other settings"):
-        Results(folder, record["save_as"], made_by | {"thresh": 0.4})
+        lungs = replace(lungs, labels=LungMap(thresh=0.4))
+        infer.infer(infer.SHIPPED, folder, lungs=lungs, **options)

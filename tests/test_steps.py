@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
             ("tiny", "--seconds", "-1"),
             "seconds is -1.0; expected above",
         ),
-        (infer, ("--result-dir", "x", "--n", "-1"), "error: n is -1; expected auto"),
-        (infer, ("--result-dir", "x", "--thresh", "7"), "error: thresh is 7.0; expect"),
+        (infer, ("--result-dir", "x", "--n", "-1"), "n is -1; expected auto"),
+        (infer, ("--result-dir", "x", "--thresh", "7"), "thresh is 7.0; expected"),
         (train, ("smok",), "did you mean smoke?"),
     ],
 )

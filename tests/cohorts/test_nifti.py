@@ -724,3 +724,31 @@ def test_a_tiff_without_spacing_or_with_colour_is_refused(chest, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ScanError, match="not a readable TIFF"):
         load(path)
+
+
+def test_a_tiff_of_imagej_with_signed_values_is_calibrated(chest, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    stored = (chest().astype(np.int32) + 32768).astype(np.uint16)
+    metadata = {"spacing": 5.0, "unit": "mm", "cf": 0, "c0": -32768, "c1": 1}
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, stored, imagej=True, resolution=(1, 1), metadata=metadata)
+    assert np.array_equal(load(path).hu, chest())
+
+
+def test_a_picture_beside_a_series_is_no_scan(series, saved, tmp_path):
+    folder = saved(series())[0].parent
+    save_tiff(folder / "screenshot.tif", np.zeros((20, 30), np.uint8))
+    (source,) = nifti.find_scans(folder)
+    assert len(source.paths) > 2
+
+
+def test_pages_that_are_no_stack_are_refused(chest, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "pages.tif"
+    with tifffile.TiffWriter(path) as file:
+        for page in chest():
+            file.write(page, contiguous=False)
+    rows = "pid,image_path,spacing_z_mm,spacing_y_mm,spacing_x_mm\na,pages.tif,5,2,2\n"
+    (tmp_path / "list.csv").write_text(rows)
+    with pytest.raises(ScanError, match="separate images; expected one stack"):
+        load(tmp_path / "list.csv")

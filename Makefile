@@ -1,4 +1,4 @@
-# Every target makes the environment .venv by itself.
+# Targets that need the environment .venv make it first.
 PYTHON ?= python3
 CONFIG ?= smoke
 CT ?=
@@ -21,7 +21,7 @@ lint: .venv/dev.stamp  ## Checks format, rules and types.
 	ruff check .
 	pyright
 
-bench: .venv/dev.stamp  ## Measures speed and memory, as ratios side by side.
+bench: .venv/dev.stamp  ## Measures speed and memory, mostly as ratios to other ways of doing the same.
 	set -e; for script in benchmarks/[a-z]*.py; do python -m benchmarks.$$(basename $$script .py); done
 
 env: .venv/run.stamp  ## Makes the environment .venv.

@@ -217,7 +217,9 @@ class Batches:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to image and masks; each range is symmetric around no change.
+    """Random changes to image and masks.
+
+    Rotations, shifts, scales and gamma have ranges that are symmetric around no change.
 
     The settings from `tilt_deg` on apply to volumes only.
     """
@@ -256,8 +258,8 @@ class Augment:
     """Largest simulated slice thickness, in voxels; half of the volumes are averaged to
     thicker slices."""
     field_cut: float = 0.0
-    """Largest fraction of the crop, at each of its sides, beyond the field of view; half of
-    the volumes get such sides. Reference and HU are cleared there."""
+    """Largest fraction of the crop to cut off at a side, as if it were beyond the field of
+    view; half of the volumes are cut. Reference and HU are cleared there."""
     synthesis: float = 0.0
     """Fraction of volumes whose HU are replaced by random HU per tissue; see
     augment/synthesis.py."""
@@ -509,8 +511,8 @@ def to_json(settings: Any) -> dict[str, Any]:
 def from_json(kind: type, record: dict[str, Any]) -> Any:
     """Returns the section or experiment of type `kind` that `to_json` wrote.
 
-    A missing setting is newer than the record. It takes its default, which is always the
-    behaviour from before the setting existed.
+    A setting that the record lacks was added later. It takes its default, which is always
+    the behaviour from before the setting existed.
 
     Raises:
         ValueError: If a field is unknown, because another version made the record.

@@ -1,4 +1,4 @@
-r"""Step 4 of 9: stream augmented batches from the table; run alone, draw a contact sheet.
+r"""Step 4 of 9: stream augmented batches from the table; by itself, it draws a contact sheet.
 
 Batches are made in dataset/; this step draws them and hands them to Keras. The sheet shows
 samples as a network would see them in training, with the outlines of the reference. The step
@@ -69,10 +69,11 @@ def as_pydataset(
     global random state. The class is defined here because importing Keras takes seconds.
 
     Keras ends an epoch before the first one begins (when `fit` resets its iterator), and
-    starts its workers before it announces an epoch. The epoch therefore changes only at the
-    end of one, when the workers have stopped, and only if it had begun. Under a
-    `tf.distribute` strategy Keras also draws a batch to build the model, which counts as an
-    epoch; `training.callbacks.SetGeneratorEpoch` sets Keras' own number and is always right.
+    starts its workers before it announces an epoch. The generator's epoch therefore
+    advances only when an epoch ends, because the workers have stopped by then, and only if
+    that epoch had begun. Under a `tf.distribute` strategy Keras also draws a batch to build
+    the model, which counts as an epoch; `training.callbacks.SetGeneratorEpoch` sets Keras'
+    own number and is always right.
 
     Args:
         generator: Source of the batches; its `epoch` is the first one.
@@ -202,7 +203,7 @@ def speed_text(
 
 @dataclass(frozen=True)
 class Data:
-    """Batches for training and, unless nobody validates, for validation."""
+    """Batches for training and, if the split has a validation part, for validation."""
 
     training: Any
     validation: Any | None = None
@@ -299,8 +300,8 @@ def make_views(
 ) -> tuple[int, list[Callable[[int], Picture]]]:
     """Returns the number of samples in an epoch and the views to show in a window.
 
-    The second view shows an augmented sample without augmentation; if its crop is random, it
-    may lie elsewhere.
+    The second view, if there is one, shows the sample without augmentation; a random crop
+    may then lie elsewhere.
     """
     count = len(generator.order_of_epoch(generator.epoch))
     shown = [make_picture_function(generator)]

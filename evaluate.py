@@ -58,7 +58,8 @@ class Arguments:
     """Predictions to score, and the settings of the reference."""
 
     predictions: Path
-    """Folder of infer.py and postprocess.py, or of infer.py for lungs with nodules."""
+    """Folder written by infer.py and postprocess.py, or by infer.py alone for lungs with
+    nodules."""
     out: Path
     """Output folder for tables and figures."""
     scans: Path = Path("work/scans")
@@ -72,7 +73,7 @@ class Arguments:
     surface_tolerance_mm: float = 1.0
     """Largest distance at which surfaces agree."""
     lung_truth: Path | None = None
-    """Scan files with exact lung labels, e.g. PHANTOMS/truth, to score the lung masks."""
+    """Folder of scan files with exact lung labels, e.g. PHANTOMS/truth, to score lung masks."""
     draws: int = 2000
     """Number of bootstrap draws."""
     workers: int = 1
@@ -463,7 +464,7 @@ def protocol(
     what = files.count_text(len(rows), "whole scan")
     if not any(row["whole"] for row in rows):
         what = files.count_text(len(rows), "nodule")
-        what += ", each in patches of its slices whose pixels count as 1 mm,"
+        what += ", each a stack of patches whose pixels count as 1 mm,"
     if by_slice(predictions):
         what = f"{files.count_text(len(rows), 'scan')} (only their slices in the part)"
     candidates = "the components that postprocessing kept"
@@ -515,8 +516,8 @@ def masks_made_by(predictions: Path) -> str:
                 used = config.from_json(config.Postprocess, found["slices"])
                 how += f", from slices, {settings_text(used)}"
             how += (
-                f"; reported from a score of {kept.min_score:g}, the probability of the "
-                "network that found the candidate times that of the classifier"
+                f"; reported with a score of at least {kept.min_score:g}; the score is the "
+                "probability of the network that found it times that of the classifier"
             )
         weights = ", ".join(sha256[:12] for sha256 in found["weights_sha256"])
         return (

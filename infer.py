@@ -1,4 +1,4 @@
-"""Step 6 of 9: scans + a run's weights -> probability maps, or lungs with uncertainty.
+"""Step 6 of 9: segment scans with a run: probability maps, or lungs with uncertainty.
 
 Example:
     python infer.py --exp_dir work/runs/smoke --result_dir work/predictions/smoke
@@ -114,8 +114,8 @@ class Arguments:
     also needs its scan file, which preprocess.py --cohort nifti makes."""
     preset: Preset = "default"
     """w1 takes the settings of Zhuang et al. 2025: 100 passes, 70 % of the cubes hidden, the
-    mask is mean > 0.55. Other values given beside
-    it count; an option at its usual default takes the value of the preset."""
+    mask is mean > 0.55. An option whose value differs from its usual default overrides the
+    preset."""
     overwrite: bool = False
     """Replace existing results, also those made with other weights or settings."""
     exp_dir: Path = SHIPPED
@@ -220,7 +220,7 @@ def write_probabilities(
     """
     if lungs.save_as == "nnunet":
         raise ValueError(
-            f"--save_as nnunet, but {exp_dir} gives probabilities of nodule; expected a run "
+            f"--save_as nnunet, but {exp_dir} gives nodule probabilities; expected a run "
             "for lungs, with --nodules to find nodules in them"
         )
     predictor = nodule_predictor(exp_dir, settings, lungs, batch_size=batch_size)
@@ -389,7 +389,7 @@ def remove_nodules(result_dir: Path) -> None:
 
 
 def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None:
-    """Raises ValueError if `result_dir` has predictions of other weights or passes."""
+    """Raises ValueError if `result_dir` has predictions made with other weights or passes."""
     path = result_dir / PREDICTIONS_JSON
     if not path.exists():
         return
@@ -397,12 +397,12 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
     found = known.weights_sha256
     if found != predictions.weights_sha256:
         raise ValueError(
-            f"{path}: predictions of weights {found[:12]}; this run has "
+            f"{path}: predictions made with weights {found[:12]}, but this run has weights "
             f"{predictions.weights_sha256[:12]}; use --overwrite or another --result_dir"
         )
     if known.passes != predictions.passes:
         raise ValueError(
-            f"{path}: predictions of passes {known.passes or 'one'}; expected "
+            f"{path}: predictions made with passes: {known.passes or 'one'}; expected: "
             f"{predictions.passes or 'one'}; use --overwrite or another --result_dir"
         )
 

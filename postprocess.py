@@ -198,7 +198,7 @@ class Arguments:
     run: Path
     """Run directory that gives the settings; tuned values are stored there."""
     rule: Rule | None = None
-    """Use this rule instead of the run's; voxels-150 keeps components from 150 voxels."""
+    """Use this rule instead of the run's; voxels-150 keeps components of 150 or more voxels."""
     scans: Path = Path("work/scans")
     """Folder written by preprocess.py."""
     tune: bool = False

@@ -110,7 +110,7 @@ def split_subsets(
     if len(names) < 3 or settings.fold >= len(names):
         raise ValueError(
             f"the table has {len(names)} subsets ({', '.join(names)}); split.fold="
-            f"{settings.fold} expects at least {max(3, settings.fold + 1)}"
+            f"{settings.fold} needs at least {max(3, settings.fold + 1)}"
         )
     folds = [sorted(p for p, s in subset_of.items() if s == name) for name in names]
     return _parts_of_folds(folds, settings.fold)

@@ -30,7 +30,7 @@ SIDEWAYS_MM = 0.1
 """Largest allowed distance of a slice from the straight line through all slices."""
 
 TILT_DEG = 0.5
-"""Lean above which a stack counts as sheared; an affine holds smaller leans exactly."""
+"""Lean above which a stack counts as sheared; the affine represents smaller leans exactly."""
 
 COSINE_ATOL = 1e-3
 """Tolerance of direction cosines; some files write them with only four digits."""
@@ -43,7 +43,7 @@ CORRUPT_RATIO, CORRUPT_HU = 3.0, 150.0
 
 A step above both limits (this many times the usual step, and this many HU) means that the
 slices do not belong together. In six intact scans with 2.5 to 8 mm slices, few quarters
-differed by 150 HU, and those by 1.5 times the usual step; where the lower half of three
+differed by 150 HU, and these only by 1.5 times the usual step; where the lower half of three
 slices was blanked, the steps were at least 172 HU and 4.3 times the usual step."""
 
 NAMED_SLICES = 4
@@ -334,7 +334,7 @@ def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
     """Raises ScanError if slices are damaged although they could be decoded.
 
     Rejects blank slices, slices that equal the previous one, and neighbours that differ too
-    much: a slice from another scan, or slices with another rescale.
+    much: a slice from another scan, or slices that were rescaled differently.
 
     Args:
         volume: (slice, row, column) HU.
@@ -374,8 +374,8 @@ def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
         raise ScanError(
             f"{series}: {len(jumps)} pairs of neighbouring slices differ too much in a "
             f"quarter of the image, on average {named}; expected about "
-            f"{usual_hu.max():.0f} HU as elsewhere; the slices on one side are damaged, or "
-            "from another scan or rescale; restore the files"
+            f"{usual_hu.max():.0f} HU as elsewhere; the slices on one side are damaged, from "
+            "another scan, or rescaled differently; restore the files"
         )
 
 

@@ -174,7 +174,7 @@ class Slice:
 class Identity:
     """Kind of a file; `series_uid` is "" if the file is damaged or has no valid UID.
 
-    `patient_id` is the raw value of the header; only pass on its `safe_patient_id`.
+    `patient_id` is the raw value of the header; pass on nothing but its `safe_patient_id`.
     """
 
     path: Path

@@ -11,7 +11,7 @@
                  folder are an error
     a file       one volume
 
-Formats are NIfTI, NRRD, MHA, MHD, and a folder with one DICOM series. A nodule mask
+Formats are NIfTI, NRRD, MHA, MHD, TIFF, and a folder with one DICOM series. A nodule mask
 (seg_path, labelsTr) counts as the mask of one reader, with one nodule per connected
 component. A lung mask (lung_path) holds 1 in the right lung and 2 in the left.
 """
@@ -210,7 +210,7 @@ def _volume_source(path: Path) -> ScanSource:
 
 
 def safe_id(path: Path) -> str:
-    """Returns the scan id of a volume: its stem, with unsafe characters as _."""
+    """Returns the scan id of a volume: its stem, with _ for each unsafe character."""
     scan_id = UNSAFE.sub("_", stem(path))
     if not scan_id[:1].isalnum():
         scan_id = f"x{scan_id}"

@@ -11,8 +11,8 @@ in order; slice numbers may have gaps. There are two layouts:
     PATIENT/nodule-N/mask-R/SLICE.png   mask of reader R, above 0 where the reader drew
 
 `readers` is the number of readers who drew the nodule on at least one slice. Spacing and HU
-are unknown. Grey values are kept, and pixels and slices count as 1 mm, so a length in mm of
-such a scan is a length in pixels.
+are unknown. Grey values of 8 bits are kept, and 32768 is subtracted from those of 16 bits.
+Pixels and slices count as 1 mm, so a length in mm of such a scan is a length in pixels.
 """
 
 import csv

@@ -33,7 +33,7 @@ the one behind a pseudonym."""
 
 
 def safe_patient_id(identity: Identity) -> str:
-    """Returns the patient id if it is public; else a pseudonym, equal for all series.
+    """Returns the patient id if it is public, else one pseudonym for all of its series.
 
     If the id is a placeholder, the pseudonym comes from the study UID, else the series UID.
     """

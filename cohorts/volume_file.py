@@ -322,7 +322,7 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
     apart = _corners_apart_voxels(grid.shape, grid.affine, label_grid.affine)
     if apart > SAME_PLACE_VOXELS:
         raise ScanError(
-            f"{path}: is {apart:.1f} voxels away from its image (spacing "
+            f"{path}: lies {apart:.1f} voxels away from its image (spacing "
             f"{_numbers(label_grid.spacing_mm)} and {_numbers(grid.spacing_mm)} mm); "
             f"expected at most {SAME_PLACE_VOXELS}"
         )

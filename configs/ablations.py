@@ -36,7 +36,7 @@ def ablations_of(base: Experiment) -> dict[str, tuple[str, Experiment]]:
             replace(base, batches=replace(base.batches, lung_mask=False)),
         ),
         "slice-split": (
-            "Split by slice as in the thesis, which leaks; it measures the leak.",
+            "Split by slice as in the thesis, to measure how much this leaks.",
             replace(base, split=replace(base.split, unit="slice")),
         ),
     }

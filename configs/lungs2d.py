@@ -72,7 +72,7 @@ SMALL = replace(
         validation_tiles=240,
     ),
 )
-"""1.5 mm pixels, so that whole slices, also of the abdomen, can be trained on two cores."""
+"""1.5 mm pixels, so that two cores can train on whole slices, even of the abdomen."""
 
 
 def make_pathology_experiments(

@@ -1,4 +1,4 @@
-r"""Nodules in whole lungs by a 3-D U-Net; single slices do not tell nodules from vessels.
+r"""Nodules in whole lungs by a 3-D U-Net; in a single slice, vessels look like nodules.
 
 `nodule3d` suits two cores: 1 mm, crops of 64^3 voxels (6.4 cm). Half of the crops hold a
 nodule, the others lie anywhere in the lungs. Half of all crops get additional simulated

@@ -125,7 +125,7 @@ def to_source(array: np.ndarray, grid: Grid, source: Grid) -> np.ndarray:
 
     if array.shape != tuple(grid.shape):
         raise ValueError(
-            f"array has shape {array.shape}; expected {grid.shape}, as its grid has"
+            f"array has shape {array.shape}; expected that of its grid, {grid.shape}"
         )
     change = orientations.ornt_transform(
         orientations.io_orientation(grid.affine),

@@ -67,7 +67,7 @@ def write_nifti(
         image.header["qform_code"] = UNKNOWN
         log.warning(
             "%s: the axes are sheared by up to %.2f mm, as in the source; programs built on "
-            "ITK refuse the file. --repair tilt straightens a DICOM series",
+            "ITK refuse the file",
             path,
             off_mm,
         )
@@ -78,7 +78,7 @@ def write_nifti(
 
 
 def _furthest_mm(grid: Grid, affine: np.ndarray) -> float:
-    """Returns the largest distance of a voxel of `grid` from its place by `affine`."""
+    """Returns the largest distance between a voxel's positions by `grid` and `affine`."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape) - 1)
     apart_mm = grid.index_to_ras_mm(corners) - Grid(grid.shape, affine).index_to_ras_mm(
         corners

@@ -157,8 +157,8 @@ def nodules(
         weights: Weights for `volume`.
 
     Returns:
-        Reader bits and labels on the new grid. A voxel has a label exactly if it has a
-        bit.
+        Reader bits and labels on the new grid. A voxel has a label if and only if it
+        has a bit.
     """
     new_bits = np.zeros([len(w) for w in weights], np.uint8)
     new_labels = np.zeros_like(new_bits)

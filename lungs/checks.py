@@ -1,7 +1,7 @@
 """Checks of lung labels: volumes, expected Dice, and reasons not to trust them.
 
 The checks look for what goes wrong in practice: part of the lungs outside the field of
-view, a lung that was not found, a volume oriented otherwise than its header says. They
+view, a lung that was not found, a volume whose orientation its header misstates. They
 do not detect a volume mirrored left to right: in most patients the heart lies to the
 left, but in some too little to tell.
 """
@@ -20,10 +20,10 @@ LUNGS_ML = (500.0, 12_000.0)
 """Volume of an adult's lungs: from deep expiration in a small patient to emphysema."""
 
 LUNG_ML = 100.0
-"""Smallest volume of a lung; a lung below it was not found."""
+"""Smallest volume of a lung; a smaller one counts as not found."""
 
 SMALLEST_SHARE = 0.1
-"""Smallest volume of a lung as a share of the other; a lung below it was not found."""
+"""Smallest volume of a lung, relative to the other; a smaller one counts as not found."""
 
 END_CM2 = 10.0
 """Largest area of lung in the first or last slice; more means that part of the lung
@@ -45,7 +45,7 @@ BORDER_STD = 0.3
 passes that agree on no border at all would give 0.5."""
 
 LEAST_SCORE = 0.9
-"""Lowest Dice that a trusted mask may have by its own probability map."""
+"""Lowest Dice of a trusted mask, as its own probability map predicts it."""
 
 END_SHARE = 0.25
 """Share of the slices with lung, at each end, used to distinguish head from feet."""
@@ -141,7 +141,7 @@ def wrong_volumes(right_ml: float, left_ml: float) -> Iterator[str]:
         ("left", left_ml, right_ml),
     ):
         if own_ml < max(LUNG_ML, SMALLEST_SHARE * other_ml) and own_ml <= other_ml:
-            yield f"only one lung was found: the {side} one holds {own_ml:.0f} ml"
+            yield f"the {side} lung was not found: only {own_ml:.0f} ml were labelled"
 
 
 def missing_parts(
@@ -158,7 +158,7 @@ def missing_parts(
 def end_cm2(
     labels: np.ndarray, spacing_mm: tuple[float, float, float], z: int
 ) -> float:
-    """Area of lung in slice `z`, in cm2."""
+    """Returns the area of lung in slice `z`, in cm2."""
     return float(np.count_nonzero(labels[z]) * spacing_mm[1] * spacing_mm[2] / 100)
 
 

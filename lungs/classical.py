@@ -339,6 +339,6 @@ def with_lungs(scan: Scan, mask: config.LungMask) -> Scan:
     if not labels.any():
         raise ScanError(
             f"scan {scan.scan_id}: no lung found in {len(scan.hu)} slices; expected a "
-            "chest CT in HU; if it is one, give lung masks with the cohort"
+            "chest CT in HU; if it is one, supply a lung mask with the scan"
         )
     return replace(scan, lung=labels)

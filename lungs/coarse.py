@@ -10,13 +10,16 @@ import numpy as np
 
 
 def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
-    """Stacks `function` of every slice; runs in threads, as OpenCV frees the GIL."""
+    """Applies `function` to every slice and stacks the results.
+
+    Runs in threads, because OpenCV frees the GIL.
+    """
     with ThreadPoolExecutor() as threads:
         return np.stack(list(threads.map(function, *volumes)))
 
 
 def coarse_factors(spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Returns how many voxels make one coarse voxel along each axis."""
+    """Returns the number of voxels per coarse voxel along each axis."""
     z, y, x = (max(ceil(COARSE_MM / spacing - 0.1), 1) for spacing in spacing_mm)
     return z, y, x
 

@@ -102,7 +102,7 @@ def snap_to_classical(
         classical: Classical labels of the same shape; if empty, nothing changes.
         spacing_mm: (z, y, x).
         reach_mm: Voxels this close to the outside of the mask are its border; they
-            follow the classical mask if that is as near.
+            follow the classical mask if its outside is that near too.
 
     Returns:
         Labels of the same shape; added voxels get the side of the nearest lung.

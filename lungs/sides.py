@@ -194,7 +194,7 @@ def cut_at_necks(labels: np.ndarray) -> np.ndarray:
     """Moves the cut in the labels of a (y, x) slice to where the lungs hardly touch.
 
     Pieces that are separate, or separate once they are eroded by a voxel, get the side
-    on which nearly all of them lies.
+    on which nearly all of each piece lies.
     """
     mask: Any = (labels > 0).astype(np.uint8)
     in_right = labels == RIGHT

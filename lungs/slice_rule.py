@@ -23,7 +23,7 @@ def kmeans_threshold_hu(values_hu: np.ndarray) -> float:
 
     In one dimension the best two clusters are split at one value, so all splits of the
     histogram are tried and the optimum is exact; Lloyd's iterations, which scikit-learn
-    runs, reach it or only a local optimum.
+    runs, may end in a local optimum.
 
     Args:
         values_hu: Integer HU, any shape.

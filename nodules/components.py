@@ -135,7 +135,7 @@ def connected(marked: np.ndarray, settings: config.Postprocess) -> np.ndarray:
 
 
 def filled(marked: np.ndarray) -> np.ndarray:
-    """Fills holes of a mask or labels: what no path across faces joins to the border.
+    """Fills holes of a mask or labels: voxels with no path across faces to the border.
 
     A structure inside a hole of a bool mask becomes part of the surrounding one.
     """

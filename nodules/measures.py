@@ -171,8 +171,8 @@ def axes_mm(
     diameter perpendicular to it in the same slice. Both are straight lines within the
     nodule. A line that leaves it does not count, so neither axis joins the tips of a
     crescent or bridges two parts. pylidc's `diameter` has no such rule; for convex
-    nodules it is the same. Perpendicular holds within half a pixel, and the axes need
-    not cross.
+    nodules it is the same. The right angle is exact to half a pixel, and the axes
+    need not cross.
 
     Lines run between the middles of outer pixel edges, so that a row of n pixels is n
     pixels long, and one pixel as long and wide as it is; lines between pixel centres
@@ -269,7 +269,7 @@ class LinesWithin:
             lengths: (lines,) lengths to compare.
 
         Returns:
-            The index; that of the least length if no line stays within.
+            The index; that of the shortest line if no line stays within.
         """
         order = np.argsort(-lengths, kind="stable")
         start, number = 0, 16

@@ -1,4 +1,4 @@
-"""Chest phantom of one seed, assembled from anatomy, nodules and readers."""
+"""Chest phantom of one seed: anatomy, nodules and the outlines of its readers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

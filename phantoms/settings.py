@@ -18,7 +18,7 @@ class Settings:
     nodules: tuple[int, int] = (1, 5)
     """Minimum and maximum number of nodules."""
     diameter_mm: tuple[float, float] = (4.0, 30.0)
-    """Smallest and largest in-plane nodule diameter in mm, painted within a tenth."""
+    """Smallest and largest in-plane nodule diameter in mm; painted to within 10 %."""
     transfer_syntax: Literal["mixed", "explicit", "rle", "jpeg-ls"] = "mixed"
     """Encoding of the pixels; mixed: of four phantoms, one is RLE and one JPEG-LS."""
 

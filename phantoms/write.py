@@ -215,7 +215,7 @@ class Arguments:
     workers: int = 1
     """Number of processes."""
     overwrite: bool = False
-    """Make phantoms again that are already there."""
+    """Make existing phantoms again."""
     phantom: Settings = field(default_factory=Settings)
     """Settings of the phantoms."""
 

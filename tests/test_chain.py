@@ -112,7 +112,7 @@ def test_tiles_that_are_sure_do_not_add_up_to_more_than_one(work, make_scan):
 def test_predictions_of_other_weights_are_not_mixed(work, tmp_path):
     changed = manifest(work) | {"weights_sha256": "0" * 64}
     (tmp_path / "predictions.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="predictions of weights 000000000000"):
+    with pytest.raises(ValueError, match="predictions made with weights 000000000000"):
         infer.infer(work / "runs/tiny", tmp_path, scans=work / "scans")
 
 

@@ -186,7 +186,7 @@ def test_candidates_that_became_one_nodule_count_once(scan, tmp_path):
         "candidates from volumes, threshold 0.1, at least 14 mm3, from slices, threshold"
         in text
     )
-    assert "reported from a score of 0.87" in text
+    assert "reported with a score of at least 0.87" in text
     # As a candidate of its own it is a false positive.
     table_path = tmp_path / "predictions" / CANDIDATES_CSV
     write_found(table_path, [first, second, second | beside | {"nodule_id": ""}])

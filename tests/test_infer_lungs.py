@@ -358,7 +358,10 @@ def face_down(volume):
     ("spoil", "reason"),
     [
         (without_lungs, "no lung was found"),
-        (without_the_right_lung, "only one lung was found: the right one holds 0 ml"),
+        (
+            without_the_right_lung,
+            "the right lung was not found: only 0 ml were labelled",
+        ),
         (lambda volume: volume[..., :16], "the apices are cut off"),
         (lambda volume: volume[..., ::-1], "head and feet look swapped"),
         (face_down, "front and back look swapped"),
@@ -819,9 +822,7 @@ def test_a_case_is_not_written_over_its_own_image(run, volume, tmp_path):
 def test_probabilities_of_nodules_have_no_nnunet_form(nodule_run, volume, tmp_path):
     source = save(tmp_path / "chest.nii.gz", volume)
     lungs = replace(WITHOUT_SKIN, save_as="nnunet")
-    with pytest.raises(
-        ValueError, match="gives probabilities of nodule; expected a run"
-    ):
+    with pytest.raises(ValueError, match="gives nodule probabilities; expected a run"):
         infer.infer(
             nodule_run,
             tmp_path / "OUT",

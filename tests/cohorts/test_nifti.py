@@ -310,7 +310,9 @@ def test_labels_of_another_geometry_are_refused(listed, tmp_path, chest):
     shifted[2, 3] += 2.5
     save_nifti(seg, tmp_path / "seg.nii", shifted)
     (source,) = listed(row)
-    with pytest.raises(ScanError, match=r"seg.nii: is 1.0 voxels away from its image"):
+    with pytest.raises(
+        ScanError, match=r"seg.nii: lies 1.0 voxels away from its image"
+    ):
         nifti.load_scan(source)
     save_nifti(seg[..., :5], tmp_path / "seg.nii")
     with pytest.raises(

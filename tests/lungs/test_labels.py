@@ -174,7 +174,7 @@ def test_a_mask_without_lung_is_not_trusted(phantom):
 def test_one_lung_is_told(phantom):
     scan, labels = phantom
     (reason,) = judged(scan, np.where(labels == RIGHT, 1, 0).astype(np.uint8)).reasons
-    assert reason == "only one lung was found: the left one holds 0 ml"
+    assert reason == "the left lung was not found: only 0 ml were labelled"
 
 
 def test_a_volume_that_no_lungs_have_is_told(phantom):

@@ -99,7 +99,7 @@ PRESETS: dict[Preset, Lungs] = {
 
 
 def with_preset(lungs: Lungs, preset: Preset) -> Lungs:
-    """Returns `lungs` with the options of a preset where they have their default value."""
+    """Returns `lungs`, taking from a preset the options that still have their default value."""
     named = PRESETS[preset]
     parts = {
         name: _fill_defaults(getattr(lungs, name), getattr(named, name), kind())
@@ -253,7 +253,11 @@ def predict(
 def scan_networks(
     exp_dir: Path, lungs: Lungs, nodules: NoduleRuns
 ) -> tuple[VolumePredictor | Predictor, float, NoduleFinder]:
-    """Loads the networks of `predict`: for lungs, with its `reach_mm`, and for nodules."""
+    """Loads the networks of `predict`.
+
+    Returns:
+        The network for lungs, the distance `reach_mm` of `lungs_of`, and the nodule finder.
+    """
     settings = runs.read_settings(exp_dir)
     if settings.batches.target != "lung":
         raise ValueError(

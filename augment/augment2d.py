@@ -261,8 +261,7 @@ def warp_image(
     """Warps a (y, x) image with linear interpolation.
 
     OpenCV is slow on int16, so the image is converted to float32 first: 0.5 ms instead
-        of
-    2 ms for 400 x 400 pixels.
+    of 2 ms for 400 x 400 pixels.
 
     Returns:
         (y, x) float32; `fill` at pixels that map outside the image.

@@ -39,7 +39,8 @@ class Lung:
     """One lung as its painters see it; arrays are (z, y, x) and cover its box.
 
     Attributes:
-        hu: float32 HU; the painters change it everywhere, but only `open` is used.
+        hu: float32 HU; the painters change it everywhere, but only the voxels in `open`
+            are used.
         mask: uint8, 1 in the lung.
         open: uint8, 1 where painted HU are used: in the lung and its rim.
         noise: int8 noise like that of the scan, added to painted HU.
@@ -139,7 +140,8 @@ def paint(
         box: Part of the lung's box.
         opacity: (z, y, x) float32, 0 to 1.
         hu: Density at full opacity; noise like that of the scan is added.
-        hides: Cover denser voxels as well; False keeps them, as vessels in haze.
+        hides: Cover denser voxels as well; False keeps them visible, such as vessels in
+            haze.
     """
     part = lung.hu[box]
     change = lung.noise[box] * np.float32(lung.noise_hu)
@@ -279,7 +281,7 @@ def ground_glass(lung: Lung, rng: np.random.Generator) -> None:
 
 
 def consolidation(lung: Lung, rng: np.random.Generator) -> None:
-    """Paints rough consolidation of 10 to 70 HU; half of them show open bronchi."""
+    """Paints rough consolidation of 10 to 70 HU, half the time with open bronchi."""
     radii = drawn_radii(15, 50, rng)
     field = field_around(lung, point_in(lung, rng), [1.6 * r for r in radii])
     level = level_of(field, radii)
@@ -302,7 +304,7 @@ def open_bronchi(field: Field, rng: np.random.Generator) -> np.ndarray:
 
 
 def fibrosis(lung: Lung, rng: np.random.Generator) -> None:
-    """Paints a subpleural network of -250 to 0 HU in haze; half have honeycombing."""
+    """Paints a subpleural network of -250 to 0 HU in haze, half the time with honeycombing."""
     field = field_in(lung, lung.bounds)
     inwards = pleural_distance_mm(lung, field)
     zone = np.float32(0.5) * smooth_noise(field, 20, rng)
@@ -370,7 +372,7 @@ def reflected(index: int, length: int) -> int:
 
 
 def mass(lung: Lung, rng: np.random.Generator) -> None:
-    """Paints a spiculated mass of 30 to 80 mm and 10 to 60 HU, half at the pleura."""
+    """Paints a spiculated mass of 30 to 80 mm and 10 to 60 HU, half the time at the pleura."""
     radius = rng.uniform(15, 40)
     if rng.random() < 0.5:
         centre = place_at_pleura(lung, rng, radius * rng.uniform(0.4, 1))
@@ -503,7 +505,7 @@ def collapse(lung: Lung, share: float, rng: np.random.Generator) -> None:
 
 
 def effusion(lung: Lung, rng: np.random.Generator) -> None:
-    """Paints fluid of 0 to 20 HU at the back; 70 % have collapsed lung above it."""
+    """Paints fluid of 0 to 20 HU at the back, in 70 % of cases below collapsed lung."""
     share = rng.uniform(0.04, 0.5)
     z, y, x = lung.bounds
     box = (z, slice(fluid_level(lung.mask, share), y.stop), x)

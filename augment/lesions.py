@@ -89,7 +89,7 @@ def simulate_lesions(
     Args:
         hu: (y, x) or (z, y, x) HU of any real dtype.
         lung: Labels of the same shape, 1 in the right lung and 2 in the left; or a
-            mask, which `split_lungs` splits.
+            mask, which `split_lungs` turns into such labels.
         spacing_mm: Spacing of each axis.
         settings: Probability and kind of the lesions.
         rng: Source of all random choices.

@@ -29,14 +29,14 @@ def check_shapes(count: int, size_mm: tuple[float, float], held_out: Set[str]) -
     if not left:
         raise ValueError(
             f"all {count} LIDC-IDRI outlines that shape simulated nodules belong to "
-            "patients of the table outside training; expected at least one other; "
+            "patients in the table who are not trained on; expected at least one other; "
             "train on more of these patients (slice_idx.py) or use "
             "--lesions.probability 0"
         )
     if left < FEWEST_SHAPES:
         log.warning(
             "simulated nodules use %d of %d shapes: the others are outlines of "
-            "patients of the table outside training",
+            "patients who are in the table but not trained on",
             left,
             count,
         )

@@ -27,7 +27,8 @@ CELLS_PX = 8.0
 
 CELLS_SHAPE = (48, 144, 144)
 CELLS_UNIT = 400
-"""Value in the stored honeycomb at a distance of one cell width from a wall."""
+"""Units of the stored honeycomb per cell width; larger distances than 255 units are
+clipped."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def measure_grain(hu: np.ndarray) -> Grain:
     """Measures the noise of (z, y, x) HU in small blocks of homogeneous soft tissue.
 
     The variance is the 10th percentile over the blocks: structure raises the variance
-        of
-    most blocks, and an estimate that is too low does less harm than one that is too
+    of most blocks, and an estimate that is too low does less harm than one that is too
     high. A Gaussian of width sigma gives neighbouring pixels a correlation of exp(-1 /
     (4 sigma^2)), from which sigma is computed.
     """

@@ -6,7 +6,7 @@ Example:
 Both make the same batches of 400x400 px from one table, with two threads. They take turns and
 the median over the rounds is reported, so a busy machine slows both alike. Slices come from the
 LIDC-IDRI scans below LUNG_DATA (or ../shared/data) with their cleaned lung masks, or else from
-phantoms. The table's pages are in the page cache, so the disk is not measured.
+phantoms. The table lies in the page cache, so the disk is not measured.
 """
 
 import itertools

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
-    """Prints the CPU time of a slice with each kind of lesions, and its ratio to none."""
+    """Prints the CPU time of a slice with each kind of lesions, and its ratio to no lesions."""
     generators = {
         kind: SliceGenerator(
             table,
@@ -73,7 +73,7 @@ def compare(table: SliceTable, name: str, changes: config.Augment) -> None:
             started = time.thread_time()
             slices = len(generator[turn % len(generator)][0])
             cpu_ms[kind].append(1000 * (time.thread_time() - started) / slices)
-    print(f"{name} (CPU ms per slice: median; ratio to none)")
+    print(f"{name} (CPU ms per slice: median; ratio to no lesions)")
     for kind, times in cpu_ms.items():
         ratios = np.divide(times, cpu_ms[NOTHING])[1:]  # the first turn warms up
         low, middle, high = np.percentile(ratios, (25, 50, 75))

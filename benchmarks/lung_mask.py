@@ -84,7 +84,7 @@ def main() -> None:
     slices = len(same) + len(others)
     print(f"scan {scan.patient_id}, {slices} of {len(scan.hu)} slices, one thread each")
     print(f"scikit-learn + scikit-image  {1000 * plain_s / slices:8.1f} ms per slice")
-    print(f"lung_mask.slice_rule         {1000 * ours_s / slices:8.2f} ms per slice")
+    print(f"lungs.slice_rule             {1000 * ours_s / slices:8.2f} ms per slice")
     print(f"ratio                        {plain_s / ours_s:8.1f}")
     print(
         f"thresholds within 10 HU in {len(same)} slices, Dice there: mean "

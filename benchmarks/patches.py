@@ -1,4 +1,4 @@
-"""Speed of `segment_patches` against `model.predict` one by one and against PyTorch.
+"""Speed of `segment_patches` against one `model.predict` per patch and against PyTorch.
 
 Example:
     python -m benchmarks.patches --weights weights/nodule2d

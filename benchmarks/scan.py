@@ -3,7 +3,8 @@
     python -m benchmarks.scan [--image ../shared/data/LIDC-IDRI/LIDC-IDRI-0001]
 
 Prints the seconds and the share of each stage in one process from its start, imports included,
-with the steps of infer.py. If there is no image, a phantom is used. Memory is the peak.
+with the steps of infer.py. If there is no image, a phantom is used. The memory printed is the
+peak.
 """
 
 import resource

@@ -77,7 +77,7 @@ def with_lung(scan: Scan) -> Scan:
 
 
 def synthetic(seed: int) -> Scan:
-    """Returns a water body with two lungs and correlated noise, read as without nodules."""
+    """Returns a water body with two lungs and correlated noise, read without any finding."""
     import cv2
 
     from ct.geometry import Grid

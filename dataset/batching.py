@@ -16,8 +16,8 @@ from dataset.slice_table import SliceTable
 log = logging.getLogger(__name__)
 
 SLICE_ORDER, SLICE_BATCH, SLICE_NOISE, VOLUME_ORDER, VOLUME_BATCH = 1, 2, 3, 4, 5
-"""First words of the seeds of orders, batches and noise. They must come first because NumPy
-treats the seeds (1, 2) and (1, 2, 0) as equal."""
+"""First numbers of the seeds of orders, batches and noise, which keep the seeds apart. They
+come first, not last, because NumPy treats the seeds (1, 2) and (1, 2, 0) as equal."""
 
 CANDIDATE_PX = (6, 6, 6)
 """Central voxels (z, y, x) of a crop: the candidate is a nodule if they hold any nodule."""
@@ -33,7 +33,7 @@ class Generator(ABC):
     Args:
         batches: Target, window, sample size and batch size.
         steps: Batches per epoch.
-        seeds: First words of the seed of a batch; epoch and index are appended.
+        seeds: First numbers of the seed of a batch; epoch and index are appended.
         shuffle: False makes all epochs the same.
         with_slice_label: Return y as {"mask": (b, y, x, 2), "slice": (b, 1) float32}, where
             "slice" is 1 if the sample (for candidates, its central part) holds any target.

@@ -50,7 +50,7 @@ def contact_sheet(
 
 
 def visible(batches: config.Batches) -> config.Batches:
-    """Returns batch settings for display: windowed, unnormalised unless "relative"."""
+    """Returns batch settings for display: windowed, and normalised only if "relative"."""
     if batches.normalisation == "relative":
         return batches
     return replace(batches, normalisation="window")

@@ -34,8 +34,8 @@ class SliceGenerator(Generator):
         augmentation: Augmentation settings; None for plain crops.
         pathology: Lesions to simulate in augmented samples; None for none. They use a
             random stream of their own, so the augmentation is the same with and without
-            them. Simulated nodules never take the shape of a nodule from the table's
-            patients who have none of these rows.
+            them. Simulated nodules never take the shape of a nodule of a patient who is in the
+            table but has none of these rows.
         seed: Seed of order, crops and augmentation.
         steps_per_epoch: Batches per epoch; 0 for as many as hold all rows once.
         shuffle: True draws a new order and new augmentation each epoch. False is for
@@ -232,7 +232,7 @@ class Readers:
         return (bits & chosen[labels]) > 0
 
     def bits_of_scan(self, scan_index: int) -> dict[int, int]:
-        """Collects by label the bits of all readers who marked the nodule on a stored slice."""
+        """Collects, by nodule label, the bits of all readers who marked it on stored slices."""
         draw_rows: dict[int, int] = {}
         for row in self.table.rows_of_scan(scan_index):
             if self.table.rows["nodule_px"][row]:
@@ -308,7 +308,8 @@ def read_row(
         if batches.pixel_mm:
             spacing_mm = stored_spacing_mm(table, row)
             size = inputs.resized_px(hu.shape, spacing_mm, batches)
-            # Resize both lungs as one mask: where they touch, a pixel may be half of neither.
+            # Resize both lungs as one mask: where they touch, either may fill less than half of
+            # a pixel.
             mask = inputs.resized_labels((lung > 0).view(np.uint8), size)
             return (
                 inputs.resized(hu, size),

@@ -33,8 +33,8 @@ from dataset.batching import (
 from dataset.slice_table import SliceTable
 
 CACHE_BYTES = 2**33
-"""Memory limit of the volume cache, once for training and once for validation: 290 chests at
-1.5 mm or 85 at 1 mm. Decompressing a volume again takes 0.6 s at 1 mm."""
+"""Memory limit of a volume cache, enough for 290 chests at 1.5 mm or 85 at 1 mm. Training and
+validation have a cache each. Decompressing a volume again takes 0.6 s at 1 mm."""
 
 LEAST_VOXELS = 4
 """Minimum size of a nodule component that crops are placed around: hardly anything is left of
@@ -44,8 +44,9 @@ DENSE_HU = -500
 """Lower HU limit of dense voxels in the lungs: vessels, airway walls, the pleura, nodules."""
 
 INNER_PX = 3
-"""Depth inside the lungs, in voxels, of the inner dense voxels, which lie among vessels. They
-are drawn as often as dense voxels of the whole lungs, most of which lie at the pleura."""
+"""Least depth inside the lungs, in voxels, at which a dense voxel counts as inner. Inner ones
+lie among vessels; they are drawn as often as those of the whole lungs, most of which lie at the
+pleura."""
 
 MOST_DENSE = 20_000
 """Upper limit of the dense voxels of each kind kept per volume, spread evenly over all."""
@@ -69,9 +70,9 @@ class Volume:
         marks: (z, y, x) uint8 with the bits `augment2d.TARGET_BIT` and `augment2d.LUNG_BIT`.
         lung_box: Bounding box of the lungs; None without lungs.
         nodule_boxes: Boxes of the components of a nodule target; see `nodule_boxes`.
-        others: Flat indices of voxels other than nodules that candidates are centred on:
-            `dense_voxels` and, for scans with marks from networks, `hard_negatives`. Empty
-            unless `crop=candidate`.
+        others: Flat indices of the voxels on which candidates that are not aimed at a nodule
+            are centred: `dense_voxels`, which include those of nodules, and, for scans with
+            marks from networks, `hard_negatives`. Empty unless `crop=candidate`.
     """
 
     hu: np.ndarray
@@ -145,8 +146,8 @@ class VolumeGenerator(Generator):
         augmentation: Augmentation settings; None for plain crops.
         pathology: Lesions to simulate in augmented samples; None for none. They use a
             random stream of their own, so the augmentation is the same with and without
-            them. Simulated nodules never take the shape of a nodule from the table's
-            patients who have none of these scans.
+            them. Simulated nodules never take the shape of a nodule of a patient who is in the
+            table but has none of these scans.
         candidates: See `VolumeCache`. In scans with hard negatives, these make up a third
             of the samples that are not centred on a nodule.
         seed: Seed of order, crops and augmentation.

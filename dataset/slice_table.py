@@ -82,9 +82,9 @@ NOT_CONTENT = {"scan", "first_row", "sha256", "source_sha256"}
 class SliceTable:
     """Table that is open for reading.
 
-    Any number of threads may read at once: only the look-up of a slice's position in the
-    file is under a lock, reading and decompression are not. Each process must open the
-    table itself; unpickling does that.
+    Any number of threads may read at once: only the look-up of a slice's position in the file
+    takes a lock; reading and decompression do not. Each process must open the table itself;
+    unpickling does that.
 
     Attributes:
         path: Path of the file.
@@ -168,7 +168,11 @@ class SliceTable:
         return range(first, first + count)
 
     def other_patients(self, scans: np.ndarray) -> frozenset[str]:
-        """Returns the patients with no scan among these, LIDC-IDRI patients by series too."""
+        """Returns the patients who have none of these scans.
+
+        LIDC-IDRI patients under another name are recognised by their series, and returned under
+        their LIDC-IDRI name as well.
+        """
         names = self.scans["patient_id"]
         others = ~np.isin(names, names[scans])
         series = zip(names[others], self.scans["series_uid"][others], strict=True)

@@ -99,7 +99,7 @@ def rows_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.n
     if known != listed:
         kind = "slices" if by_slice else "patients"
         raise ValueError(
-            f"the split is of other {kind} than {table.path}: "
+            f"the split lists other {kind} than {table.path}: "
             f"{_some(known - listed)} only in the table, {_some(listed - known)} only in "
             "the split; run slice_idx.py again on this table"
         )
@@ -117,7 +117,7 @@ def scans_of_part(split: Mapping[str, Any], table: SliceTable, part: str) -> np.
             "the split is by slice, but volumes can only be split by patient; run "
             "slice_idx.py with --split.unit patient"
         )
-    rows_of_part(split, table, part)  # raises if the split is of other patients
+    rows_of_part(split, table, part)  # raises if the split lists other patients
     return np.flatnonzero(np.isin(table.scans["patient_id"], split["parts"][part]))
 
 

@@ -169,8 +169,8 @@ def _rows_of(part: Path) -> int:
 def check_read_back(written: Path, path: Path) -> None:
     """Raises OSError if a table does not hold what was written.
 
-    HDF5 buffers part of its output until it closes the file, and PyTables does not report
-    if that fails.
+    HDF5 buffers part of its output until it closes the file, and PyTables does not report a
+    failure to do so.
     """
     try:
         good = not verify_table(written)
@@ -186,8 +186,8 @@ def _require_room(parts: Sequence[Path], out: Path) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{out} needs {files.size_text(needed)}, {files.size_text(free)} are free "
-            "there; free some space and repeat the command, which resumes from here",
+            f"{out} needs {files.size_text(needed)}, but only {files.size_text(free)} are "
+            "free there; free some space and repeat the command, which resumes from here",
         )
 
 

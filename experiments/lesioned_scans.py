@@ -41,7 +41,8 @@ DENSER_HU = 150.0
 """Voxels that became denser by at least this much are disease that a mask may lose."""
 
 LEAST_MM3 = 50.0
-"""Smallest volume of a component; smaller ones are grain of larger components."""
+"""Smallest volume of a component; smaller ones are specks that image noise separates from
+larger ones."""
 
 MOST_PARTS = 255
 """Largest number of components, as scan files hold no more labels; the largest are kept."""

@@ -40,7 +40,7 @@ COLUMNS = (
 )
 
 BONE_HU = 250
-"""Voxels of an ellipse from this HU on are bone of the chest wall and are not added."""
+"""Voxels of an ellipse with at least this HU are bone of the chest wall and are not added."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def compare(
 def difference_of(
     statistic: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the difference of a statistic: first half of the columns minus second."""
+    """Returns a function: `statistic` of the first half of columns less that of the rest."""
 
     def difference(sums: np.ndarray) -> np.ndarray:
         first, second = np.split(sums, 2, axis=-1)

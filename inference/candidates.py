@@ -25,7 +25,7 @@ MIRRORS = ((), (1,), (2,), (1, 2))
 """Axes of (z, y, x) along which a crop is mirrored; z never is, so the head stays up."""
 
 OUTLINED_FROM = 0.5
-"""Threshold that outlines a candidate of the 3-D network if its peak reaches it."""
+"""Threshold at which a candidate of the 3-D network is outlined if its peak reaches it."""
 
 CANDIDATES_AT_ONCE = 4
 """Candidates per network call; fewer are padded, so that the network is traced once."""
@@ -123,8 +123,8 @@ def candidate_map(prob: np.ndarray, settings: config.Postprocess) -> np.ndarray:
 
     The first candidates are the components at the threshold `OUTLINED_FROM`. The threshold
     is then halved step by step down to `settings.threshold`; each step adds the components
-    that contain no earlier candidate. Less probable candidates so get their own outline and
-    do not merge with others.
+    that contain no earlier candidate. Thus less probable candidates get an outline of their own
+    and do not merge with others.
 
     Args:
         prob: (z, y, x) nodule probability.

@@ -46,8 +46,8 @@ class NoduleFinder:
         reduction_dir: Run of the false-positive network, whose settings define the
             candidates of the 3-D network and the least score kept; None keeps everything
             the 3-D network finds.
-        min_score: Least score that is reported; None uses the settings of the
-            false-positive run, or of the 3-D run without one.
+        min_score: Least score that is reported; None uses the setting of the false-positive run
+            or, without such a run, of the 3-D run.
         seed: Dropout seed, used with several passes.
         batch_size: Tiles of slices per network call.
         precision: Keras dtype policy of all networks but the seeded one.
@@ -79,8 +79,8 @@ class NoduleFinder:
     ) -> None:
         if slices_dir is not None and reduction_dir is None:
             raise ValueError(
-                f"{slices_dir} marks candidates, but there is no false-positive network; "
-                "expected one"
+                f"{slices_dir} marks candidates, but no false-positive network judges them; "
+                "expected reduction_dir"
             )
         settings = runs.read_settings(run_dir)
         if settings.batches.target != "nodule" or settings.model.name != "unet3d":

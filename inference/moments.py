@@ -1,4 +1,4 @@
-"""Running mean and standard deviation over passes, and the Dice error they leave."""
+"""Running mean and standard deviation over passes, and the Dice error expected of them."""
 
 import numpy as np
 

@@ -19,7 +19,7 @@ LEAST_SHARE = 0.25
 """Least size of a usable outline, as a share of the found mask."""
 
 SAME_SHARE = 0.5
-"""Share of the smaller outline inside the other from which two nodules become one."""
+"""Share of the smaller outline that must lie inside the other for two nodules to become one."""
 
 
 def outline_nodules(

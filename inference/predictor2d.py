@@ -23,8 +23,8 @@ class Predictor:
     Args:
         run_dir: Run directory made by train.py.
         settings: Settings of the run.
-        batch_size: Tiles per network call; with dropout it is always 1, so that the
-            dropped units do not depend on it.
+        batch_size: Tiles per network call; with dropout always 1, so that the dropped units do
+            not depend on the batch size.
         passes: Passes that `maps` makes; they can draw only dropout.
         precision: Keras dtype policy while the network is built.
 

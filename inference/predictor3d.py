@@ -2,9 +2,9 @@
 
 A pass for lungs sees the whole body at once if memory allows; a pass for nodules sees the
 lungs in tiles. The pair (seed, pass number) determines its masks and dropout. Each pass is a
-call of its own: the last bits of several passes in one call would depend on their number, and
-batching gains nothing (on two cores, four passes in one call took 0.96 s each, 0.77 s one by
-one).
+call of its own: if passes shared a call, the last bits of each would depend on their number,
+and batching gains nothing (on two cores four passes took 0.96 s each in one call, 0.77 s each
+one by one).
 """
 
 import functools
@@ -33,7 +33,7 @@ MEMORY_GB = 4.0
 
 BYTES_PER_VOXEL = 32
 """Memory of a pass per voxel and first-level filter, rounded up: at 128^3 voxels and 16
-filters, 26 were measured with float32 and 18 with bfloat16."""
+filters, 26 bytes were measured with float32 and 18 with bfloat16."""
 
 PADDED_PX = 32
 """Multiple to which volume sizes are padded, so that scans share few shapes: each shape needs
@@ -201,7 +201,7 @@ def refuse_lung_masks(run_dir: Path, batches: config.Batches) -> None:
     """Raises ValueError if a run was trained on lung-masked input."""
     if batches.lung_mask:
         raise ValueError(
-            f"{run_dir}: batches.lung_mask is set, so this run sees nothing outside of lung "
+            f"{run_dir}: batches.lung_mask is set, so this run sees nothing outside lung "
             "masks; train one with --batches.no-lung-mask"
         )
 

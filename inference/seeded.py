@@ -2,8 +2,8 @@
 
 The centre of a patch is the seed point, such as a click or a candidate. The network first sees
 the centre at the resolution of the patch. If the nodule reaches the border of that view, a
-second look covers twice the side at half the resolution. If a nodule lies off the centre of its
-slices, a second look is centred on it.
+second look covers twice the side at half the resolution. If the nodule found in all slices
+together lies off the centre, the slices are looked at once more, centred on the nodule.
 """
 
 from collections.abc import Iterator

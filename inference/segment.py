@@ -259,7 +259,11 @@ def predict(
 def scan_networks(
     exp_dir: Path, lungs: Lungs, nodules: NoduleRuns
 ) -> tuple[VolumePredictor | Predictor, float, NoduleFinder]:
-    """Loads the networks of `predict`: for lungs, with its `reach_mm`, and for nodules."""
+    """Loads the networks of `predict`.
+
+    Returns:
+        The network for lungs, the distance `reach_mm` of `lungs_of`, and the nodule finder.
+    """
     settings = runs.read_settings(exp_dir)
     if settings.batches.target != "lung":
         raise ValueError(

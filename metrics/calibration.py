@@ -174,7 +174,7 @@ def reliability_counts(
         prob: Probabilities 0..1, any shape; not checked.
         mask_ref: bool, or the share of readers who drew each voxel; same shape.
         bins: Number of bins of equal width.
-        least: Voxels outside the reference of at most this probability are left out too.
+        least: Voxels outside the reference whose probability is at most this are left out too.
     """
     counted = (mask_ref > 0) | (prob > least)
     values, inside = prob[counted], mask_ref[counted].astype(np.float64)

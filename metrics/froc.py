@@ -205,7 +205,7 @@ def froc(
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """Hits and false positives by descending score, so that a draw takes two running sums.
+    """Hits and false positives by descending score, so that a draw needs only two running sums.
 
     Attributes:
         scan: (events,) index of the scan.

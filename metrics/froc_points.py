@@ -87,7 +87,7 @@ def read_candidate_positions(path: Path) -> dict[str, np.ndarray]:
         ScanError: If a column is missing, or a number is not finite.
     """
     places: dict[str, list[list[float]]] = {}
-    # Requiring marked_by excludes nodules.csv: a reported nodule is no hard negative.
+    # Requiring marked_by excludes nodules.csv: a reported nodule is not a hard negative.
     for line, row in rows_of(path, (*COLUMNS[:3], "case_id", "marked_by")):
         where = f"{path}, line {line}"
         point = [parse_finite(row[name], f"{where}: {name}") for name in COLUMNS[:3]]

@@ -41,7 +41,8 @@ STRATA: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 """Column of nodules.csv -> name of each stratum and its bounds; the lower bound is included.
-A median rating of 3.5 falls into the stratum of 3. Texture has the kinds that phantoms draw."""
+A median rating of 3.5 falls into the stratum of 3. The strata of texture are the kinds of
+nodules that phantoms have."""
 
 
 def strata(

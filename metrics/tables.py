@@ -27,7 +27,7 @@ AGREEING_READERS = 3
 
 AGREEMENT = {
     "dice_consensus": "Dice with the 50 % consensus",
-    "dice_reader_consensus": "One reader's Dice with the 50 % consensus, himself counted",
+    "dice_reader_consensus": "One reader's Dice with the 50 % consensus, reader included",
     "dice_others": "Dice with the majority of all readers but one",
     "dice_reader_others": "One reader's Dice with the majority of the others",
     "dice_readers": "Dice with one reader",

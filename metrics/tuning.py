@@ -33,10 +33,10 @@ def tuning_counts(
 ) -> np.ndarray:
     """Counts voxels and false components of a scan for each setting of the grid.
 
-    See `count_for_tuning` for the result. Components are found once for all volumes and
-    scores. `settings` gives the values that are not tuned: connectivity, `min_voxels` and
-    `fill_holes`. Components and their volumes are those of the whole scan, but only voxels
-    and components in `slices` are counted.
+    See `postprocess.count_for_tuning` for the result. Components are found once for all volumes
+    and scores. `settings` gives the values that are not tuned: connectivity, `min_voxels` and
+    `fill_holes`. Components and their volumes are those of the whole scan, but only voxels and
+    components in `slices` are counted.
     """
     grid_axes = (THRESHOLDS, EROSIONS_PX, MIN_VOLUMES_MM3, MIN_SCORES)
     counts = np.zeros((*map(len, grid_axes), 4), np.int64)
@@ -78,15 +78,14 @@ def best_of_grid(
 ) -> tuple[config.Postprocess, dict[str, Any]]:
     """Chooses the simplest setting that is within one standard error of the best.
 
-    The score of a scan is its Dice, or 0 without a nodule, minus
-    `FALSE_COMPONENT_PENALTY` for every
-    false component. A setting is as good as the best if its mean score is lower by at most
-    one standard error of the per-scan differences. Of these settings, the one closest in
-    grid steps to threshold 0.5, no erosion, a smallest volume of 14 mm3 and any score is
+    The score of a scan is its Dice, or 0 without a nodule, minus `FALSE_COMPONENT_PENALTY` for
+    every false component. A setting is as good as the best if its mean score is lower by at
+    most one standard error of the per-scan differences. Of these settings, the one closest in
+    grid steps to threshold 0.5, no erosion, a least volume of 14 mm3 and no least score is
     chosen: few scans cannot distinguish the settings more finely.
 
     Args:
-        counts: (scans, thresholds, erosions, volumes, scores, 4) from `count_for_tuning`.
+        counts: (scans, thresholds, erosions, volumes, scores, 4) from `tuning_counts`, stacked.
         base: Settings that are kept where they are not tuned.
 
     Returns:

@@ -10,9 +10,9 @@ from typing import Any
 def import_quietly() -> None:
     """Imports TensorFlow without its banners and hints, unless TF_CPP_MIN_LOG_LEVEL is 0 or 1.
 
-    Redirects stderr for the time of the import, because TensorFlow writes to it before it
-    reads that variable. It logs as errors that there is no GPU and that oneDNN does not
-    support bool on this CPU. Python exceptions still come through.
+    Redirects stderr during the import, because TensorFlow writes to it before reading that
+    variable: it reports as errors that there is no GPU and that oneDNN does not support bool on
+    this CPU. Python exceptions still get through.
     """
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if level < "2" or os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
@@ -25,7 +25,7 @@ def import_quietly() -> None:
         import tensorflow as tf
 
         tf.config.list_physical_devices("GPU")
-        # 3-D networks are built, and so traced again, for each scan shape on purpose.
+        # Hides the warning about retracing: a 3-D network is built for each scan shape.
         tf.get_logger().addFilter(
             lambda line: "make_predict_function" not in line.getMessage()
         )

@@ -92,7 +92,7 @@ def global_convolution(x: KerasTensor, filters: int, size_px: int) -> KerasTenso
 def upsample_to(
     x: KerasTensor, like: KerasTensor, *, dtype: str | None = None
 ) -> KerasTensor:
-    """Doubles y and x bilinearly, then crops odd last lines to match the size of `like`.
+    """Doubles y and x bilinearly, then crops surplus last lines to match the size of `like`.
 
     This inverts an encoder that rounds up: 25 -> 13 on the way down, 13 -> 26 -> 25 on the
     way up. The remaining pixels stay aligned with the pixels that they came from.
@@ -125,7 +125,7 @@ def mask_head(
 
 
 def slice_head(x: KerasTensor, dropout: float) -> KerasTensor:
-    """Returns (batch, 1) nodule probabilities per image from the last encoder stage."""
+    """Returns (batch, 1) nodule probabilities, one per image or volume, from the last stage."""
     volumes = len(x.shape) == 5
     x = (
         layers.GlobalAveragePooling3D() if volumes else layers.GlobalAveragePooling2D()

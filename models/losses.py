@@ -116,8 +116,8 @@ def hausdorff(
 
     Reference: Karimi and Salcudean 2019, equation 8 (HD_ER, 10 erosions, exponent 2). They
     rebalance it against Dice in each epoch. We divide by the number of pixels in the union
-    of reference and prediction, plus one, so the loss does not depend on the image size;
-    it is near 1 where no part of either is right.
+    of reference and prediction, plus one, so the loss does not depend on the image size; it
+    approaches 1 only if a large reference and its prediction do not overlap.
     """
     either = sum(sum_errors(y_true, y_pred))
     left = ops.square(as_float32(y_true)[..., 1:] - as_float32(y_pred)[..., 1:])

@@ -57,10 +57,11 @@ def build(
 ) -> keras.Model:
     """Builds NASNet-GCN-SE.
 
-    It differs from the thesis in three ways: it has one tap per stride instead of the tap
-    and its ReLU; the tap at stride 2 also joins the decoder (the thesis stops at 4), which
-    sharpens small nodules; and it upsamples by two with aligned pixels, not to a given size
-    with aligned corners. Keras has no NASNet on its torch backend.
+    It differs from the thesis in three ways: it takes one output per stride from the encoder
+    (after its ReLU), not the output both before and after the ReLU; the tap at stride 2 also
+    joins the decoder (the thesis stops at 4), which sharpens small nodules; and it upsamples by
+    two with aligned pixels, not to a given size with aligned corners. Keras has no NASNet on
+    its torch backend.
 
     Args:
         input_shape: (y, x, channels), static, y and x at least 32, odd sizes included.
@@ -73,11 +74,12 @@ def build(
         squeeze_excite: Use squeeze-excite blocks.
         seeded: Add the channel of `layers.Nearness` to the input.
         dropout: Dropout rate before the last layer of the mask and of the slice classifier.
-        slice_classifier: Add the head of the false-positive network.
+        slice_classifier: Add a classifier of the whole slice, the false-positive network of the
+            thesis.
 
     Returns:
-        A network from images in 0..1 (batch, y, x, channels) to probabilities (batch, y, x,
-        classes) float32; with the slice classifier to {"mask": probabilities, "slice":
+        A network that maps images in 0..1 (batch, y, x, channels) to float32 probabilities
+        (batch, y, x, classes); with the slice classifier, to {"mask": probabilities, "slice":
         (batch, 1)}.
 
     Raises:

@@ -28,7 +28,8 @@ def build(
 ) -> keras.Model:
     """Builds a U-Net with two 3x3 convolutions per level.
 
-    It differs from the paper by padded convolutions, normalisation and bilinear upsampling.
+    Unlike the network of the paper it has padded convolutions, normalisation and bilinear
+    upsampling.
 
     Args:
         input_shape: (y, x, channels), static; any size works, odd sizes included.
@@ -45,9 +46,8 @@ def build(
         slice_classifier: Add a classifier of the whole slice.
 
     Returns:
-        A network from images (batch, y, x, channels) to probabilities (batch, y, x,
-        classes) float32; with the slice classifier to {"mask": probabilities, "slice":
-        (batch, 1)}.
+        A network that maps images (batch, y, x, channels) to float32 probabilities (batch, y,
+        x, classes); with the slice classifier, to {"mask": probabilities, "slice": (batch, 1)}.
 
     Raises:
         ValueError: If the input shape is not static.

@@ -51,9 +51,8 @@ def build(
         slice_classifier: Add a classifier of the whole input.
 
     Returns:
-        A network from volumes (batch, z, y, x, channels) to probabilities (batch, z, y, x,
-        classes) float32; with the classifier to {"mask": probabilities, "slice":
-        (batch, 1)}.
+        A network that maps volumes (batch, z, y, x, channels) to float32 probabilities (batch,
+        z, y, x, classes); with the classifier, to {"mask": probabilities, "slice": (batch, 1)}.
 
     Raises:
         ValueError: If the shape is not static or not a multiple of 2^depth, or if deep

@@ -1,4 +1,4 @@
-"""The record predictions.json beside the predictions of infer.py."""
+"""The record predictions.json, which lies next to the predictions of infer.py."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -33,7 +33,8 @@ FORMAT_VERSION = 1
 PREDICTIONS_JSON = "predictions.json"
 
 STD_NIFTI = "std.nii.gz"
-"""Standard deviation over passes, beside prob.nii.gz; written for several passes only."""
+"""File with the standard deviation over passes, next to prob.nii.gz; only with several
+passes."""
 
 
 @dataclass(frozen=True)

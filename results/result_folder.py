@@ -51,7 +51,7 @@ Without nodules it is 1."""
 
 
 class Results:
-    """A result directory of lungs, all made with the same weights and settings.
+    """Result directory for lungs, in which all results have the same weights and settings.
 
     Args:
         folder: The result directory.

@@ -25,7 +25,7 @@ BLOCK = re.compile(
     r"^<!-- test(?:: (\w+))? -->\n```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL
 )
 SMALLER = {
-    # What would take hours or data that a test lacks -> the same at the size of a test.
+    # Words of a command that would need hours or missing data -> words that suit a test.
     "data/lidc_idri": "work/phantoms",
     "/data/LIDC-IDRI": "work/phantoms",
     "/fast/work": "work",
@@ -66,7 +66,7 @@ def smaller(command):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A folder with links to the checkout, so that what commands write lies elsewhere."""
+    """A folder of links to the checkout, so that commands write outside the checkout."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if path.name not in {"work", "OUT", ".git"}:

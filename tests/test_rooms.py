@@ -1,4 +1,4 @@
-"""The rooms and floors of docs/layout.md, which keep the house free of circles."""
+"""The rooms and floors of docs/layout.md, which keep imports free of cycles."""
 
 import ast
 import re
@@ -77,7 +77,7 @@ def test_modules_of_a_room_import_each_other_in_no_circle(room):
     names = set(needs)
     while needs:
         free = {name for name, other in needs.items() if not other & set(needs)}
-        assert free, f"{room}: a circle among {sorted(needs)}"
+        assert free, f"{room}: a cycle of imports among {sorted(needs)}"
         needs = {name: other for name, other in needs.items() if name not in free}
     assert names
 
@@ -97,7 +97,7 @@ def test_only_rooms_that_compute_with_networks_import_keras(room):
 
 @pytest.mark.parametrize("module", STEPS)
 def test_help_loads_nothing_slow(module):
-    """No module that takes long to import is loaded to show a step's help."""
+    """Showing a step's help loads no module that takes long to import."""
     program = (
         f"import sys, {module}\n"
         "slow = {'keras', 'tensorflow', 'scipy', 'pydicom', 'nibabel', 'SimpleITK',\n"
@@ -111,7 +111,7 @@ def test_help_loads_nothing_slow(module):
 
 
 def report():
-    """Floors, circles, file and function lengths, and public names of each room."""
+    """Prints the floors, file and function lengths, and the public names of each room."""
     for floor, rooms in enumerate(FLOORS):
         print(f"floor {floor}: {', '.join(rooms)}")
     code = [path for room in FLOOR_OF for path in sources(room)]

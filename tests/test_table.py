@@ -542,7 +542,9 @@ def test_a_disk_too_small_for_the_table_is_seen_before_it_is_written(
 ):
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(table_writer.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"table.h5 needs .*B, 1 kB are free") as error:
+    with pytest.raises(
+        OSError, match=r"table.h5 needs .*B, but only 1 kB are free"
+    ) as error:
         table.write_table(scans_dir, tmp_path / "table.h5", SETTINGS)
     assert error.value.errno == 28
     assert not (tmp_path / "table.h5").exists()

@@ -250,7 +250,7 @@ def test_a_split_of_other_patients_is_refused(data):
     del split["sha256"]
     path = data / "other.json"
     path.write_text(json.dumps(split))
-    with pytest.raises(ValueError, match="the split is of other patients"):
+    with pytest.raises(ValueError, match="the split lists other patients"):
         trained(data, "other", split="other.json")
     assert not (data / "runs" / "other.partial").exists()
 

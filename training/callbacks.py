@@ -169,7 +169,8 @@ class Checkpoints(keras.callbacks.Callback):
     """Callback that writes best weights, history.csv and state, logs, and stops early.
 
     The state is written last in each epoch and names the epoch. A run that is killed at any
-    moment resumes from the end of an epoch and rewrites whatever it had written since.
+    moment resumes from the end of its last complete epoch and rewrites whatever it had written
+    since.
 
     Args:
         run_dir: Directory for the files.
@@ -318,7 +319,10 @@ class Pictures(keras.callbacks.Callback):
             cv2.imwrite(str(partial), picture)
 
     def predicted(self, image: np.ndarray) -> np.ndarray:
-        """Returns the (y, x) foreground probability of one image; a batch may exceed memory."""
+        """Returns the (y, x) foreground probability of one image.
+
+        Images are not batched, because a batch may exceed memory.
+        """
         outputs = self.model(image[None], training=False)
         if isinstance(outputs, dict):
             outputs = outputs["mask"]

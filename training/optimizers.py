@@ -114,10 +114,10 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 class FlatOptimizer(keras.optimizers.Optimizer):
     """Optimizer that applies another one to all weights concatenated into vectors.
 
-    There is one vector of weights with weight decay and one of weights without. The steps
-    equal those of the inner optimizer but need fewer operations: NASNet has 883 small weight
-    tensors, for each of which TensorFlow would trace 45 operations, more than for the
-    network and its gradient together.
+    There is one vector of weights with weight decay and one of weights without. The updates are
+    those of the inner optimizer, computed with fewer operations: NASNet has 883 small weight
+    tensors, for each of which TensorFlow would trace 45 operations, more than for the network
+    and its gradient together.
 
     If `ema` is above 0, it also keeps the moving average of the weights, and that of the
     batch-normalisation statistics, which belong to the weights that they were measured with.

@@ -14,7 +14,8 @@ from dataset import split
 log = logging.getLogger(__name__)
 
 POSTPROCESS_JSON = "postprocess.json"
-"""File of postprocessing settings and their origin: tuned in a run, used in predictions."""
+"""File with postprocessing settings and their origin: in a run, those that were tuned; in
+predictions, those that were used."""
 
 
 def tuned_settings(

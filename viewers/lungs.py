@@ -33,13 +33,13 @@ MARGIN = 4
 """Voxels of background around the mask, which close a lung cut by the field of view."""
 
 MAX_STD = 0.5
-"""End of the colour scale on every page: values from 0 to 1 cannot deviate more."""
+"""End of the colour scale on every page: no standard deviation of values in 0..1 is larger."""
 
 LUNG_OPACITY = 0.4
 """Opacity of lungs that contain nodules; lungs without nodules are opaque."""
 
 FEW_VOXELS = 50
-"""Largest nodule that is resampled to a quarter of the voxel size; larger ones to half."""
+"""Most voxels of a nodule that is resampled to 1/4 of the voxel size; larger ones to 1/2."""
 
 NODULE_COLOUR = "crimson"
 
@@ -129,7 +129,7 @@ def surface(mask: np.ndarray, grid: Grid, spacing_mm: float) -> Mesh:
         )
     points, faces, *_ = measure.marching_cubes(inside, 0.5, allow_degenerate=False)
     coarse = Grid(inside.shape, affine)
-    # Faces are clockwise in (z, y, x) order; a mirroring affine makes them as wanted.
+    # Faces are clockwise in (z, y, x) order; a mirroring affine makes them counter-clockwise.
     if np.linalg.det(affine[:3, :3]) > 0:
         faces = faces[:, ::-1]
     return Mesh(coarse.index_to_ras_mm(points - MARGIN), faces)

@@ -296,7 +296,7 @@ def test_what_a_run_cannot_draw_is_refused(run):
 def test_a_run_that_needs_lung_masks_cannot_find_lungs(run):
     settings = read_settings(run)
     masked = replace(settings, batches=replace(settings.batches, lung_mask=True))
-    with pytest.raises(ValueError, match="sees nothing outside of lung masks"):
+    with pytest.raises(ValueError, match="sees nothing outside lung masks"):
         VolumePredictor(run, masked, Passes())
     no_spacing = replace(settings, table=replace(settings.table, volume_spacing_mm=0))
     with pytest.raises(ValueError, match="volume_spacing_mm is 0"):

@@ -134,12 +134,12 @@ class SliceGenerator(Generator):
         hu, consensus, lung = read_row(self.table, row, self.batches)
         crop = self.crop(consensus, lung, rng)
         if self.batches.reference == "votes":
-            draw_rows = readers.votes(row)
+            drawn = readers.votes(row)
         else:
-            draw_rows = readers.one(row, rng).astype(np.float32)
+            drawn = readers.one(row, rng).astype(np.float32)
         marks = pack_marks(consensus, lung)
         image, _, warp = self.warped(hu, marks, crop, changes, rng)
-        mask = augment2d.warp_image(draw_rows, warp, self.batches.slice_px, fill=0)
+        mask = augment2d.warp_image(drawn, warp, self.batches.slice_px, fill=0)
         if self.batches.reference == "reader":
             mask = (mask >= 0.5).astype(np.uint8)
         return image, mask
@@ -224,8 +224,8 @@ class Readers:
         labels = self.table.read("nodule_labels", row)
         chosen = np.zeros(256, np.uint8)
         scan = int(self.table.rows["scan"][row])
-        for label, draw_rows in self.bits(scan).items():
-            readers = scans.readers_in(draw_rows)
+        for label, marked_by in self.bits(scan).items():
+            readers = scans.readers_in(marked_by)
             if self.counts(scan)[label] < self.min_readers:
                 continue
             chosen[label] = 1 << readers[int(rng.random() * len(readers))]
@@ -233,15 +233,15 @@ class Readers:
 
     def bits_of_scan(self, scan_index: int) -> dict[int, int]:
         """Collects, by nodule label, the bits of all readers who marked it on stored slices."""
-        draw_rows: dict[int, int] = {}
+        marked_by: dict[int, int] = {}
         for row in self.table.rows_of_scan(scan_index):
             if self.table.rows["nodule_px"][row]:
                 bits = self.table.read("reader_bits", row)
                 labels = self.table.read("nodule_labels", row)
                 for label in np.unique(labels[bits > 0]).tolist():
                     found = np.bitwise_or.reduce(bits[labels == label])
-                    draw_rows[label] = draw_rows.get(label, 0) | int(found)
-        return draw_rows
+                    marked_by[label] = marked_by.get(label, 0) | int(found)
+        return marked_by
 
 
 def validation_of_slices(

@@ -85,10 +85,8 @@ def fit_temperature(counts: np.ndarray) -> float | None:
     probability = summed / voxels
 
     def cross_entropy(log_temperature: float) -> float:
-        scale_histogram = scale_probabilities(probability, np.exp(log_temperature))
-        found = votes * np.log(scale_histogram) + (voxels - votes) * np.log1p(
-            -scale_histogram
-        )
+        scaled = scale_probabilities(probability, np.exp(log_temperature))
+        found = votes * np.log(scaled) + (voxels - votes) * np.log1p(-scaled)
         return -float(found.sum())
 
     bounds = np.log(TEMPERATURES)

@@ -118,10 +118,11 @@ class Batches:
     """Structure to segment."""
     input_px: tuple[int, ...] = (400, 400)
     """Size of the network input: (y, x) for slices, or (z, y, x) for the table's volumes."""
-    crop: Literal["centre", "lung", "nodule", "seed", "candidate"] = "centre"
+    crop: Literal["centre", "lung", "body", "nodule", "seed", "candidate"] = "centre"
     """Position of a training crop. centre: the middle of the slice or volume; lung: the
     centre of the lungs in a slice, or a random point of the box around the lungs in a
-    volume; nodule: near a nodule. Validation and whole scans are covered by tiles of
+    volume; body: for volumes, half of the crops as with lung and half at a random point of
+    the whole volume; nodule: near a nodule. Validation and whole scans are covered by tiles of
     `input_px`. seed: slices are patches around a nodule, and their middle is used in
     training, validation and inference. candidate: for the false-positive network on
     volumes; crops are centred on a nodule, on another structure in the lungs that is as
@@ -263,6 +264,9 @@ class Augment:
     synthesis: float = 0.0
     """Fraction of volumes whose HU are replaced by random HU per tissue; see
     augment/synthesis.py."""
+    gas: float = 0.0
+    """Fraction of volumes that get simulated bowel gas outside the lungs; see
+    augment/gas.py."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -277,11 +281,12 @@ class Augment:
         cut = self.field_cut
         require(0 <= cut < 0.5, "field_cut", cut, "at least 0, below 0.5")
         require(0 <= self.synthesis <= 1, "synthesis", self.synthesis, "0 to 1")
+        require(0 <= self.gas <= 1, "gas", self.gas, "0 to 1")
 
 
 VOLUME_CHANGES = (
     *("tilt_deg", "stretch", "curve_hu", "contrast_hu", "blur_px"),
-    *("noise_width_px", "slice_px", "field_cut", "synthesis"),
+    *("noise_width_px", "slice_px", "field_cut", "synthesis", "gas"),
 )
 """Settings of `Augment` that apply to volumes only."""
 

@@ -110,6 +110,14 @@ LUNG3D = replace(
 )
 
 
+LUNG3D_ANYWHERE = replace(
+    LUNG3D_3MM,
+    batches=replace(LUNG3D_3MM.batches, crop="body", real_fraction=0.5),
+    augment=replace(LUNG3D_3MM.augment, gas=0.6),
+    train=replace(LUNG3D_3MM.train, learning_rate=1e-3, epochs=16, steps_per_epoch=60),
+)
+
+
 def without_masking(base: Experiment, *, dropout: float = 0.0) -> Experiment:
     """Returns `base` without hidden cubes, optionally with dropout."""
     return replace(base, model=replace(base.model, mask_fraction=0.0, dropout=dropout))
@@ -118,6 +126,10 @@ def without_masking(base: Experiment, *, dropout: float = 0.0) -> Experiment:
 CONFIGS = {
     "lung3d": ("3-D U-Net with hidden cubes, whole chests at 2 mm; for a GPU.", LUNG3D),
     "lung3d-3mm": ("3-D U-Net with hidden cubes at 3 mm; for two cores.", LUNG3D_3MM),
+    "lung3d-anywhere": (
+        "Continues lung3d-3mm on whole bodies, with bowel gas; --init its weights.",
+        LUNG3D_ANYWHERE,
+    ),
     "lung3d-nomask": (
         "lung3d-3mm without hidden cubes.",
         without_masking(LUNG3D_3MM),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import config
-from augment import augment2d, augment3d, lesions, synthesis
+from augment import augment2d, augment3d, gas, lesions, synthesis
 from ct import boxes, inputs
 from ct.boxes import Box, Crop
 from ct.geometry import Grid, flip_xy
@@ -222,10 +222,22 @@ class VolumeGenerator(Generator):
             return cut_sample(volume.hu, volume.marks, crop.start, self.batches)
         size = self.batches.volume_px
         warp = augment3d.draw_volume_warp(self.augmentation, crop, size, rng)
+        if self.augmentation.gas:
+            volume = self.with_gas(volume, self.augmentation.gas, rng.spawn(1)[0])
         if self.pathology is not None:
             own = rng.spawn(1)[0]
             volume, warp = self.with_lesions(volume, warp, self.pathology, own)
         return self.changed(volume, warp, self.augmentation, rng)
+
+    def with_gas(
+        self, volume: Volume, share: float, rng: np.random.Generator
+    ) -> Volume:
+        """Returns the volume with simulated bowel gas in a `share` of the calls."""
+        if rng.random() >= share:
+            return volume
+        spacing_mm = (self.table.settings.volume_spacing_mm,) * 3
+        lung = volume.marks & augment2d.LUNG_BIT
+        return replace(volume, hu=gas.paint_gas(volume.hu, lung, spacing_mm, rng))
 
     def with_lesions(
         self,
@@ -314,6 +326,8 @@ class VolumeGenerator(Generator):
         if self.batches.crop == "centre":
             return boxes.crop_around(boxes.centre(boxes.full_box(full)), full, size)
         box = volume.lung_box or boxes.full_box(full)
+        if self.batches.crop == "body" and near < 0.5:
+            box = boxes.full_box(full)
         wanted = found and near < self.batches.nodule_fraction
         if self.batches.crop == "candidate":
             others = [kind for kind in volume.others if len(kind)]

@@ -99,7 +99,24 @@ def inner_air(
     eroded = per_slice(lambda image: cv2.erode(image, cross), tissue.astype(np.uint8))
     body = largest(cc3d.connected_components(eroded, connectivity=6))
     body = per_slice(lambda image: cv2.dilate(image, cross), body.astype(np.uint8))
-    air = np.pad(body & tissue, ((0, 0), (1, 1), (1, 1))) == 0
+    found = enclosed_air(body.astype(bool) & tissue, tissue, coarse, spacing_mm)
+    if not found.any():
+        # Erosion opens the chest wall of a thin person, and all air is then outside.
+        body = largest(cc3d.connected_components(tissue, connectivity=6))
+        found = enclosed_air(body, tissue, coarse, spacing_mm)
+    return found
+
+
+def enclosed_air(
+    body: np.ndarray,
+    tissue: np.ndarray,
+    coarse: np.ndarray,
+    spacing_mm: tuple[float, ...],
+) -> np.ndarray:
+    """Returns the lung-like pockets that a (z, y, x) bool body encloses."""
+    import cc3d
+
+    air = np.pad(body, ((0, 0), (1, 1), (1, 1))) == 0
     labels = cc3d.connected_components(air, connectivity=6)
     labels = np.where(labels == labels[0, 0, 0], 0, labels)[:, 1:-1, 1:-1]
     labels = np.where(tissue, 0, labels)

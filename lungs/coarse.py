@@ -8,6 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+COARSE_MM = 2.0
+"""Voxel size of the grid on which anatomy is found; it can be a little larger."""
+
 
 def per_slice(function: Callable[..., Any], *volumes: np.ndarray) -> np.ndarray:
     """Applies `function` to every slice and stacks the results.
@@ -36,7 +39,3 @@ def shrink(hu: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
     sums = np.add.reduceat(planes, starts, axis=0)
     counts = np.diff(np.append(starts, len(planes)))
     return sums / counts[:, None, None].astype(np.float32)
-
-
-COARSE_MM = 2.0
-"""Voxel size of the grid on which anatomy is found; it can be a little larger."""

@@ -109,7 +109,7 @@ def assert_same_result(run_dir, expected):
 def test_a_run_is_complete(run):
     assert {path.name for path in run.iterdir()} == {
         *("config.json", "provenance.json", "split.json", "history.csv"),
-        *("training.json", "tensorboard", "pictures"),
+        *("training.json", "tensorboard", "pictures", "curves.png"),
         *("best.weights.h5", "last.weights.h5"),
     }
     assert not run.with_name("whole.partial").exists()

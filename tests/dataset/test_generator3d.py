@@ -153,6 +153,34 @@ def test_the_middle_of_a_lung_crop_lies_in_the_box_around_the_lungs(table):
     assert (spread > 0.9).all()
 
 
+def test_body_crops_also_lie_away_from_the_lungs(table):
+    away = {}
+    for crop in ("lung", "body"):
+        batches = replace(LUNGS, crop=crop, input_px=(4, 4, 4))
+        generator = training(table, batches, None, steps_per_epoch=100)
+        volume = generator.cache.read(0)
+        rng = np.random.default_rng(0)
+        starts = np.array([generator.crop(volume, rng).start for _ in range(300)])
+        low = [part.start - 5 for part in volume.lung_box]
+        high = [part.stop for part in volume.lung_box]
+        away[crop] = ((starts < low) | (starts > high)).any(axis=1).mean()
+    assert away["lung"] == 0
+    assert 0.05 < away["body"] < 0.5
+
+
+def test_gas_changes_hu_outside_the_lungs_and_nothing_else(table):
+    plain = config.Augment(flip=False, rotate_deg=0, zoom=0, shift_px=0)
+    without = training(table, augmentation=plain)
+    gassed = training(table, augmentation=replace(plain, gas=1.0))
+    differ = []
+    for index in range(len(without)):
+        (x, y), (gx, gy) = without[index], gassed[index]
+        assert np.array_equal(y, gy)
+        assert np.array_equal(x[..., 0][y[..., 1] > 0], gx[..., 0][y[..., 1] > 0])
+        differ.append((x != gx).any())
+    assert any(differ)
+
+
 def test_nodule_crops_hold_a_whole_nodule(table):
     generator = training(table, replace(NODULES, nodule_fraction=1.0), None)
     volume = generator.cache.read(1)

@@ -56,6 +56,21 @@ def test_the_slice_rule_keeps_regions_by_place_and_size():
     assert not mask[10:60, 300:350].any()
 
 
+def test_lungs_behind_a_thin_chest_wall_are_found(make_chest):
+    """Erosion by a coarse voxel would open a wall of two voxels."""
+    hu, right, left, _ = make_chest()
+    lungs = right | left
+    z, y, x = (
+        np.flatnonzero(lungs.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))
+    )
+    thin = np.full_like(hu, -1000)
+    box = np.s_[:, y[0] - 2 : y[-1] + 3, x[0] - 2 : x[-1] + 3]
+    thin[box] = hu[box]
+    found = classical.segment_lungs(thin, SPACING_MM, config.LungMask())
+    assert dice(found > 0, lungs) > 0.9
+    assert len(z) > 0
+
+
 def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_chest):
     hu, right, left, trachea = make_chest()
     labels = classical.segment_lungs(hu, SPACING_MM, config.LungMask())

@@ -1,0 +1,141 @@
+r"""Lung masks of scans from many sources, the worst scan first.
+
+Compares results of infer.py with the lung labels of scan files, scan by scan: a mean over many
+easy scans hides the one whose bowel is called lung.
+
+    python infer.py --input SCANS --result_dir OUT --nodules None --n 1
+    python -m experiments.lung_sources --references work/labelled --masks OUT --out SCORES
+
+Writes lung_sources.csv and lung_sources.md. Research code, not a medical device.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import steps
+from ct import files
+from ct.nifti_io import check_same_grid, read_nifti
+from ct.provenance import DISCLAIMER
+from ct.scan import Scan, ScanError, read_scan, scan_files
+from metrics import overlap
+from metrics.surfaces import surface_distances
+from results.rows import LUNGS_CSV, read_lung_rows
+
+GAS_HU = -850
+"""Voxels below it that are wrongly called lung are gas: bowel, airways or air outside."""
+
+COLUMNS = (
+    *("scan_id", "patient_id", "dice", "hd95_mm", "reference_ml", "missed_ml"),
+    *("extra_ml", "extra_gas_ml", "flag", "reason"),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Masks to compare with references."""
+
+    masks: Path
+    """Result folder of infer.py."""
+    references: Path
+    """Folder of scan files whose lung labels are the reference."""
+    out: Path
+    """Folder for the tables."""
+
+
+def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
+    """Returns overlap and volumes of a lung mask and the labels of a scan.
+
+    Args:
+        scan: Scan with lung labels.
+        mask: (z, y, x) bool.
+    """
+    if scan.lung is None:
+        raise ScanError(f"scan {scan.scan_id} has no lung labels to compare with")
+    reference = np.asarray(scan.lung) > 0
+    extra, missed = mask & ~reference, reference & ~mask
+    ml = scan.grid.voxel_mm3 / 1000
+    hd95 = float("nan")
+    if mask.any() and reference.any():
+        hd95 = surface_distances(reference, mask, scan.spacing_mm).hausdorff_mm()
+    return {
+        "scan_id": scan.scan_id,
+        "patient_id": scan.patient_id,
+        "dice": overlap.dice(reference, mask),
+        "hd95_mm": hd95,
+        "reference_ml": reference.sum() * ml,
+        "missed_ml": missed.sum() * ml,
+        "extra_ml": extra.sum() * ml,
+        "extra_gas_ml": (extra & (np.asarray(scan.hu) < GAS_HU)).sum() * ml,
+    }
+
+
+def worst_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows by increasing Dice; those without a Dice come first."""
+    return sorted(rows, key=lambda row: (np.isfinite(row["dice"]), row["dice"]))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        shown = [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in (row[name] for name in COLUMNS)
+        ]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join([*lines, "", DISCLAIMER, ""])
+
+
+def compare_all(arguments: Arguments) -> steps.Report:
+    """Compares every reference that has a mask; lists the others.
+
+    Raises:
+        ValueError: If no reference has a mask.
+    """
+    verdicts = {row.pid: row for row in read_lung_rows(arguments.masks / LUNGS_CSV)}
+    rows, failures = [], []
+    for path in scan_files(arguments.references):
+        mask_path = arguments.masks / path.stem / "mask.nii.gz"
+        if not mask_path.exists():
+            failures.append(steps.Failure(path.stem, f"no {mask_path}"))
+            continue
+        try:
+            scan = read_scan(path)
+            mask, grid = read_nifti(mask_path)
+            check_same_grid(grid, scan.grid, mask_path)
+            row = compare(scan, mask > 0)
+        except ScanError as error:
+            failures.append(steps.Failure(path.stem, str(error)))
+            continue
+        verdict = verdicts.get(path.stem)
+        row |= {
+            "flag": verdict.flag if verdict else "",
+            "reason": verdict.reason if verdict else "",
+        }
+        rows.append({name: row[name] for name in COLUMNS})
+    if not rows:
+        raise ValueError(
+            f"{arguments.masks} has no mask of a scan in {arguments.references}; run infer.py "
+            "on the same scans"
+        )
+    rows = worst_first(rows)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    files.write_rows(rows, COLUMNS, arguments.out / "lung_sources.csv")
+    table = markdown(rows)
+    (arguments.out / "lung_sources.md").write_text(table)
+    sys.stdout.write(table)
+    scans = files.count_text(len(rows), "scan")
+    return steps.Report(f"wrote {arguments.out}: {scans}, worst first", failures)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    steps.run(compare_all, Arguments, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -252,8 +252,9 @@ def postprocess_predictions(arguments: Arguments) -> steps.Report:
         label="nodules",
     )
     done = len(predictions.scans) - len(jobs)
+    nodules = files.count_text(int(sum(found)), "nodule")
     line = (
-        f"wrote {folder}: {sum(found)} nodules in {len(found)} scans "
+        f"wrote {folder}: {nodules} in {files.count_text(len(found), 'scan')} "
         f"({done} were done before); {settings_text(settings)}, {origin}"
     )
     return steps.Report(line, failures)

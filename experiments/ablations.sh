@@ -11,6 +11,10 @@ if [ "$#" -eq 0 ]; then
     ablations=(no-gcn no-se gdl-only wce-only unet no-lung-mask slice-split)
 fi
 
+for name in "$BASE" "${ablations[@]/#/$BASE-}"; do   # a misspelt name fails before any training
+    python train.py "$name" --help > /dev/null
+done
+
 scores=()
 for name in "$BASE" "${ablations[@]/#/$BASE-}"; do
     export CONFIG=$name NAME=$name

@@ -44,6 +44,7 @@ def draw_dice(
     values = np.sort(column(rows, "dice"))
     left.plot(np.arange(1, len(values) + 1), values, "o-", color="0.2")
     left.set(xlabel="scan, by Dice", ylabel="Dice", ylim=(0, 1), title="Dice per scan")
+    left.xaxis.get_major_locator().set_params(integer=True)
     for hit, colour, label in ((1, "tab:green", "found"), (0, "tab:red", "missed")):
         some = [nodule for nodule in nodules if nodule["hit"] == hit]
         right.scatter(

@@ -77,7 +77,7 @@ def from_the_front(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarr
     spacing_mm = scan.spacing_mm[0], scan.spacing_mm[2]
     hu, lung, labels = (plane[::-1] for plane in planes)
     picture = outlined_plane(hu, lung, labels, spacing_mm)
-    return tile(picture, "right lung blue, left green; red: nodules of all y")
+    return tile(picture, "right lung blue, left green; red: outlines of all slices")
 
 
 def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def from_below(scan: Scan, lung: np.ndarray, labels: np.ndarray) -> np.ndarray:
     _, y, x = around_lungs(scan, lung)
     planes = scan.hu[z, y, x], lung[z, y, x], foremost(labels[:, y, x], axis=0)
     picture = outlined_plane(*planes, scan.spacing_mm[1:])
-    text = f"z {z} of 0 to {len(lung) - 1} from the feet; red: nodules of all z"
+    text = f"z {z} of 0 to {len(lung) - 1} from the feet; red: outlines of all slices"
     return tile(picture, text)
 
 

@@ -27,6 +27,7 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("Dice" if name == "dice" else "loss")
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -36,6 +36,7 @@ from cohorts.dicom_read import (
     read_series,
 )
 from cohorts.pseudonyms import is_anonymous, safe_patient_id
+from cohorts.zipped import extracted, is_zip
 from ct import files
 from ct.scan import ScanError, ScanSource, without_folders
 
@@ -45,6 +46,7 @@ __all__ = [
     "Series",
     "best_series",
     "check_repair",
+    "find_image",
     "find_scans",
     "identify_files",
     "inspect",
@@ -113,6 +115,16 @@ def find_scans(source: Path) -> list[ScanSource]:
         )
         for uid, group in sorted(groups.items())
     ]
+
+
+def find_image(path: Path) -> ScanSource | None:
+    """Returns the scan of a single CT image file; None if the file is something else."""
+    found = identify(path)
+    if found is None or not found.ct_image:
+        return None
+    uid = found.series_uid or hashed_id(path.name)
+    patient_id = safe_patient_id(replace(found, series_uid=uid))
+    return ScanSource(uid, patient_id, (path,))
 
 
 def identify_files(folder: Path) -> Iterator[Identity]:
@@ -202,7 +214,7 @@ def _step_mm(plan: Plan) -> float:
 
 
 def inspect(folder: Path) -> list[Row]:
-    """Reads every series below a folder and says what is odd or wrong about each.
+    """Reads every series below a folder, or in a zip, and says what is odd or wrong about each.
 
     Returns:
         A row per CT series, with its pixels read, and one per modality of other series
@@ -211,6 +223,9 @@ def inspect(folder: Path) -> list[Row]:
     Raises:
         ScanError: If there is no such folder.
     """
+    if is_zip(Path(folder)):
+        with extracted(Path(folder)) as inside:
+            return inspect(inside)
     identities = list(identify_files(Path(folder)))
     groups = _series_of(identities)
     damaged = [i.path for i in identities if not i.series_uid]

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import JPEGLSLossless, JPEGLSNearLossless
 
@@ -87,13 +88,15 @@ def stack_slices(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
 
 def _stored_pixels(path: Path, frames: Sequence[Slice]) -> Iterator[np.ndarray]:
     syntax = frames[0].transfer_syntax
-    arrays = iter_pixels(
-        path,
-        indices=[item.frame for item in frames],
-        raw=True,
-        decoding_plugin=PLUGINS.get(syntax, ""),
-    )
     try:
+        # pydicom finds the pixels of a deflated file only after reading the whole of it.
+        source = pydicom.dcmread(path) if syntax.is_deflated else path
+        arrays = iter_pixels(
+            source,
+            indices=[item.frame for item in frames],
+            raw=True,
+            decoding_plugin=PLUGINS.get(syntax, ""),
+        )
         for item, stored in zip(frames, arrays, strict=True):
             if stored.shape != item.size_px:
                 raise ValueError(f"shape {stored.shape}, expected {item.size_px}")

@@ -100,9 +100,8 @@ def find_scans(source: Path) -> list[ScanSource]:
     nameless = sum(is_anonymous(group[0].patient_id) for group in groups.values())
     if nameless:
         log.warning(
-            "%s: %d of %d series have no PatientID of their own; each of their studies "
+            "%d of %d series have no PatientID of their own; each of their studies "
             "counts as a patient, so a person may be on both sides of a split",
-            source,
             nameless,
             len(groups),
         )

@@ -155,12 +155,10 @@ def _load_dicom(source: ScanSource, repair: Sequence[str], series: str) -> Scan:
         raise ScanError(f"{first}: no such file or folder; expected a CT")
     if zipped.is_zip(first):
         with zipped.extracted(first) as folder:
-            inside = dataclasses.replace(source, paths=(folder,))
-            return _load_chosen(inside, repair, {series, source.scan_id})
+            return _load_chosen(source, folder, repair, {series, source.scan_id})
     if first.is_dir() or is_dicomdir(first):
         folder = first if first.is_dir() else first.parent
-        source = dataclasses.replace(source, paths=(folder,))
-        return _load_chosen(source, repair, {series})
+        return _load_chosen(source, folder, repair, {series})
     special = [path for path in source.paths if not path.is_file()]
     if special:
         raise ScanError(f"{special[0]}: not a regular file; expected a CT image")
@@ -168,15 +166,18 @@ def _load_dicom(source: ScanSource, repair: Sequence[str], series: str) -> Scan:
 
 
 def _load_chosen(
-    source: ScanSource, repair: Sequence[str], wanted: Container[str]
+    source: ScanSource, folder: Path, repair: Sequence[str], wanted: Container[str]
 ) -> Scan:
     """Reads the wanted series of a folder; the best one if none is wanted."""
-    found = dicom.find_scans(source.paths[0])
+    try:
+        found = dicom.find_scans(folder)
+    except ScanError as error:  # the folder may be named after the patient
+        raise ScanError(str(error).replace(str(folder), "the folder")) from error
     named = [item for item in found if item.scan_id in wanted]
     people = {item.patient_id for item in found}
     if len(people) > 1 and not named:
         raise ScanError(
-            f"{source.paths[0]}: {len(found)} CT series of {len(people)} patients or "
+            f"the folder holds {len(found)} CT series of {len(people)} patients or "
             "studies; expected those of one; give a folder of one, or the --series UID of "
             "infer.py"
         )

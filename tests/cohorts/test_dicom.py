@@ -847,7 +847,14 @@ def test_nothing_personal_leaves_the_reader(series, saved):
 @pytest.mark.lidc
 @pytest.mark.parametrize(
     "folder",
-    ["LIDC-IDRI/LIDC-IDRI-0001", "LIDC-IDRI/LIDC-IDRI-0003", "Lung-PET-CT-Dx"],
+    [
+        "LIDC-IDRI/LIDC-IDRI-0001",
+        "LIDC-IDRI/LIDC-IDRI-0003",
+        "Lung-PET-CT-Dx",
+        "COVID-CT-MD/normal001",
+        "COVID-CT-MD/P001",
+        "COVID-CT-MD/cap001",
+    ],
 )
 def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     if not (DATA / folder).is_dir():
@@ -859,6 +866,7 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     corner = [n - 1 for n in image.GetSize()]
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
     assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
+    assert read.warnings == ()
     assert source.patient_id.startswith(("LIDC-IDRI-000", "p-"))
 
 

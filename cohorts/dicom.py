@@ -61,7 +61,7 @@ AXIAL_COSINE = 0.9
 
 @dataclass(frozen=True)
 class Row:
-    """What `inspect` found about one series.
+    """Result of `inspect` for one series.
 
     Attributes:
         series: SeriesInstanceUID, its hash if it is no UID, or "" for damaged files.

@@ -392,6 +392,27 @@ def _text(value: Any) -> str:
     )
 
 
+def check_pixels(volume: np.ndarray, ordered: Sequence[Slice]) -> list[str]:
+    """Raises ScanError if slices are damaged although they could be decoded.
+
+    Args:
+        volume: (slice, row, column) HU.
+        ordered: Sorted slices of the volume.
+
+    Returns:
+        A warning if few slices are blank, and only at the ends.
+    """
+    blank = volume.min(axis=(1, 2)) == volume.max(axis=(1, 2))
+    shown = np.flatnonzero(~blank)
+    if not len(shown) or blank.sum() > few(ordered):
+        check_neighbours(volume, ordered)
+        return []
+    inside = slice(shown[0], shown[-1] + 1)
+    check_neighbours(volume[inside], ordered[inside])
+    ends = [item for item, is_blank in zip(ordered, blank, strict=True) if is_blank]
+    return [f"{named(ends, ordered)} are blank, at an end; kept"] if ends else []
+
+
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:
     """Raises ScanError if slices are damaged although they could be decoded.
 

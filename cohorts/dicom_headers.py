@@ -16,7 +16,12 @@ import pydicom
 import pydicom.config as pydicom_config
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
-from pydicom.uid import UID
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from ct import files
 from ct.scan import ScanError
@@ -36,6 +41,16 @@ ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.1"
 LEGACY_ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.2"
 CT_IMAGES = (CT_IMAGE, ENHANCED_CT_IMAGE, LEGACY_ENHANCED_CT_IMAGE)
 """SOP classes that hold CT images."""
+
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+"""SOP class that some converters write; a CT image if Modality and position say so."""
+
+BARE_STARTS = tuple(
+    bytes((group, 0, element, 0))
+    for group in (2, 8)
+    for element in (0, 1, 5, 8, 22, 24)
+)
+"""First bytes of DICOM files that lack the preamble with DICM at byte 128."""
 
 SAME_PLACE_MM = 0.01
 """Images closer than this count as being at one position."""
@@ -83,6 +98,7 @@ IDENTITY_TAGS = [
     "SOPClassUID",
     "Modality",
     "ImageType",
+    "ImagePositionPatient",
     "PatientID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
@@ -100,7 +116,6 @@ SLICE_TAGS = [
     "FrameOfReferenceUID",
     "XRayTubeCurrent",
     "GantryDetectorTilt",
-    "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
     "Rows",
@@ -109,6 +124,8 @@ SLICE_TAGS = [
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "BitsAllocated",
+    "BitsStored",
+    "HighBit",
     "PixelRepresentation",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
@@ -161,6 +178,8 @@ class Slice:
         slope, intercept: HU = stored * slope + intercept.
         padding: Lowest and highest stored value that marks padding, or None.
         tilt_deg: GantryDetectorTilt; 0 if absent.
+        shifted: True if HighBit says that pixels are not in the lowest bits.
+        secondary: True for a secondary capture.
         patient_id: PatientID as in the header; never put into a message or an output.
         kernel, thickness, acquisition: Text for comparison only; "" if absent.
     """
@@ -182,6 +201,8 @@ class Slice:
     padding: tuple[int, int] | None
     instance: int
     tilt_deg: float
+    shifted: bool
+    secondary: bool
     transfer_syntax: UID
     patient_id: str = field(repr=False)
     study_uid: str
@@ -214,20 +235,23 @@ class Identity:
 
 def identify(path: Path) -> Identity | None:
     """Returns the kind of a file; None if it is neither DICOM nor named like an image."""
+    named = path.suffix.lower() == ".dcm"
     try:
-        if not _has_mark(path):
-            return Identity(path) if path.suffix.lower() == ".dcm" else None
+        marked = _has_mark(path)
+        if not marked and not _is_bare(path):
+            return Identity(path) if named else None
     except OSError as error:
         log.warning("%s: cannot be read (%s)", path.name, error.strerror)
         return Identity(path) if path.suffix.lower() in IMAGE_SUFFIXES else None
     try:
         header = read_header(path, IDENTITY_TAGS)
     except ScanError:
-        return Identity(path)
-    sop_class = sop_class_of(header)
+        return Identity(path) if marked or named else None
+    if not marked and not sop_class_of(header):
+        return Identity(path) if named else None
     series_uid = safe_series_uid(header)
-    if sop_class not in CT_IMAGES:
-        modality = str(header.get("Modality", "")) or UID(sop_class).name
+    if not is_ct_image(header):
+        modality = str(header.get("Modality", "")) or UID(sop_class_of(header)).name
         return Identity(path, series_uid or "-", modality=modality)
     return Identity(
         path,
@@ -261,6 +285,13 @@ def sop_class_of(header: pydicom.Dataset) -> str:
     return str(stated or header.file_meta.get("MediaStorageSOPClassUID", ""))
 
 
+def is_ct_image(header: pydicom.Dataset) -> bool:
+    """Tells whether a file holds CT images, by SOP class, and by place if it is generic."""
+    sop_class = sop_class_of(header)
+    placed = bool(header.get("ImagePositionPatient")) and header.get("Modality") == "CT"
+    return sop_class in CT_IMAGES or (sop_class == SECONDARY_CAPTURE and placed)
+
+
 def first_ct_image(folder: Path) -> Path | None:
     """Returns the first DICOM CT image below a folder, or None; stops at the first."""
     identified = (identify(path) for path in files.files_below(folder))
@@ -275,6 +306,32 @@ def _has_mark(path: Path) -> bool:
         return False  # a link whose target was not fetched
 
 
+def _is_bare(path: Path) -> bool:
+    """Tells whether a file may be DICOM without a preamble."""
+    with path.open("rb") as file:
+        return file.read(4) in BARE_STARTS
+
+
+def _read_dataset(path: Path, tags: Sequence[str]) -> pydicom.Dataset:
+    """Reads the named elements, also of a file without preamble or meta header.
+
+    Without a transfer syntax, the encoding of the header tells it.
+    """
+    options: dict[str, Any] = {"stop_before_pixels": True, "specific_tags": [*tags]}
+    try:
+        header = pydicom.dcmread(path, **options)
+    except InvalidDicomError:
+        if not _is_bare(path):
+            raise
+        header = pydicom.dcmread(path, force=True, **options)
+    if "TransferSyntaxUID" not in header.file_meta:
+        implicit, little = header.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        syntax = ImplicitVRLittleEndian if implicit else explicit
+        header.file_meta.TransferSyntaxUID = syntax
+    return header
+
+
 def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
     """Returns manufacturer, model, kernel, kVp, mA, thickness and transfer syntax."""
     facts: dict[str, Any] = {}
@@ -285,7 +342,7 @@ def acquisition_facts(header: pydicom.Dataset) -> dict[str, Any]:
         if isinstance(value, MultiValue):
             value = "\\".join(map(str, value))
         facts[tag] = float(value) if isinstance(value, float | int) else str(value)
-    facts["TransferSyntax"] = header.file_meta.TransferSyntaxUID.name
+    facts["TransferSyntax"] = UID(str(header.file_meta.TransferSyntaxUID)).name
     return facts
 
 
@@ -296,7 +353,7 @@ def read_header(path: Path, tags: Sequence[str]) -> pydicom.Dataset:
         ScanError: If the file is damaged or not DICOM.
     """
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*tags])
+        header = _read_dataset(path, tags)
         # pydicom parses elements on access; parse them here, where errors are caught.
         for _ in (*header.file_meta.iterall(), *header.iterall()):
             pass
@@ -347,13 +404,13 @@ def read_slices(paths: Iterable[Path]) -> list[Slice]:
 def slices_of_file(path: Path, header: pydicom.Dataset) -> list[Slice]:
     """Returns one `Slice` per frame of a file."""
     sop_class = sop_class_of(header)
-    if sop_class not in CT_IMAGES:
+    if not is_ct_image(header):
         raise ScanError(
             f"{path}: found a {UID(sop_class).name or 'file without SOPClassUID'} of "
             f"modality {header.get('Modality', 'none')}; expected a CT image"
         )
     try:
-        if sop_class == CT_IMAGE:
+        if sop_class in (CT_IMAGE, SECONDARY_CAPTURE):
             return [_slice(path, 0, header, header)]
         frames = header.get("PerFrameFunctionalGroupsSequence") or []
         return [
@@ -426,7 +483,9 @@ def _slice(
         padding=_padding(header),
         instance=_instance(header, where),
         tilt_deg=float(header.get("GantryDetectorTilt") or 0),
-        transfer_syntax=header.file_meta.TransferSyntaxUID,
+        shifted=int(header.get("HighBit") or 0) >= int(header.get("BitsStored") or 16),
+        secondary=sop_class_of(header) == SECONDARY_CAPTURE,
+        transfer_syntax=UID(str(header.file_meta.TransferSyntaxUID)),
         patient_id=str(header.get("PatientID") or "").strip(),
         study_uid=str(header.get("StudyInstanceUID") or ""),
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),

@@ -63,6 +63,9 @@ def _values(slices: Sequence[Slice]) -> Iterator[str]:
                 f"{name} differs between images ({_range(slices, attribute)}); each is "
                 "converted with its own"
             )
+    secondary = [item for item in slices if item.secondary]
+    if secondary:
+        yield f"{named(secondary, slices)} are secondary captures; read as CT"
     modified = [item for item in slices if item.rescale_type in RESCALED_HU]
     if modified:
         yield f"RescaleType {modified[0].rescale_type} in {named(modified, slices)}; read as HU"

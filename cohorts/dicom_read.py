@@ -20,7 +20,7 @@ import numpy as np
 
 from cohorts.dicom_checks import (
     Defect,
-    check_neighbours,
+    check_pixels,
     check_series,
     drop_duplicates,
     without_scouts,
@@ -127,7 +127,7 @@ def read_series(
     if unmended:
         raise ScanError(f"{plan.name}: " + "; ".join(map(str, unmended)))
     volume, slice_grid = stack_slices(slices)
-    check_neighbours(volume, slices)
+    blank = check_pixels(volume, slices)
     if any(f.repair == "gaps" for f in plan.defects):
         volume, slice_grid = fill_gaps(volume, slices)
     if any(f.repair == "tilt" for f in plan.defects):
@@ -143,7 +143,7 @@ def read_series(
         series_uid=slices[0].series_uid,
         z_of_sop=z_of_sop(slices, grid),
         acquisition=acquisition_facts(header),
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *blank),
     )
 
 

@@ -89,12 +89,15 @@ def stack_slices(ordered: Sequence[Slice]) -> tuple[np.ndarray, Grid]:
 def _stored_pixels(path: Path, frames: Sequence[Slice]) -> Iterator[np.ndarray]:
     syntax = frames[0].transfer_syntax
     try:
+        if frames[0].shifted and not syntax.is_compressed:
+            _check_lowest_bits(path)
         # pydicom finds the pixels of a deflated file only after reading the whole of it.
-        source = pydicom.dcmread(path) if syntax.is_deflated else path
+        source = pydicom.dcmread(path, force=True) if syntax.is_deflated else path
         arrays = iter_pixels(
             source,
             indices=[item.frame for item in frames],
             raw=True,
+            transfer_syntax_uid=syntax,
             decoding_plugin=PLUGINS.get(syntax, ""),
         )
         for item, stored in zip(frames, arrays, strict=True):
@@ -107,6 +110,24 @@ def _stored_pixels(path: Path, frames: Sequence[Slice]) -> Iterator[np.ndarray]:
             f"series {frames[0].series_uid}: cannot read the pixels of {path.name} "
             f"({syntax.name}): {reason}; restore the file from its source"
         ) from error
+
+
+def _check_lowest_bits(path: Path) -> None:
+    """Raises ValueError if a pixel does not fit into the lowest `BitsStored` bits.
+
+    A HighBit of 15 with 12 bits stored is mostly a slip, and the pixels are where they
+    should be; if they are not, pydicom reads something else.
+    """
+    header = pydicom.dcmread(path, force=True)
+    signed = header.PixelRepresentation == 1
+    kind = np.int16 if signed else np.uint16
+    stored = np.frombuffer(header.PixelData, kind)
+    low = -(1 << header.BitsStored - 1) if signed else 0
+    if stored.min() < low or stored.max() >= low + (1 << header.BitsStored):
+        raise ValueError(
+            f"HighBit is {header.HighBit} with {header.BitsStored} bits stored, and pixels "
+            f"exceed these bits; expected HighBit {header.BitsStored - 1}"
+        )
 
 
 def to_hu(stored: np.ndarray, item: Slice) -> np.ndarray:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """How DICOM series are chosen and read."""
+    """Options for choosing and reading DICOM series."""
 
     repair: tuple[config.Repair, ...] = ()
     """Defects of DICOM series to repair; a series with any other defect is refused."""
@@ -54,7 +54,7 @@ class Task:
     slices: dict[str, list[int]] = field(default_factory=dict)
     """Slice indices (z) by part; only for a split by slice."""
     warnings: tuple[str, ...] | None = None
-    """What was odd about the source; None until it is read."""
+    """Oddities of the source; None until it is read."""
 
 
 def without_failures(

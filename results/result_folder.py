@@ -46,7 +46,7 @@ NODULE_SETTINGS = ("settings", "slices", "reduction")
 """Keys of lungs.json that hold postprocessing settings of the networks in `NoduleFinder`."""
 
 UNUSED: dict[str, Any] = {"repair": [], "series": ""}
-"""Settings of reading in lungs.json that are written only if used, and what else holds."""
+"""Settings of reading that lungs.json lists only if used, with their default values."""
 
 FORMAT_VERSION = 3
 """Format version of lungs.json with nodules: 2 added candidates.csv, 3 added marked_by.

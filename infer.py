@@ -161,6 +161,11 @@ def infer(
         )
     if input and csv_file:
         raise ValueError(f"--input {input} and --csv_file {csv_file}; expected one")
+    if reading != AS_IT_IS and not (input or csv_file):
+        raise ValueError(
+            f"{reading}, but scan files were read by preprocess.py; use its --repair, or "
+            "--input or --csv_file here"
+        )
     settings = runs.read_settings(exp_dir)
     split = read_split(exp_dir / "split.json")
     predictions = replace(new_predictions(exp_dir, split), repair=tuple(reading.repair))

@@ -3,8 +3,8 @@
 Example:
     python -m cohorts.dicom FOLDER
 
-prints a row per series: modality, images, spacing, whether it is read, why not, and the
---repair that helps. `read_series` reads one series; see `cohorts.dicom_read`.
+prints a row per series: modality, slices, spacing, whether it is read, the --repair that
+helps, and why it is refused. `read_series` reads one series; see `cohorts.dicom_read`.
 """
 
 import logging
@@ -65,20 +65,28 @@ class Row:
 
     Attributes:
         series: SeriesInstanceUID, its hash if it is no UID, or "" for damaged files.
-        images: Number of images.
+        slices: Number of images.
         spacing_mm: (z, y, x) of the volume, "" if it is not read.
         verdict: ok, ok with warnings, or refused.
-        reason: The warnings, or why it is refused.
         repair: Repairs with which it is read, "" if none helps or is needed.
+        reason: The warnings, or why it is refused.
     """
 
     series: str
     modality: str
-    images: int
+    slices: int
     spacing_mm: str
     verdict: str
-    reason: str = ""
     repair: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of python -m cohorts.dicom."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder, or zip, with DICOM series at any depth."""
 
 
 def find_scans(source: Path) -> list[ScanSource]:
@@ -237,7 +245,7 @@ def inspect(folder: Path) -> list[Row]:
         _other_kind(identity) for identity in identities if identity.path not in taken
     )
     return rows + [
-        Row(uid, modality, count, "", "refused", _other_reason(uid, modality))
+        Row(uid, modality, count, "", "refused", "", _other_reason(uid, modality))
         for (uid, modality), count in sorted(others.items())
     ]
 
@@ -304,14 +312,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table of a folder; exits with 1 if there is no such folder."""
-    folder = tyro.cli(
-        tyro.conf.Positional[Path],
-        args=argv,
-        prog="python -m cohorts.dicom",
-        description=__doc__,
+    arguments = tyro.cli(
+        Arguments, args=argv, prog="python -m cohorts.dicom", description=__doc__
     )
     try:
-        sys.stdout.write(table_text(inspect(folder)) + "\n")
+        sys.stdout.write(table_text(inspect(arguments.folder)) + "\n")
     except ScanError as error:
         sys.exit(f"error: {error}")
 

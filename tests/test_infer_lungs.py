@@ -1211,6 +1211,12 @@ def test_a_series_is_chosen_by_its_uid(run, dicom_images, tmp_path):
     assert "2 CT series; read 1.2.826" in best["warnings"]
 
 
+def test_repair_of_scan_files_is_refused(run, tmp_path, capsys):
+    command = ("--exp_dir", run, "--result_dir", tmp_path / "OUT", "--repair", "gaps")
+    assert run_main(*command) == 1
+    assert "scan files were read by preprocess.py" in capsys.readouterr().err
+
+
 def test_rows_of_lungs_without_warnings_are_read_as_before(tmp_path):
     path = tmp_path / "lungs.csv"
     path.write_text(

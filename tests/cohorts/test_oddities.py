@@ -716,11 +716,11 @@ def test_the_inspector_gives_a_row_per_series(series, saved, tmp_path, capsys):
     assert printed[0].split() == [
         "series",
         "modality",
-        "images",
+        "slices",
         "spacing_mm",
         "verdict",
-        "reason",
         "repair",
+        "reason",
     ]
     assert not re.search("Secret|LIDC-IDRI-0042", "\n".join(printed))
     with pytest.raises(SystemExit, match="no such folder"):

@@ -19,6 +19,7 @@ LossName = Literal[
     "dice_cross_entropy_hausdorff",
     "focal_tversky",
 ]
+Repair = Literal["gaps", "duplicates", "tilt"]
 CohortName = Literal["lidc", "luna16", "nifti", "npy", "patches"]
 LesionKind = Literal[
     "ground-glass",

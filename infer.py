@@ -18,7 +18,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,6 +54,8 @@ from inference.segment import (
     with_preset,
 )
 from inference.tasks import (
+    AS_IT_IS,
+    Reading,
     Task,
     read_ct,
     read_with_lungs,
@@ -79,6 +81,7 @@ __all__ = [
     "Lungs",
     "NoduleRuns",
     "Passes",
+    "Reading",
     "infer",
     "main",
     "predict",
@@ -128,6 +131,7 @@ class Arguments:
     """Tiles per call of a 2-D network."""
     lungs: Annotated[Lungs, tyro.conf.OmitArgPrefixes] = DEFAULT_LUNGS
     nodules: Annotated[NoduleRuns, tyro.conf.OmitArgPrefixes] = SHIPPED_RUNS
+    reading: Annotated[Reading, tyro.conf.OmitArgPrefixes] = AS_IT_IS
 
 
 def infer(
@@ -142,6 +146,7 @@ def infer(
     nodules: NoduleRuns = SHIPPED_RUNS,
     batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
+    reading: Reading = AS_IT_IS,
 ) -> steps.Report:
     """Segments every scan; see `Arguments`, which has the same defaults.
 
@@ -156,16 +161,21 @@ def infer(
         )
     if input and csv_file:
         raise ValueError(f"--input {input} and --csv_file {csv_file}; expected one")
+    if reading != AS_IT_IS and not (input or csv_file):
+        raise ValueError(
+            f"{reading}, but scan files were read by preprocess.py; use its --repair, or "
+            "--input or --csv_file here"
+        )
     settings = runs.read_settings(exp_dir)
     split = read_split(exp_dir / "split.json")
-    predictions = new_predictions(exp_dir, split)
+    predictions = replace(new_predictions(exp_dir, split), repair=tuple(reading.repair))
     if settings.batches.target == "nodule" and lungs.passes.n not in ("auto", 0, 1):
         made_by = asdict(lungs.passes) | {"precision": lungs.precision}
         predictions = replace(predictions, passes=made_by)
     if csv_file:
         tasks, unusable = tasks_of_list(csv_file)
     elif input:
-        tasks, unusable = tasks_of_input(input), []
+        tasks, unusable = tasks_of_input(input, reading.series), []
     else:
         tasks, unusable = tasks_of_parts(scans, split, parts)
     tasks, misnamed = without_own_names(tasks)
@@ -191,6 +201,7 @@ def infer(
         start=lambda: write_predictions(result_dir, predictions, []),
         batch_size=batch_size,
         overwrite=overwrite,
+        reading=reading,
     )
     write_predictions(result_dir, predictions, done)
     failures = [*unusable, *misnamed, *failures]
@@ -212,6 +223,7 @@ def write_probabilities(
     start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
+    reading: Reading = AS_IT_IS,
 ) -> Outcome:
     """Writes the probability map of every scan that has none yet.
 
@@ -229,8 +241,10 @@ def write_probabilities(
     start()  # before the first map, so that a killed call leaves its record
     stood = {task.scan_id for task in tasks if map_path(result_dir, task).exists()}
     missing = [task for task in tasks if task.scan_id not in stood]
+    odd: dict[str, tuple[str, ...]] = {}
 
     def segment(task: Task, scan: Scan) -> None:
+        odd[task.scan_id] = scan.warnings
         path = map_path(result_dir, task)
         if isinstance(predictor, SeededPredictor):
             prob = predictor.probability(scan)
@@ -243,9 +257,9 @@ def write_probabilities(
         write_nifti(path, prob, scan.grid, scan.source_grid)
 
     failures = read_and_map(
-        segment, missing, lambda task: read_with_lungs(task, settings.mask)
+        segment, missing, lambda task: read_with_lungs(task, settings.mask, reading)
     )
-    done = without_failures(tasks, failures)
+    done = with_warnings(without_failures(tasks, failures), odd)
     volume_bytes = sum(map_path(result_dir, task).stat().st_size for task in done)
     scans = files.count_text(len(done), "scan")
     line = f"{scans}, {files.size_text(volume_bytes)}"
@@ -263,6 +277,7 @@ def write_lungs(
     start: Callable[[], None],
     batch_size: int,
     overwrite: bool,
+    reading: Reading = AS_IT_IS,
 ) -> Outcome:
     """Writes lungs, uncertainty and nodules of every scan that has no results yet."""
     reach_mm = lungs.labels.snap * runs.input_spacing_mm(settings)
@@ -275,6 +290,7 @@ def write_lungs(
         "mean_is_mask": lungs.mean_is_mask,
         "converged_dice": CONVERGED_DICE if lungs.passes.n == "auto" else None,
         "nodules": None,
+        **reading.record(),
     }
     predictor = passes_predictor(exp_dir, settings, lungs, batch_size=batch_size)
     finder = None
@@ -295,19 +311,22 @@ def write_lungs(
     ]
     tasks = without_failures(tasks, foreign)
     missing = [task for task in tasks if not results.complete(task.scan_id)]
+    odd: dict[str, tuple[str, ...]] = {}
 
     def segment(task: Task, scan: Scan) -> None:
+        odd[task.scan_id] = scan.warnings
         started = time.monotonic()
         maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
         found = finder.find(replace(scan, lung=labels)) if finder else None
         seconds = time.monotonic() - started
-        row = rows.lung_row(task.scan_id, maps.n, verdict, seconds)
+        row = rows.lung_row(task.scan_id, maps.n, verdict, seconds, scan.warnings)
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
 
-    failures = [*foreign, *read_and_map(segment, missing, read_ct)]
-    done = without_failures(tasks, failures)
+    read = functools.partial(read_ct, reading=reading)
+    failures = [*foreign, *read_and_map(segment, missing, read)]
+    done = with_warnings(without_failures(tasks, failures), odd)
     flagged = sum(results.rows[task.scan_id].flag for task in done)
     scans = files.count_text(len(done), "scan")
     line = f"lungs of {scans}, {flagged} of them flagged"
@@ -315,6 +334,13 @@ def write_lungs(
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
     return done, failures, line + earlier_scans_text(len(tasks) - len(missing))
+
+
+def with_warnings(
+    tasks: Sequence[Task], odd: Mapping[str, tuple[str, ...]]
+) -> list[Task]:
+    """Returns the tasks with the warnings of their scans, if they were read just now."""
+    return [replace(task, warnings=odd.get(task.scan_id)) for task in tasks]
 
 
 def earlier_scans_text(count: int) -> str:
@@ -400,6 +426,12 @@ def refuse_other_predictions(result_dir: Path, predictions: Predictions) -> None
             f"{path}: predictions made with weights {found[:12]}, but this run has weights "
             f"{predictions.weights_sha256[:12]}; use --overwrite or another --result_dir"
         )
+    if known.repair != predictions.repair:
+        raise ValueError(
+            f"{path}: predictions made with --repair {' '.join(known.repair) or '(none)'}; "
+            f"expected {' '.join(predictions.repair) or '(none)'}; use --overwrite or "
+            "another --result_dir"
+        )
     if known.passes != predictions.passes:
         raise ValueError(
             f"{path}: predictions made with passes: {known.passes or 'one'}; expected: "
@@ -421,6 +453,11 @@ def write_predictions(
         if task.slices:
             earlier = scans.get(task.scan_id, {}).get("slices", {})
             facts["slices"] = earlier | task.slices
+        warnings = task.warnings
+        if warnings is None:
+            warnings = scans.get(task.scan_id, {}).get("warnings")
+        if warnings:
+            facts["warnings"] = list(warnings)
         scans[task.scan_id] = facts
     replace(predictions, scans=scans).write(result_dir)
 

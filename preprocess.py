@@ -5,10 +5,11 @@ Example:
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import config
 import steps
@@ -23,7 +24,7 @@ from ct.scan import (
 )
 from lungs.classical import with_lungs
 
-Repair = Literal["gaps", "duplicates", "tilt"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Arguments:
     """Layout of the source."""
     scans: Path = Path("work/scans")
     """Output folder of the scan files."""
-    repair: tuple[Repair, ...] = ()
+    repair: tuple[config.Repair, ...] = ()
     """Defects to repair; a series with any other defect is refused."""
     limit: int = 0
     """Number of scans to read, from the first on; 0 for all."""
@@ -167,6 +168,8 @@ def prepare_scan(task: PrepareTask) -> str:
         scan = with_lungs(scan, task.mask)
     except ScanError as error:
         raise ScanError(without_folders(str(error), task.source)) from error
+    for text in scan.warnings:
+        log.warning("%s: %s", scan.scan_id, text)
     record = provenance.record() | task.made_by()
     write_scan(scan, scan_path(task.scans, scan.scan_id), record)
     return scan.scan_id

@@ -1,74 +1,92 @@
-"""Reads CT DICOM series from a folder in any layout, as HU in canonical orientation.
+"""Finds the CT DICOM series in a folder of any layout, and reports what can be read.
 
-A series is accepted only if its headers describe one evenly spaced volume. Otherwise a
-`ScanError` names the defect, where it is, and the `repair` that fixes it, if there is one:
+Example:
+    python -m cohorts.dicom FOLDER
 
-    gaps        missing or unevenly spaced slices: interpolate linearly between neighbours
-    duplicates  several sets of images at the same positions: keep the first set
-    tilt        sheared stacks (gantry tilt): shift slices in-plane to straighten the stack
-
-The source grid of a repaired series is the repaired grid.
+prints a row per series: modality, slices, spacing, whether it is read, the --repair that
+helps, and why it is refused. `read_series` reads one series; see `cohorts.dicom_read`.
 """
 
 import logging
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tyro
 
-from cohorts.dicom_checks import check_neighbours, check_series, drop_duplicates
+from cohorts.dicom_checks import few
 from cohorts.dicom_headers import (
     FIND_THREADS,
-    SLICE_TAGS,
     Identity,
-    acquisition_facts,
+    hashed_id,
     identify,
-    read_header,
-    read_slices,
-    sorted_slices,
+    positions_along_normal_mm,
+    slice_normal,
 )
-from cohorts.dicom_volume import (
-    fill_gaps,
-    reversed_axes,
-    stack_slices,
-    straighten,
-    z_of_sop,
+from cohorts.dicom_read import (
+    REPAIRS,
+    Plan,
+    Series,
+    check_repair,
+    plan_series,
+    read_series,
 )
-from cohorts.plausible import check_field, check_hu
 from cohorts.pseudonyms import is_anonymous, safe_patient_id
-from ct import files, geometry
-from ct.geometry import Grid
-from ct.scan import ScanError, ScanSource
+from cohorts.zipped import extracted, is_zip
+from ct import files
+from ct.scan import ScanError, ScanSource, without_folders
+
+__all__ = [
+    "REPAIRS",
+    "Row",
+    "Series",
+    "best_series",
+    "check_repair",
+    "find_image",
+    "find_scans",
+    "identify_files",
+    "inspect",
+    "read_series",
+]
 
 log = logging.getLogger(__name__)
 
-REPAIRS = ("gaps", "duplicates", "tilt")
-"""Defects that `read_series` can repair."""
+AXIAL_COSINE = 0.9
+"""Smallest z of the unit slice normal of images that count as axial."""
 
 
-@dataclass(frozen=True, eq=False)
-class Series:
-    """A CT series as a volume.
+@dataclass(frozen=True)
+class Row:
+    """Result of `inspect` for one series.
 
     Attributes:
-        hu: (z, y, x) int16 HU, canonical.
-        grid: Canonical grid of `hu`.
-        source_grid: (column, row, slice) grid, the axis order of SimpleITK, dcm2niix and
-            nnU-Net; the slice index increases along the slice normal.
-        z_of_sop: Maps SOPInstanceUID to canonical z for single-frame axial series; else {}.
-        acquisition: Technical facts; nothing about the patient.
+        series: SeriesInstanceUID, its hash if it is no UID, or "" for damaged files.
+        slices: Number of images.
+        spacing_mm: (z, y, x) of the volume, "" if it is not read.
+        verdict: ok, ok with warnings, or refused.
+        repair: Repairs with which it is read, "" if none helps or is needed.
+        reason: The warnings, or why it is refused.
     """
 
-    hu: np.ndarray
-    grid: Grid
-    source_grid: Grid
-    series_uid: str
-    z_of_sop: dict[str, int]
-    acquisition: dict[str, Any]
+    series: str
+    modality: str
+    slices: int
+    spacing_mm: str
+    verdict: str
+    repair: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of python -m cohorts.dicom."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder, or zip, with DICOM series at any depth."""
 
 
 def find_scans(source: Path) -> list[ScanSource]:
@@ -76,84 +94,44 @@ def find_scans(source: Path) -> list[ScanSource]:
 
     Skips files that are not DICOM, objects that are not CT images (RTSTRUCT, SEG, reports)
     and localizers. A damaged file named *.dcm is added to every series in its folder, so
-    that reading them fails instead of silently losing a slice.
+    that reading them fails instead of silently losing a slice. So is an image without
+    SeriesInstanceUID, unless its folder holds no other series.
 
     Raises:
         ScanError: If there is no CT series; the message lists what was found instead.
     """
     source = Path(source)
     identities = list(identify_files(source))
-    groups = defaultdict(list)
-    for identity in identities:
-        if identity.ct_image and not identity.localizer:
-            groups[identity.series_uid].append(identity)
+    groups = _series_of(identities)
     if not groups:
         raise ScanError(f"{source}: no CT series; {_inventory(identities)}")
     nameless = sum(is_anonymous(group[0].patient_id) for group in groups.values())
     if nameless:
         log.warning(
-            "%s: %d of %d series have no PatientID of their own; each of their studies "
+            "%d of %d series have no PatientID of their own; each of their studies "
             "counts as a patient, so a person may be on both sides of a split",
-            source,
             nameless,
             len(groups),
         )
     damaged = [i.path for i in identities if not i.series_uid]
     return [
-        ScanSource(uid, safe_patient_id(group[0]), _series_paths(group, damaged))
+        ScanSource(
+            uid,
+            safe_patient_id(replace(group[0], series_uid=uid)),
+            _series_paths(group, damaged),
+        )
         for uid, group in sorted(groups.items())
     ]
 
 
-def read_series(
-    paths: Iterable[Path],
-    *,
-    repair: Sequence[str] = (),
-) -> Series:
-    """Reads the files of one series.
-
-    Args:
-        paths: Files of the series, in any order.
-        repair: Defects to repair instead of raising; see the module docstring.
-
-    Raises:
-        ScanError: If the series is not one regular CT volume.
-        ValueError: If `repair` names an unknown repair.
-    """
-    check_repair(repair)
-    slices = sorted_slices(read_slices(paths))
-    if "duplicates" in repair:
-        slices = drop_duplicates(slices)
-    uid = slices[0].series_uid
-    findings = check_series(slices)
-    unmended = [f for f in findings if f.repair not in repair]
-    if unmended:
-        raise ScanError(f"series {uid}: " + "; ".join(map(str, unmended)))
-    volume, slice_grid = stack_slices(slices)
-    check_neighbours(volume, slices)
-    if any(f.repair == "gaps" for f in findings):
-        volume, slice_grid = fill_gaps(volume, slices)
-    if any(f.repair == "tilt" for f in findings):
-        volume, slice_grid = straighten(volume, slice_grid)
-    hu, grid = geometry.to_canonical(volume, slice_grid.affine)
-    check_field(grid, f"series {uid}")
-    check_hu(hu, f"series {uid}")
-    header = read_header(slices[0].path, SLICE_TAGS)
-    return Series(
-        hu=hu,
-        grid=grid,
-        source_grid=reversed_axes(slice_grid),
-        series_uid=uid,
-        z_of_sop=z_of_sop(slices, grid),
-        acquisition=acquisition_facts(header),
-    )
-
-
-def check_repair(repair: Sequence[str]) -> None:
-    """Raises ValueError if `repair` names an unknown repair."""
-    unknown = sorted(set(repair) - set(REPAIRS))
-    if unknown:
-        raise ValueError(f"repair {unknown}: expected any of {', '.join(REPAIRS)}")
+def find_image(path: Path) -> ScanSource | None:
+    """Returns the scan of a single CT image file; None if the file is something else."""
+    found = identify(path)
+    if found is None or not found.ct_image:
+        return None
+    uid = found.series_uid or hashed_id(path.name)
+    patient_id = safe_patient_id(replace(found, series_uid=uid))
+    return ScanSource(uid, patient_id, (path,))
 
 
 def identify_files(folder: Path) -> Iterator[Identity]:
@@ -165,14 +143,30 @@ def identify_files(folder: Path) -> Iterator[Identity]:
         yield from (identity for identity in identified if identity is not None)
 
 
+def _series_of(identities: Sequence[Identity]) -> dict[str, list[Identity]]:
+    """Groups CT images by series; those without UID by folder, if it has no other series."""
+    groups = defaultdict(list)
+    nameless = defaultdict(list)
+    for identity in identities:
+        if identity.ct_image and not identity.localizer:
+            if identity.series_uid:
+                groups[identity.series_uid].append(identity)
+            else:
+                nameless[identity.path.parent].append(identity)
+    folders = {identity.path.parent for group in groups.values() for identity in group}
+    for folder, group in nameless.items():
+        if folder not in folders:
+            names = [group[0].study_uid, *sorted(i.path.name for i in group)]
+            groups[hashed_id("\n".join(names))] = group
+    return dict(groups)
+
+
 def _series_paths(
     group: Sequence[Identity], damaged: Sequence[Path]
 ) -> tuple[Path, ...]:
-    paths = [identity.path for identity in group]
+    paths = {identity.path for identity in group}
     folders = {path.parent for path in paths}
-    return tuple(
-        sorted([*paths, *(path for path in damaged if path.parent in folders)])
-    )
+    return tuple(sorted(paths | {path for path in damaged if path.parent in folders}))
 
 
 def _inventory(identities: Sequence[Identity]) -> str:
@@ -183,12 +177,149 @@ def _inventory(identities: Sequence[Identity]) -> str:
             "--cohort nifti)"
         )
     kinds = Counter(
-        "damaged or without a SeriesInstanceUID of digits and dots"
-        if not i.series_uid
-        else "CT localizer"
+        "CT localizer"
         if i.localizer
+        else "damaged or unreadable"
+        if not i.series_uid
         else i.modality
         for i in identities
     )
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return f"found {len(identities)} DICOM files ({found}), expected CT images"
+
+
+def best_series(found: Sequence[ScanSource]) -> ScanSource:
+    """Chooses one of several series by their headers.
+
+    Prefers series that are read without repair, then axial ones, original ones, those of
+    more images and those of thinner slices; among equals, the first UID.
+    """
+    return max(sorted(found, key=lambda s: s.scan_id), key=_quality)
+
+
+def _quality(source: ScanSource) -> tuple[float, ...]:
+    try:
+        plan = plan_series(source.paths)
+    except ScanError:
+        return (0.0,)
+    slices = plan.slices
+    axial = abs(slice_normal(slices[0])[2]) >= AXIAL_COSINE
+    derived = sum("ORIGINAL" not in item.image_type for item in slices)
+    return (
+        1.0 if plan.defects else 2.0,
+        float(axial),
+        float(derived <= few(slices)),
+        float(len(slices)),
+        -_step_mm(plan),
+    )
+
+
+def _step_mm(plan: Plan) -> float:
+    """Returns the median distance between slices in mm; 0 for a single one."""
+    gaps_mm = np.diff(positions_along_normal_mm(plan.slices))
+    return float(np.median(gaps_mm)) if len(gaps_mm) else 0.0
+
+
+def inspect(folder: Path) -> list[Row]:
+    """Reads every series below a folder, or in a zip, and says what is odd or wrong about each.
+
+    Returns:
+        A row per CT series, with its pixels read, and one per modality of other series
+        and of damaged files.
+
+    Raises:
+        ScanError: If there is no such folder.
+    """
+    if is_zip(Path(folder)):
+        with extracted(Path(folder)) as inside:
+            return inspect(inside)
+    identities = list(identify_files(Path(folder)))
+    groups = _series_of(identities)
+    damaged = [i.path for i in identities if not i.series_uid]
+    rows = [
+        _row_of(ScanSource(uid, "", _series_paths(group, damaged)))
+        for uid, group in sorted(groups.items())
+    ]
+    taken = {identity.path for group in groups.values() for identity in group}
+    others: dict[tuple[str, str], int] = Counter(
+        _other_kind(identity) for identity in identities if identity.path not in taken
+    )
+    return rows + [
+        Row(uid, modality, count, "", "refused", "", _other_reason(uid, modality))
+        for (uid, modality), count in sorted(others.items())
+    ]
+
+
+def _other_kind(identity: Identity) -> tuple[str, str]:
+    if identity.localizer:
+        return identity.series_uid, "CT localizer"
+    return identity.series_uid, identity.modality if identity.series_uid else ""
+
+
+def _other_reason(uid: str, modality: str) -> str:
+    if not uid:
+        return "damaged or unreadable files; restore them from their source"
+    return f"{modality}; expected CT images"
+
+
+def _row_of(source: ScanSource) -> Row:
+    """Returns the row of a CT series, after reading it as `read_series` does."""
+    row = Row(source.scan_id, "CT", len(source.paths), "", "refused")
+    try:
+        read = read_series(source.paths)
+    except ScanError as error:
+        reason = without_folders(str(error), source)
+        reason = reason.removeprefix(f"series {source.scan_id}: ")
+        return replace(row, reason=reason, repair=_helping_repair(source))
+    return replace(
+        row,
+        spacing_mm=" x ".join(f"{mm:.4g}" for mm in read.grid.spacing_mm),
+        verdict="ok with warnings" if read.warnings else "ok",
+        reason="; ".join(read.warnings),
+    )
+
+
+def _helping_repair(source: ScanSource) -> str:
+    """Returns the repairs with which a refused series is read, "" if none helps."""
+    try:
+        read_series(source.paths, repair=REPAIRS)
+        plan = plan_series(source.paths)
+        needed = [defect.repair for defect in plan.defects]
+        if "duplicates" in needed:  # hides what else is wrong
+            plan = plan_series(source.paths, repair=["duplicates"])
+            needed += [defect.repair for defect in plan.defects]
+    except ScanError:
+        return ""
+    return " ".join(name for name in REPAIRS if name in needed)
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """Returns rows as a table in text, with columns as wide as their longest entry."""
+    cells = [tuple(Row.__dataclass_fields__), *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            text.ljust(width) for text, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return tuple(str(getattr(row, name)) for name in Row.__dataclass_fields__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table of a folder; exits with 1 if there is no such folder."""
+    arguments = tyro.cli(
+        Arguments, args=argv, prog="python -m cohorts.dicom", description=__doc__
+    )
+    try:
+        sys.stdout.write(table_text(inspect(arguments.folder)) + "\n")
+    except ScanError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

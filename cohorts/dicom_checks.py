@@ -1,5 +1,6 @@
 """Checks that the images of a DICOM series form one regular CT volume."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cohorts.dicom_headers import (
+    COSINE_ATOL,
     SAME_PLACE_MM,
     Slice,
     positions_along_normal_mm,
@@ -26,14 +28,23 @@ four has a gap of at least 1.6 times the usual one.
 MAX_INTERPOLATED_GAP_MM = 10.0
 """Widest gap that is interpolated; a wider one could hide a nodule."""
 
+ROUNDING_MM, ROUNDING_SHARE = 0.06, 0.2
+"""Distance from even positions, in mm and in slice distances, that rounding explains.
+
+Some files write positions with one decimal, so slices of 0.625 mm are 0.6 or 0.7 mm apart."""
+
+ACROSS_COSINE = 0.7
+"""Cosine of the angle between two slice normals below which one image is a scout or a
+reformat of the other's series."""
+
+FEW_SHARE = 0.1
+"""Share of the images of a series, or one image, that may deviate."""
+
 SIDEWAYS_MM = 0.1
 """Largest allowed distance of a slice from the straight line through all slices."""
 
 TILT_DEG = 0.5
 """Lean above which a stack counts as sheared; the affine represents smaller leans exactly."""
-
-COSINE_ATOL = 1e-3
-"""Tolerance of direction cosines; some files write them with only four digits."""
 
 SPACING_RTOL = 1e-3
 """Relative tolerance of the pixel spacing within a series."""
@@ -54,6 +65,8 @@ DOUBLE_TAGS = {
     "SliceThickness": "thickness",
     "AcquisitionNumber": "acquisition",
     "ImageType": "image_type",
+    "FrameOfReferenceUID": "frame_of_reference",
+    "StudyInstanceUID": "study_uid",
 }
 """Tags in which duplicates agree, mapped to fields of `Slice`."""
 
@@ -69,6 +82,39 @@ class Defect:
         return self.reason + (
             f" (fix with --repair {self.repair})" if self.repair else ""
         )
+
+
+def named(some: Sequence[Slice], every: Sequence[Slice]) -> str:
+    """Returns how many of the images are meant, and the name of the first."""
+    return f"{len(some)} of {len(every)} images (first {some[0].name})"
+
+
+def few(slices: Sequence[Slice]) -> int:
+    """Returns how many images of a series may deviate from the others."""
+    return max(1, int(FEW_SHARE * len(slices)))
+
+
+def unusual(slices: Sequence[Slice], attribute: str) -> list[Slice]:
+    """Returns the images whose value differs from the most frequent one."""
+    values = [getattr(item, attribute) for item in slices]
+    usual = Counter(values).most_common(1)[0][0]
+    return [item for item, value in zip(slices, values, strict=True) if value != usual]
+
+
+def without_scouts(slices: Sequence[Slice]) -> tuple[list[Slice], list[str]]:
+    """Leaves out localizers, and few images across all others; returns warnings, too."""
+    kept = [item for item in slices if "LOCALIZER" not in item.image_type]
+    if not kept:
+        return list(slices), []
+    normals = np.array([slice_normal(item) for item in kept])
+    usual = Counter(map(tuple, np.round(normals, 1))).most_common(1)[0][0]
+    along = np.abs(normals @ usual) > ACROSS_COSINE
+    if (~along).sum() <= few(kept):
+        kept = [item for item, stays in zip(kept, along, strict=True) if stays]
+    stay = set(kept)
+    out = [item for item in slices if item not in stay]
+    reason = "scouts or reformats across the others; left out"
+    return kept, [f"{named(out, slices)} are {reason}"] if out else []
 
 
 def check_series(slices: Sequence[Slice]) -> list[Defect]:
@@ -87,20 +133,20 @@ def check_series(slices: Sequence[Slice]) -> list[Defect]:
 
 def _check_kind(slices: Sequence[Slice]) -> Iterator[Defect]:
     for name, attribute, accepted in (
-        ("modality", "modality", ("CT",)),
+        ("modality", "modality", ("CT", "")),
         ("PhotometricInterpretation", "photometric", ("MONOCHROME2",)),
-        ("RescaleType", "rescale_type", ("", "HU", "US")),
+        ("RescaleType", "rescale_type", ("", "HU", "US", "HU_MOD")),
     ):
         wrong = [s for s in slices if getattr(s, attribute) not in accepted]
         if wrong:
             yield Defect(
-                f"{name} {getattr(wrong[0], attribute)!r} in {_files(wrong, slices)}; "
+                f"{name} {getattr(wrong[0], attribute)!r} in {named(wrong, slices)}; "
                 f"expected {' or '.join(filter(None, accepted))}"
             )
     scouts = [s for s in slices if "LOCALIZER" in s.image_type]
     if scouts:
         yield Defect(
-            f"localizer (scout) images: {_files(scouts, slices)}; expected axial images"
+            f"localizer (scout) images: {named(scouts, slices)}; expected axial images"
         )
     if len(slices) == 1:
         yield Defect(f"only one image ({slices[0].name}); expected two or more")
@@ -111,26 +157,21 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
     mixed = sorted({s.series_uid for s in slices})
     if len(mixed) > 1:
         yield Defect(
-            f"mixed with other series: {', '.join(mixed)}; expected one SeriesInstanceUID"
+            f"mixed with other series: {', '.join(uid or 'no UID' for uid in mixed)}; "
+            "expected one SeriesInstanceUID"
         )
-    for name, attribute in (
-        ("StudyInstanceUID", "study_uid"),
-        ("FrameOfReferenceUID", "frame_of_reference"),
-        ("ConvolutionKernel", "kernel"),
-    ):
-        other = [
-            s for s in slices if getattr(s, attribute) != getattr(first, attribute)
-        ]
-        if other:
-            yield Defect(
-                f"mixed {name}: {getattr(other[0], attribute)!r} in "
-                f"{_files(other, slices)}, {getattr(first, attribute)!r} in {first.name}; "
-                "expected one throughout"
-            )
+    kernels = unusual(slices, "kernel")
+    if len(kernels) > few(slices):
+        usual = next(s for s in slices if s not in kernels)
+        yield Defect(
+            f"mixed ConvolutionKernel: {kernels[0].kernel!r} in {named(kernels, slices)}, "
+            f"{usual.kernel!r} in {usual.name}; expected one reconstruction; separate the "
+            "files"
+        )
     strangers = [s for s in slices if s.patient_id != first.patient_id]
     if strangers:
         yield Defect(
-            f"mixed PatientIDs: {_files(strangers, slices)} differ from {first.name}; "
+            f"mixed PatientIDs: {named(strangers, slices)} differ from {first.name}; "
             "expected one patient"
         )
     for name, attribute, tolerance in (
@@ -147,16 +188,9 @@ def _check_sameness(slices: Sequence[Slice]) -> Iterator[Defect]:
         if other:
             yield Defect(
                 f"mixed {name}: {_text(getattr(other[0], attribute))} in "
-                f"{_files(other, slices)}, {_text(expected)} in {first.name}; expected "
+                f"{named(other, slices)}, {_text(expected)} in {first.name}; expected "
                 "one throughout"
             )
-    if min(first.spacing_mm) <= 0:
-        yield Defect(f"pixel spacing {first.spacing_mm} mm; expected above 0")
-    if not np.allclose(first.axes_lps @ first.axes_lps.T, np.eye(2), atol=COSINE_ATOL):
-        yield Defect(
-            f"direction cosines {_text(first.axes_lps)} in {first.name}; expected two "
-            "perpendicular unit vectors"
-        )
 
 
 def _check_place(slices: Sequence[Slice]) -> Iterator[Defect]:
@@ -178,19 +212,45 @@ def _check_place(slices: Sequence[Slice]) -> Iterator[Defect]:
     apart_mm = gaps_mm[gaps_mm >= SAME_PLACE_MM]
     if not len(apart_mm):
         return
-    yield from _check_gaps(ordered, along_mm, usual_mm=float(np.median(apart_mm)))
+    yield from _check_gaps(ordered, along_mm)
     yield from _check_tilt(ordered, along_mm)
 
 
-def _check_gaps(
-    ordered: Sequence[Slice], along_mm: np.ndarray, *, usual_mm: float
-) -> Iterator[Defect]:
+@dataclass(frozen=True)
+class Gaps:
+    """Distances between slices along their normal.
+
+    Attributes:
+        usual_mm: Median distance.
+        uneven: (slices - 1,) bool, where a distance is not the usual one.
+        rounded: True if some distances are uneven only because positions were rounded.
+    """
+
+    usual_mm: float
+    uneven: np.ndarray
+    rounded: bool
+
+
+def uneven_gaps(ordered: Sequence[Slice]) -> Gaps:
+    """Compares the distances between sorted slices; ignores slices at the same place."""
+    along_mm = positions_along_normal_mm(ordered)
     gaps_mm = np.diff(along_mm)
+    usual_mm = float(np.median(gaps_mm[gaps_mm >= SAME_PLACE_MM]))
     uneven = (gaps_mm >= SAME_PLACE_MM) & (
         np.abs(gaps_mm - usual_mm) > GAP_ATOL_MM + GAP_RTOL * usual_mm
     )
+    even_mm = np.linspace(along_mm[0], along_mm[-1], len(along_mm))
+    limit_mm = min(ROUNDING_MM, ROUNDING_SHARE * usual_mm)
+    rounded = bool(uneven.any()) and bool(np.abs(along_mm - even_mm).max() <= limit_mm)
+    return Gaps(usual_mm, uneven & (not rounded), rounded)
+
+
+def _check_gaps(ordered: Sequence[Slice], along_mm: np.ndarray) -> Iterator[Defect]:
+    found = uneven_gaps(ordered)
+    uneven, usual_mm = found.uneven, found.usual_mm
     if not uneven.any():
         return
+    gaps_mm = np.diff(along_mm)
     k = int(np.argmax(np.where(uneven, gaps_mm, 0)))
     missing = int(np.rint(gaps_mm[uneven] / usual_mm - 1).clip(0).sum())
     reason = (
@@ -198,7 +258,13 @@ def _check_gaps(
         f"{gaps_mm[k]:.3f} mm between {ordered[k].name} and {ordered[k + 1].name} at "
         f"{along_mm[k]:.2f} mm; expected {usual_mm:.3f} mm throughout"
     )
-    if gaps_mm[k] > MAX_INTERPOLATED_GAP_MM and missing:
+    moved = unusual(ordered, "frame_of_reference")
+    if moved:
+        yield Defect(
+            f"{reason}; {named(moved, ordered)} have another FrameOfReferenceUID, so "
+            "positions cannot be compared; separate the files"
+        )
+    elif gaps_mm[k] > MAX_INTERPOLATED_GAP_MM and missing:
         yield Defect(
             f"{reason}; gaps above {MAX_INTERPOLATED_GAP_MM:g} mm are not interpolated"
         )
@@ -320,14 +386,31 @@ def _line(
     return sideways_mm.mean(axis=0) + np.outer(centred_mm, lean), lean
 
 
-def _files(some: Sequence[Slice], every: Sequence[Slice]) -> str:
-    return f"{len(some)} of {len(every)} images (first {some[0].name})"
-
-
 def _text(value: Any) -> str:
     return np.array2string(np.asarray(value), precision=4, separator=", ").replace(
         "\n", ""
     )
+
+
+def check_pixels(volume: np.ndarray, ordered: Sequence[Slice]) -> list[str]:
+    """Raises ScanError if slices are damaged although they could be decoded.
+
+    Args:
+        volume: (slice, row, column) HU.
+        ordered: Sorted slices of the volume.
+
+    Returns:
+        A warning if few slices are blank, and only at the ends.
+    """
+    blank = volume.min(axis=(1, 2)) == volume.max(axis=(1, 2))
+    shown = np.flatnonzero(~blank)
+    if not len(shown) or blank.sum() > few(ordered):
+        check_neighbours(volume, ordered)
+        return []
+    inside = slice(shown[0], shown[-1] + 1)
+    check_neighbours(volume[inside], ordered[inside])
+    ends = [item for item, is_blank in zip(ordered, blank, strict=True) if is_blank]
+    return [f"{named(ends, ordered)} are blank, at an end; kept"] if ends else []
 
 
 def check_neighbours(volume: np.ndarray, ordered: Sequence[Slice]) -> None:

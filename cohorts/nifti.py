@@ -9,9 +9,11 @@
     a folder     if it contains imagesTr or imagesTs: nnU-Net or Decathlon layout; else all
                  volumes at any depth; else its DICOM series; volumes and DICOM in one
                  folder are an error
-    a file       one volume
+    a file       one volume, a DICOM image of several frames, a DICOMDIR, which stands for its
+                 folder, or a zip of DICOM series
 
-Formats are NIfTI, NRRD, MHA, MHD, TIFF, and a folder with one DICOM series. A nodule mask
+Formats are NIfTI, NRRD, MHA, MHD, TIFF, and a folder or zip of one DICOM series. Of several
+series in the folder of one scan, the best one is read, with a warning. A nodule mask
 (seg_path, labelsTr) counts as the mask of one reader, with one nodule per connected
 component. A lung mask (lung_path) holds 1 in the right lung and 2 in the left.
 """
@@ -20,13 +22,13 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cohorts import dicom, dicom_headers, plausible
+from cohorts import dicom, dicom_headers, plausible, zipped
 from cohorts.lists import check_unique, read_list
 from cohorts.volume_file import (
     CHANNEL,
@@ -44,7 +46,7 @@ from cohorts.volume_file import (
 )
 from ct import files, geometry
 from ct.geometry import Grid
-from ct.scan import Annotation, Nodule, Scan, ScanError, ScanSource
+from ct.scan import Annotation, Nodule, Scan, ScanError, ScanSource, without_folders
 from nodules import lidc_database, outlines
 
 log = logging.getLogger(__name__)
@@ -60,34 +62,43 @@ def find_scans(source: Path) -> list[ScanSource]:
         ValueError: If the list, layout or folder as a whole is unusable.
     """
     source = Path(source)
-    if source.is_dir():
-        return _find_in_folder(source)
+    if source.is_dir() or is_dicomdir(source):
+        return _find_in_folder(source if source.is_dir() else source.parent)
     if not source.is_file():
         raise ValueError(
             f"{source}: no such file or folder; expected a CSV, a folder or a volume"
         )
     if source.suffix.lower() == ".csv":
         return read_list(source)
+    if zipped.is_zip(source):
+        return _find_in_zip(source)
     if not is_volume(source):
+        image = dicom.find_image(source)
+        if image is not None:
+            return [image]
         raise ValueError(
-            f"{source}: unknown file type; expected .csv or {', '.join(SUFFIXES)}"
+            f"{source}: unknown file type; expected .csv, .zip, a DICOM image or "
+            f"{', '.join(SUFFIXES)}"
         )
     return [_volume_source(source)]
 
 
-def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
+def load_scan(
+    source: ScanSource, *, repair: Sequence[str] = (), series: str = ""
+) -> Scan:
     """Reads one scan, its nodule mask and its lung mask.
 
     Args:
         source: A scan from `find_scans`.
-        repair: Defects of DICOM series to repair; see `cohorts.dicom`.
+        repair: Defects of DICOM series to repair; see `cohorts.dicom_read`.
+        series: SeriesInstanceUID to read if the source is a folder that holds it.
 
     Raises:
         ScanError: If a file is missing or damaged, is not a CT, or does not fit the others.
     """
     first = source.paths[0]
     if first.is_dir() or not is_volume(first):
-        scan = _load_dicom(source, repair)
+        scan = _load_dicom(source, repair, series)
     else:
         array, affine = read_volume_file(first, source.spacing_mm)
         hu, grid = geometry.to_canonical(to_hu(array, first), affine)
@@ -138,19 +149,61 @@ def scan_of_array(array: np.ndarray, spacing_mm: Sequence[float]) -> Scan:
     )
 
 
-def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
-    paths = source.paths
-    if not paths[0].exists():
-        raise ScanError(f"{paths[0]}: no such file or folder; expected a CT")
-    if paths[0].is_dir():
-        found = dicom.find_scans(paths[0])
-        if len(found) > 1:
-            listed = ", ".join(f"{s.scan_id} ({len(s.paths)} files)" for s in found)
-            raise ScanError(
-                f"{paths[0]}: {len(found)} CT series ({listed}); expected one; give a "
-                "folder with one series"
-            )
-        paths = found[0].paths
+def _load_dicom(source: ScanSource, repair: Sequence[str], series: str) -> Scan:
+    first = source.paths[0]
+    if not first.exists():
+        raise ScanError(f"{first}: no such file or folder; expected a CT")
+    if zipped.is_zip(first):
+        with zipped.extracted(first) as folder:
+            return _load_chosen(source, folder, repair, {series, source.scan_id})
+    if first.is_dir() or is_dicomdir(first):
+        folder = first if first.is_dir() else first.parent
+        return _load_chosen(source, folder, repair, {series})
+    special = [path for path in source.paths if not path.is_file()]
+    if special:
+        raise ScanError(f"{special[0]}: not a regular file; expected a CT image")
+    return _load_series(source, source.paths, repair)
+
+
+def _load_chosen(
+    source: ScanSource, folder: Path, repair: Sequence[str], wanted: Container[str]
+) -> Scan:
+    """Reads the wanted series of a folder; the best one if none is wanted."""
+    try:
+        found = dicom.find_scans(folder)
+    except ScanError as error:  # the folder may be named after the patient
+        raise ScanError(str(error).replace(str(folder), "the folder")) from error
+    named = [item for item in found if item.scan_id in wanted]
+    people = {item.patient_id for item in found}
+    if len(people) > 1 and not named:
+        raise ScanError(
+            f"the folder holds {len(found)} CT series of {len(people)} patients or "
+            "studies; expected those of one; give a folder of one, or the --series UID of "
+            "infer.py"
+        )
+    chosen = named[0] if named else dicom.best_series(found)
+    try:
+        scan = _load_series(source, chosen.paths, repair)
+    except ScanError as error:
+        raise ScanError(without_folders(str(error), chosen)) from error
+    if named or len(found) == 1:
+        return scan
+    others = ", ".join(
+        f"{item.scan_id} ({files.count_text(len(item.paths), 'image')})"
+        for item in found
+        if item is not chosen
+    )
+    text = (
+        f"{len(found)} CT series; read {chosen.scan_id} "
+        f"({files.count_text(len(chosen.paths), 'image')}), not {others}; infer.py "
+        "--series UID chooses another"
+    )
+    return dataclasses.replace(scan, warnings=(text, *scan.warnings))
+
+
+def _load_series(
+    source: ScanSource, paths: Iterable[Path], repair: Sequence[str]
+) -> Scan:
     series = dicom.read_series(paths, repair=repair)
     return Scan(
         scan_id=source.scan_id,
@@ -161,7 +214,23 @@ def _load_dicom(source: ScanSource, repair: Sequence[str]) -> Scan:
         series_uid=series.series_uid,
         subset=source.subset,
         acquisition=series.acquisition,
+        warnings=series.warnings,
     )
+
+
+def is_dicomdir(path: Path) -> bool:
+    """Tells whether a path is that of a DICOMDIR, whose folder holds the images."""
+    return path.name.upper() == "DICOMDIR" and path.is_file()
+
+
+def _find_in_zip(path: Path) -> list[ScanSource]:
+    """Finds the DICOM series in a zip; their path is that of the zip."""
+    with zipped.extracted(path) as folder:
+        try:
+            found = dicom.find_scans(folder)
+        except ScanError as error:
+            raise ScanError(str(error).replace(str(folder), str(path))) from error
+    return [dataclasses.replace(source, paths=(path,)) for source in found]
 
 
 def _find_in_folder(folder: Path) -> list[ScanSource]:

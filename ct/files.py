@@ -4,6 +4,7 @@ import csv
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Pattern that an id must match to become a file name."""
@@ -61,10 +64,11 @@ def sync(path: Path) -> None:
 def files_below(folder: Path) -> Iterator[Path]:
     """Yields every file below a folder in a fixed order, except hidden files.
 
-    Follows links to folders and reads no folder twice.
+    Follows links to folders and reads no folder twice. Skips devices and pipes; yields
+    what cannot be examined, so that reading it tells why.
     """
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_warn, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -73,7 +77,18 @@ def files_below(folder: Path) -> Iterator[Path]:
         folders.sort()
         # macOS leaves ._NAME files beside what it copies.
         paths = (Path(parent, name) for name in sorted(names) if name[0] != ".")
-        yield from (path for path in paths if path.is_file())
+        yield from (path for path in paths if _may_be_file(path))
+
+
+def _warn(error: OSError) -> None:
+    log.warning("skipping a folder that cannot be read: %s", error.strerror)
+
+
+def _may_be_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def remove(path: Path) -> None:

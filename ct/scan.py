@@ -135,6 +135,8 @@ class Scan:
         nodules: One per label.
         acquisition: Technical header facts (kernel, kVp, thickness) without identity,
             and the source's statements about findings that are not outlined.
+        warnings: What is odd about the source without making geometry or HU wrong; names
+            files without folders.
         whole: False for patches around a nodule (`cohorts.patches`): these get no lung
             labels, and values named mm or HU may be in other units.
     """
@@ -152,6 +154,7 @@ class Scan:
     nodules: tuple[Nodule, ...] = ()
     acquisition: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
+    warnings: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -222,6 +225,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
         "nodules": [nodule_to_json(nodule) for nodule in scan.nodules],
         "acquisition": scan.acquisition,
         "whole": scan.whole,
+        "warnings": list(scan.warnings),
         "provenance": provenance,
     }
     with files.write_atomically(path) as partial:
@@ -276,6 +280,7 @@ def read_scan(path: Path) -> Scan:
         nodules=tuple(nodule_from_json(nodule) for nodule in record["nodules"]),
         acquisition=record["acquisition"],
         whole=record.get("whole", True),
+        warnings=tuple(record.get("warnings", ())),
         **volumes,
     )
 

@@ -244,6 +244,8 @@ def predict(
         if len(sources) != 1:
             raise ValueError(f"{image}: {len(sources)} scans; expected one")
         scan = nifti.load_scan(sources[0])
+        for text in scan.warnings:
+            log.warning("%s: %s", scan.scan_id, text)
     seen = training_patients_by_run(nodules)
     predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules)
     patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))

@@ -25,6 +25,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Options for choosing and reading DICOM series."""
+
+    repair: tuple[config.Repair, ...] = ()
+    """Defects of DICOM series to repair; a series with any other defect is refused."""
+    series: str = ""
+    """SeriesInstanceUID of the series to segment if a folder holds several. Without it,
+    --input segments all, and a row of --csv_file the best: not refused, axial, original, of
+    most images, thinnest. `python -m cohorts.dicom FOLDER` lists them."""
+
+    def record(self) -> dict[str, Any]:
+        """Returns the options as they are recorded with the results."""
+        return {"repair": list(self.repair), "series": self.series}
+
+
+AS_IT_IS = Reading()
+
+
+@dataclass(frozen=True)
 class Task:
     """A scan to segment: a scan file, or a source that still has to be converted."""
 
@@ -34,6 +53,8 @@ class Task:
     source: Path | ScanSource
     slices: dict[str, list[int]] = field(default_factory=dict)
     """Slice indices (z) by part; only for a split by slice."""
+    warnings: tuple[str, ...] | None = None
+    """Oddities of the source; None until it is read."""
 
 
 def without_failures(
@@ -75,11 +96,27 @@ def tasks_of_parts(
     return tasks, unreadable
 
 
-def tasks_of_input(path: Path) -> list[Task]:
-    """Lists the CT scans of a DICOM folder, a volume, a folder of volumes or a CSV list."""
+def tasks_of_input(path: Path, series: str = "") -> list[Task]:
+    """Lists the CT scans of a DICOM folder, a volume, a folder of volumes or a CSV list.
+
+    Args:
+        path: The folder, file or list.
+        series: SeriesInstanceUID of the only DICOM series to list, if there are several.
+
+    Raises:
+        ValueError: If there is no such series among several scans.
+    """
     from cohorts import nifti
 
-    return tasks_of_sources(nifti.find_scans(path))
+    found = nifti.find_scans(path)
+    if series and path.suffix.lower() != ".csv":
+        ids = [source.scan_id for source in found]
+        found = [source for source in found if source.scan_id == series]
+        if not found:
+            raise ValueError(
+                f"--series {series}: found only {', '.join(ids)}; expected one of these"
+            )
+    return tasks_of_sources(found)
 
 
 def tasks_of_list(path: Path) -> tuple[list[Task], list[steps.Failure]]:
@@ -95,21 +132,32 @@ def tasks_of_sources(sources: Sequence[ScanSource]) -> list[Task]:
     return [Task(source.scan_id, source.patient_id, "", source) for source in sources]
 
 
-def read_ct(task: Task) -> Scan:
-    """Reads the scan of a task; it may lack lung labels."""
+def read_ct(task: Task, reading: Reading = AS_IT_IS) -> Scan:
+    """Reads the scan of a task, which may lack lung labels; logs its warnings."""
+    scan = _read(task, reading)
+    for text in scan.warnings:
+        log.warning("%s: %s", task.scan_id, text)
+    return scan
+
+
+def _read(task: Task, reading: Reading) -> Scan:
     if isinstance(task.source, Path):
         return read_scan(task.source)
     from cohorts import nifti
 
     try:
-        return nifti.load_scan(task.source)
+        return nifti.load_scan(
+            task.source, repair=reading.repair, series=reading.series
+        )
     except ScanError as error:
         raise ScanError(without_folders(str(error), task.source)) from error
 
 
-def read_with_lungs(task: Task, mask: config.LungMask) -> Scan:
+def read_with_lungs(
+    task: Task, mask: config.LungMask, reading: Reading = AS_IT_IS
+) -> Scan:
     """Reads the scan of a task; segments the lungs of a source that comes without labels."""
-    scan = read_ct(task)
+    scan = read_ct(task, reading)
     if isinstance(task.source, Path):
         return scan
     return with_lungs(scan, mask)

@@ -47,9 +47,11 @@ class Predictions:
         split_sha256: Checksum of the split the run was trained with.
         training_patients: Patients that the weights were trained on.
         scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}; a
-            split by slice adds {"slices": {part: [z, ...]}}.
+            split by slice adds {"slices": {part: [z, ...]}}, and an odd source adds
+            {"warnings": [text, ...]}.
         provenance: Versions, commit and machine that wrote the predictions.
         passes: Settings of the passes; empty for a single pass, and for lungs.
+        repair: Defects of DICOM series that were repaired.
     """
 
     run: str
@@ -59,6 +61,7 @@ class Predictions:
     scans: dict[str, dict[str, Any]]
     provenance: dict[str, Any] = field(default_factory=dict)
     passes: dict[str, Any] = field(default_factory=dict)
+    repair: tuple[str, ...] = ()
 
     def of_part(self, part: str) -> dict[str, tuple[int, ...] | None]:
         """Returns the scans of a part by sorted id, each with its slices (z) in the part.
@@ -78,6 +81,8 @@ class Predictions:
     def write(self, folder: Path) -> None:
         """Writes predictions.json into `folder`."""
         record = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if not self.repair:
+            del record["repair"]
         files.write_json(Path(folder) / PREDICTIONS_JSON, record)
 
 
@@ -98,5 +103,6 @@ def read_predictions(folder: Path) -> Predictions:
         )
     for scan_id in record["scans"]:
         files.checked_id(scan_id, where=str(path))
-    training_patients = tuple(record.pop("training_patients"))
-    return Predictions(training_patients=training_patients, **record)
+    for name in ("training_patients", "repair"):
+        record[name] = tuple(record.get(name, ()))
+    return Predictions(**record)

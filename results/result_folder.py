@@ -45,6 +45,9 @@ MAPS = LABELS | OF_PASSES | OF_NODULES
 NODULE_SETTINGS = ("settings", "slices", "reduction")
 """Keys of lungs.json that hold postprocessing settings of the networks in `NoduleFinder`."""
 
+UNUSED: dict[str, Any] = {"repair": [], "series": ""}
+"""Settings of reading that lungs.json lists only if used, with their default values."""
+
 FORMAT_VERSION = 3
 """Format version of lungs.json with nodules: 2 added candidates.csv, 3 added marked_by.
 Without nodules it is 1."""
@@ -106,7 +109,9 @@ class Results:
         self.rows = {row.pid: row for row in read_lung_rows(folder / LUNGS_CSV)}
         self.tables = {name: read_rows(folder / name) for name in COLUMNS}
         if not path.exists():
-            files.write_json(path, made_by | {"provenance": provenance.record()})
+            files.write_json(
+                path, without_unused(made_by) | {"provenance": provenance.record()}
+            )
 
     def path(self, pid: str) -> Path:
         """Returns the path of a scan's results: a folder, or a file with numpy and nnunet."""
@@ -195,12 +200,21 @@ class Results:
 def read_lungs_json(path: Path) -> dict[str, Any]:
     """Reads lungs.json; settings newer than the file get their defaults."""
     record = json.loads(path.read_text())
-    record.setdefault("mean_is_mask", False)
+    record = {"mean_is_mask": False, **UNUSED, **record}
     nodules = record.get("nodules") or {}
     for name in NODULE_SETTINGS:
         if name in nodules:
             nodules[name] = config.with_defaults(config.Postprocess, nodules[name])
     return record
+
+
+def without_unused(made_by: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out settings of reading that were not used."""
+    return {
+        name: value
+        for name, value in made_by.items()
+        if name not in UNUSED or value != UNUSED[name]
+    }
 
 
 def differing_settings(

@@ -1,6 +1,7 @@
 """Rows of lungs.csv, nodules.csv and candidates.csv."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,13 @@ class LungRow:
     flag: int
     reason: str
     seconds: float
+    warnings: str = ""
 
 
 def read_lung_rows(path: Path) -> list[LungRow]:
     """Reads the rows of lungs.csv; returns none if the file is missing.
+
+    Older files have no column `warnings`.
 
     Raises:
         ValueError: If the columns differ, or an id cannot be a file name.
@@ -125,13 +129,14 @@ def read_lung_rows(path: Path) -> list[LungRow]:
     types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != tuple(types):
+        columns = list(rows.fieldnames or ())
+        if columns not in (list(types), list(types)[:-1]):
             raise ValueError(
                 f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
                 "again with --overwrite"
             )
         found = [
-            LungRow(**{name: kind(row[name]) for name, kind in types.items()})
+            LungRow(**{name: types[name](row[name]) for name in columns})
             for row in rows
         ]
     for row in found:
@@ -183,7 +188,9 @@ def candidate_row(candidate: Candidate, scan: Scan) -> dict[str, Any]:
     return shared_columns(candidate, scan) | {"marked_by": candidate.marked_by}
 
 
-def lung_row(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
+def lung_row(
+    pid: str, n: int, verdict: Any, seconds: float, warnings: Sequence[str] = ()
+) -> LungRow:
     """Returns the row of lungs.csv for a `lungs.checks.Verdict`."""
     facts = asdict(verdict)
     reasons = facts.pop("reasons")
@@ -195,4 +202,5 @@ def lung_row(pid: str, n: int, verdict: Any, seconds: float) -> LungRow:
         flag=int(bool(reasons)),
         reason="; ".join(reasons),
         seconds=round(seconds, 2),
+        warnings="; ".join(warnings),
     )

@@ -32,6 +32,8 @@ from inference.segment import (
     with_preset,
 )
 from lungs.labels import LungMap
+from results.rows import read_lung_rows, write_lung_rows
+from tests.cohorts.conftest import ct_series, save_series
 from training import runs
 from training.runs import read_settings
 
@@ -1131,3 +1133,97 @@ def test_a_preset_fills_in_what_is_not_given():
     assert (mixed.passes.n, mixed.labels.thresh, mixed.save_as) == (3, 0.4, "numpy")
     assert mixed.passes.mask_fraction == 0.7
     assert with_preset(given, "default") == given
+
+
+@pytest.fixture
+def dicom_images(volume):
+    """`volume` as a DICOM series, one of whose headers has another frame of reference."""
+    # Slices of a chest resemble their neighbours.
+    hu = ndimage.uniform_filter1d(volume.transpose(2, 1, 0), 3, axis=0)
+    hu[:, 0, 0] += np.arange(len(hu), dtype=hu.dtype)  # equal slices are refused
+    images = ct_series(hu, step=(0, 0, 5.0))
+    for image in images:
+        image.PixelSpacing = ["3", "3"]
+    images[3].FrameOfReferenceUID = "1.2.3"
+    return images
+
+
+def test_warnings_of_a_series_stay_with_its_results(
+    run, dicom_images, tmp_path, caplog
+):
+    save_series(dicom_images, tmp_path / "Secret Name")
+    listed = write_list(tmp_path / "scans.csv", [("P1", "Secret Name")])
+    out = tmp_path / "OUT"
+    command = ("--csv_file", listed, "--result_dir", out, "--exp_dir", run, "--n", 1)
+    assert run_main(*command) == 0
+    warning = rows_of(out)["P1"]["warnings"]
+    assert "have another FrameOfReferenceUID" in warning
+    assert f"P1: {warning}" in caplog.text
+    record = json.loads((out / "predictions.json").read_text())
+    assert record["scans"]["P1"]["warnings"] == [warning]
+    assert "repair" not in record
+    lungs = json.loads((out / "lungs.json").read_text())
+    assert not {"repair", "series"} & set(lungs)
+    assert run_main(*command) == 0  # nothing is read again, and nothing is lost
+    assert (
+        json.loads((out / "predictions.json").read_text())["scans"] == record["scans"]
+    )
+    written = caplog.text + "".join(p.read_text() for p in out.glob("*.[cj]s*"))
+    assert "Secret" not in written
+
+
+def test_repair_reads_a_series_with_a_gap_and_is_recorded(run, dicom_images, tmp_path):
+    dicom_images[3].FrameOfReferenceUID = dicom_images[0].FrameOfReferenceUID
+    save_series([im for k, im in enumerate(dicom_images) if k != 5], tmp_path / "ct")
+    command = ("--input", tmp_path / "ct", "--exp_dir", run, "--n", 1)
+    assert run_main(*command, "--result_dir", tmp_path / "refused") == 3
+    assert "--repair gaps" in (tmp_path / "refused/skipped.csv").read_text()
+    out = tmp_path / "OUT"
+    command = (*command, "--result_dir", out)
+    assert run_main(*command, "--repair", "gaps", "tilt") == 0
+    (pid,) = rows_of(out)
+    assert json.loads((out / "lungs.json").read_text())["repair"] == ["gaps", "tilt"]
+    mask = nibabel.load(out / pid / "mask.nii.gz")
+    assert mask.shape[2] == len(dicom_images)
+    assert run_main(*command) == 1  # results of other settings
+    assert run_main(*command, "--repair", "gaps", "tilt") == 0
+
+
+def test_a_series_is_chosen_by_its_uid(run, dicom_images, tmp_path):
+    save_series(dicom_images, tmp_path / "ct/a")
+    for image in dicom_images:
+        image.SeriesInstanceUID = "1.2.3"
+    save_series(dicom_images[1:], tmp_path / "ct/b")
+    options = ("--exp_dir", run, "--n", 1)
+    chosen = ("--input", tmp_path / "ct", "--series", "1.2.3")
+    assert run_main(*chosen, *options, "--result_dir", tmp_path / "one") == 0
+    assert set(rows_of(tmp_path / "one")) == {"1.2.3"}
+    assert json.loads((tmp_path / "one/lungs.json").read_text())["series"] == "1.2.3"
+    every = ("--input", tmp_path / "ct", "--result_dir", tmp_path / "all")
+    assert run_main(*every, *options) == 0
+    assert len(rows_of(tmp_path / "all")) == 2
+    absent = ("--series", "9.9", "--result_dir", tmp_path / "none")
+    assert run_main(*chosen[:2], *options, *absent) == 1
+    listed = write_list(tmp_path / "scans.csv", [("P1", "ct")])
+    command = ("--csv_file", listed, "--result_dir", tmp_path / "best", *options)
+    assert run_main(*command) == 0
+    best = rows_of(tmp_path / "best")["P1"]
+    assert "2 CT series; read 1.2.826" in best["warnings"]
+
+
+def test_repair_of_scan_files_is_refused(run, tmp_path, capsys):
+    command = ("--exp_dir", run, "--result_dir", tmp_path / "OUT", "--repair", "gaps")
+    assert run_main(*command) == 1
+    assert "scan files were read by preprocess.py" in capsys.readouterr().err
+
+
+def test_rows_of_lungs_without_warnings_are_read_as_before(tmp_path):
+    path = tmp_path / "lungs.csv"
+    path.write_text(
+        "pid,n,right_ml,left_ml,score,flag,reason,seconds\nP1,1,2.0,3.0,0.9,0,,1.0\n"
+    )
+    (row,) = read_lung_rows(path)
+    assert (row.pid, row.warnings) == ("P1", "")
+    write_lung_rows(path, [replace(row, warnings="odd; indeed")])
+    (row,) = read_lung_rows(path)
+    assert row.warnings == "odd; indeed"

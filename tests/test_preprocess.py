@@ -3,11 +3,13 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import config
 import preprocess
 from ct.scan import AIR_HU, ScanError, read_provenance, read_scan
 from lungs import classical
+from tests.cohorts.conftest import ct_series, save_series
 
 MASK = config.LungMask()
 
@@ -77,3 +79,19 @@ def test_what_was_made_alike_is_kept_and_what_was_made_otherwise_refused(
         preprocess.preprocess(source, scans, MASK, cohort="nifti")
     preprocess.preprocess(source, scans, MASK, cohort="nifti", overwrite=True)
     assert np.array_equal(read_scan(scans / "a.h5").hu, make_chest()[0] + 1)
+
+
+def test_scan_files_keep_what_was_odd_about_their_source(make_chest, tmp_path, caplog):
+    # Slices of a chest resemble their neighbours.
+    hu = ndimage.uniform_filter1d(make_chest()[0], 3, axis=0)
+    hu[:, 0, 0] += np.arange(len(hu), dtype=hu.dtype)  # equal slices are refused
+    images = ct_series(hu)
+    for image in images:
+        image.PixelSpacing = ["1.5", "1.5"]
+    images[3].FrameOfReferenceUID = "1.2.3"
+    save_series(images, tmp_path / "ct")
+    preprocess.preprocess(tmp_path / "ct", tmp_path / "scans", MASK, cohort="nifti")
+    (path,) = (tmp_path / "scans").glob("*.h5")
+    (warning,) = read_scan(path).warnings
+    assert "have another FrameOfReferenceUID" in warning
+    assert warning in caplog.text

@@ -456,23 +456,11 @@ REFUSALS = {
     ),
     "localizer": (
         changed("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]),
-        "localizer .scout. images: 1 of 8",
+        "about 1 slices missing",  # it is left out
     ),
     "series": (
         changed("SeriesInstanceUID", "1.2.3"),
         "mixed with other series: 1.2.3, 1.2.826.*expected one SeriesInstanceUID",
-    ),
-    "study": (
-        changed("StudyInstanceUID", "1.2.3"),
-        "mixed StudyInstanceUID: '1.2.3' in 1 of 8 images .first 021-3.dcm., '1.2.826.*'",
-    ),
-    "frame of reference": (
-        changed("FrameOfReferenceUID", "1.2.3"),
-        "mixed FrameOfReferenceUID: '1.2.3' in 1 of 8 images",
-    ),
-    "kernel": (
-        changed("ConvolutionKernel", "LUNG"),
-        "mixed ConvolutionKernel: 'LUNG' in 1 of 8 images .first 021-3.dcm., 'STANDARD'",
     ),
     "patient": (
         changed("PatientID", "Secret"),
@@ -493,7 +481,7 @@ REFUSALS = {
     },
     "short tag": (
         changed("ImageOrientationPatient", [1, 0, 0, 0, 1]),
-        "021-3.dcm: a header value is malformed",
+        "021-3.dcm: ImageOrientationPatient is .*; expected 6 numbers",
     ),
     **{
         f"{tag} {value}": (
@@ -737,25 +725,27 @@ def test_a_folder_without_ct_says_what_it_holds(series, saved, tmp_path):
         dicom.read_series(paths)
 
 
-@pytest.mark.parametrize("uid", ["../../escaped", "..", "/tmp/x", "1" * 65, ""])
+@pytest.mark.parametrize("uid", ["../../escaped", "..", "/tmp/x", "1" * 65, "A B"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of a UID it doubts
-def test_a_uid_that_could_name_another_folder_is_refused(uid, series, saved):
+def test_a_uid_that_could_name_another_folder_is_hashed(uid, series, saved, chest):
     images = series()
     for image in images:
         image.SeriesInstanceUID = uid
-    paths = saved(images)
-    with pytest.raises(ScanError, match=r"8 damaged or without a SeriesInstanceUID of"):
-        dicom.find_scans(paths[0].parent)
-    with pytest.raises(ScanError, match="SeriesInstanceUID .*expected 1 to 64 digits"):
-        dicom.read_series(paths)
+    (source,) = dicom.find_scans(saved(images)[0].parent)
+    assert re.fullmatch(r"series-[0-9a-f]{16}", source.scan_id)
+    read = dicom.read_series(source.paths)
+    assert read.series_uid == source.scan_id
+    assert np.array_equal(read.hu, chest())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_one_slice_with_such_a_uid_costs_its_series(series, saved):
+def test_one_slice_with_another_uid_is_missed(series, saved):
     images = series()
     images[3].SeriesInstanceUID = "../../escaped"
-    (source,) = dicom.find_scans(saved(images)[0].parent)
-    with pytest.raises(ScanError, match="021-3.dcm: SeriesInstanceUID '../../escaped'"):
+    _, source = sorted(
+        dicom.find_scans(saved(images)[0].parent), key=lambda s: len(s.paths)
+    )
+    with pytest.raises(ScanError, match="about 1 slices missing"):
         dicom.read_series(source.paths)
 
 
@@ -857,7 +847,14 @@ def test_nothing_personal_leaves_the_reader(series, saved):
 @pytest.mark.lidc
 @pytest.mark.parametrize(
     "folder",
-    ["LIDC-IDRI/LIDC-IDRI-0001", "LIDC-IDRI/LIDC-IDRI-0003", "Lung-PET-CT-Dx"],
+    [
+        "LIDC-IDRI/LIDC-IDRI-0001",
+        "LIDC-IDRI/LIDC-IDRI-0003",
+        "Lung-PET-CT-Dx",
+        "COVID-CT-MD/normal001",
+        "COVID-CT-MD/P001",
+        "COVID-CT-MD/cap001",
+    ],
 )
 def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     if not (DATA / folder).is_dir():
@@ -869,6 +866,7 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     corner = [n - 1 for n in image.GetSize()]
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint(corner))
     assert np.allclose(read.grid.index_to_ras_mm(corner[::-1]), at_ras_mm, atol=1e-3)
+    assert read.warnings == ()
     assert source.patient_id.startswith(("LIDC-IDRI-000", "p-"))
 
 

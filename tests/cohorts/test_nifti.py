@@ -402,13 +402,25 @@ def test_a_list_may_name_dicom_folders(listed, series, saved, chest):
     scan = nifti.load_scan(source)
     assert (scan.scan_id, scan.patient_id) == ("case-1", "LIDC-IDRI-0042")
     assert np.array_equal(scan.hu, chest())
-    others = series()
+    # Of several series the best is read: here the one that has most images.
+    others = series(chest(seed=1))[:7]
     for image in others:
         image.SeriesInstanceUID = "1.2.3"
     saved(others, suffix=".img")
-    with pytest.raises(
-        ScanError, match=r"2 CT series \(1.2.3 \(8 files\).*expected one"
-    ):
+    scan = nifti.load_scan(source)
+    assert np.array_equal(scan.hu, chest())
+    (warning,) = scan.warnings
+    assert warning.startswith(
+        "2 CT series; read 1.2.826.0.1.3680043.8.498.1 (8 images)"
+    )
+    assert "not 1.2.3 (7 images)" in warning
+    scan = nifti.load_scan(source, series="1.2.3")
+    assert np.array_equal(scan.hu, chest(seed=1)[:7])
+    assert (scan.series_uid, scan.warnings) == ("1.2.3", ())
+    for image in others:
+        image.PatientID = "LIDC-IDRI-0043"
+    saved(others, suffix=".img")
+    with pytest.raises(ScanError, match="2 CT series of 2 patients or studies"):
         nifti.load_scan(source)
 
 
@@ -569,7 +581,9 @@ def test_an_unknown_source_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         nifti.find_scans(tmp_path / "absent")
     (tmp_path / "scan.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unknown file type; expected .csv or .nii"):
+    with pytest.raises(
+        ValueError, match=r"unknown file type; expected .csv, .zip, a DICOM"
+    ):
         nifti.find_scans(tmp_path / "scan.png")
 
 

@@ -316,8 +316,12 @@ def write_lungs(
     def segment(task: Task, scan: Scan) -> None:
         odd[task.scan_id] = scan.warnings
         started = time.monotonic()
+        log.info("%s: segmenting lungs, %d slices", task.scan_id, len(scan.hu))
         maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
-        found = finder.find(replace(scan, lung=labels)) if finder else None
+        found = None
+        if finder:
+            log.info("%s: finding nodules, after %d pass(es)", task.scan_id, maps.n)
+            found = finder.find(replace(scan, lung=labels))
         seconds = time.monotonic() - started
         row = rows.lung_row(task.scan_id, maps.n, verdict, seconds, scan.warnings)
         results.write(scan, row, maps, labels, found)

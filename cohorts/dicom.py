@@ -19,14 +19,7 @@ import numpy as np
 import tyro
 
 from cohorts.dicom_checks import few
-from cohorts.dicom_headers import (
-    FIND_THREADS,
-    Identity,
-    hashed_id,
-    identify,
-    positions_along_normal_mm,
-    slice_normal,
-)
+from cohorts.dicom_headers import Identity, hashed_id, identify
 from cohorts.dicom_read import (
     REPAIRS,
     Plan,
@@ -35,6 +28,7 @@ from cohorts.dicom_read import (
     plan_series,
     read_series,
 )
+from cohorts.dicom_slices import FIND_THREADS, positions_along_normal_mm, slice_normal
 from cohorts.pseudonyms import is_anonymous, safe_patient_id
 from cohorts.zipped import extracted, is_zip
 from ct import files

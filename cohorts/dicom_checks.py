@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cohorts.dicom_headers import (
+from cohorts.dicom_slices import (
     COSINE_ATOL,
     SAME_PLACE_MM,
     Slice,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cohorts.dicom_checks import named, uneven_gaps, unusual
-from cohorts.dicom_headers import Slice, positions_along_normal_mm
+from cohorts.dicom_slices import Slice, positions_along_normal_mm
 
 RESCALED_HU = ("HU_MOD",)
 """RescaleTypes of values that approximate HU, as of spectral images."""

@@ -25,15 +25,9 @@ from cohorts.dicom_checks import (
     drop_duplicates,
     without_scouts,
 )
-from cohorts.dicom_headers import (
-    SLICE_TAGS,
-    Slice,
-    acquisition_facts,
-    read_header,
-    read_slices,
-    sorted_slices,
-)
+from cohorts.dicom_headers import SLICE_TAGS, acquisition_facts, read_header
 from cohorts.dicom_oddities import find_oddities
+from cohorts.dicom_slices import Slice, read_slices, sorted_slices
 from cohorts.dicom_volume import (
     drop_copies,
     fill_gaps,

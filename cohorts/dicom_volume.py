@@ -11,7 +11,7 @@ from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import JPEGLSLossless, JPEGLSNearLossless
 
 from cohorts.dicom_checks import GAP_ATOL_MM, GAP_RTOL, group_by_position, named
-from cohorts.dicom_headers import (
+from cohorts.dicom_slices import (
     PIXEL_ERRORS,
     Slice,
     positions_along_normal_mm,

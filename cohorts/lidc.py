@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cohorts import dicom, dicom_headers, dicom_volume
+from cohorts import dicom, dicom_headers, dicom_read, dicom_volume
 from cohorts.lidc_readings import (
     NoduleMark,
     Reading,
@@ -91,7 +91,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     Raises:
         ScanError: If the series is unusable or its outlines do not fit it.
     """
-    series = dicom.read_series(source.paths, repair=repair)
+    series = dicom_read.read_series(source.paths, repair=repair)
     scan = Scan(
         scan_id=source.scan_id,
         patient_id=source.patient_id,
@@ -115,7 +115,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
     return with_nodules(scan, reading, slices_of(series))
 
 
-def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
+def check_not_straightened(source: ScanSource, series: dicom_read.Series) -> None:
     """Raises ScanError if straightening resized the slices that readers drew on."""
     header = dicom_headers.read_header(source.paths[0], ["Rows", "Columns"])
     drawn_px = (int(header.Rows), int(header.Columns))
@@ -128,7 +128,7 @@ def check_not_straightened(source: ScanSource, series: dicom.Series) -> None:
         )
 
 
-def slices_of(series: dicom.Series) -> Slices:
+def slices_of(series: dicom_read.Series) -> Slices:
     """Returns the slice positions of a series, in the order of its source grid."""
     grid = dicom_volume.reversed_axes(series.source_grid)
     at_ras_mm = series.grid.index_to_ras_mm(

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from cohorts import dicom, dicom_headers, plausible, zipped
+from cohorts import dicom, dicom_headers, dicom_read, plausible, zipped
 from cohorts.lists import check_unique, read_list
 from cohorts.volume_file import (
     CHANNEL,
@@ -204,7 +204,7 @@ def _load_chosen(
 def _load_series(
     source: ScanSource, paths: Iterable[Path], repair: Sequence[str]
 ) -> Scan:
-    series = dicom.read_series(paths, repair=repair)
+    series = dicom_read.read_series(paths, repair=repair)
     return Scan(
         scan_id=source.scan_id,
         patient_id=source.patient_id,

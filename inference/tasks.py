@@ -72,6 +72,11 @@ def tasks_of_parts(
     Raises:
         ValueError: If there is no such scan file.
     """
+    if not scans_dir.is_dir():
+        raise FileNotFoundError(
+            f"no folder {scans_dir}; give a CT with --input or --csv_file, or make scan files "
+            "with preprocess.py"
+        )
     part_of = {
         patient: part for part in parts for patient in patients_of_part(split, part)
     }

@@ -21,6 +21,8 @@ from cohorts import (
     dicom,
     dicom_checks,
     dicom_headers,
+    dicom_read,
+    dicom_slices,
     dicom_volume,
     plausible,
     pseudonyms,
@@ -56,12 +58,12 @@ def without_padding(hu):
 
 def refused(images, saved, **options):
     with pytest.raises(ScanError) as caught:
-        dicom.read_series(saved(images), **options)
+        dicom_read.read_series(saved(images), **options)
     return str(caught.value)
 
 
 def test_hu_and_place_are_those_of_the_headers(series, saved, chest):
-    read = dicom.read_series(saved(series()))
+    read = dicom_read.read_series(saved(series()))
     assert read.hu.dtype == np.int16
     assert np.array_equal(read.hu, chest())
     assert np.allclose(read.grid.spacing_mm, (2.5, 0.9, 0.7))
@@ -84,7 +86,7 @@ def test_hu_and_place_are_those_of_the_headers(series, saved, chest):
 )
 def test_simpleitk_reads_the_same_values_at_the_same_places(orientation, series, saved):
     paths = saved(series(orientation=orientation))
-    read = dicom.read_series(paths)
+    read = dicom_read.read_series(paths)
     values, image = read_with_itk(paths)
     back = to_source(read.hu, read.grid, read.source_grid)
     assert np.array_equal(back, values.T)
@@ -115,7 +117,7 @@ def test_compressed_series_give_the_same_hu(
         stored = image.pixel_array.astype(kind)
         image.PixelRepresentation = int(kind is np.int16)
         image.compress(syntax, arr=stored, **options.get(syntax, {}))
-    read = dicom.read_series(saved(images))
+    read = dicom_read.read_series(saved(images))
     assert read.acquisition["TransferSyntax"] == syntax.name
     assert np.abs(read.hu.astype(int) - chest()).max() <= tolerance_hu
 
@@ -123,7 +125,7 @@ def test_compressed_series_give_the_same_hu(
 def test_jpeg_2000_with_a_wrong_sign_in_its_header_is_read():
     # The codestream says unsigned, the DICOM header signed; from pydicom's own tests.
     path = PYDICOM_FILES / "J2K_pixelrep_mismatch.dcm"
-    (item,) = dicom_headers.read_slices([path])
+    (item,) = dicom_slices.read_slices([path])
     (stored,) = dicom_volume._stored_pixels(path, [item])
     assert stored.min() == -2000
     assert dicom_volume.to_hu(stored, item)[0, 0] == AIR_HU
@@ -145,7 +147,7 @@ def test_rescale_is_taken_from_each_slice(series, saved, chest):
     stored = np.rint((chest()[2] + 1000) / 0.5).astype(np.int16)
     images[2].PixelData = stored.tobytes()
     images[2].RescaleSlope, images[2].RescaleIntercept = "0.5", "-1000"
-    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+    assert np.array_equal(dicom_read.read_series(saved(images)).hu, chest())
 
 
 def test_twelve_bits_with_rubbish_in_the_unused_bits_are_cleaned(series, saved, chest):
@@ -154,7 +156,7 @@ def test_twelve_bits_with_rubbish_in_the_unused_bits_are_cleaned(series, saved, 
         stored = image.pixel_array.astype(np.uint16) | 0x8000
         image.PixelData = stored.tobytes()
         image.BitsStored, image.HighBit, image.PixelRepresentation = 12, 11, 0
-    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+    assert np.array_equal(dicom_read.read_series(saved(images)).hu, chest())
 
 
 def test_padding_becomes_air_whichever_way_it_is_written(series, saved):
@@ -175,7 +177,7 @@ def test_padding_becomes_air_whichever_way_it_is_written(series, saved):
         image.add_new("PixelPaddingValue", "SS", 4500)
         image.add_new("PixelPaddingRangeLimit", "SS", 4000)
         image.RescaleIntercept = "-1024"
-    hu = dicom.read_series(saved(images)).hu
+    hu = dicom_read.read_series(saved(images)).hu
     assert (hu[:4, 0, :4] == [AIR_HU, 2048, 2976, AIR_HU]).all()
     # 4000 stored is 2976 HU, which metal can have: it stays.
     assert (hu[4:, 0, :4] == [AIR_HU, 2048, 2976, AIR_HU]).all()
@@ -189,14 +191,14 @@ def test_padding_above_every_density_becomes_air(series, saved):
         image.PixelData = stored.tobytes()
         image.add_new("PixelPaddingValue", "SS", 5000)
         image.add_new("PixelPaddingRangeLimit", "SS", 4096)
-    assert (dicom.read_series(saved(images)).hu[:, 0, :2] == AIR_HU).all()
+    assert (dicom_read.read_series(saved(images)).hu[:, 0, :2] == AIR_HU).all()
 
 
 def test_water_declared_as_padding_stays_water(series, saved, chest):
     images = series()
     for image in images:
         image.add_new("PixelPaddingValue", "SS", 1024)
-    assert np.array_equal(dicom.read_series(saved(images)).hu, chest())
+    assert np.array_equal(dicom_read.read_series(saved(images)).hu, chest())
 
 
 def test_values_beyond_int16_are_clipped(series, saved):
@@ -206,18 +208,20 @@ def test_values_beyond_int16_are_clipped(series, saved):
         stored[0, 0] = 65535
         image.PixelData = stored.tobytes()
         image.PixelRepresentation = 0
-    assert (dicom.read_series(saved(images)).hu[:, 0, 0] == 32767).all()
+    assert (dicom_read.read_series(saved(images)).hu[:, 0, 0] == 32767).all()
 
 
 def test_small_jitter_of_positions_is_accepted(series, saved):
     images = series()
     images[3].ImagePositionPatient = [-7.0, -11.0, -30 + 3 * STEP_MM + 0.02]
-    assert dicom.read_series(saved(images)).grid.spacing_mm[0] == pytest.approx(2.5)
+    assert dicom_read.read_series(saved(images)).grid.spacing_mm[0] == pytest.approx(
+        2.5
+    )
 
 
 def test_slices_are_found_by_their_sop_instance_uid(series, saved, chest):
     images = series(orientation=(1, 0, 0, 0, -1, 0))
-    read = dicom.read_series(saved(images))
+    read = dicom_read.read_series(saved(images))
     for k, image in enumerate(images):
         z = read.z_of_sop[image.SOPInstanceUID]
         assert np.array_equal(read.hu[z], chest()[k][::-1])
@@ -225,7 +229,7 @@ def test_slices_are_found_by_their_sop_instance_uid(series, saved, chest):
 
 def test_an_enhanced_ct_file_gives_the_volume_of_its_slices(series, saved, chest):
     (path,) = saved([enhanced(series())])
-    read = dicom.read_series([path])
+    read = dicom_read.read_series([path])
     assert np.array_equal(read.hu, chest())
     image = SimpleITK.ReadImage(str(path))
     at_ras_mm = flip_xy(image.TransformIndexToPhysicalPoint((3, 5, 7)))
@@ -280,7 +284,7 @@ def test_a_missing_slice_is_refused_and_interpolated(series, saved, chest):
     assert (
         "at -25.00 mm; expected 2.500 mm throughout (fix with --repair gaps" in message
     )
-    hu = dicom.read_series(saved(images), repair=["gaps"]).hu
+    hu = dicom_read.read_series(saved(images), repair=["gaps"]).hu
     expected = chest()
     between = np.rint((expected[2].astype(float) + expected[4]) / 2)
     assert np.array_equal(hu[3], between)
@@ -305,7 +309,7 @@ def test_uneven_spacing_is_refused_and_resampled(series, saved):
         stored[10, 10] = 1064 + 2 * (z + 30)
         image.PixelData = stored.tobytes()
     assert "2 uneven gaps" in refused(images, saved)
-    read = dicom.read_series(saved(images), repair=["gaps"])
+    read = dicom_read.read_series(saved(images), repair=["gaps"])
     assert read.hu[:, 10, 10].tolist() == [40, 45, 50, 55, 60, 65, 70, 75]
 
 
@@ -317,7 +321,7 @@ def test_doubled_slices_are_refused_and_the_lower_instance_kept(series, saved, c
     message = refused([twin, *images], saved)
     assert "1 duplicate slices, first 042-6.dcm and 000-0.dcm at -17.50 mm" in message
     assert "--repair duplicates" in message
-    read = dicom.read_series(saved([twin, *images]), repair=["duplicates"])
+    read = dicom_read.read_series(saved([twin, *images]), repair=["duplicates"])
     assert np.array_equal(read.hu, chest())
 
 
@@ -352,7 +356,7 @@ def test_two_reconstructions_at_the_same_positions_are_not_mended(
 
 def test_of_two_sets_at_the_same_positions_one_stays_throughout(series, saved, chest):
     paths = saved(series() + second_set(series))
-    read = dicom.read_series(paths, repair=["duplicates"])
+    read = dicom_read.read_series(paths, repair=["duplicates"])
     assert np.array_equal(read.hu, chest())
 
 
@@ -368,7 +372,9 @@ def test_two_sets_numbered_against_each_other_are_not_mixed(series, saved, chest
     assert "neither InstanceNumber" in refused(both, saved, repair=["duplicates"])
     # A folder each: the first of the folders is taken.
     paths = saved(series(), "two/a") + saved(others, "two/b")
-    assert np.array_equal(dicom.read_series(paths, repair=["duplicates"]).hu, chest())
+    assert np.array_equal(
+        dicom_read.read_series(paths, repair=["duplicates"]).hu, chest()
+    )
 
 
 def test_files_that_lie_there_twice_are_mended_whatever_their_numbers(
@@ -378,7 +384,7 @@ def test_files_that_lie_there_twice_are_mended_whatever_their_numbers(
     for image in images:
         image.InstanceNumber = 0
     paths = saved(images, "two/a") + saved(images[3:], "two/b")
-    read = dicom.read_series(paths, repair=["duplicates"])
+    read = dicom_read.read_series(paths, repair=["duplicates"])
     assert np.array_equal(read.hu, chest())
 
 
@@ -399,7 +405,7 @@ def test_gantry_tilt_is_refused_with_its_angle(series, saved):
 
 def test_a_straightened_stack_keeps_every_voxel_in_its_place(series, saved):
     images = tilted(series, 12)
-    read = dicom.read_series(saved(images), repair=["tilt"])
+    read = dicom_read.read_series(saved(images), repair=["tilt"])
     axes = read.grid.affine[:3, :3] / read.grid.spacing_mm
     assert np.allclose(axes.T @ axes, np.eye(3), atol=1e-6)
     assert read.grid.spacing_mm[0] == pytest.approx(2.5 * np.cos(np.radians(12)))
@@ -408,7 +414,7 @@ def test_a_straightened_stack_keeps_every_voxel_in_its_place(series, saved):
     stored = images[4].pixel_array.copy()
     stored[9:12, 9:12] = 4000
     images[4].PixelData = stored.tobytes()
-    read = dicom.read_series(saved(images), repair=["tilt"])
+    read = dicom_read.read_series(saved(images), repair=["tilt"])
     row_mm = 10 * 0.9 * np.array([0, np.cos(np.radians(12)), np.sin(np.radians(12))])
     expected = np.array([-7 + 10 * 0.7, -11, -30 + 4 * 2.5]) + row_mm
     bright = np.argwhere(read.hu > 1000)
@@ -422,7 +428,7 @@ def test_a_tilt_that_the_positions_do_not_show_is_refused(series, saved, chest):
     for image in images:
         image.GantryDetectorTilt = "15"
     assert "GantryDetectorTilt is 15 deg in 000-0.dcm" in refused(images, saved)
-    read = dicom.read_series(saved(images), repair=["tilt"])
+    read = dicom_read.read_series(saved(images), repair=["tilt"])
     assert np.array_equal(read.hu, chest())
 
 
@@ -508,7 +514,7 @@ def test_a_defect_is_named_with_file_value_and_expectation(name, series, saved):
     images = series()
     change(images)
     with pytest.raises(ScanError, match=pattern) as caught:
-        dicom.read_series(saved(images))
+        dicom_read.read_series(saved(images))
     assert "Secret" not in str(caught.value)
     assert "LIDC-IDRI-0042" not in str(caught.value)
 
@@ -530,7 +536,7 @@ def test_a_truncated_file_is_named(series, saved):
     with pytest.raises(
         ScanError, match=r"cannot read the pixels of 021-3.dcm .*1390.*40,36"
     ):
-        dicom.read_series(paths)
+        dicom_read.read_series(paths)
 
 
 @pytest.mark.parametrize("size", [0, 60, 250, 700])
@@ -540,7 +546,7 @@ def test_a_file_cut_in_its_header_is_refused_with_its_series(size, series, saved
     (source,) = dicom.find_scans(paths[0].parent)
     assert len(source.paths) == 8
     with pytest.raises(ScanError, match=paths[7].name):
-        dicom.read_series(source.paths)
+        dicom_read.read_series(source.paths)
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
@@ -550,7 +556,7 @@ def test_a_damaged_compressed_slice_is_named(syntax, series, saved):
         image.compress(syntax)
     images[3].PixelData = pydicom.encaps.encapsulate([b"\x00\x01 rubbish " * 8])
     with pytest.raises(ScanError, match="021-3.dcm"):
-        dicom.read_series(saved(images))
+        dicom_read.read_series(saved(images))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values it doubts
@@ -564,7 +570,7 @@ def test_random_damage_is_refused_or_harmless_but_never_a_crash(seed, series, sa
     paths[3].write_bytes(damaged)
     try:
         found = dicom.find_scans(paths[0].parent)
-        hu = [dicom.read_series(source.paths).hu for source in found]
+        hu = [dicom_read.read_series(source.paths).hu for source in found]
     except ScanError as error:
         assert "021-3.dcm" in str(error) or "series 1." in str(error)
     else:
@@ -647,12 +653,12 @@ def test_a_field_wider_than_any_scanner_is_refused(series, saved):
         image.PixelSpacing = ["90", "70"]
     expected = r"the field is 20 x 3600 x 2520 mm .*at most 3000 x 1000 x 1000"
     with pytest.raises(ScanError, match=expected):
-        dicom.read_series(saved(images))
+        dicom_read.read_series(saved(images))
 
 
 def test_an_unknown_repair_is_refused(series, saved):
     with pytest.raises(ValueError, match=r"repair \['gap'\]: expected any of gaps"):
-        dicom.read_series(saved(series()), repair=["gap"])
+        dicom_read.read_series(saved(series()), repair=["gap"])
 
 
 def other_object(images, sop_class, modality):
@@ -722,7 +728,7 @@ def test_a_folder_without_ct_says_what_it_holds(series, saved, tmp_path):
     with pytest.raises(
         ScanError, match="RT Structure Set Storage of modality RTSTRUCT"
     ):
-        dicom.read_series(paths)
+        dicom_read.read_series(paths)
 
 
 @pytest.mark.parametrize("uid", ["../../escaped", "..", "/tmp/x", "1" * 65, "A B"])
@@ -733,7 +739,7 @@ def test_a_uid_that_could_name_another_folder_is_hashed(uid, series, saved, ches
         image.SeriesInstanceUID = uid
     (source,) = dicom.find_scans(saved(images)[0].parent)
     assert re.fullmatch(r"series-[0-9a-f]{16}", source.scan_id)
-    read = dicom.read_series(source.paths)
+    read = dicom_read.read_series(source.paths)
     assert read.series_uid == source.scan_id
     assert np.array_equal(read.hu, chest())
 
@@ -746,7 +752,7 @@ def test_one_slice_with_another_uid_is_missed(series, saved):
         dicom.find_scans(saved(images)[0].parent), key=lambda s: len(s.paths)
     )
     with pytest.raises(ScanError, match="about 1 slices missing"):
-        dicom.read_series(source.paths)
+        dicom_read.read_series(source.paths)
 
 
 def patients_of(saved, *ids):
@@ -834,7 +840,7 @@ def test_two_series_of_a_study_without_patient_are_one_patient(series, saved):
 
 
 def test_nothing_personal_leaves_the_reader(series, saved):
-    read = dicom.read_series(saved(series()))
+    read = dicom_read.read_series(saved(series()))
     assert read.acquisition == {
         "Manufacturer": "Maker",
         "ConvolutionKernel": "STANDARD",
@@ -860,7 +866,7 @@ def test_real_series_agree_with_simpleitk_voxel_for_voxel(folder):
     if not (DATA / folder).is_dir():
         pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
     (source,) = dicom.find_scans(DATA / folder)
-    read = dicom.read_series(source.paths)
+    read = dicom_read.read_series(source.paths)
     values, image = read_with_itk(source.paths)
     assert np.array_equal(read.hu, without_padding(values))
     corner = [n - 1 for n in image.GetSize()]
@@ -876,7 +882,7 @@ def test_damage_to_some_slices_of_a_real_series_is_refused(folder):
     if not (DATA / folder).is_dir():
         pytest.skip(f"no {folder} in {DATA}; set LUNG_DATA")
     (source,) = dicom.find_scans(DATA / folder)
-    slices = dicom_headers.sorted_slices(dicom_headers.read_slices(source.paths))
+    slices = dicom_slices.sorted_slices(dicom_slices.read_slices(source.paths))
     volume, _ = dicom_volume.stack_slices(slices)
     blank, half_blank, offset, copied = (volume.copy() for _ in range(4))
     blank[20:23] = AIR_HU

@@ -33,7 +33,7 @@ from pydicom.uid import (
     JPEGLosslessSV1,
 )
 
-from cohorts import dicom, dicom_headers, nifti, zipped
+from cohorts import dicom, dicom_headers, dicom_read, dicom_slices, nifti, zipped
 from ct.geometry import flip_xy
 from ct.scan import ScanError
 from tests.cohorts.test_dicom import enhanced
@@ -230,7 +230,7 @@ def test_an_oddity_that_leaves_geometry_and_hu_right_is_accepted(
     change, warning = ACCEPTED[name]
     paths = saved(change(series()))
     (source,) = dicom.find_scans(paths[0].parent)
-    read = dicom.read_series(source.paths)
+    read = dicom_read.read_series(source.paths)
     assert len(read.warnings) == bool(warning)
     assert re.search(warning, "".join(read.warnings))
     assert str(paths[0].parent) not in "".join(read.warnings)
@@ -259,13 +259,13 @@ def test_images_without_uid_beside_a_series_are_refused_with_it(series, saved):
     del images[7].SeriesInstanceUID
     (source,) = dicom.find_scans(saved(images)[0].parent)
     with pytest.raises(ScanError, match=r"mixed with other series: no UID, 1\.2\.826"):
-        dicom.read_series(source.paths)
+        dicom_read.read_series(source.paths)
 
 
 def test_copies_of_images_are_left_out(series, saved, chest):
     paths = saved(series(), "two/a")
     twins = saved([*series()[2:4]], "two/b")
-    read = dicom.read_series([*paths, *twins])
+    read = dicom_read.read_series([*paths, *twins])
     assert read.warnings == (
         "2 of 10 images (first 000-0.dcm) are copies of others; left out",
     )
@@ -276,20 +276,20 @@ def test_copies_of_images_are_left_out(series, saved, chest):
 def test_scouts_and_reformats_within_a_series_are_left_out(series, saved, chest):
     coronal = series(orientation=(1, 0, 0, 0, 0, -1))[0]
     coronal.InstanceNumber, coronal.SOPInstanceUID = 99, "1.2.99"
-    read = dicom.read_series(saved([*series(), coronal]))
+    read = dicom_read.read_series(saved([*series(), coronal]))
     (warning,) = read.warnings
     assert warning.startswith("1 of 9 images (first 056-8.dcm) are scouts or reformats")
     assert np.array_equal(read.hu, chest())
     scout = series(orientation=(1, 0, 0, 0, 0, -1))[0]
     scout.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-    read = dicom.read_series(saved([*series(), scout]))
+    read = dicom_read.read_series(saved([*series(), scout]))
     assert len(read.warnings) == 1
     assert np.array_equal(read.hu, chest())
 
 
 def test_a_blank_slice_at_an_end_is_kept_and_one_inside_is_not(series, saved):
     paths = saved(blank_at_the_end(series()))
-    read = dicom.read_series(paths)
+    read = dicom_read.read_series(paths)
     assert read.warnings == (
         "1 of 8 images (first 049-7.dcm) are blank, at an end; kept",
     )
@@ -297,7 +297,7 @@ def test_a_blank_slice_at_an_end_is_kept_and_one_inside_is_not(series, saved):
     images = blank_at_the_end(series())
     images[6].PixelData = images[7].PixelData
     with pytest.raises(ScanError, match="2 of 8 slices .* are blank"):
-        dicom.read_series(saved(images))
+        dicom_read.read_series(saved(images))
 
 
 @pytest.mark.parametrize("suffix", ["", ".dcm"])
@@ -315,7 +315,7 @@ def test_files_without_preamble_are_read(suffix, series, saved, tmp_path, chest)
     (paths[0].parent / "notes").write_bytes(bytes((8, 0, 5, 0)) + b"no DICOM at all")
     (source,) = dicom.find_scans(paths[0].parent)
     assert len(source.paths) == 8
-    read = dicom.read_series(source.paths)
+    read = dicom_read.read_series(source.paths)
     assert np.array_equal(read.hu, chest())
     # SimpleITK refuses files that have a meta header but no preamble.
 
@@ -326,14 +326,14 @@ def test_another_frame_of_reference_behind_a_gap_is_refused(series, saved):
         image.FrameOfReferenceUID = "1.2.3"
     paths = saved(images)
     with pytest.raises(ScanError, match="positions cannot be compared") as caught:
-        dicom.read_series(paths, repair=["gaps"])
+        dicom_read.read_series(paths, repair=["gaps"])
     assert "--repair" not in str(caught.value)
 
 
 def test_two_kernels_in_one_series_are_refused(series, saved):
     images = each("ConvolutionKernel", lambda k: ("LUNG", "SOFT")[k % 2])(series())
     with pytest.raises(ScanError, match="mixed ConvolutionKernel: '(LUNG|SOFT)' in 4"):
-        dicom.read_series(saved(images))
+        dicom_read.read_series(saved(images))
 
 
 def raw(tag, vr, text):
@@ -421,7 +421,7 @@ def test_values_that_no_ct_has_are_refused_by_name(name, series, saved):
     change, pattern = REFUSED[name]
     (source,) = dicom.find_scans(saved(change(series()))[0].parent)
     with pytest.raises(ScanError, match=pattern) as caught:
-        dicom.read_series(source.paths)
+        dicom_read.read_series(source.paths)
     message = str(caught.value)
     assert message.startswith("series 1.2.826.0.1.3680043.8.498.1: ")
     assert "expected" in message
@@ -446,7 +446,7 @@ def test_sequences_nested_without_end_are_refused(series, saved):
     (source,) = dicom.find_scans(paths[0].parent)
     assert len(source.paths) == 8
     with pytest.raises(ScanError, match="021-3.dcm.*nested too deeply"):
-        dicom.read_series(source.paths)
+        dicom_read.read_series(source.paths)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_uncompressed_syntaxes_are_read(syntax, options, series, tmp_path, chest
         image.file_meta.TransferSyntaxUID = syntax
         paths.append(tmp_path / f"{k}.dcm")
         image.save_as(paths[-1], enforce_file_format=True, **options)
-    read = dicom.read_series(paths)
+    read = dicom_read.read_series(paths)
     assert np.array_equal(read.hu, chest())
     assert_same_as_itk(read, paths)
 
@@ -491,7 +491,7 @@ def test_lossless_jpeg_as_another_encoder_writes_it_is_read(
         header["PixelData"] = encoded["PixelData"]
         compressed.append(tmp_path / f"jpeg-{path.name}")
         header.save_as(compressed[-1], enforce_file_format=True)
-    read = dicom.read_series(compressed)
+    read = dicom_read.read_series(compressed)
     assert np.array_equal(read.hu, chest())
     assert_same_as_itk(read, compressed)
 
@@ -509,7 +509,7 @@ def test_rare_syntaxes_have_a_decoder(syntax):
 def test_files_are_known_by_their_content_not_their_name(suffix, series, saved, chest):
     paths = saved(series(), suffix=suffix)
     (source,) = dicom.find_scans(paths[0].parent)
-    assert np.array_equal(dicom.read_series(source.paths).hu, chest())
+    assert np.array_equal(dicom_read.read_series(source.paths).hu, chest())
 
 
 def dicomdir(folder):
@@ -630,7 +630,7 @@ def test_a_file_that_cannot_be_read_costs_its_series_not_the_folder(
     assert "021-3.dcm: cannot be read (Permission denied)" in caplog.text
     assert str(folder) not in caplog.text
     assert len(found["1.2.3"].paths) == 8
-    assert dicom.read_series(found["1.2.3"].paths).hu.shape == (8, 40, 36)
+    assert dicom_read.read_series(found["1.2.3"].paths).hu.shape == (8, 40, 36)
     (other,) = (source for uid, source in found.items() if uid != "1.2.3")
     assert paths[3] in other.paths
 
@@ -642,7 +642,7 @@ def test_a_file_that_cannot_be_read_costs_its_series_not_the_folder(
     read = pydicom.dcmread
     monkeypatch.setattr(pydicom, "dcmread", failing)
     with pytest.raises(ScanError, match=r"021-3.dcm: .*\(Input/output error\)"):
-        dicom_headers.read_slices(other.paths)
+        dicom_slices.read_slices(other.paths)
 
 
 def test_a_pipe_named_by_a_list_is_refused_not_waited_for(tmp_path):
@@ -741,7 +741,7 @@ def test_dcm2niix_reads_the_same(name, series, saved, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (path,) = out.glob("*.nii")
     image = nibabel.as_closest_canonical(nibabel.load(path))
-    read = dicom.read_series(paths)
+    read = dicom_read.read_series(paths)
     values = np.asarray(image.dataobj).transpose(2, 1, 0)[:, ::-1, ::-1]
     assert np.array_equal(read.hu, values)
     at_ras_mm = nibabel.affines.apply_affine(image.affine, (35, 39, 0))
@@ -753,4 +753,4 @@ def test_a_ct_whose_data_set_lacks_its_class_is_read(series, saved, chest):
     for image in images:
         image.file_meta.MediaStorageSOPClassUID = CTImageStorage
     (source,) = dicom.find_scans(saved(images)[0].parent)
-    assert np.array_equal(dicom.read_series(source.paths).hu, chest())
+    assert np.array_equal(dicom_read.read_series(source.paths).hu, chest())

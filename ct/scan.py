@@ -57,7 +57,7 @@ class ScanSource:
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
         lung: Label volume of the lungs, or None.
-        spacing_mm: (z, y, x) of a TIFF stack, if a list gives it.
+        spacing_mm: (z, y, x) of a volume without spacing, if a list gives it.
     """
 
     scan_id: str

@@ -24,7 +24,15 @@ from ct import files, provenance
 from ct.files import refuse_other_folder, write_rows
 from ct.nifti_io import check_same_grid, read_nifti
 from ct.provenance import DISCLAIMER
-from ct.scan import Scan, ScanError, read_scan, reference_mask, scan_identity, scan_path
+from ct.scan import (
+    Scan,
+    ScanError,
+    read_scan,
+    reference_mask,
+    scan_identity,
+    scan_marks,
+    scan_path,
+)
 from metrics import calibration, figures, froc, froc_points, nodule_scores, overlap
 from metrics.figures import draw_froc
 from metrics.surfaces import surface_distances
@@ -234,13 +242,15 @@ def job_of(
     """Returns the job of one prediction, with the patient id of the scan file.
 
     The job is a leak if the run was trained on this patient, by the id in the scan file or
-    by the id in predictions.json.
+    by the id in predictions.json, or on this scan, by its series UID or its voxels.
     """
     facts = predictions.scans[scan_id]
-    patient_id = facts["patient_id"]
+    patient_id, marks = facts["patient_id"], ("", "")
     with suppress(ScanError, OSError):  # `score` reports the error of this file
-        patient_id, _ = scan_identity(scan_path(arguments.scans, scan_id))
-    names = runs.names_of(scan_id, patient_id, facts["patient_id"])
+        path = scan_path(arguments.scans, scan_id)
+        patient_id, _ = scan_identity(path)
+        marks = scan_marks(path)
+    names = runs.names_of(scan_id, patient_id, facts["patient_id"], *marks)
     leak = not names.isdisjoint(predictions.training_patients)
     return Job(scan_id, patient_id, facts["part"], leak, slices, arguments)
 

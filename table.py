@@ -26,7 +26,7 @@ from ct import files, hdf5
 from ct import scan as scans
 from ct.scan import ScanError
 from dataset.exports import write_npy_slices, write_thesis_layout
-from dataset.slice_table import SKIPPED, SliceTable, text_sha256, verify_table
+from dataset.slice_table import SCAN, SKIPPED, SliceTable, text_sha256, verify_table
 from dataset.table_part import make_part
 from dataset.table_writer import (
     check_read_back,
@@ -138,6 +138,7 @@ def _part_stands(path: Path, settings: config.Table, source_sha256: str) -> bool
         with SliceTable(path) as part:
             return (
                 part.settings == settings
+                and part.scans.dtype.names == SCAN.names
                 and part.scans["source_sha256"].tolist() == [source_sha256]
                 and part.scans["sha256"].tolist() == [part.checksum(0)]
             )

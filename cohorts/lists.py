@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 REQUIRED_COLUMNS = ("pid", "image_path")
 SPACING_COLUMNS = ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")
-"""Spacing of a TIFF stack; other files state their own."""
+"""Spacing of a TIFF stack, or of another volume whose header states none."""
 OPTIONAL_COLUMNS = ("seg_path", "lung_path", "patient_id", *SPACING_COLUMNS)
 
 

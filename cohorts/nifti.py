@@ -3,7 +3,7 @@
 `find_scans` accepts:
 
     a CSV        columns pid,image_path and optionally seg_path, lung_path, patient_id, and for
-                 TIFF spacing_z_mm, spacing_y_mm, spacing_x_mm;
+                 volumes without spacing spacing_z_mm, spacing_y_mm, spacing_x_mm;
                  relative paths start at the list's folder; without patient_id, the patient
                  comes from the DICOM header or the LIDC-IDRI series, else it is the pid
     a folder     if it contains imagesTr or imagesTs: nnU-Net or Decathlon layout; else all

@@ -3,13 +3,13 @@
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from cohorts import dicom_checks, dicom_volume
+from cohorts import dicom_checks, dicom_volume, volume_headers
 from ct import geometry, nifti_io
 from ct.geometry import Grid
 from ct.scan import AIR_HU, LEFT, RIGHT, ScanError
@@ -43,6 +43,9 @@ MAX_SHEAR_DEG = dicom_checks.TILT_DEG
 Direction cosines are often written with so few digits that they are not exactly
 orthonormal; ITK rejects such files.
 """
+
+MIN_STEP_MM = 0.01
+"""Smallest spacing of a CT of a patient; a smaller one is in another unit or damaged."""
 
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 """Characters of a file name that a scan id must not contain."""
@@ -86,7 +89,8 @@ def read_volume_file(
 
     Args:
         path: The file.
-        spacing_mm: (z, y, x) of a TIFF stack; overrides the voxel size in the file.
+        spacing_mm: (z, y, x) from a list, z along the slowest axis of the file. Overrides
+            the voxel size of a TIFF stack; other files use it if they state no spacing.
 
     Returns:
         (i, j, k) array in the file's axis order, with i varying fastest in the file, and
@@ -102,9 +106,9 @@ def read_volume_file(
     if is_tiff(path):
         array, affine = _read_tiff(path, spacing_mm)
     elif lower.endswith(NIFTI_SUFFIXES):
-        array, affine = _read_nifti(path)
+        array, affine = _read_nifti(path, spacing_mm)
     else:
-        array, affine = _read_itk(path)
+        array, affine = _read_itk(path, spacing_mm)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or min(array.shape) < 2:
@@ -115,28 +119,37 @@ def read_volume_file(
     return array, affine
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with nifti_io.opened_nifti(path, remedy="restore it from its source") as image:
-        _check_nifti_header(image, path)
-        return np.asanyarray(image.dataobj), image.affine
+def _read_nifti(
+    path: Path, spacing_mm: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    with (
+        np.errstate(invalid="ignore"),  # a NaN in pixdim, before the check
+        nifti_io.opened_nifti(path, remedy="restore it from its source") as image,
+    ):
+        stored = nifti_io.stored_header(path)
+        _check_nifti_type(image, path)
+        override_mm = volume_headers.check_nifti(stored, image.shape, path, spacing_mm)
+        affine = image.affine
+        if override_mm is not None:
+            image.header["pixdim"][1:4] = override_mm[::-1]
+            affine = image.header.get_qform()
+        elif stored["sform_code"] > 0 and volume_headers.possible(
+            stored["pixdim"][1:4]
+        ):
+            _check_forms_agree(image, path)
+        return np.asanyarray(image.dataobj), affine
 
 
-def _check_nifti_header(image: Any, path: Path) -> None:
-    header = image.header
-    if header.get_data_dtype().kind not in "iuf":
+def _check_nifti_type(image: Any, path: Path) -> None:
+    if image.header.get_data_dtype().kind not in "iuf":
         raise ScanError(
-            f"{path}: values of type {header.get_data_dtype()} (colour or complex); "
+            f"{path}: values of type {image.header.get_data_dtype()} (colour or complex); "
             "expected numbers"
         )
-    unit = header.get_xyzt_units()[0]
-    if unit not in ("mm", "unknown"):
-        raise ScanError(f"{path}: spacing in {unit}; expected mm")
+
+
+def _check_forms_agree(image: Any, path: Path) -> None:
     sform, qform = image.get_sform(coded=True), image.get_qform(coded=True)
-    if not sform[1] and not qform[1]:
-        raise ScanError(
-            f"{path}: neither sform nor qform gives the orientation (both codes are 0); "
-            "expected one, because left and right are unknown without it"
-        )
     if sform[1] and qform[1]:
         apart = _corners_apart_voxels(image.shape[:3], sform[0], qform[0])
         if apart > 1:
@@ -146,10 +159,18 @@ def _check_nifti_header(image: Any, path: Path) -> None:
             )
 
 
-def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_itk(
+    path: Path, spacing_mm: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK
 
-    _check_data_file(path)
+    start = _checked_start(path)
+    fields = volume_headers.text_fields(start)
+    nrrd = start.startswith(b"NRRD")
+    check = (
+        volume_headers.spacing_of_nrrd if nrrd else volume_headers.spacing_of_metaimage
+    )
+    override_mm = check(fields, path, spacing_mm)
     try:
         image = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:
@@ -164,9 +185,11 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
             "values per voxel; expected one 3-D volume of numbers"
         )
     direction = np.array(image.GetDirection()).reshape(size, size)[:3, :3]
-    columns_lps = np.vstack(
-        [(direction * image.GetSpacing()[:3]).T, image.GetOrigin()[:3]]
-    )
+    steps_mm = image.GetSpacing()[:3]
+    if override_mm is not None:
+        steps_mm = override_mm[::-1]
+        direction = np.eye(3) if nrrd else direction
+    columns_lps = np.vstack([(direction * steps_mm).T, image.GetOrigin()[:3]])
     affine = np.eye(4)
     affine[:3] = geometry.flip_xy(columns_lps).T
     return SimpleITK.GetArrayFromImage(image).T, affine
@@ -198,6 +221,11 @@ def _read_tiff(
         raise ScanError(
             f"{path}: the TIFF states no spacing in mm; expected ImageJ's voxel size, or "
             "the columns spacing_z_mm,spacing_y_mm,spacing_x_mm of a CSV list"
+        )
+    if not volume_headers.possible(spacing_mm):
+        raise ScanError(
+            f"{path}: the spacing of the TIFF is {_numbers(spacing_mm)} mm (z, y, x); "
+            f"expected three numbers above 0; {volume_headers.FIX}"
         )
     if array.ndim != 3 or array.shape[-1] in (3, 4) or array.dtype.kind not in "iuf":
         raise ScanError(
@@ -231,8 +259,12 @@ def _imagej_spacing_mm(file: Any) -> tuple[float, float, float] | None:
     return float(stated["spacing"]) * scale, y * scale, x * scale
 
 
-def _check_data_file(path: Path) -> None:
-    """Raises ScanError if a header refers to voxels outside its own folder."""
+def _checked_start(path: Path) -> bytes:
+    """Reads the start of a MetaImage or NRRD file, with its header.
+
+    Raises:
+        ScanError: If there is no header, or it refers to voxels outside its own folder.
+    """
     with path.open("rb") as file:
         start = file.read(MAX_HEADER_BYTES)
     found = list(DATA_FILE.finditer(start))
@@ -246,6 +278,7 @@ def _check_data_file(path: Path) -> None:
         listed = start[entry.end() :] if entry[1].upper().startswith(b"LIST") else b""
         for name in (entry[1], *listed.splitlines()):
             _check_inside(name.decode(errors="replace").strip(), path)
+    return start
 
 
 def _check_inside(name: str, path: Path) -> None:
@@ -259,11 +292,18 @@ def _check_inside(name: str, path: Path) -> None:
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
     axes = affine[:3, :3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-9:
+    finite = np.isfinite(affine).all()
+    if not finite or np.linalg.matrix_rank(axes, tol=1e-12) < 3:
         raise ScanError(
             f"{path}: affine {affine.tolist()}; expected finite, independent axes"
         )
-    units = axes / np.linalg.norm(axes, axis=0)
+    steps_mm = np.linalg.norm(axes, axis=0)
+    if steps_mm.min() < MIN_STEP_MM:
+        raise ScanError(
+            f"{path}: spacing {_numbers(steps_mm)} mm; expected at least {MIN_STEP_MM} mm; "
+            "correct the header"
+        )
+    units = axes / steps_mm
     cosines = np.abs(units.T @ units - np.eye(3)).max()
     shear_deg = float(np.degrees(np.arcsin(min(cosines, 1))))
     if shear_deg > MAX_SHEAR_DEG:
@@ -344,7 +384,7 @@ def _corners_apart_voxels(
     return float(np.abs(np.linalg.inv(affine[:3, :3]) @ apart_mm.T).max())
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return " x ".join(f"{value:.4g}" for value in values)
 
 

@@ -149,10 +149,7 @@ def opened_nifti(path: Path, *, remedy: str) -> Iterator[Any]:
         if content.startswith(GZIP_MARK):
             # Decompress all of it; only then is the gzip checksum at the end verified.
             content = gzip.decompress(content)
-        second = NIFTI_2_HEADER_BYTES in (
-            int.from_bytes(content[:4], "little"),
-            int.from_bytes(content[:4], "big"),
-        )
+        second = _first_is(content, NIFTI_2_HEADER_BYTES)
         kind = nifti2.Nifti2Image if second else nifti1.Nifti1Image
         yield kind.from_bytes(content)
     except ScanError:
@@ -172,6 +169,30 @@ def opened_nifti(path: Path, *, remedy: str) -> Iterator[Any]:
             f"{path}: not a readable NIfTI file ({path.stat().st_size} bytes; {error}); "
             f"{remedy}"
         ) from error
+
+
+def stored_header(path: Path) -> Any:
+    """Reads the header of a NIfTI file as it is stored.
+
+    nibabel repairs headers when it opens an image: a pixdim of 0 becomes 1, for example.
+    """
+    from nibabel import nifti1, nifti2
+
+    with path.open("rb") as file:
+        zipped = file.read(len(GZIP_MARK)) == GZIP_MARK
+    with gzip.open(path) if zipped else path.open("rb") as file:
+        start = file.read(NIFTI_2_HEADER_BYTES)
+    second = _first_is(start, NIFTI_2_HEADER_BYTES)
+    kind = nifti2.Nifti2Header if second else nifti1.Nifti1Header
+    return kind(start[: kind.template_dtype.itemsize], check=False)
+
+
+def _first_is(content: bytes, number: int) -> bool:
+    """Returns True if the first four bytes are this number in either byte order."""
+    return number in (
+        int.from_bytes(content[:4], "little"),
+        int.from_bytes(content[:4], "big"),
+    )
 
 
 def _from_stored(stored: np.ndarray, slope: float, offset: float) -> np.ndarray:

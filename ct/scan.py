@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ct import files, hdf5
+from ct.fingerprint import hu_sha256
 from ct.geometry import Grid
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class ScanSource:
         annotations: Files with nodules: LIDC XML, a label volume, LUNA16's CSV.
         subset: LUNA16 subset or nnU-Net part ("Tr", "Ts"); "" when there is none.
         lung: Label volume of the lungs, or None.
-        spacing_mm: (z, y, x) of a TIFF stack, if a list gives it.
+        spacing_mm: (z, y, x) of a volume without spacing, if a list gives it.
     """
 
     scan_id: str
@@ -219,6 +220,7 @@ def write_scan(scan: Scan, path: Path, provenance: dict[str, Any]) -> None:
         "scan_id": scan.scan_id,
         "patient_id": scan.patient_id,
         "series_uid": scan.series_uid,
+        "hu_sha256": hu_sha256(scan.hu),
         "subset": scan.subset,
         "grid": scan.grid.to_json(),
         "source_grid": scan.source_grid.to_json(),
@@ -326,6 +328,17 @@ def scan_identity(path: Path) -> tuple[str, str]:
     with open_scan_file(path) as h5:
         record = read_record(h5, path)
     return record["patient_id"], record["scan_id"]
+
+
+def scan_marks(path: Path) -> tuple[str, str]:
+    """Returns series UID and `hu_sha256` of a scan file; "" where it does not say.
+
+    Raises:
+        ScanError: If the file is damaged or has another format version.
+    """
+    with open_scan_file(path) as h5:
+        record = read_record(h5, path)
+    return record["series_uid"], record.get("hu_sha256", "")
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ SCAN = np.dtype(
         ("cut_px", "<i8"),
         ("source_sha256", "S64"),
         ("sha256", "S64"),
+        ("hu_sha256", "S64"),
     ]
 )
 NODULE = np.dtype(
@@ -75,7 +76,7 @@ NODULE = np.dtype(
 )
 SKIPPED = np.dtype([("scan_id", "S128"), ("reason", "S1000"), ("source_sha256", "S64")])
 
-NOT_CONTENT = {"scan", "first_row", "sha256", "source_sha256"}
+NOT_CONTENT = {"scan", "first_row", "sha256", "source_sha256", "hu_sha256"}
 """Columns left out of a scan's checksum: positions in the table, and checksums themselves."""
 
 

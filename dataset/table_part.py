@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import config
-from ct import resample
+from ct import fingerprint, resample
 from ct.scan import AIR_HU, VOLUMES, Scan, ScanError
 from dataset.slice_table import NODULE, ROW, SCAN, content_sha256, text_sha256
 
@@ -213,6 +213,7 @@ def _scan_record(
     record["read"] = scan.reader_bits is not None
     record["has_lung"] = scan.lung is not None
     record["source_sha256"] = source_sha256
+    record["hu_sha256"] = fingerprint.hu_sha256(scan.hu)
     return record
 
 

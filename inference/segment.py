@@ -18,7 +18,7 @@ from inference.passes import Maps, Passes
 from inference.predictor2d import Predictor
 from inference.predictor3d import MEMORY_GB, VolumePredictor
 from inference.seeded import PatchPredictor
-from inference.tasks import Task, warn_of_leaks
+from inference.tasks import Task, warn_of_known_scan, warn_of_leaks
 from lungs.checks import Verdict, judge, volumes_ml
 from lungs.classical import segment_lungs
 from lungs.labels import LungMap, labels_from_map, snap_to_classical
@@ -250,7 +250,9 @@ def predict(
     predictor, reach_mm, finder = scan_networks(exp_dir, lungs, nodules)
     patients = tuple(runs.training_patients_of(exp_dir / "best.weights.h5"))
     seen = {str(exp_dir): patients, **seen}
-    warn_of_leaks([Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))], seen)
+    task = Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))
+    warn_of_leaks([task], seen)
+    warn_of_known_scan(scan, task.unmatched)
     _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
     for reason in verdict.reasons:
         log.warning("%s: do not trust the lungs: %s", scan.scan_id, reason)

@@ -8,6 +8,7 @@ from typing import Any
 
 import config
 import steps
+from ct.fingerprint import hu_sha256
 from ct.scan import (
     Scan,
     ScanError,
@@ -55,6 +56,9 @@ class Task:
     """Slice indices (z) by part; only for a split by slice."""
     warnings: tuple[str, ...] | None = None
     """Oddities of the source; None until it is read."""
+    unmatched: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Names of training patients by run, to compare with the scan when it is read; see
+    `warn_of_leaks`."""
 
 
 def without_failures(
@@ -138,10 +142,14 @@ def tasks_of_sources(sources: Sequence[ScanSource]) -> list[Task]:
 
 
 def read_ct(task: Task, reading: Reading = AS_IT_IS) -> Scan:
-    """Reads the scan of a task, which may lack lung labels; logs its warnings."""
+    """Reads the scan of a task, which may lack lung labels; logs its warnings.
+
+    Also warns if a run that `warn_of_leaks` was given was trained on this very scan.
+    """
     scan = _read(task, reading)
     for text in scan.warnings:
         log.warning("%s: %s", task.scan_id, text)
+    warn_of_known_scan(scan, task.unmatched)
     return scan
 
 
@@ -171,20 +179,43 @@ def read_with_lungs(
 def warn_of_leaks(tasks: Sequence[Task], seen: Mapping[str, Sequence[str]]) -> None:
     """Warns of every patient that one of the runs was trained on.
 
+    A scan under another name can only be recognised once it is read, so the names of the
+    other runs are kept in `Task.unmatched` for `read_ct`.
+
     Args:
         tasks: Scans to segment.
-        seen: Training patients by run directory.
+        seen: Training patients by run directory; see `runs.training_patients_of`.
     """
     for task in tasks:
         names = runs.names_of(task.scan_id, task.patient_id)
-        found = [
-            Path(run).name
-            for run, patients in seen.items()
-            if not names.isdisjoint(patients)
-        ]
+        found = _runs_that_saw(names, seen)
         if found:
             log.warning(
                 "patient %s was trained on (by %s); the result does not hold for new patients",
                 task.patient_id,
-                ", ".join(found),
+                ", ".join(Path(run).name for run in found),
             )
+        task.unmatched.update({r: seen[r] for r in seen if r not in found})
+
+
+def warn_of_known_scan(scan: Scan, seen: Mapping[str, Sequence[str]]) -> None:
+    """Warns if a run was trained on this scan, by its series UID or its voxels.
+
+    Args:
+        scan: A scan.
+        seen: Training patients by run directory.
+    """
+    if not any(seen.values()):
+        return
+    found = _runs_that_saw({scan.series_uid, hu_sha256(scan.hu)} - {""}, seen)
+    if found:
+        log.warning(
+            "scan %s was trained on (by %s), under another name; the result does not hold for "
+            "new patients",
+            scan.scan_id,
+            ", ".join(Path(run).name for run in found),
+        )
+
+
+def _runs_that_saw(names: set[str], seen: Mapping[str, Sequence[str]]) -> list[str]:
+    return [run for run, patients in seen.items() if not names.isdisjoint(patients)]

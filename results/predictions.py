@@ -45,7 +45,8 @@ class Predictions:
         run: Name of the run.
         weights_sha256: Checksum of the weights.
         split_sha256: Checksum of the split the run was trained with.
-        training_patients: Patients that the weights were trained on.
+        training_patients: Names of the patients that the weights were trained on; see
+            `training.runs.training_patients_of`.
         scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}; a
             split by slice adds {"slices": {part: [z, ...]}}, and an odd source adds
             {"warnings": [text, ...]}.

@@ -18,7 +18,8 @@ import table
 import train
 from ct.geometry import flip_xy
 from ct.nifti_io import read_nifti, write_nifti
-from ct.scan import reference_mask, scan_path, write_scan
+from ct.scan import reference_mask, scan_marks, scan_path, write_scan
+from dataset.slice_table import SliceTable
 from dataset.split import read_split
 from inference.predictor2d import Predictor
 from results.predictions import Predictions
@@ -65,7 +66,12 @@ def test_only_validation_and_test_patients_are_segmented(work):
     split = read_split(work / "split.json")
     segmented = {facts["patient_id"] for facts in manifest(work)["scans"].values()}
     assert segmented == {*split["parts"]["validation"], *split["parts"]["test"]}
-    assert set(manifest(work)["training_patients"]) == set(split["parts"]["train"])
+    trained = set(split["parts"]["train"])
+    with SliceTable(work / "table.h5") as table:
+        scans = table.scans[np.isin(table.scans["patient_id"], list(trained))]
+    marks = {*scans["hu_sha256"].tolist(), *scans["series_uid"].tolist()} - {""}
+    assert len(scans) == len(trained) <= len(marks)
+    assert set(manifest(work)["training_patients"]) == trained | marks
 
 
 def test_probabilities_lie_on_the_scans_grid_and_within_slices_with_lung(
@@ -278,6 +284,23 @@ def test_the_patient_of_the_scan_file_counts_too(work, tmp_path, make_scan, capl
     out = scored(work, tmp_path / "new", record, scans=tmp_path / "scans")
     assert read_leaks(out / "scores.csv") == {"LIDC-IDRI-0001": {"0"}}
     assert read_leaks(out / "nodules.csv") == {"LIDC-IDRI-0001": {"0"}}
+
+
+def test_a_training_scan_under_another_name_is_marked(work, tmp_path, make_scan):
+    record = manifest(work)
+    scan_id = next(s for s, f in record["scans"].items() if f["part"] == "test")
+    record["scans"] = {scan_id: record["scans"][scan_id]}
+    scan = make_scan(int(scan_id.rpartition("-")[2]))
+    renamed = replace(scan, patient_id="renamed", series_uid="1.2.3")
+    path = scan_path(tmp_path / "scans", scan_id)
+    write_scan(renamed, path, {})
+    series_uid, checksum = scan_marks(path)
+    for number, (trained, leak) in enumerate(
+        [(checksum, "1"), (series_uid, "1"), ("0" * 64, "0")]
+    ):
+        record["training_patients"] = [trained]
+        out = scored(work, tmp_path / str(number), record, scans=tmp_path / "scans")
+        assert read_leaks(out / "scores.csv") == {"renamed": {leak}}
 
 
 def test_a_volume_of_luna16_is_scored_as_its_patient(work, tmp_path, make_scan):

@@ -18,6 +18,7 @@ import evaluate
 import infer
 import postprocess
 from ct import files
+from ct.fingerprint import hu_sha256
 from ct.scan import Annotation, Nodule, scan_path, write_scan
 from inference import segment as segment_module
 from inference.passes import Passes
@@ -437,6 +438,24 @@ def with_training_patients(run, folder, *patients):
     record["parts"]["train"] = list(patients)
     (folder / "split.json").write_text(json.dumps(record))
     return folder
+
+
+def test_a_training_scan_under_another_name_is_named(run, volume, tmp_path, caplog):
+    trained = with_training_patients(run, tmp_path / "run", "someone")
+    row = {"patient_id": "someone", "series_uid": "", "hu_sha256": hu_sha256(volume)}
+    runs.write_training_scans(trained, [row])
+    path = save(tmp_path / "new-name.nii.gz", volume)
+    options = {"lungs": Lungs(Passes(n=1)), "nodules": NO_RUNS}
+    infer.infer(trained, tmp_path / "out", input=path, **options)
+    assert "scan new-name was trained on (by run), under another name" in caplog.text
+    record = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert record["training_patients"] == sorted(["someone", row["hu_sha256"]])
+    caplog.clear()
+    other = volume.copy()
+    other[0, 0, 0] += 1
+    path = save(tmp_path / "other.nii.gz", other)
+    infer.infer(trained, tmp_path / "out", input=path, **options)
+    assert "trained on" not in caplog.text
 
 
 def test_a_volume_of_luna16_is_known_by_its_patient(run, volume, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """The weights that ship: what they find in a phantom and in real scans, and their card."""
 
+import csv
 import itertools
 import json
 import os
@@ -19,6 +20,12 @@ from ct.scan import read_scan, readers_in
 from dataset.split import patients_of_part, read_split
 from inference import segment
 from inference.passes import Passes
+from inference.tasks import (
+    read_ct,
+    tasks_of_input,
+    warn_of_known_scan,
+    warn_of_leaks,
+)
 from lungs.classical import segment_lungs
 from metrics import agreement, overlap
 from nodules.measures import find_nodules
@@ -79,6 +86,36 @@ def test_the_card_names_the_weights(folder):
     assert files.sha256(folder / "best.weights.h5")[:12] == stated
     assert "not a medical device" in card
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+
+
+@pytest.mark.parametrize("folder", WEIGHTS, ids=lambda folder: folder.name)
+def test_marks_of_training_scans_are_those_of_training_patients(folder):
+    weights = folder / "best.weights.h5"
+    with (folder / runs.TRAINING_SCANS_CSV).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seen = runs.training_patients_of(weights)
+    assert {row["patient_id"] for row in rows} <= set(seen)
+    assert all(re.fullmatch("[0-9a-f]{64}", row["hu_sha256"]) for row in rows)
+    if "LIDC-IDRI-0001" in seen:
+        assert "LIDC-IDRI-0001" in {row["patient_id"] for row in rows}
+
+
+@pytest.mark.lidc
+def test_a_real_training_scan_is_recognised_in_its_own_dicom_folder(caplog):
+    source = DATA / "Lung-PET-CT-Dx/Lung_Dx-A0001"
+    if not source.is_dir():
+        pytest.skip(f"no {source}; set LUNG_DATA")
+    seen = {
+        str(folder): runs.training_patients_of(folder / "best.weights.h5")
+        for folder in WEIGHTS
+    }
+    (task,) = tasks_of_input(source)
+    warn_of_leaks([task], seen)
+    assert "was trained on (by lung2d, lung3d, nodule3d)" in caplog.text
+    caplog.clear()
+    renamed = replace(read_ct(task), scan_id="x", patient_id="y", series_uid="")
+    warn_of_known_scan(renamed, seen)
+    assert "scan x was trained on (by lung2d, lung3d, nodule3d)" in caplog.text
 
 
 def claims_of(card):

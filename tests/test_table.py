@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tables
+from numpy.lib.recfunctions import repack_fields
 
 import config
 import steps
 import table
 from ct import scan as scans_module
+from ct.fingerprint import hu_sha256
 from ct.scan import AIR_HU, VOLUMES, ScanError, write_scan
 from dataset import exports, slice_table, table_part, table_writer
 from dataset.slice_table import SliceTable, verify_table
@@ -503,6 +505,23 @@ def test_a_damaged_or_outdated_part_is_made_again(scans, scans_dir, tmp_path):
     assert [new != old for new, old in zip(again, times, strict=True)] == [1, 1, 1, 0]
     table.write_part(items[3], parts, ALL)
     assert made[3].stat().st_mtime_ns != times[3]
+
+
+def test_a_part_of_before_the_checksum_of_hu_is_made_again(scans_dir, tmp_path):
+    path = scans_module.scan_files(scans_dir)[0]
+    item = table.ScanFile(path.stem, path)
+    part = table.write_part(item, tmp_path / "parts", SETTINGS)
+    with tables.open_file(part, "a") as h5:
+        records = h5.root.scans[:]
+        names = [name for name in records.dtype.names if name != "hu_sha256"]
+        h5.remove_node("/scans")
+        h5.create_table("/", "scans", obj=repack_fields(records[names]))
+    with SliceTable(part) as older:
+        assert older.checksum(0) == older.scans["sha256"][0]
+    table.write_part(item, tmp_path / "parts", SETTINGS)
+    with SliceTable(part) as again:
+        expected = hu_sha256(scans_module.read_scan(path).hu)
+        assert again.scans["hu_sha256"].tolist() == [expected]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import steps
 import table
 import train
 from ct import scan as scan_files
+from ct.fingerprint import hu_sha256
+from dataset.slice_table import SliceTable
 from dataset.split import read_split, rows_of_part, split_sha256
 from training import runs
 
@@ -109,8 +111,8 @@ def assert_same_result(run_dir, expected):
 def test_a_run_is_complete(run):
     assert {path.name for path in run.iterdir()} == {
         *("config.json", "provenance.json", "split.json", "history.csv"),
-        *("training.json", "tensorboard", "pictures", "curves.png"),
-        *("best.weights.h5", "last.weights.h5"),
+        *("training.json", "tensorboard", "pictures", "training_scans.csv"),
+        *("best.weights.h5", "last.weights.h5", "curves.png"),
     }
     assert not run.with_name("whole.partial").exists()
     assert [row["epoch"] for row in history(run)] == ["1", "2", "3"]
@@ -292,7 +294,34 @@ def test_training_starts_from_the_weights_of_another_run(run, data):
         np.testing.assert_allclose(found, before, atol=1e-6)
     record = json.loads((run_dir / "provenance.json").read_text())
     split = read_split(run / "split.json")
-    assert record["init_training_patients"] == split["parts"]["train"]
+    text = (run / "training_scans.csv").read_text()
+    trained_scans = list(csv.DictReader(text.splitlines()))
+    marks = {row[name] for row in trained_scans for name in runs.SCAN_MARKS} - {""}
+    assert set(record["init_training_patients"]) == {*split["parts"]["train"], *marks}
+    seen = runs.training_patients_of(run_dir / "best.weights.h5")
+    assert seen == record["init_training_patients"]  # the same table
+
+
+def test_a_run_keeps_series_and_checksum_of_its_training_scans(run, data):
+    split = read_split(run / "split.json")
+    text = (run / "training_scans.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert sorted(row["patient_id"] for row in rows) == split["parts"]["train"]
+    paths = [p for p in scan_files.scan_files(data) if p.name != "table.h5"]
+    scans = map(scan_files.read_scan, paths)
+    facts = {s.patient_id: (s.series_uid, hu_sha256(s.hu)) for s in scans}
+    assert {
+        row["patient_id"]: (row["series_uid"], row["hu_sha256"]) for row in rows
+    } == {patient: facts[patient] for patient in split["parts"]["train"]}
+
+
+def test_an_older_table_without_checksums_gives_series_alone():
+    before = Path(__file__).parent / "data/before_rooms"
+    split = read_split(before / "split.json")
+    with SliceTable(before / "table.h5") as old:
+        scans = runs.training_scans(old, split)
+    assert [scan["patient_id"] for scan in scans] == split["parts"]["train"]
+    assert {scan["hu_sha256"] for scan in scans} == {""}
 
 
 def test_weights_of_another_network_are_refused_by_name(run, data):

@@ -1,21 +1,31 @@
 """Reads a run directory: its settings, its network, and the patients it was trained on."""
 
+import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import config
 from ct import files
 from dataset import split
+
+if TYPE_CHECKING:
+    from dataset.slice_table import SliceTable
 
 log = logging.getLogger(__name__)
 
 POSTPROCESS_JSON = "postprocess.json"
 """File with postprocessing settings and their origin: in a run, those that were tuned; in
 predictions, those that were used."""
+
+TRAINING_SCANS_CSV = "training_scans.csv"
+"""File of a run with the scans that it was trained on; older runs have none."""
+
+SCAN_MARKS = ("series_uid", "hu_sha256")
+"""Columns of `TRAINING_SCANS_CSV`, beside patient_id, that recognise a scan."""
 
 
 def tuned_settings(
@@ -66,9 +76,10 @@ def input_spacing_mm(settings: config.Experiment) -> float:
 
 
 def training_patients_of(weights: Path | None) -> list[str]:
-    """Returns the patients that a run's weights were trained on; empty if unknown.
+    """Returns the names of patients that a run's weights were trained on; empty if unknown.
 
-    Includes the patients of the weights that the run itself started from.
+    These are their ids and the marks of their scans: series UIDs, and checksums of HU. They
+    include those of the weights that the run itself started from.
     """
     if weights is None:
         return []
@@ -82,14 +93,53 @@ def training_patients_of(weights: Path | None) -> list[str]:
         return []
     seen = split.patients_of_part(split.read_split(split_path), "train")
     made_by = json.loads((weights.parent / "provenance.json").read_text())
-    return sorted({*seen, *made_by.get("init_training_patients", ())})
+    return sorted(
+        {*seen, *made_by.get("init_training_patients", ()), *_marks_of(weights.parent)}
+    )
+
+
+def _marks_of(run: Path) -> set[str]:
+    """Returns the marks of a run's training scans; empty for an older run."""
+    path = run / TRAINING_SCANS_CSV
+    if not path.is_file():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {row.get(name) or "" for row in rows for name in SCAN_MARKS} - {""}
+
+
+def training_scans(
+    table: "SliceTable", record: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """Lists the scans of the training patients, with the columns of `TRAINING_SCANS_CSV`.
+
+    Args:
+        table: The table; an older one has no checksums of HU, and the column stays empty.
+        record: Split of this table.
+    """
+    patients = set(split.patients_of_part(record, "train"))
+    known = table.scans.dtype.names or ()
+    return [
+        {
+            "patient_id": str(row["patient_id"]),
+            **{name: str(row[name]) if name in known else "" for name in SCAN_MARKS},
+        }
+        for row in table.scans
+        if row["patient_id"] in patients
+    ]
+
+
+def write_training_scans(run: Path, scans: Sequence[dict[str, str]]) -> None:
+    """Writes the training scans of a run."""
+    files.write_rows(scans, ("patient_id", *SCAN_MARKS), run / TRAINING_SCANS_CSV)
 
 
 def names_of(scan_id: str, *patients: str) -> set[str]:
     """Returns all names that a scan's patient may have among a run's training patients.
 
-    Besides `patients`, these are the scan's id, which stands in for a patient without a
-    name, and the LIDC-IDRI patient if the scan's id is a series of LIDC-IDRI.
+    Besides `patients`, which may hold marks of the scan, these are the scan's id, which
+    stands in for a patient without a name, and the LIDC-IDRI patient if the scan's id is a
+    series of LIDC-IDRI.
     """
     from nodules import lidc_database
 

@@ -5,6 +5,7 @@ Small series are written as DICOM; the real scans are LIDC-IDRI-0001 and -0003.
 
 import itertools
 import os
+import re
 import sqlite3
 from collections import defaultdict
 from dataclasses import replace
@@ -374,14 +375,93 @@ def test_entities_are_refused(load):
     [
         ("<unblindedReadNodule>", "not a readable LIDC XML: mismatched tag"),
         (nodule("<roi/>"), "an roi has no edgeMap"),
-        (nodule(roi(5, [("a", 1)])), "invalid literal for int"),
-        (nodule(roi(5, [(1, 1)], z_mm="")), "could not convert string to float"),
+        (
+            nodule(roi(5, [("a", 1)])),
+            "session 1, nodule 1: xCoord is 'a'; expected a whole number of pixels",
+        ),
+        (nodule(roi(5, [(1, 12.5)])), "yCoord is '12.5'; expected a whole number"),
+        (nodule(roi(5, [(1, "")])), "yCoord is ''; expected a whole number"),
+        (nodule(roi(5, [(1, "9" * 400)])), "yCoord is '999.*expected a whole number"),
+        (
+            nodule(roi(5, [(1, 1)], z_mm="")),
+            "session 1, nodule 1: imageZposition is ''; expected a finite number",
+        ),
+        (
+            nodule(roi(5, [(1, 1)], z_mm="nan", sop_uid="1.9"), name="n7"),
+            "session 1, nodule n7: imageZposition is 'nan'; expected a finite number",
+        ),
+        (nodule(roi(5, [(1, 1)], z_mm="inf")), "imageZposition is 'inf'; expected"),
+        (
+            nodule(roi(5, [(1, 1)])).replace(
+                "<imageZposition>-20.0</imageZposition>", ""
+            ),
+            "nodule 1: a roi element has no imageZposition",
+        ),
+        (
+            nodule(roi(5, [(1, 1)], inclusion="1")),
+            "session 1, nodule 1: inclusion is '1'; expected TRUE or FALSE",
+        ),
+        (nodule(roi(5, [(1, 1)], inclusion="maybe")), "inclusion is 'MAYBE'; expected"),
+        (nodule(roi(5, [(1, 1)], inclusion="")), "inclusion is ''; expected TRUE or"),
+        (
+            nodule(malignancy=99),
+            "session 1, nodule 1: malignancy is '99'; expected a rating from 1 to 5",
+        ),
+        (nodule(malignancy=-1), "malignancy is '-1'; expected a rating from 1 to 5"),
+        (nodule(malignancy=2.5), "malignancy is '2.5'; expected a rating from 1 to 5"),
+        (
+            nodule().replace(
+                "<subtlety>5</subtlety>", "<calcification>7</calcification>"
+            ),
+            "calcification is '7'; expected a rating from 1 to 6, or 0 for none",
+        ),
         ("<unblindedReadNodule/>", "unblindedReadNodule element has no noduleID"),
     ],
 )
 def test_a_broken_xml_is_named(load, broken, message):
     with pytest.raises(ScanError, match=f"read.xml: .*{message}"):
         load(broken)
+
+
+@pytest.mark.parametrize("encoding", ["unknown-8", "utf-7", "rot13", "utf-16"])
+def test_an_xml_in_an_unreadable_encoding_is_named(encoding, tmp_path):
+    path = write_xml(tmp_path / "read.xml", box_nodule())
+    path.write_text(path.read_text().replace("UTF-8", encoding))
+    with pytest.raises(ScanError, match="read.xml: not a readable LIDC XML: .*encod"):
+        lidc_readings.read_xml(path)
+
+
+def test_an_xml_without_sessions_is_not_a_scan_without_nodules(load):
+    with pytest.raises(ScanError, match="read.xml: .*no readingSession; expected one"):
+        load()
+
+
+def test_a_rating_of_0_is_none(load):
+    (found,) = load(box_nodule(malignancy=0)).nodules
+    (annotation,) = found.annotations
+    assert annotation.characteristics == {"subtlety": 5, "internal_structure": 1}
+
+
+def test_ids_used_twice_and_nodules_without_outline_are_said(load, caplog):
+    elsewhere = box_nodule(rows=slice(30, 36), columns=slice(12, 18))
+    scan = load("", box_nodule() + elsewhere + nodule(name="9"))
+    assert len(scan.nodules) == 2
+    assert "nodule 1 of session 2 occurs 2 times; keeping every one" in caplog.text
+    assert "nodule 9 of session 2 has no roi; leaving it out" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["imageZposition", "xCoord", "yCoord"])
+def test_a_point_that_is_no_number_is_refused(load, field):
+    point = re.sub(rf"<{field}>[^<]*<", f"<{field}>nan<", non_nodule(5, 40, 12))
+    with pytest.raises(
+        ScanError, match=f"session 1, non-nodule 9: {field} is 'nan'; expected a finite"
+    ):
+        load(point)
+
+
+def test_an_outline_outside_the_image_names_its_nodule(load):
+    with pytest.raises(ScanError, match=f"series {SERIES}, nodule n7: the outline at"):
+        load(nodule(roi(5, [(3, 3), (COLUMNS, 5), (6, 9)]), name="n7"))
 
 
 def test_a_scan_nobody_read_has_no_masks_and_is_logged(series_dir, caplog):

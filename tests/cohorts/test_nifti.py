@@ -184,7 +184,9 @@ def test_contradicting_orientations_are_refused(chest, tmp_path):
 
 def test_lengths_that_are_not_mm_are_refused(chest, tmp_path):
     path = save_nifti(chest().T, tmp_path / "a.nii", xyzt_units=1)
-    with pytest.raises(ScanError, match="spacing in meter; expected mm"):
+    with pytest.raises(
+        ScanError, match="xyzt_units is 1, spacing in metres; expected mm"
+    ):
         load(path)
 
 
@@ -547,7 +549,8 @@ def test_a_header_cannot_name_a_file_outside_its_folder(
 def test_a_header_may_name_a_file_beside_it(chest, tmp_path):
     (tmp_path / "my scan..raw").write_bytes(chest().tobytes())
     path = tmp_path / "a.mhd"
-    path.write_text(META + "ElementDataFile = my scan..raw\n")
+    header = META + "ElementSpacing = 0.7 0.9 2.5\nElementDataFile = my scan..raw\n"
+    path.write_text(header)
     assert np.array_equal(volume_file.read_volume_file(path)[0], chest().T)
 
 

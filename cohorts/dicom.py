@@ -131,7 +131,12 @@ def find_image(path: Path) -> ScanSource | None:
 def identify_files(folder: Path) -> Iterator[Identity]:
     """Identifies every DICOM file below a folder, by path; reads headers only."""
     if not folder.is_dir():
-        raise ScanError(f"{folder}: no such folder; expected a folder of DICOM files")
+        found = "is a file" if folder.is_file() else "no such folder"
+        raise ScanError(
+            f"{folder}: {found}; expected a folder of DICOM files; a volume or CSV list is "
+            "read with --cohort nifti (scripts: COHORT=nifti), and scripts/0_phantoms.sh "
+            "makes phantoms"
+        )
     with ThreadPoolExecutor(FIND_THREADS) as threads:
         identified = threads.map(identify, files.files_below(folder))
         yield from (identity for identity in identified if identity is not None)

@@ -601,7 +601,7 @@ def test_records_without_the_newer_settings_still_count(work):
     before = (work / "run/postprocess.json").read_bytes()
     (work / "predictions/scan-002/nodules.csv").unlink()
     report = postprocess_predictions(arguments(work))
-    assert "in 1 scans (2 were done before)" in report.line
+    assert "in 1 scan (2 were done before)" in report.line
     assert (work / "run/postprocess.json").read_bytes() == before  # not tuned again
 
 

@@ -1,8 +1,9 @@
-r"""Lung labels for training: cleaned classical masks plus disease that they are known to miss.
+r"""Lung labels for training: cleaned classical masks with what they are known to get wrong.
 
-Adds every nodule that a reader outlined, and the ellipses of a CSV file, which a person drew
-where the mask leaves out disease. Columns: scan_id, z_first, z_last (slices of the scan file),
-y_px, x_px, radius_y_px, radius_x_px, why. Added voxels take the side of the nearest lung.
+Removes and adds the ellipses of a CSV file, which a person drew where the mask includes bowel or
+the oesophagus, or leaves out disease; then adds every nodule that a reader outlined. Columns:
+scan_id, is_lung (yes or no), z_first, z_last (slices of the scan file), y_px, x_px, radius_y_px,
+radius_x_px, why. Added voxels take the side of the nearest lung.
 
     python -m experiments.lung_labels --scans work/scans --out work/labelled \
         --corrections weights/lung3d/corrections.csv
@@ -30,6 +31,7 @@ from ct.scan import (
 
 COLUMNS = (
     "scan_id",
+    "is_lung",
     "z_first",
     "z_last",
     "y_px",
@@ -42,6 +44,8 @@ COLUMNS = (
 BONE_HU = 250
 """Voxels of an ellipse with at least this HU are bone of the chest wall and are not added."""
 
+YES_NO = {"yes": True, "no": False}
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -52,17 +56,18 @@ class Arguments:
     scans: Path = Path("work/scans")
     """Folder written by preprocess.py."""
     corrections: Path | None = None
-    """CSV file of ellipses to add."""
+    """CSV file of ellipses to add and to remove."""
 
 
 @dataclass(frozen=True)
 class Ellipse:
-    """Ellipse that belongs to the lung on a range of slices."""
+    """Ellipse on a range of slices that is added to the lung, or removed from it."""
 
     z_first: int
     z_last: int
     centre_yx: tuple[float, float]
     radius_yx: tuple[float, float]
+    is_lung: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
     """Reads the ellipses of each scan, by scan id.
 
     Raises:
-        ValueError: If a column is missing or a value is not a number.
+        ValueError: If a column is missing or has a value of another kind.
     """
     found: dict[str, tuple[Ellipse, ...]] = {}
     with path.open(newline="") as file:
@@ -97,9 +102,14 @@ def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
                     int(row["z_last"]),
                     (float(row["y_px"]), float(row["x_px"])),
                     (float(row["radius_y_px"]), float(row["radius_x_px"])),
+                    YES_NO[row["is_lung"]],
                 )
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from error
+            except KeyError as error:
+                raise ValueError(
+                    f"{path}, line {line}: is_lung is {error}; expected yes or no"
+                ) from error
             found[row["scan_id"]] = (*found.get(row["scan_id"], ()), ellipse)
     return found
 
@@ -128,7 +138,7 @@ def correct(task: Task) -> Task:
 
 
 def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
-    """Returns (z, y, x) uint8 lung labels with the readers' nodules and the ellipses.
+    """Returns (z, y, x) uint8 lung labels corrected by ellipses and the readers' nodules.
 
     Raises:
         ScanError: If the scan has no lung mask, or lacks the slices of an ellipse.
@@ -139,8 +149,6 @@ def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
         raise ScanError(f"scan {scan.scan_id} has no lung mask; run preprocess.py")
     lung = np.array(scan.lung)
     added = np.zeros(lung.shape, bool)
-    if scan.reader_bits is not None:
-        added |= np.asarray(scan.reader_bits) > 0
     y, x = np.ogrid[: lung.shape[1], : lung.shape[2]]
     for ellipse in ellipses:
         if not 0 <= ellipse.z_first <= ellipse.z_last < len(lung):
@@ -151,7 +159,12 @@ def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
         inside = ((y - ellipse.centre_yx[0]) / ellipse.radius_yx[0]) ** 2
         inside = inside + ((x - ellipse.centre_yx[1]) / ellipse.radius_yx[1]) ** 2 <= 1
         part = slice(ellipse.z_first, ellipse.z_last + 1)
-        added[part] |= inside & (np.asarray(scan.hu[part]) < BONE_HU)
+        if ellipse.is_lung:
+            added[part] |= inside & (np.asarray(scan.hu[part]) < BONE_HU)
+        else:
+            lung[part][:, inside] = 0
+    if scan.reader_bits is not None:
+        added |= np.asarray(scan.reader_bits) > 0
     added &= lung == 0
     if added.any() and lung.any():
         nearest = distance_transform_edt(

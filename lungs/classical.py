@@ -41,6 +41,15 @@ AIRWAY_LENGTH_MM = 30.0
 AIRWAY_WALL_MM = 2.0
 """Thickness of the wall that is removed together with the lumen."""
 
+AIRWAY_PLACE = (0.35, 0.17)
+"""Largest distance (y, x) of the trachea's highest slice from the middle of the image, as a
+share of its size. The neck of a patient who looks up lies far in front."""
+
+DOME_MM2 = 500.0
+"""Smallest opening of a hole that is not filled. Slices show the top of the diaphragm as a
+hole in the lung, which opens into the abdomen further down; vessels at the hilum open too,
+but are narrower."""
+
 
 def segment_lungs(
     hu: np.ndarray,
@@ -218,7 +227,8 @@ def tracheas(
         compact = stats[label, cv2.CC_STAT_AREA] > 0.5 * width * height
         round_enough = max(width, height) <= 2.5 * min(width, height)
         right_size = AIRWAY_MM2[0] <= areas_mm2[label] <= AIRWAY_MM2[1]
-        central = np.abs(centres[label] / (shape[1], shape[0]) - 0.5).max() < 0.17
+        away = np.abs(centres[label][::-1] / shape - 0.5)
+        central = (away < AIRWAY_PLACE).all()
         if compact and round_enough and right_size and central:
             chosen.append(label)
     return chosen[:1]
@@ -242,10 +252,35 @@ def fill_lungs(
         if settings.closing_mm:
             grown = close_by_ball(grown, settings.closing_mm, spacing_mm)
         if settings.fill_holes:
-            grown = per_slice(without_holes, grown)
+            grown |= closed_holes(grown, spacing_mm)
         view = filled[box]
         view[grown & (view == 0)] = side
     return filled
+
+
+def closed_holes(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    """Finds holes of the slices of a mask, except those that open downwards or upwards.
+
+    Args:
+        mask: (z, y, x) bool.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        (z, y, x) bool; a hole whose opening is larger than `DOME_MM2` is not in it.
+    """
+    import cc3d
+
+    found = per_slice(without_holes, mask) & ~mask
+    holes = cc3d.connected_components(found, connectivity=6)
+    outside = ~(mask | found)
+    open_px = np.zeros(int(holes.max()) + 1, np.int64)
+    for inner, beyond in ((holes[1:], outside[:-1]), (holes[:-1], outside[1:])):
+        open_px += np.bincount(inner[beyond], minlength=len(open_px))
+    for end in (0, -1):
+        open_px += np.bincount(holes[end].ravel(), minlength=len(open_px))
+    closed = open_px * spacing_mm[1] * spacing_mm[2] <= DOME_MM2
+    closed[0] = False
+    return closed[holes]
 
 
 def box_with_air(

@@ -38,6 +38,19 @@ def test_bone_is_not_added():
     assert lung[10, 10, 18] == RIGHT
 
 
+def test_an_ellipse_is_removed_except_where_a_reader_saw_a_nodule():
+    scan = tiny_scan()
+    z, y, x = np.argwhere(scan.reader_bits > 0)[0].tolist()
+    rings = [Ellipse(z, z, (y, x), (1, 1), is_lung=False)]
+    cross = {(y, x), (y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)}
+    lung = lung_labels.corrected_lung(scan, rings)
+    left_out = {(b, c) for a, b, c in np.argwhere(lung != scan.lung).tolist() if a == z}
+    inside = {at for at in cross if scan.lung[z, *at] and not scan.reader_bits[z, *at]}
+    assert left_out == inside
+    assert inside
+    assert lung[z, y, x] == scan.lung[z, y, x]
+
+
 def test_a_scan_without_mask_and_an_ellipse_outside_are_refused():
     scan = tiny_scan()
     with pytest.raises(ScanError, match=r"no lung mask; run preprocess\.py"):
@@ -64,7 +77,7 @@ def corrections(work, *rows, columns=lung_labels.COLUMNS):
 
 
 def test_the_command_writes_corrected_scan_files(work):
-    row = ("scan-000", 10, 10, 11, 18, 2, 1, "tumour")
+    row = ("scan-000", "yes", 10, 10, 11, 18, 2, 1, "tumour")
     report = lung_labels.correct_all(corrections(work, row))
     assert "1 scans" in report.line
     written = read_scan(scan_path(work / "out", "scan-000"))
@@ -73,18 +86,18 @@ def test_the_command_writes_corrected_scan_files(work):
 
 
 def test_labels_of_other_corrections_are_not_taken_for_these(work):
-    row = ["scan-000", 10, 10, 11, 18, 2, 1, "tumour"]
+    row = ["scan-000", "yes", 10, 10, 11, 18, 2, 1, "tumour"]
     lung_labels.correct_all(corrections(work, row))
     assert not lung_labels.correct_all(corrections(work, row)).failures
-    row[3] = 12
+    row[4] = 12
     report = lung_labels.correct_all(corrections(work, row))
     assert "other corrections; remove it" in report.failures[0].reason
 
 
 def test_a_wrong_list_is_refused(work):
     with pytest.raises(ValueError, match="corrects somebody, missing from"):
-        lung_labels.correct_all(corrections(work, ("somebody", 1, 1, 1, 1, 1, 1, "")))
+        lung_labels.correct_all(corrections(work, ("somebody", "yes", 1, 1, 1, 1, 1, 1, "")))
     with pytest.raises(ValueError, match=r"line 2: .*'x'"):
-        lung_labels.correct_all(corrections(work, ("scan-000", "x", 1, 1, 1, 1, 1, "")))
+        lung_labels.correct_all(corrections(work, ("scan-000", "yes", "x", 1, 1, 1, 1, 1, "")))
     with pytest.raises(ValueError, match="columns why are missing"):
         lung_labels.correct_all(corrections(work, columns=lung_labels.COLUMNS[:-1]))

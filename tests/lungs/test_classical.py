@@ -111,6 +111,34 @@ def test_a_vessel_within_the_lung_is_filled(make_chest):
     assert (labels[8:26, 90:94, 60:64] == RIGHT).all()
 
 
+def test_the_dome_of_the_diaphragm_is_not_lung(make_chest):
+    """Slices show its top as a hole in the lung, which opens into the abdomen below."""
+    hu, right, *_ = make_chest()
+    z, y, x = np.ogrid[tuple(slice(n) for n in hu.shape)]
+    radius_mm = (14 - z) * 2.5
+    dome = np.hypot((y - 92) * 1.5, (x - 62) * 1.5) <= np.maximum(radius_mm, 0)
+    dome &= right
+    hu[dome] = 60
+    labels = classical.segment_lungs(hu, SPACING_MM, config.LungMask())
+    assert labels[dome].astype(bool).mean() < 0.2
+    assert (labels[right & ~dome] == RIGHT).mean() > 0.95
+
+
+def test_holes_with_a_wide_opening_are_not_closed():
+    mask = np.zeros((6, 40, 40), bool)
+    mask[1:5, 2:38, 2:38] = True
+    mask[1:4, 4:14, 4:14] = False  # opens downwards: 100 mm2
+    mask[2:4, 20:25, 20:25] = False  # enclosed on all sides
+    mask[1:4, 30:34, 30:34] = False  # opens downwards: 16 mm2
+    for area_mm2, wide in ((1.0, True), (6.0, False)):
+        found = classical.closed_holes(mask, (1.0, area_mm2, 1.0))
+        assert found[1:4, 4:14, 4:14].all() == wide
+        assert found[1:4, 4:14, 4:14].any() == wide
+        assert found[2:4, 20:25, 20:25].all()
+        assert found[1:4, 30:34, 30:34].all()
+        assert not (found & mask).any()
+
+
 def test_one_lung_is_named_by_its_side(make_chest):
     hu, right, left, _ = make_chest()
     hu[left] = 40

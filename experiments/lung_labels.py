@@ -3,7 +3,8 @@ r"""Lung labels for training: cleaned classical masks with what they are known t
 Removes and adds the ellipses of a CSV file, which a person drew where the mask includes bowel or
 the oesophagus, or leaves out disease; then adds every nodule that a reader outlined. Columns:
 scan_id, is_lung (yes or no), z_first, z_last (slices of the scan file), y_px, x_px, radius_y_px,
-radius_x_px, why. Added voxels take the side of the nearest lung.
+radius_x_px, below_hu (only voxels below it are added; empty for 250, which leaves out bone), why.
+Added voxels take the side of the nearest lung.
 
     python -m experiments.lung_labels --scans work/scans --out work/labelled \
         --corrections weights/lung3d/corrections.csv
@@ -38,11 +39,12 @@ COLUMNS = (
     "x_px",
     "radius_y_px",
     "radius_x_px",
+    "below_hu",
     "why",
 )
 
-BONE_HU = 250
-"""Voxels of an ellipse with at least this HU are bone of the chest wall and are not added."""
+BONE_HU = 250.0
+"""Voxels with at least this HU are bone of the chest wall and are not added to the lung."""
 
 YES_NO = {"yes": True, "no": False}
 
@@ -68,6 +70,7 @@ class Ellipse:
     centre_yx: tuple[float, float]
     radius_yx: tuple[float, float]
     is_lung: bool = True
+    below_hu: float = BONE_HU
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def read_corrections(path: Path) -> dict[str, tuple[Ellipse, ...]]:
                     (float(row["y_px"]), float(row["x_px"])),
                     (float(row["radius_y_px"]), float(row["radius_x_px"])),
                     YES_NO[row["is_lung"]],
+                    float(row["below_hu"] or BONE_HU),
                 )
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from error
@@ -160,7 +164,7 @@ def corrected_lung(scan: Scan, ellipses: Sequence[Ellipse]) -> np.ndarray:
         inside = inside + ((x - ellipse.centre_yx[1]) / ellipse.radius_yx[1]) ** 2 <= 1
         part = slice(ellipse.z_first, ellipse.z_last + 1)
         if ellipse.is_lung:
-            added[part] |= inside & (np.asarray(scan.hu[part]) < BONE_HU)
+            added[part] |= inside & (np.asarray(scan.hu[part]) < ellipse.below_hu)
         else:
             lung[part][:, inside] = 0
     if scan.reader_bits is not None:

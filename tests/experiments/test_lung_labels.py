@@ -27,7 +27,7 @@ def test_nodules_and_ellipses_take_the_side_of_the_nearest_lung():
     assert (beyond == LEFT).sum() == (scan.lung == LEFT).sum()
 
 
-def test_bone_is_not_added():
+def test_bone_and_what_is_not_below_the_given_hu_are_not_added():
     scan = tiny_scan()
     hu = scan.hu.copy()
     hu[10, 11, 18] = 700
@@ -36,6 +36,9 @@ def test_bone_is_not_added():
     )
     assert lung[10, 11, 18] == 0
     assert lung[10, 10, 18] == RIGHT
+    aerated = Ellipse(10, 10, (11, 18), (2, 1), below_hu=float(hu[10, 10, 18]))
+    lung = lung_labels.corrected_lung(replace(scan, hu=hu), [aerated])
+    assert lung[10, 10, 18] == 0
 
 
 def test_an_ellipse_is_removed_except_where_a_reader_saw_a_nodule():
@@ -77,7 +80,7 @@ def corrections(work, *rows, columns=lung_labels.COLUMNS):
 
 
 def test_the_command_writes_corrected_scan_files(work):
-    row = ("scan-000", "yes", 10, 10, 11, 18, 2, 1, "tumour")
+    row = ("scan-000", "yes", 10, 10, 11, 18, 2, 1, "", "tumour")
     report = lung_labels.correct_all(corrections(work, row))
     assert "1 scans" in report.line
     written = read_scan(scan_path(work / "out", "scan-000"))
@@ -86,7 +89,7 @@ def test_the_command_writes_corrected_scan_files(work):
 
 
 def test_labels_of_other_corrections_are_not_taken_for_these(work):
-    row = ["scan-000", "yes", 10, 10, 11, 18, 2, 1, "tumour"]
+    row = ["scan-000", "yes", 10, 10, 11, 18, 2, 1, "", "tumour"]
     lung_labels.correct_all(corrections(work, row))
     assert not lung_labels.correct_all(corrections(work, row)).failures
     row[4] = 12
@@ -96,8 +99,8 @@ def test_labels_of_other_corrections_are_not_taken_for_these(work):
 
 def test_a_wrong_list_is_refused(work):
     with pytest.raises(ValueError, match="corrects somebody, missing from"):
-        lung_labels.correct_all(corrections(work, ("somebody", "yes", 1, 1, 1, 1, 1, 1, "")))
+        lung_labels.correct_all(corrections(work, ("somebody", "yes", 1, 1, 1, 1, 1, 1, "", "")))
     with pytest.raises(ValueError, match=r"line 2: .*'x'"):
-        lung_labels.correct_all(corrections(work, ("scan-000", "yes", "x", 1, 1, 1, 1, 1, "")))
+        lung_labels.correct_all(corrections(work, ("scan-000", "yes", "x", 1, 1, 1, 1, 1, "", "")))
     with pytest.raises(ValueError, match="columns why are missing"):
         lung_labels.correct_all(corrections(work, columns=lung_labels.COLUMNS[:-1]))

@@ -97,11 +97,22 @@ class Split:
     unit: Literal["patient", "slice"] = "patient"
     """Unit of the split. slice leaks neighbouring slices into the test part; it exists to
     measure that leak."""
+    held_out: tuple[str, ...] = ()
+    """Patients of the test part, for example all of one hospital; used by `ratios`, which then
+    divides the others into train and validation by the first two fractions."""
     seed: int = 0
     """Seed of the shuffle."""
 
     def __post_init__(self) -> None:
         total = sum(self.fractions)
+        if self.held_out:
+            kind = self.method, self.unit
+            require(
+                kind == ("ratios", "patient"),
+                "held_out",
+                self.held_out,
+                "none, or method ratios and unit patient",
+            )
         require(
             abs(total - 1) < 1e-6, "fractions", self.fractions, "values that sum to 1"
         )

@@ -55,9 +55,33 @@ def split_patients(strata: Mapping[str, str], settings: config.Split) -> Parts:
     """
     if settings.method == "folds":
         return _parts_of_folds(split_folds(strata, settings), settings.fold)
+    if settings.held_out:
+        return _parts_without(settings.held_out, strata, settings)
     counts = part_counts(len(strata), settings.fractions)
     groups = _deal(strata, counts, settings.seed)
     return dict(zip(PARTS, groups, strict=True))
+
+
+def _parts_without(
+    held_out: Sequence[str], strata: Mapping[str, str], settings: config.Split
+) -> Parts:
+    """Returns the parts with the patients `held_out` as the test part."""
+    unknown = sorted(set(held_out) - set(strata))
+    if unknown:
+        raise ValueError(
+            f"split.held_out names {', '.join(unknown)}; the table has {len(strata)} patients: "
+            f"{', '.join(sorted(strata)[:5])} ..."
+        )
+    rest = {item: group for item, group in strata.items() if item not in held_out}
+    train, validation, _ = settings.fractions
+    if not train + validation or not rest:
+        raise ValueError(
+            "split.held_out leaves no patient for training; expected others in the table and "
+            f"fractions of train and validation above 0, found {train} and {validation}"
+        )
+    shares = [share / (train + validation) for share in (train, validation)]
+    groups = _deal(rest, part_counts(len(rest), shares), settings.seed)
+    return dict(zip(PARTS, [*groups, sorted(set(held_out))], strict=True))
 
 
 def split_folds(strata: Mapping[str, str], settings: config.Split) -> list[list[str]]:

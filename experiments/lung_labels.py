@@ -1,10 +1,10 @@
 r"""Lung labels for training: cleaned classical masks with what they are known to get wrong.
 
-Removes and adds the ellipses of a CSV file, which a person drew where the mask includes bowel or
-the oesophagus, or leaves out disease; then adds every nodule that a reader outlined. Columns:
-scan_id, is_lung (yes or no), z_first, z_last (slices of the scan file), y_px, x_px, radius_y_px,
-radius_x_px, below_hu (only voxels below it are added; empty for 250, which leaves out bone), why.
-Added voxels take the side of the nearest lung.
+Removes and adds the ellipses of a CSV file, which a person drew where the mask includes bowel
+or the oesophagus, or leaves out disease; then adds every nodule that a reader outlined.
+Columns: scan_id, is_lung (yes or no), z_first, z_last (slices of the scan file), y_px, x_px,
+radius_y_px, radius_x_px, below_hu (only voxels below it are added; empty for 250, which leaves
+out bone) and why. Added voxels take the side of the nearest lung.
 
     python -m experiments.lung_labels --scans work/scans --out work/labelled \
         --corrections weights/lung3d/corrections.csv

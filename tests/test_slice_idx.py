@@ -91,6 +91,26 @@ def test_the_order_of_the_patients_does_not_matter_and_the_seed_does():
         assert other != parts
 
 
+def test_held_out_patients_are_the_test_part_and_the_others_are_divided():
+    strata = cohort({"none": 20, "small": 10})
+    settings = config.Split(
+        held_out=("small-003", "none-007"), fractions=(0.6, 0.2, 0.2)
+    )
+    parts = slice_idx.split_patients(strata, settings)
+    assert parts["test"] == ["none-007", "small-003"]
+    assert len(parts["train"]) == 21
+    assert len(parts["validation"]) == 7
+    assert sorted(parts["train"] + parts["validation"] + parts["test"]) == sorted(
+        strata
+    )
+    with pytest.raises(ValueError, match=r"held_out names other; the table has 30"):
+        slice_idx.split_patients(strata, replace(settings, held_out=("other",)))
+    with pytest.raises(ValueError, match="leaves no patient for training"):
+        slice_idx.split_patients({"one": "none"}, replace(settings, held_out=("one",)))
+    with pytest.raises(ValueError, match="method ratios"):
+        replace(FOLDS, held_out=("small-003",))
+
+
 def test_over_all_folds_every_patient_is_tested_once_and_validates_once():
     strata = cohort({"none": 11, "small": 12})
     tested, validating = Counter(), Counter()

@@ -99,8 +99,12 @@ def test_labels_of_other_corrections_are_not_taken_for_these(work):
 
 def test_a_wrong_list_is_refused(work):
     with pytest.raises(ValueError, match="corrects somebody, missing from"):
-        lung_labels.correct_all(corrections(work, ("somebody", "yes", 1, 1, 1, 1, 1, 1, "", "")))
+        lung_labels.correct_all(
+            corrections(work, ("somebody", "yes", 1, 1, 1, 1, 1, 1, "", ""))
+        )
     with pytest.raises(ValueError, match=r"line 2: .*'x'"):
-        lung_labels.correct_all(corrections(work, ("scan-000", "yes", "x", 1, 1, 1, 1, 1, "", "")))
+        lung_labels.correct_all(
+            corrections(work, ("scan-000", "yes", "x", 1, 1, 1, 1, 1, "", ""))
+        )
     with pytest.raises(ValueError, match="columns why are missing"):
         lung_labels.correct_all(corrections(work, columns=lung_labels.COLUMNS[:-1]))

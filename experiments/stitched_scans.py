@@ -150,16 +150,13 @@ def write_stitched(task: Task) -> Task:
     grid = canonical_grid(hu.shape, (spacing,) * 3)
     name = f"{scan.scan_id}-abdomen"
     stitched = replace(
-        scan,
+        scan.unread(),
         scan_id=name,
         series_uid="",
         hu=hu,
         lung=lung,
         grid=grid,
         source_grid=grid,
-        reader_bits=None,
-        nodule_labels=None,
-        nodules=(),
     )
     record = provenance.record() | {"made_by": "experiments.stitched_scans"}
     write_scan(stitched, scan_path(task.arguments.out, name), record)

@@ -58,16 +58,13 @@ def arguments(make_scan, tmp_path):
     hu, lung = body(40, 30)
     grid = canonical_grid(hu.shape, (MM, MM, MM))
     abdomen = replace(
-        chest,
+        chest.unread(),
         scan_id="abdomen",
         patient_id="other",
         hu=hu,
         lung=lung,
         grid=grid,
         source_grid=grid,
-        reader_bits=None,
-        nodule_labels=None,
-        nodules=(),
     )
     write_scan(abdomen, tmp_path / "abdomen.h5", {})
     return Arguments(

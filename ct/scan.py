@@ -14,7 +14,7 @@ everything else as JSON in UTF-8 bytes; an HDF5 attribute could not exceed 64 kB
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,10 @@ class Scan:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel spacing (z, y, x) in mm."""
         return self.grid.spacing_mm
+
+    def unread(self) -> "Scan":
+        """Returns the scan without nodules and their masks, as if no reader had read it."""
+        return replace(self, reader_bits=None, nodule_labels=None, nodules=())
 
 
 def reader_votes(reader_bits: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from ct.provenance import DISCLAIMER
 from ct.scan import Scan, ScanError, read_scan, scan_files
 from metrics import overlap
 from metrics.surfaces import surface_distances
-from results.rows import LUNGS_CSV, read_lung_rows
+from results.rows import LUNGS_CSV, LungRow, read_lung_rows
 
 GAS_HU = -850
 """Voxels below it that are wrongly called lung are gas: bowel, airways or air outside."""
@@ -45,6 +45,16 @@ class Arguments:
     """Folder of scan files whose lung labels are the reference."""
     out: Path
     """Folder for the tables."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One scan file with reference lungs, the mask to compare, and its row of lungs.csv."""
+
+    scan_id: str
+    path: Path
+    mask_path: Path
+    verdict: LungRow | None
 
 
 def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
@@ -74,6 +84,25 @@ def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
     }
 
 
+def compare_files(task: Task) -> dict[str, Any]:
+    """Returns a row of the table: the values of `compare`, and the verdict of infer.py.
+
+    Raises:
+        ScanError: If the mask is missing or on another grid, or the scan has no lung labels.
+    """
+    if not task.mask_path.exists():
+        raise ScanError(f"no {task.mask_path}")
+    scan = read_scan(task.path)
+    mask, grid = read_nifti(task.mask_path)
+    check_same_grid(grid, scan.grid, task.mask_path)
+    row = compare(scan, mask > 0)
+    row |= {
+        "flag": task.verdict.flag if task.verdict else "",
+        "reason": task.verdict.reason if task.verdict else "",
+    }
+    return {name: row[name] for name in COLUMNS}
+
+
 def worst_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns rows by increasing Dice; those without a Dice come first."""
     return sorted(rows, key=lambda row: (np.isfinite(row["dice"]), row["dice"]))
@@ -98,26 +127,16 @@ def compare_all(arguments: Arguments) -> steps.Report:
         ValueError: If no reference has a mask.
     """
     verdicts = {row.pid: row for row in read_lung_rows(arguments.masks / LUNGS_CSV)}
-    rows, failures = [], []
-    for path in scan_files(arguments.references):
-        mask_path = arguments.masks / path.stem / "mask.nii.gz"
-        if not mask_path.exists():
-            failures.append(steps.Failure(path.stem, f"no {mask_path}"))
-            continue
-        try:
-            scan = read_scan(path)
-            mask, grid = read_nifti(mask_path)
-            check_same_grid(grid, scan.grid, mask_path)
-            row = compare(scan, mask > 0)
-        except ScanError as error:
-            failures.append(steps.Failure(path.stem, str(error)))
-            continue
-        verdict = verdicts.get(path.stem)
-        row |= {
-            "flag": verdict.flag if verdict else "",
-            "reason": verdict.reason if verdict else "",
-        }
-        rows.append({name: row[name] for name in COLUMNS})
+    tasks = [
+        Task(
+            path.stem,
+            path,
+            arguments.masks / path.stem / "mask.nii.gz",
+            verdicts.get(path.stem),
+        )
+        for path in scan_files(arguments.references)
+    ]
+    rows, failures = steps.map_scans(compare_files, tasks, workers=1, label="compare")
     if not rows:
         raise ValueError(
             f"{arguments.masks} has no mask of a scan in {arguments.references}; run infer.py "

@@ -54,6 +54,16 @@ class Arguments:
     """Edge of the cubic voxels."""
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One chest to stitch, and the abdomen as HU and lung labels of cubic voxels."""
+
+    scan_id: str
+    path: Path
+    abdomen: tuple[np.ndarray, np.ndarray]
+    arguments: Arguments
+
+
 def cubic(scan: Scan, spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the (z, y, x) int16 HU and uint8 lung labels of a scan as cubic voxels."""
     weights, _ = resample.isotropic(scan.grid, spacing_mm)
@@ -119,40 +129,38 @@ def stitch(
 def stitch_all(arguments: Arguments) -> steps.Report:
     """Writes a stitched scan file for every chest; existing ones are replaced."""
     abdomen = cubic(read_scan(arguments.abdomen), arguments.spacing_mm)
-    done, failures = 0, []
-    for path in scan_files(arguments.chests):
-        try:
-            scan = read_scan(path)
-            write_stitched(scan, abdomen, arguments)
-            done += 1
-        except ScanError as error:
-            failures.append(steps.Failure(path.stem, str(error)))
-    line = f"wrote {arguments.out}: {files.count_text(done, 'scan')}"
+    tasks = [
+        Task(path.stem, path, abdomen, arguments)
+        for path in scan_files(arguments.chests)
+    ]
+    done, failures = steps.map_scans(write_stitched, tasks, workers=1, label="stitch")
+    line = f"wrote {arguments.out}: {files.count_text(len(done), 'scan')}"
     return steps.Report(line, failures)
 
 
-def write_stitched(
-    scan: Scan, abdomen: tuple[np.ndarray, np.ndarray], arguments: Arguments
-) -> None:
-    """Stitches one chest and writes its scan file, named SCAN_ID-abdomen."""
-    spacing = arguments.spacing_mm
-    hu, lung = stitch(cubic(scan, spacing), abdomen, spacing)
+def write_stitched(task: Task) -> Task:
+    """Stitches one chest and writes its scan file, named SCAN_ID-abdomen.
+
+    Raises:
+        ScanError: If the chest cannot be read, or the two do not fit together.
+    """
+    scan = read_scan(task.path)
+    spacing = task.arguments.spacing_mm
+    hu, lung = stitch(cubic(scan, spacing), task.abdomen, spacing)
     grid = canonical_grid(hu.shape, (spacing,) * 3)
     name = f"{scan.scan_id}-abdomen"
     stitched = replace(
-        scan,
+        scan.unread(),
         scan_id=name,
         series_uid="",
         hu=hu,
         lung=lung,
         grid=grid,
         source_grid=grid,
-        reader_bits=None,
-        nodule_labels=None,
-        nodules=(),
     )
     record = provenance.record() | {"made_by": "experiments.stitched_scans"}
-    write_scan(stitched, scan_path(arguments.out, name), record)
+    write_scan(stitched, scan_path(task.arguments.out, name), record)
+    return task
 
 
 def main(argv: Sequence[str] | None = None) -> None:

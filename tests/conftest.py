@@ -276,3 +276,42 @@ def chest_scan(make_chest):
     hu = make_chest()[0]
     grid = canonical_grid(hu.shape, (5.0, 1.5, 1.5))
     return Scan(scan_id="chest", patient_id="chest", hu=hu, grid=grid, source_grid=grid)
+
+
+@pytest.fixture(scope="session")
+def lung_run(make_lung_run, tmp_path_factory):
+    """A run for lungs, set by hand to find what is near -850 HU."""
+    return make_lung_run(tmp_path_factory.mktemp("runs") / "hand")
+
+
+@pytest.fixture(scope="session")
+def nodule_run(make_nodule_run, tmp_path_factory):
+    """A run for nodules, set by hand to find what is near 20 HU."""
+    return make_nodule_run(tmp_path_factory.mktemp("runs") / "nodules")
+
+
+@pytest.fixture(scope="session")
+def slices_run(make_slices_run, tmp_path_factory):
+    """A run of slices that marks what is near -400 HU."""
+    return make_slices_run(tmp_path_factory.mktemp("runs") / "slices", hu=-400)
+
+
+@pytest.fixture(scope="session")
+def reduction_run(make_reduction_run, tmp_path_factory):
+    """A false-positive network that refuses everything."""
+    folder = tmp_path_factory.mktemp("runs") / "reduction"
+    return make_reduction_run(folder, threshold=0.5, min_score=0.99)
+
+
+@pytest.fixture(scope="session")
+def volume(make_chest):
+    """`chest` as (x, y, z) voxels of 3 x 3 x 5 mm, x to the left, y to the back."""
+    return np.ascontiguousarray(make_chest()[0].transpose(2, 1, 0)[::2, ::2])
+
+
+@pytest.fixture(scope="session")
+def ill_volume(volume):
+    """`volume` with a ball of soft tissue, 20 mm wide, in the right lung."""
+    x, y, z = np.ogrid[tuple(slice(n) for n in volume.shape)]
+    apart_mm2 = ((x - 32) * 3) ** 2 + ((y - 47) * 3) ** 2 + ((z - 16) * 5) ** 2
+    return np.where(apart_mm2 <= 10**2, 20, volume).astype(volume.dtype)

@@ -288,8 +288,7 @@ def test_masking_the_input_by_the_target_is_refused(table):
 
 def test_scans_that_no_reader_saw_are_left_out(tmp_path, caplog):
     write_scan(tiny_scan(0), tmp_path / "scans/scan-000.h5", {})
-    unread = replace(tiny_scan(1), reader_bits=None, nodule_labels=None, nodules=())
-    write_scan(unread, tmp_path / "scans/scan-001.h5", {})
+    write_scan(tiny_scan(1).unread(), tmp_path / "scans/scan-001.h5", {})
     write_table(tmp_path / "scans", tmp_path / "table.h5", SETTINGS)
     with SliceTable(tmp_path / "table.h5") as table:
         generator = training(table)

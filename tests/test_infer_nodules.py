@@ -15,6 +15,7 @@ from ct.scan import scan_path, write_scan
 from inference import segment
 from inference.passes import Passes
 from lungs.classical import segment_lungs
+from tests.infer_calls import WITHOUT_SKIN, save
 from training.runs import read_settings
 
 
@@ -78,3 +79,16 @@ def test_several_passes_say_how_sure_a_nodule_is(run, chest, tmp_path):
         assert float(row["score_std"]) == pytest.approx(std[own].mean(), abs=1e-3)
         assert float(row["pleura_distance_mm"]) >= 0
     assert max(float(row["score_std"]) for row in rows) > 0.05
+
+
+def test_probabilities_of_nodules_have_no_nnunet_form(nodule_run, volume, tmp_path):
+    source = save(tmp_path / "chest.nii.gz", volume)
+    lungs = replace(WITHOUT_SKIN, save_as="nnunet")
+    with pytest.raises(ValueError, match="gives nodule probabilities; expected a run"):
+        infer.infer(
+            nodule_run,
+            tmp_path / "OUT",
+            input=source,
+            lungs=lungs,
+            nodules=segment.NO_RUNS,
+        )

@@ -162,7 +162,7 @@ def test_a_healthy_scan_gives_negatives_and_a_scan_without_rows_keeps_its_place(
 
 
 def test_masks_that_are_unknown_are_zero_and_marked_so(scan, tmp_path):
-    bare = replace(scan, lung=None, reader_bits=None, nodule_labels=None, nodules=())
+    bare = replace(scan.unread(), lung=None)
     write_scans([bare], tmp_path / "scans")
     table.write_table(tmp_path / "scans", tmp_path / "table.h5", ALL)
     with SliceTable(tmp_path / "table.h5") as opened:

@@ -28,6 +28,14 @@ def test_what_is_unknown_stays_unknown(scan, tmp_path):
     assert read_scan(tmp_path / "scan.h5").lung is None
 
 
+def test_an_unread_scan_keeps_its_lungs_and_has_no_nodules(scan):
+    unread = scan.unread()
+    assert unread.reader_bits is None and unread.nodule_labels is None
+    assert unread.nodules == ()
+    assert unread.hu is scan.hu and unread.lung is scan.lung
+    assert len(scan.nodules) == 2
+
+
 def test_a_damaged_scan_file_is_named(tmp_path):
     (tmp_path / "scan.h5").write_bytes(b"not HDF5")
     with pytest.raises(ScanError, match=r"not a readable scan file: .*scan\.h5"):

@@ -23,16 +23,7 @@ def healthy():
     hu[lung > 0] = -850
     affine = np.array([[0, 0, -3, 0], [0, -3, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1.0]])
     grid = replace(scan.grid, shape=hu.shape, affine=affine)
-    return replace(
-        scan,
-        hu=hu,
-        lung=lung,
-        grid=grid,
-        source_grid=grid,
-        reader_bits=None,
-        nodule_labels=None,
-        nodules=(),
-    )
+    return replace(scan.unread(), hu=hu, lung=lung, grid=grid, source_grid=grid)
 
 
 def test_what_became_denser_is_marked_and_the_lungs_stay():

@@ -50,30 +50,42 @@ def test_slices_with_lung_of_the_abdomen_are_left_out():
         stitch(body(20, 40), (below, lung_below), MM)
 
 
-def test_files_keep_the_patient_of_the_chest(make_scan, tmp_path):
+@pytest.fixture
+def arguments(make_scan, tmp_path):
+    """A folder with one chest, and an abdomen of another patient."""
     chest = make_scan(0)
     write_scan(chest, scan_path(tmp_path / "chests", chest.scan_id), {})
     hu, lung = body(40, 30)
     grid = canonical_grid(hu.shape, (MM, MM, MM))
     abdomen = replace(
-        chest,
+        chest.unread(),
         scan_id="abdomen",
         patient_id="other",
         hu=hu,
         lung=lung,
         grid=grid,
         source_grid=grid,
-        reader_bits=None,
-        nodule_labels=None,
-        nodules=(),
     )
     write_scan(abdomen, tmp_path / "abdomen.h5", {})
-    arguments = Arguments(
+    return Arguments(
         tmp_path / "abdomen.h5", tmp_path / "out", tmp_path / "chests", spacing_mm=MM
     )
+
+
+def test_files_keep_the_patient_of_the_chest(make_scan, arguments):
+    chest = make_scan(0)
     assert "1 scan" in stitch_all(arguments).line
-    found = read_scan(tmp_path / "out" / f"{chest.scan_id}-abdomen.h5")
+    found = read_scan(arguments.out / f"{chest.scan_id}-abdomen.h5")
     assert found.patient_id == chest.patient_id
     assert found.spacing_mm == (MM, MM, MM)
     assert set(np.unique(found.lung)) == {0, 1, 2}
     assert stitched_scans.BODY_HU < 0
+
+
+def test_a_chest_that_cannot_be_read_is_listed_and_the_others_go_on(arguments):
+    (arguments.chests / "broken.h5").write_bytes(b"no scan")
+    report = stitch_all(arguments)
+    (failure,) = report.failures
+    assert failure.scan_id == "broken"
+    assert "not a readable scan file" in failure.reason
+    assert report.line.endswith(": 1 scan")

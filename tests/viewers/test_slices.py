@@ -22,7 +22,7 @@ def test_a_slice_is_windowed_and_its_masks_outlined(scan):
 
 
 def test_what_is_unknown_is_not_outlined(scan):
-    bare = replace(scan, lung=None, reader_bits=None, nodule_labels=None, nodules=())
+    bare = replace(scan.unread(), lung=None)
     assert slices.picture_of(bare, 0, (-1000, 400)).outlined == {}
     assert slices.first_slice(bare) == 12
 

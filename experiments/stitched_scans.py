@@ -239,7 +239,7 @@ def stitch_all(arguments: Arguments) -> steps.Report:
     """Writes the stitched scan files of every chest; existing ones are replaced.
 
     Raises:
-        ValueError: If there are fewer abdomens than each chest shall get.
+        ValueError: If there is no abdomen, or fewer than each chest shall get.
     """
     done, failures = steps.map_scans(
         write_stitched, plan(arguments), workers=arguments.workers, label="stitch"
@@ -253,6 +253,8 @@ def plan(arguments: Arguments) -> list[Task]:
     real = [] if arguments.abdomens is None else scan_files(arguments.abdomens)
     first = arguments.seed
     abdomens = [*real, *range(first, first + arguments.synthetic)]
+    if not abdomens:
+        raise ValueError("no abdomens; give --abdomens, --synthetic or both")
     if not 1 <= arguments.each <= len(abdomens):
         raise ValueError(
             f"--each is {arguments.each}, expected 1 to {len(abdomens)}, the number of "

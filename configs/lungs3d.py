@@ -113,7 +113,7 @@ LUNG3D = replace(
 LUNG3D_ANYWHERE = replace(
     LUNG3D_3MM,
     batches=replace(LUNG3D_3MM.batches, crop="body", real_fraction=0.5),
-    augment=replace(LUNG3D_3MM.augment, gas=0.6),
+    augment=replace(LUNG3D_3MM.augment, gas=0.6, zoom=0.35),
     train=replace(LUNG3D_3MM.train, learning_rate=1e-3, epochs=16, steps_per_epoch=60),
 )
 

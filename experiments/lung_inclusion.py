@@ -17,13 +17,13 @@ The masks to compare are then made from the list, and the table from the masks; 
     python infer.py $L --result_dir P/lung3d
     python infer.py $L --result_dir P/own-border --snap 0
     python infer.py $L --result_dir P/lung2d --exp_dir weights/lung2d
-    python preprocess.py thesis --cohort nifti --source P/scans.csv --scans P/classical
-    python preprocess.py thesis --cohort nifti --source P/scans.csv --scans P/slice-rule \
-        --mask.no-cleaning
+    python preprocess.py smoke --cohort nifti --source P/scans.csv --scans P/classical
+    python preprocess.py thesis --cohort nifti --source P/scans.csv --scans P/slice-rule
     python -m experiments.lung_comparison --scans P/truth --truth P/truth --out P/scores \
         --methods lung3d=P/lung3d own-border=P/own-border lung2d=P/lung2d \
         classical=P/classical slice-rule=P/slice-rule
 
+`smoke` has the classical mask with its cleaning, `thesis` only the slice rule of the thesis.
 A row of the host's own lung shows the most that any mask of the host could include: add
 `host=HOSTS` to the methods.
 """

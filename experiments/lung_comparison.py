@@ -45,14 +45,28 @@ AT_PLEURA_MM = 3.0
 LARGE_MM = 30.0
 """A nodule of at least this diameter is a mass (Fleischner Society, Bankier et al. 2017)."""
 
+SIZES_MM = {
+    "below_10": (0.0, 10.0),
+    "10_to_20": (10.0, 20.0),
+    "20_to_30": (20.0, LARGE_MM),
+    "large": (LARGE_MM, float("inf")),
+}
+"""Diameters of the classes of nodules by size, the upper end excluded."""
+
 MEASURES = (
     paired.mean_of("dice", "Dice per scan"),
     paired.mean_of("hd95_mm", "HD95 (mm)"),
     paired.mean_of("surface_dice", "Surface Dice"),
     paired.ratio_of("kept_all", "voxels_all", "Inclusion, all nodules"),
     paired.ratio_of("kept_pleura", "voxels_pleura", "Inclusion, at the pleura"),
+    paired.ratio_of("kept_free", "voxels_free", "Inclusion, free"),
+    paired.ratio_of("kept_below_10", "voxels_below_10", "Inclusion, below 10 mm"),
+    paired.ratio_of("kept_10_to_20", "voxels_10_to_20", "Inclusion, 10 to 20 mm"),
+    paired.ratio_of("kept_20_to_30", "voxels_20_to_30", "Inclusion, 20 to 30 mm"),
     paired.ratio_of("kept_large", "voxels_large", "Inclusion, large"),
+    paired.ratio_of("whole_all", "nodules_all", "Kept whole, all nodules"),
     paired.ratio_of("whole_pleura", "nodules_pleura", "Kept whole, at the pleura"),
+    paired.ratio_of("whole_large", "nodules_large", "Kept whole, large"),
 )
 
 KEPT_WHOLE = 0.95
@@ -345,8 +359,10 @@ def inclusion_counts(nodules: Sequence[dict[str, Any]]) -> dict[str, int]:
     kinds = {
         "all": list(nodules),
         "pleura": [n for n in nodules if n["pleura_mm"] <= AT_PLEURA_MM],
-        "large": [n for n in nodules if n["diameter_mm"] >= LARGE_MM],
+        "free": [n for n in nodules if n["pleura_mm"] > AT_PLEURA_MM],
     }
+    for kind, (low_mm, high_mm) in SIZES_MM.items():
+        kinds[kind] = [n for n in nodules if low_mm <= n["diameter_mm"] < high_mm]
     counts = {}
     for kind, some in kinds.items():
         counts[f"nodules_{kind}"] = len(some)
@@ -372,8 +388,10 @@ def protocol(
     return [
         f"{len(rows)} whole scans of {patients} patients; {with_truth} with reference "
         f"lungs; {kinds['nodules_all']} nodules (consensus of at least 50 % of the readers), "
-        f"{kinds['nodules_pleura']} of them within {AT_PLEURA_MM:g} mm of the lungs' surface, "
-        f"{kinds['nodules_large']} of at least {LARGE_MM:g} mm.",
+        f"{kinds['nodules_pleura']} of them within {AT_PLEURA_MM:g} mm of the lungs' surface; "
+        f"{kinds['nodules_below_10']} below 10 mm, {kinds['nodules_10_to_20']} of 10 to 20 "
+        f"mm, {kinds['nodules_20_to_30']} of 20 to 30 mm, {kinds['nodules_large']} of at "
+        f"least {LARGE_MM:g} mm (large).",
         "Inclusion: share of nodule voxels in the mask, summed over scans; kept whole: at "
         f"least {KEPT_WHOLE:.0%} of the nodule. Surfaces agree within "
         f"{arguments.tolerance_mm:g} mm.",

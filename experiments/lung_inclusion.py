@@ -2,7 +2,8 @@ r"""Real nodules in real lungs, to compare how much of each nodule lung masks in
 
 Pastes nodules of LIDC-IDRI, from cubes with one reader's mask, into scans with known lungs:
 free ones into aerated lung, juxtapleural ones where the surface of the lung looks like the one
-in their own scan. The true lung is then the host's lung and the pasted nodules.
+in their own scan. The true lung is then the host's lung and the pasted nodules. A scan with
+pasted nodules is called SCAN_ID-pasted.
 
     python -m experiments.lung_inclusion --hosts work/labelled \
         --cubes ../shared/data/lidc-cubes --out work/pasted
@@ -31,7 +32,7 @@ A row of the host's own lung shows the most that any mask of the host could incl
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,6 +54,11 @@ from experiments import pasted_nodules
 from experiments.nodule_cubes import Cube, read_cubes
 from nodules import outlines
 
+Part = Literal["all", "train", "test"]
+
+TEST_ROW = 1
+"""Cubes of the test part have this remainder when their row is divided by three."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -66,6 +72,10 @@ class Arguments:
     """Output folder; scans of the same ids are replaced."""
     lung_ml: float = 60.0
     """Volume of lung per pasted nodule."""
+    part: Part = "all"
+    """Cubes to paste. test: every third; train: the others, for training scans."""
+    workers: int = 1
+    """Number of processes."""
     seed: int = 0
     """Seed of places and noise, combined with the scan id."""
 
@@ -164,18 +174,39 @@ def nodule_of(
     return Nodule(label, tuple(centre_ras_mm.tolist()), (annotation,))
 
 
-def write_pasted(
-    path: Path, cubes: Sequence[Cube], arguments: Arguments
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Task:
+    """One host to paste nodules into."""
+
+    scan_id: str
+    path: Path
+    arguments: Arguments
+
+
+def cubes_of_part(cubes: Sequence[Cube], part: Part) -> list[Cube]:
+    """Returns all cubes, or those of one part; a patient has one cube."""
+    return [cube for cube in cubes if part in ("all", part_of(cube.row))]
+
+
+def part_of(row: int) -> Part:
+    return "test" if row % 3 == TEST_ROW else "train"
+
+
+def write_pasted(task: Task) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Writes one host with pasted nodules; returns its line of the list, and its nodules."""
+    arguments = task.arguments
+    cubes = cubes_of_part(read_cubes(arguments.cubes), arguments.part)
     scan, rows = paste_nodules(
-        read_scan(path), cubes, arguments.lung_ml, seed=arguments.seed
+        read_scan(task.path), cubes, arguments.lung_ml, seed=arguments.seed
     )
+    scan = replace(scan, scan_id=f"{scan.scan_id}-pasted", series_uid="")
+    rows = [row | {"scan_id": scan.scan_id} for row in rows]
     record = provenance.record() | {
         "made_by": "experiments.lung_inclusion",
-        "source_sha256": files.sha256(path),
+        "source_sha256": files.sha256(task.path),
         "seed": arguments.seed,
         "lung_ml": arguments.lung_ml,
+        "part": arguments.part,
     }
     write_scan(scan, scan_path(arguments.out / "truth", scan.scan_id), record)
     volume = f"volumes/{scan.scan_id}.nii.gz"
@@ -190,16 +221,14 @@ def write_pasted(
 
 def write_all(arguments: Arguments) -> steps.Report:
     """Pastes nodules into every host of a folder."""
-    cubes = read_cubes(arguments.cubes)
-    lines, rows, failures = [], [], []
-    for path in scan_files(arguments.hosts):
-        try:
-            line, nodules = write_pasted(path, cubes, arguments)
-        except ScanError as error:
-            failures.append(steps.Failure(path.stem, str(error)))
-            continue
-        lines.append(line)
-        rows += nodules
+    tasks = [Task(path.stem, path, arguments) for path in scan_files(arguments.hosts)]
+    done, failures = steps.map_scans(
+        write_pasted, tasks, workers=arguments.workers, label="paste"
+    )
+    lines, rows = (
+        [line for line, _ in done],
+        [row for _, found in done for row in found],
+    )
     if lines:
         files.write_rows(lines, list(lines[0]), arguments.out / "scans.csv")
         files.write_rows(rows, list(rows[0]), arguments.out / "nodules.csv")

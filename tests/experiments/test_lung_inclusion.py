@@ -232,11 +232,13 @@ def test_the_written_scans_are_scored_by_the_comparison(tmp_path):
     with pytest.raises(SystemExit) as ended:
         lung_inclusion.main([*call, "--out", f"{tmp_path}/out"])
     assert ended.value.code == 0
-    truth = read_scan(scan_path(tmp_path / "out/truth", "host"))
+    truth = read_scan(scan_path(tmp_path / "out/truth", "host-pasted"))
     holed = np.where(np.asarray(truth.nodule_labels) == 1, 0, truth.lung).astype(
         np.uint8
     )
-    write_scan(replace(truth, lung=holed), scan_path(tmp_path / "holed", "host"), {})
+    write_scan(
+        replace(truth, lung=holed), scan_path(tmp_path / "holed", "host-pasted"), {}
+    )
     lung_comparison.compare_lungs(
         lung_comparison.Arguments(
             methods=(f"truth={tmp_path}/out/truth", f"holed={tmp_path}/holed"),
@@ -251,6 +253,19 @@ def test_the_written_scans_are_scored_by_the_comparison(tmp_path):
     assert kept["truth", "1"]["kept"] == kept["truth", "1"]["voxels"]
     assert kept["holed", "1"]["kept"] == "0"
     assert kept["holed", "2"]["kept"] == kept["holed", "2"]["voxels"]
+
+
+def test_every_cube_is_in_one_part():
+    cubes = [drawn_cube(row) for row in range(7)]
+    rows = {
+        part: [cube.row for cube in lung_inclusion.cubes_of_part(cubes, part)]
+        for part in ("all", "train", "test")
+    }
+    assert rows == {
+        "all": [0, 1, 2, 3, 4, 5, 6],
+        "train": [0, 2, 3, 5, 6],
+        "test": [1, 4],
+    }
 
 
 def test_hosts_without_labels_are_listed(tmp_path):

@@ -91,18 +91,18 @@ def snap_to_classical(
 ) -> np.ndarray:
     """Moves the border of lung labels to that of the classical mask where it is near.
 
-    Both masks agree on healthy lung, and there the classical one follows the HU of
-    single voxels. A part that only the network finds (disease, which the classical mask
-    misses) keeps its border where the classical mask is further away than `reach_mm`.
-    So diseased layers thinner than that are lost, and thicker ones lose a strip of
-    their outer border beside healthy lung.
+    Both masks agree on healthy lung, and there the classical one follows the HU of single
+    voxels. A part that only the network finds, such as a nodule or consolidation at the
+    pleura, which the classical mask misses, stays if it is thicker than `reach_mm`; thinner
+    layers follow the classical mask.
 
     Args:
         labels: (z, y, x) uint8, 1 right and 2 left.
         classical: Classical labels of the same shape; if empty, nothing changes.
         spacing_mm: (z, y, x).
         reach_mm: Voxels this close to the outside of the mask are its border; they
-            follow the classical mask if its outside is that near too.
+            follow the classical mask if its outside is that near too, unless they belong to
+            a thicker part that only the network finds.
 
     Returns:
         Labels of the same shape; added voxels get the side of the nearest lung.
@@ -121,10 +121,25 @@ def snap_to_classical(
         for side in (RIGHT, LEFT)
     )
     near_mask = np.minimum(to_right_mm, to_left_mm) <= reach_mm
-    found = (mask & ~(border & near_other)) | (other & near_mask)
+    thin = border & near_other & ~thick_parts(mask & ~other, spacing_mm, reach_mm)
+    found = (mask & ~thin) | (other & near_mask)
     result = np.zeros_like(labels)
     result[box] = found * np.where(to_right_mm <= to_left_mm, RIGHT, LEFT)
     return result
+
+
+def thick_parts(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], thickness_mm: float
+) -> np.ndarray:
+    """Returns the parts of a (z, y, x) mask that hold a ball of diameter `thickness_mm`.
+
+    This is the morphological opening of the mask, with corners kept up to a voxel.
+    """
+    radius_mm = thickness_mm / 2
+    cores = distance_mm(mask, spacing_mm) > radius_mm
+    if not cores.any():
+        return cores
+    return mask & (distance_mm(~cores, spacing_mm) <= radius_mm + max(spacing_mm))
 
 
 def largest_pieces(

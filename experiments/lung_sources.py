@@ -31,7 +31,7 @@ GAS_HU = -850
 
 COLUMNS = (
     *("scan_id", "patient_id", "dice", "hd95_mm", "reference_ml", "missed_ml"),
-    *("extra_ml", "extra_gas_ml", "flag", "reason"),
+    *("extra_ml", "extra_gas_ml", "nodule_share", "score", "flag", "reason"),
 )
 
 
@@ -60,6 +60,8 @@ class Task:
 def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
     """Returns overlap and volumes of a lung mask and the labels of a scan.
 
+    `nodule_share` is the share of the outlined nodules' voxels that lie in the mask.
+
     Args:
         scan: Scan with lung labels.
         mask: (z, y, x) bool.
@@ -70,6 +72,9 @@ def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
     extra, missed = mask & ~reference, reference & ~mask
     ml = scan.grid.voxel_mm3 / 1000
     hd95 = float("nan")
+    nodule_share = float("nan")
+    if scan.nodule_labels is not None and np.any(scan.nodule_labels):
+        nodule_share = float(mask[np.asarray(scan.nodule_labels) > 0].mean())
     if mask.any() and reference.any():
         hd95 = surface_distances(reference, mask, scan.spacing_mm).hausdorff_mm()
     return {
@@ -81,6 +86,7 @@ def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
         "missed_ml": missed.sum() * ml,
         "extra_ml": extra.sum() * ml,
         "extra_gas_ml": (extra & (np.asarray(scan.hu) < GAS_HU)).sum() * ml,
+        "nodule_share": nodule_share,
     }
 
 
@@ -96,11 +102,11 @@ def compare_files(task: Task) -> dict[str, Any]:
     mask, grid = read_nifti(task.mask_path)
     check_same_grid(grid, scan.grid, task.mask_path)
     row = compare(scan, mask > 0)
-    row |= {
-        "flag": task.verdict.flag if task.verdict else "",
-        "reason": task.verdict.reason if task.verdict else "",
-    }
-    return {name: row[name] for name in COLUMNS}
+    if task.verdict:
+        row |= {
+            name: getattr(task.verdict, name) for name in ("score", "flag", "reason")
+        }
+    return {name: row.get(name, "") for name in COLUMNS}
 
 
 def worst_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,12 +22,16 @@ def test_volumes_of_what_is_missed_and_added(make_scan):
     mask[5:10, 10:30, 10:30] = False  # half is missed
     mask[5:15, 40:50, 40:50] = True  # gas
     mask[5:15, 40:50, 30:40] = True  # tissue
-    row = compare(replace(scan, hu=hu, lung=lung), mask)
+    nodule = np.zeros(scan.hu.shape, np.uint8)
+    nodule[8:12, 20:25, 20:25] = 1  # half of it lies in the half that is missed
+    marked = replace(scan, hu=hu, lung=lung, nodule_labels=nodule)
+    row = compare(marked, mask)
     ml = scan.grid.voxel_mm3 / 1000
     assert row["reference_ml"] == pytest.approx(4000 * ml)
     assert row["missed_ml"] == pytest.approx(2000 * ml)
     assert row["extra_ml"] == pytest.approx(2000 * ml)
     assert row["extra_gas_ml"] == pytest.approx(1000 * ml)
+    assert row["nodule_share"] == pytest.approx(0.5)
     assert row["dice"] == pytest.approx(2 * 2000 / (4000 + 4000))
 
 

@@ -38,8 +38,9 @@ while read -r source pattern patients; do
         --result_dir "$out/masks" --nodules None --n 1
     score "$out/masks" "$out/scores"
     if [ -n "$(find "$out/others" -name '*.h5')" ]; then
-        python infer.py --exp_dir "$out/run" --input "$out/others" \
-            --result_dir "$out/masks-others" --nodules None --n 1
+        python infer.py --exp_dir "$out/run" --scans "$out/others" \
+            --parts train validation test --result_dir "$out/masks-others" --nodules None \
+            --n 1
         score "$out/masks-others" "$out/scores-others"
     fi
 done < "$SOURCES"

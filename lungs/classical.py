@@ -26,6 +26,9 @@ THRESHOLD_HU = (-600.0, -300.0)
 LUNG_ML = 60.0
 """Smallest volume of a lung; smaller pockets of air are not lung."""
 
+BOTH_LUNGS_ML = 500.0
+"""Smallest volume of both lungs of an adult; with less, the lungs may not have been found."""
+
 GAS_HU = -940.0
 """Lowest median HU of a lung below one litre; an emptier pocket is gas in the gut."""
 
@@ -108,28 +111,20 @@ def inner_air(
     eroded = per_slice(lambda image: cv2.erode(image, cross), tissue.astype(np.uint8))
     body = largest(cc3d.connected_components(eroded, connectivity=6))
     body = per_slice(lambda image: cv2.dilate(image, cross), body.astype(np.uint8))
-    found = enclosed_air(body.astype(bool) & tissue, tissue, coarse, spacing_mm)
-    if not found.any():
-        # Erosion opens the chest wall of a thin person, and all air is then outside.
-        body = largest(cc3d.connected_components(tissue, connectivity=6))
-        found = enclosed_air(body, tissue, coarse, spacing_mm)
-    return found
-
-
-def enclosed_air(
-    body: np.ndarray,
-    tissue: np.ndarray,
-    coarse: np.ndarray,
-    spacing_mm: tuple[float, ...],
-) -> np.ndarray:
-    """Returns the lung-like pockets that a (z, y, x) bool body encloses."""
-    import cc3d
-
+    body = body.astype(bool) & tissue
+    # Vessels and thin walls inside count as air while pockets are told apart.
     air = np.pad(body, ((0, 0), (1, 1), (1, 1))) == 0
     labels = cc3d.connected_components(air, connectivity=6)
     labels = np.where(labels == labels[0, 0, 0], 0, labels)[:, 1:-1, 1:-1]
-    labels = np.where(tissue, 0, labels)
-    return lung_like(labels, coarse, spacing_mm)
+    found = lung_like(np.where(tissue, 0, labels), coarse, spacing_mm)
+    if found.sum() * np.prod(spacing_mm) / 1000 >= BOTH_LUNGS_ML:
+        return found
+    # Erosion opened the thin chest wall of a slender person, or gas connects the lungs with
+    # the outside in another slice. Each slice by itself then tells what is enclosed.
+    body = largest(cc3d.connected_components(tissue, connectivity=6))
+    enclosed = per_slice(without_holes, body) & ~body
+    labels = cc3d.connected_components(enclosed, connectivity=6)
+    return found | lung_like(np.where(tissue, 0, labels), coarse, spacing_mm)
 
 
 def largest(labels: np.ndarray) -> np.ndarray:

@@ -71,6 +71,18 @@ def test_lungs_behind_a_thin_chest_wall_are_found(make_chest):
     assert len(z) > 0
 
 
+def test_lungs_that_are_open_in_one_slice_are_found(make_chest):
+    """Where scans are joined, or a patient moved, gas can connect lungs with the outside."""
+    hu, right, left, _ = make_chest()
+    lungs = right | left
+    middle = len(hu) // 2
+    for side in (right, left):
+        column = int(np.argwhere(side[middle])[:, 1].mean())
+        hu[middle, :, column - 3 : column + 4] = -1000
+    found = classical.segment_lungs(hu, SPACING_MM, config.LungMask())
+    assert dice(found > 0, lungs) > 0.9
+
+
 def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_chest):
     hu, right, left, trachea = make_chest()
     labels = classical.segment_lungs(hu, SPACING_MM, config.LungMask())

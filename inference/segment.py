@@ -191,12 +191,15 @@ def lungs_of(
         settings,
         middle_x=body_middle_x(scan.hu),
     )
-    opinion = second_opinion(labels, scan.hu, scan.spacing_mm, remove=settings.anatomy)
-    labels = opinion.labels
-    verdict = judge(labels, maps.mean, maps.std, scan)
+    of_network = labels
     if reach_mm and labels.any():
         classical = segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
         labels = snap_to_classical(labels, classical, scan.spacing_mm, reach_mm)
+    opinion = second_opinion(labels, scan.hu, scan.spacing_mm, remove=settings.anatomy)
+    removed = (labels > 0) & (opinion.labels == 0)
+    labels = opinion.labels
+    judged = np.where(removed, np.uint8(0), of_network) if labels.any() else labels
+    verdict = judge(judged, maps.mean, maps.std, scan)
     searched = searched_labels(labels, opinion.doubtful, scan)
     right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
     verdict = replace(

@@ -54,12 +54,13 @@ NAMES = (
     "air outside the body",
     "aerated tissue below the lungs",
     "tissue without aerated lung around it",
-    "mask without aerated lung",
+    "tissue in a scan without aerated lung",
+    "gas in a scan without aerated lung",
 )
 """Names of the parts; `CLEAR` holds the indices of those that are removed."""
 
-BELOW, OUTSIDE, AERATED, TISSUE, ALL = range(1, len(NAMES))
-CLEAR = (BELOW, OUTSIDE)
+BELOW, OUTSIDE, AERATED, TISSUE, NO_LUNG, NO_LUNG_GAS = range(1, len(NAMES))
+CLEAR = (BELOW, OUTSIDE, NO_LUNG_GAS)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def named_parts(
     inner = aerated & (distance_mm(aerated, spacing_mm) > NECK_MM / 2)
     lung = main_lungs(inner, hu, outside, spacing_mm)
     if not lung.any():
-        return np.where(mask, ALL, 0).astype(np.uint8)
+        return parts_without_lung(mask, hu)
     near = distance_mm(~lung, spacing_mm) <= NECK_MM / 2 + max(spacing_mm)
     anatomy = Anatomy(mask, hu, outside, inner, near, spacing_mm)
     codes = np.zeros(mask.shape, np.uint8)
@@ -245,6 +246,21 @@ def named_parts(
     beside = np.unique(rest[binary_dilation(codes > 0)])
     codes[np.isin(rest, np.setdiff1d(beside, [0, *np.unique(rest[near])]))] = TISSUE
     return codes
+
+
+def parts_without_lung(mask: np.ndarray, hu: np.ndarray) -> np.ndarray:
+    """Tells gas from tissue in a mask in which no part can be an aerated lung.
+
+    Returns:
+        (z, y, x) uint8 index in `NAMES`, 0 outside the mask.
+    """
+    import cc3d
+    from scipy.ndimage import median
+
+    pieces = cc3d.connected_components(mask, connectivity=6)
+    medians_hu = median(hu, pieces, np.arange(int(pieces.max()) + 1))
+    codes = np.where(medians_hu < AIRWAY_HU, NO_LUNG_GAS, NO_LUNG).astype(np.uint8)
+    return codes[pieces] * mask
 
 
 def main_lungs(
@@ -302,14 +318,22 @@ def kind_of(part: np.ndarray, anatomy: Anatomy) -> int:
     gas = np.median(anatomy.hu[core if core.any() else part]) < AIRWAY_HU
     if gas and anatomy.outside[part].mean() > 0.5:
         return OUTSIDE
-    _, y, x = columns = np.nonzero(part)
-    lowest = np.where(anatomy.near.any(axis=0), anatomy.near.argmax(axis=0), len(part))
-    if (lowest[y, x] < columns[0]).mean() > UNDER_SHARE:
+    if not is_below(part, anatomy.near):
         return 0
     if gas and share_around(part, anatomy.mask, anatomy.spacing_mm) < AROUND_SHARE:
         return BELOW
     beside = share_around(part, anatomy.near, anatomy.spacing_mm) > 0
     return 0 if beside and not gas else AERATED
+
+
+def is_below(part: np.ndarray, lung: np.ndarray) -> bool:
+    """Tells whether a part lies in the lower half of the lungs with no lung underneath."""
+    levels = np.flatnonzero(lung.any(axis=(1, 2)))
+    z, y, x = np.nonzero(part)
+    if z.max() > (levels[0] + levels[-1]) / 2:
+        return False
+    lowest = np.where(lung.any(axis=0), lung.argmax(axis=0), len(lung))
+    return bool((lowest[y, x] < z).mean() <= UNDER_SHARE)
 
 
 def share_around(

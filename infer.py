@@ -317,16 +317,22 @@ def write_lungs(
         odd[task.scan_id] = scan.warnings
         started = time.monotonic()
         log.info("%s: segmenting lungs, %d slices", task.scan_id, len(scan.hu))
-        maps, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
+        maps, labels, searched, verdict = lungs_of(
+            scan, predictor, lungs.labels, reach_mm
+        )
         found = None
         if finder:
             log.info("%s: finding nodules, after %d pass(es)", task.scan_id, maps.n)
-            found = finder.find(replace(scan, lung=labels))
+            found = finder.find(replace(scan, lung=labels), searched)
+        else:
+            verdict = replace(verdict, nodules_searched="no")
         seconds = time.monotonic() - started
         row = rows.lung_row(task.scan_id, maps.n, verdict, seconds, scan.warnings)
         results.write(scan, row, maps, labels, found)
         for reason in verdict.reasons:
             log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
+        if finder and verdict.nodules_searched == "no":
+            log.warning("%s: no nodules were searched in these lungs", task.scan_id)
 
     read = functools.partial(read_ct, reading=reading)
     failures = [*foreign, *read_and_map(segment, missing, read)]
@@ -337,6 +343,12 @@ def write_lungs(
     if finder:
         found = sum(results.number_of_nodules(task.scan_id) for task in done)
         line += f"; {files.count_text(found, 'nodule')}"
+        done = [
+            replace(task, nodules_searched=results.rows[task.scan_id].nodules_searched)
+            for task in done
+        ]
+        if skipped := sum(task.nodules_searched == "no" for task in done):
+            line += f", {files.count_text(skipped, 'scan')} not searched"
     return done, failures, line + earlier_scans_text(len(tasks) - len(missing))
 
 
@@ -462,6 +474,8 @@ def write_predictions(
             warnings = scans.get(task.scan_id, {}).get("warnings")
         if warnings:
             facts["warnings"] = list(warnings)
+        if task.nodules_searched in ("partly", "no"):
+            facts["nodules_searched"] = task.nodules_searched
         scans[task.scan_id] = facts
     replace(predictions, scans=scans).write(result_dir)
 

@@ -130,18 +130,23 @@ class NoduleFinder:
             return None
         return PatchPredictor(self.seeded_dir, runs.read_settings(self.seeded_dir))
 
-    def find(self, scan: Scan) -> Found:
+    def find(self, scan: Scan, searched: np.ndarray | None = None) -> Found:
         """Finds the nodules in the lungs of a scan.
+
+        Args:
+            scan: Scan with lung labels, which give side and distance of each nodule.
+            searched: (z, y, x) lung labels that are searched; by default all.
 
         Raises:
             ScanError: If the scan has no lung labels.
         """
         if scan.lung is None:
             raise ScanError(f"scan {scan.scan_id} has no lung mask")
-        if not scan.lung.any():
+        within = scan if searched is None else replace(scan, lung=searched)
+        if not np.any(within.lung):
             return Found(np.zeros(scan.hu.shape, np.uint8), [])
-        maps = self.predictor.maps(scan, self.settings.threshold)
-        labels, every = self.candidates(scan, maps)
+        maps = self.predictor.maps(within, self.settings.threshold)
+        labels, every = self.candidates(within, maps)
         reported = sum(candidate.score >= self.rule.min_score for candidate in every)
         labels[labels > reported] = 0
         labels = labels.astype(np.min_scalar_type(max(reported, 255)), copy=False)

@@ -19,7 +19,8 @@ from inference.predictor2d import Predictor
 from inference.predictor3d import MEMORY_GB, VolumePredictor
 from inference.seeded import PatchPredictor
 from inference.tasks import Task, warn_of_known_scan, warn_of_leaks
-from lungs.checks import Verdict, judge, volumes_ml
+from lungs.anatomy import second_opinion
+from lungs.checks import Verdict, extent, judge, searched_labels, volumes_ml
 from lungs.classical import segment_lungs
 from lungs.labels import LungMap, labels_from_map, snap_to_classical
 from lungs.sides import body_middle_x
@@ -90,6 +91,7 @@ PRESETS: dict[Preset, Lungs] = {
             min_share=0.0,
             max_pieces=1_000_000,
             fill_holes=False,
+            anatomy=False,
             snap=0.0,
         ),
         mean_is_mask=True,
@@ -168,8 +170,8 @@ def lungs_of(
     predictor: VolumePredictor | Predictor,
     settings: LungMap,
     reach_mm: float,
-) -> tuple[Maps, np.ndarray, Verdict]:
-    """Segments the lungs of a scan and checks the result.
+) -> tuple[Maps, np.ndarray, np.ndarray, Verdict]:
+    """Segments the lungs of a scan, leaves out what cannot be lung, and checks the result.
 
     Args:
         scan: The scan.
@@ -179,7 +181,8 @@ def lungs_of(
             for never.
 
     Returns:
-        The probability maps, the (z, y, x) uint8 lung labels and their verdict.
+        The probability maps, the (z, y, x) uint8 lung labels, those of them in which
+        nodules are to be searched, and the verdict.
     """
     maps = predictor.maps(scan, settings.thresh)
     labels = labels_from_map(
@@ -188,13 +191,28 @@ def lungs_of(
         settings,
         middle_x=body_middle_x(scan.hu),
     )
-    verdict = judge(labels, maps.mean, maps.std, scan)
+    of_network = labels
     if reach_mm and labels.any():
         classical = segment_lungs(scan.hu, scan.spacing_mm, config.LungMask())
         labels = snap_to_classical(labels, classical, scan.spacing_mm, reach_mm)
-        right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
-        verdict = replace(verdict, right_ml=right_ml, left_ml=left_ml)
-    return maps, labels, verdict
+    opinion = second_opinion(labels, scan.hu, scan.spacing_mm, remove=settings.anatomy)
+    removed = (labels > 0) & (opinion.labels == 0)
+    labels = opinion.labels
+    judged = np.where(removed, np.uint8(0), of_network) if labels.any() else labels
+    verdict = judge(judged, maps.mean, maps.std, scan)
+    searched = searched_labels(labels, opinion.doubtful, scan)
+    right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
+    verdict = replace(
+        verdict,
+        right_ml=right_ml,
+        left_ml=left_ml,
+        reasons=(*verdict.reasons, *(part.reason for part in opinion.parts)),
+        unsearched_ml=right_ml
+        + left_ml
+        - sum(volumes_ml(searched, scan.grid.voxel_mm3)),
+        nodules_searched=extent(labels, searched),
+    )
+    return maps, labels, searched, verdict
 
 
 def predict(
@@ -253,10 +271,10 @@ def predict(
     task = Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))
     warn_of_leaks([task], seen)
     warn_of_known_scan(scan, task.unmatched)
-    _, labels, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
+    _, labels, searched, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
     for reason in verdict.reasons:
         log.warning("%s: do not trust the lungs: %s", scan.scan_id, reason)
-    return finder.find(replace(scan, lung=labels)).labels
+    return finder.find(replace(scan, lung=labels), searched).labels
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,6 +8,8 @@ left, but in some too little to tell.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +34,10 @@ leaves up to 5 cm2 there."""
 
 FIELD_MM = (150.0, 200.0, 200.0)
 """Smallest (z, y, x) field of view that can hold the lungs of an adult."""
+
+END_MM = 3.0
+"""Depth of lung at a cut end, at least one slice, in which no nodules are searched: a
+vessel or diaphragm of which only a disk is seen looks like a nodule."""
 
 SLICE_MM = 10.0
 """Largest slice spacing; beyond it apices and bases of the lungs are guesses."""
@@ -66,6 +72,9 @@ BONE_MM = -5.0
 back look swapped. In six real scans the distance is 9 to 91 mm."""
 
 
+Searched = Literal["yes", "partly", "no"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Assessment of lung labels.
@@ -75,12 +84,16 @@ class Verdict:
         score: Dice that the probability map itself predicts for its mask, 0 to 1.
         reasons: Reasons not to trust the labels, in plain words; empty if there are
             none.
+        unsearched_ml: Volume of the labels in which nodules are not to be searched.
+        nodules_searched: Whether nodules are searched in all, part or none of the lungs.
     """
 
     right_ml: float
     left_ml: float
     score: float
     reasons: tuple[str, ...]
+    unsearched_ml: float = 0.0
+    nodules_searched: Searched = "yes"
 
 
 def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> Verdict:
@@ -106,6 +119,49 @@ def judge(labels: np.ndarray, mean: np.ndarray, std: np.ndarray, scan: Scan) -> 
         ]
     reasons += small_field(labels.shape, scan.spacing_mm)
     return Verdict(right_ml, left_ml, score, tuple(reasons))
+
+
+def searched_labels(labels: np.ndarray, doubtful: np.ndarray, scan: Scan) -> np.ndarray:
+    """Returns the labels in which a search for nodules makes sense.
+
+    Doubtful parts and the slices at a cut end are left out. Labels that look like no
+    lungs at all are all left out.
+
+    Args:
+        labels: (z, y, x) uint8.
+        doubtful: (z, y, x) bool, from `lungs.anatomy.second_opinion`.
+        scan: Scan of the labels.
+
+    Returns:
+        (z, y, x) uint8.
+    """
+    trusted = np.where(doubtful, np.uint8(0), labels)
+    if implausible(trusted, scan):
+        return np.zeros_like(labels)
+    depth = max(ceil(END_MM / scan.spacing_mm[0]), 1)
+    for z, end in ((0, slice(depth)), (-1, slice(-depth, None))):
+        if end_cm2(labels, scan.spacing_mm, z) > END_CM2:
+            trusted[end] = 0
+    return trusted
+
+
+def implausible(labels: np.ndarray, scan: Scan) -> bool:
+    """Tells whether labels as a whole cannot be lungs in the stated orientation."""
+    by_side_ml = volumes_ml(labels, scan.grid.voxel_mm3)
+    least, most = LUNGS_ML
+    if not least <= sum(by_side_ml) <= most:
+        return True
+    wrong = sum(1 for _ in wrong_values(labels, scan.hu))
+    if wrong == np.count_nonzero(by_side_ml):
+        return True
+    return any(wrong_orientation(labels, scan.hu, scan.spacing_mm))
+
+
+def extent(labels: np.ndarray, searched: np.ndarray) -> Searched:
+    """Returns whether all, part or none of the labels are searched."""
+    if not searched.any():
+        return "no"
+    return "yes" if np.count_nonzero(labels) == np.count_nonzero(searched) else "partly"
 
 
 def volumes_ml(labels: np.ndarray, voxel_mm3: float) -> tuple[float, float]:

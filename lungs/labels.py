@@ -29,6 +29,9 @@ class LungMap:
     each that disease has cut off."""
     fill_holes: bool = True
     """Fill holes that the lungs enclose on all sides."""
+    anatomy: bool = True
+    """Leave out gas of the gut and air outside the body, see lungs/anatomy.py. If False,
+    they stay in the mask, which is flagged, and no nodules are searched in them."""
     snap: float = 1.5
     """Distance within which the border of the classical mask replaces the network's,
     since it follows the HU of the scan's own voxels; in voxels or pixels of the

@@ -49,7 +49,8 @@ class Predictions:
             `training.runs.training_patients_of`.
         scans: scan_id -> {"part": "train", "validation", "test" or "", "patient_id"}; a
             split by slice adds {"slices": {part: [z, ...]}}, and an odd source adds
-            {"warnings": [text, ...]}.
+            {"warnings": [text, ...]}. A scan in which nodules were searched only in
+            part of the lungs, or not at all, has {"nodules_searched": "partly" or "no"}.
         provenance: Versions, commit and machine that wrote the predictions.
         passes: Settings of the passes; empty for a single pass, and for lungs.
         repair: Defects of DICOM series that were repaired.

@@ -45,8 +45,8 @@ MAPS = LABELS | OF_PASSES | OF_NODULES
 NODULE_SETTINGS = ("settings", "slices", "reduction")
 """Keys of lungs.json that hold postprocessing settings of the networks in `NoduleFinder`."""
 
-UNUSED: dict[str, Any] = {"repair": [], "series": ""}
-"""Settings of reading that lungs.json lists only if used, with their default values."""
+UNUSED: dict[str, Any] = {"repair": [], "series": "", "anatomy": True}
+"""Settings that lungs.json lists only if they differ from these values."""
 
 FORMAT_VERSION = 3
 """Format version of lungs.json with nodules: 2 added candidates.csv, 3 added marked_by.
@@ -209,7 +209,7 @@ def read_lungs_json(path: Path) -> dict[str, Any]:
 
 
 def without_unused(made_by: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out settings of reading that were not used."""
+    """Leaves out the settings in `UNUSED` that have the value there."""
     return {
         name: value
         for name, value in made_by.items()

@@ -114,12 +114,18 @@ class LungRow:
     reason: str
     seconds: float
     warnings: str = ""
+    unsearched_ml: float = 0.0
+    nodules_searched: str = ""
+
+
+LATER_COLUMNS = "warnings", "unsearched_ml"
+"""First of the columns that an older file lacks."""
 
 
 def read_lung_rows(path: Path) -> list[LungRow]:
     """Reads the rows of lungs.csv; returns none if the file is missing.
 
-    Older files have no column `warnings`.
+    Older files lack the last columns, and their rows have the default values.
 
     Raises:
         ValueError: If the columns differ, or an id cannot be a file name.
@@ -129,10 +135,11 @@ def read_lung_rows(path: Path) -> list[LungRow]:
     types = {name: field.type for name, field in LungRow.__dataclass_fields__.items()}
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
-        columns = list(rows.fieldnames or ())
-        if columns not in (list(types), list(types)[:-1]):
+        columns, all_columns = list(rows.fieldnames or ()), list(types)
+        older = [all_columns[: all_columns.index(name)] for name in LATER_COLUMNS]
+        if columns not in (all_columns, *older):
             raise ValueError(
-                f"{path}: columns {rows.fieldnames}; expected {list(types)}; run infer.py "
+                f"{path}: columns {rows.fieldnames}; expected {all_columns}; run infer.py "
                 "again with --overwrite"
             )
         found = [
@@ -193,7 +200,7 @@ def lung_row(
 ) -> LungRow:
     """Returns the row of lungs.csv for a `lungs.checks.Verdict`."""
     facts = asdict(verdict)
-    reasons = facts.pop("reasons")
+    reasons, searched = facts.pop("reasons"), facts.pop("nodules_searched")
     rounded = {name: round(value, 4) for name, value in facts.items()}
     return LungRow(
         pid=pid,
@@ -203,4 +210,5 @@ def lung_row(
         reason="; ".join(reasons),
         seconds=round(seconds, 2),
         warnings="; ".join(warnings),
+        nodules_searched=searched,
     )

@@ -1,0 +1,123 @@
+"""infer.py on scans without lungs, or with parts of the mask that are none."""
+
+import csv
+import json
+
+import nibabel
+import numpy as np
+import pytest
+
+import infer
+from tests.test_infer_lungs import (  # noqa: F401, fixtures
+    AFFINE,
+    WITHOUT_SKIN,
+    alone,
+    nodule_run,
+    run,
+    save,
+    volume,
+)
+
+SHAPE = (100, 100, 60)
+"""(x, y, z) voxels of 3 x 3 x 5 mm, 300 mm along each axis."""
+
+
+def ball(centre, radius_mm):
+    index = np.ogrid[tuple(slice(n) for n in SHAPE)]
+    steps_mm = zip(index, centre, (3, 3, 5), strict=True)
+    return sum(((i - c) * mm) ** 2 for i, c, mm in steps_mm) <= radius_mm**2
+
+
+def water():
+    """A ball of water in air."""
+    return np.where(ball((50, 50, 30), 100), np.int16(0), np.int16(-1000))
+
+
+def head():
+    """A ball of brain in a skull, with a sinus of gas."""
+    hu = np.where(ball((50, 50, 30), 90), np.int16(1000), np.int16(-1000))
+    hu[ball((50, 50, 30), 84)] = 35
+    hu[ball((50, 32, 20), 18)] = -1000
+    return hu
+
+
+def abdomen():
+    """Tissue with a bowel full of gas."""
+    hu = np.where(ball((50, 50, 30), 130), np.int16(40), np.int16(-1000))
+    for x in (30, 44, 58):
+        hu[ball((x, 40, 28), 16)] = -990
+    return hu
+
+
+def read(path):
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("scan", [water, head, abdomen])
+def test_without_lungs_nothing_is_found_and_the_scan_is_flagged(
+    run,  # noqa: F811
+    nodule_run,  # noqa: F811
+    tmp_path,
+    scan,
+):
+    source, out = save(tmp_path / "ct.nii.gz", scan()), tmp_path / "OUT"
+    with pytest.raises(SystemExit) as ended:
+        infer.main(
+            [
+                *("--input", str(source), "--result_dir", str(out), "--n", "1"),
+                *("--exp_dir", str(run), "--nodules", str(nodule_run)),
+                *("--slices", "None", "--reduction", "None"),
+            ]
+        )
+    assert ended.value.code == 0
+    assert not read(out / "ct/mask.nii.gz").any()
+    assert not read(out / "ct/nodules.nii.gz").any()
+    (row,) = table(out / "lungs.csv")
+    assert row["flag"] == "1" and "no lung was found" in row["reason"]
+    assert row["nodules_searched"] == "no"
+    assert table(out / "nodules.csv") == table(out / "candidates.csv") == []
+    facts = json.loads((out / "predictions.json").read_text())["scans"]["ct"]
+    assert facts["nodules_searched"] == "no"
+
+
+def infer_with(run, nodule_run, source, out):  # noqa: F811
+    return infer.infer(
+        run, out, input=source, lungs=WITHOUT_SKIN, nodules=alone(nodule_run)
+    )
+
+
+def test_lungs_that_the_scan_cuts_are_searched_in_part(
+    run,  # noqa: F811
+    nodule_run,  # noqa: F811
+    volume,  # noqa: F811
+    tmp_path,
+):
+    source = save(tmp_path / "ct.nii.gz", np.ascontiguousarray(volume[..., :26]))
+    report = infer_with(run, nodule_run, source, tmp_path / "OUT")
+    (row,) = table(tmp_path / "OUT/lungs.csv")
+    assert row["nodules_searched"] == "partly"
+    mask = read(tmp_path / "OUT/ct/mask.nii.gz")
+    at_the_end_ml = (mask[..., -1] > 0).sum() * 45 / 1000
+    assert float(row["unsearched_ml"]) == pytest.approx(at_the_end_ml, abs=1e-3)
+    assert "not searched" not in report.line
+
+
+def test_a_scan_upside_down_is_not_searched(
+    run,  # noqa: F811
+    nodule_run,  # noqa: F811
+    volume,  # noqa: F811
+    tmp_path,
+):
+    turned = np.ascontiguousarray(volume[..., ::-1])
+    source = save(tmp_path / "ct.nii.gz", turned, AFFINE)
+    report = infer_with(run, nodule_run, source, tmp_path / "OUT")
+    assert report.line.endswith("0 nodules, 1 scan not searched")
+    (row,) = table(tmp_path / "OUT/lungs.csv")
+    assert row["nodules_searched"] == "no"
+    both_ml = float(row["right_ml"]) + float(row["left_ml"])
+    assert float(row["unsearched_ml"]) == pytest.approx(both_ml, abs=1e-3)

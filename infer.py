@@ -314,21 +314,22 @@ def write_lungs(
     odd: dict[str, tuple[str, ...]] = {}
 
     def segment(task: Task, scan: Scan) -> None:
-        odd[task.scan_id] = scan.warnings
         started = time.monotonic()
         log.info("%s: segmenting lungs, %d slices", task.scan_id, len(scan.hu))
-        maps, labels, searched, verdict = lungs_of(
-            scan, predictor, lungs.labels, reach_mm
-        )
+        segmented = lungs_of(scan, predictor, lungs.labels, reach_mm)
+        maps, labels, verdict = segmented.maps, segmented.labels, segmented.verdict
         found = None
         if finder:
             log.info("%s: finding nodules, after %d pass(es)", task.scan_id, maps.n)
-            found = finder.find(replace(scan, lung=labels), searched)
+            found = finder.find(replace(scan, lung=labels), segmented.searched)
         else:
             verdict = replace(verdict, nodules_searched="no")
         seconds = time.monotonic() - started
         row = rows.lung_row(task.scan_id, maps.n, verdict, seconds, scan.warnings)
+        odd[task.scan_id] = (*scan.warnings, *verdict.mended)
         results.write(scan, row, maps, labels, found)
+        for text in verdict.mended:
+            log.warning("%s: %s", task.scan_id, text)
         for reason in verdict.reasons:
             log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
         if finder and verdict.nodules_searched == "no":

@@ -83,13 +83,14 @@ def main(
             segment.SHIPPED, lungs, segment.SHIPPED_RUNS
         )
     with stages("lungs"):
-        maps, labels, _ = segment.lungs_of(scan, predictor, lungs.labels, reach_mm)
+        segmented = segment.lungs_of(scan, predictor, lungs.labels, reach_mm)
+        maps, labels = segmented.maps, segmented.labels
     stages.watch(finder.predictor, "maps", "nodules: 3-D network")
     stages.watch(finder.slices, "probability", "nodules: slices")
     stages.watch(finder.classifier, "probabilities", "nodules: candidates judged")
     stages.watch(finder_module, "outline_nodules", "nodules: outlines")
     stages.watch(finder_module, "measure_nodules", "nodules: measures")
-    found = finder.find(replace(scan, lung=labels))
+    found = finder.find(replace(scan, lung=labels), segmented.searched)
     with stages("writing"), tempfile.TemporaryDirectory() as folder:
         result_folder.write_niftis(Path(folder), maps, maps.mean, labels, scan, "nifti")
         result_folder.write_found(Path(folder), found, labels, scan, "")

@@ -165,12 +165,29 @@ SHIPPED_RUNS = NoduleRuns()
 NO_RUNS = NoduleRuns(volumes=None)
 
 
+@dataclass(frozen=True, eq=False)
+class SegmentedLungs:
+    """Lungs of a scan; arrays are (z, y, x).
+
+    Attributes:
+        maps: Mean and standard deviation of the probability over the passes.
+        labels: uint8, 1 right and 2 left.
+        searched: uint8, the labels without what is not to be searched for nodules.
+        verdict: Volumes, score, and reasons not to trust the labels.
+    """
+
+    maps: Maps
+    labels: np.ndarray
+    searched: np.ndarray
+    verdict: Verdict
+
+
 def lungs_of(
     scan: Scan,
     predictor: VolumePredictor | Predictor,
     settings: LungMap,
     reach_mm: float,
-) -> tuple[Maps, np.ndarray, np.ndarray, Verdict]:
+) -> SegmentedLungs:
     """Segments the lungs of a scan, leaves out what cannot be lung, and checks the result.
 
     Args:
@@ -179,10 +196,6 @@ def lungs_of(
         settings: Settings that turn the mean map into labels.
         reach_mm: Distance up to which the border snaps to that of the classical mask; 0
             for never.
-
-    Returns:
-        The probability maps, the (z, y, x) uint8 lung labels, those of them in which
-        nodules are to be searched, and the verdict.
     """
     maps = predictor.maps(scan, settings.thresh)
     labels = labels_from_map(
@@ -202,17 +215,18 @@ def lungs_of(
     verdict = judge(judged, maps.mean, maps.std, scan)
     searched = searched_labels(labels, opinion.doubtful, scan)
     right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
+    searched_ml = sum(volumes_ml(searched, scan.grid.voxel_mm3))
+    doubts = (part.text for part in opinion.parts if not part.removed)
     verdict = replace(
         verdict,
         right_ml=right_ml,
         left_ml=left_ml,
-        reasons=(*verdict.reasons, *(part.reason for part in opinion.parts)),
-        unsearched_ml=right_ml
-        + left_ml
-        - sum(volumes_ml(searched, scan.grid.voxel_mm3)),
+        reasons=(*verdict.reasons, *doubts),
+        mended=tuple(part.text for part in opinion.parts if part.removed),
+        unsearched_ml=right_ml + left_ml - searched_ml,
         nodules_searched=extent(labels, searched),
     )
-    return maps, labels, searched, verdict
+    return SegmentedLungs(maps, labels, searched, verdict)
 
 
 def predict(
@@ -271,10 +285,12 @@ def predict(
     task = Task(scan.scan_id, scan.patient_id, "", Path(scan.scan_id))
     warn_of_leaks([task], seen)
     warn_of_known_scan(scan, task.unmatched)
-    _, labels, searched, verdict = lungs_of(scan, predictor, lungs.labels, reach_mm)
-    for reason in verdict.reasons:
+    found = lungs_of(scan, predictor, lungs.labels, reach_mm)
+    for text in found.verdict.mended:
+        log.warning("%s: %s", scan.scan_id, text)
+    for reason in found.verdict.reasons:
         log.warning("%s: do not trust the lungs: %s", scan.scan_id, reason)
-    return finder.find(replace(scan, lung=labels), searched).labels
+    return finder.find(replace(scan, lung=found.labels), found.searched).labels
 
 
 @functools.lru_cache(maxsize=1)

@@ -78,8 +78,8 @@ class Part:
     removed: bool
 
     @property
-    def reason(self) -> str:
-        """The reason not to trust the mask."""
+    def text(self) -> str:
+        """What was left out of the mask, or the reason not to trust it."""
         end = "were left out" if self.removed else "may be no lung"
         return f"{self.ml:.0f} ml of {self.name} {end}"
 

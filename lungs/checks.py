@@ -84,6 +84,7 @@ class Verdict:
         score: Dice that the probability map itself predicts for its mask, 0 to 1.
         reasons: Reasons not to trust the labels, in plain words; empty if there are
             none.
+        mended: What was left out of the labels because it cannot be lung.
         unsearched_ml: Volume of the labels in which nodules are not to be searched.
         nodules_searched: Whether nodules are searched in all, part or none of the lungs.
     """
@@ -92,6 +93,7 @@ class Verdict:
     left_ml: float
     score: float
     reasons: tuple[str, ...]
+    mended: tuple[str, ...] = ()
     unsearched_ml: float = 0.0
     nodules_searched: Searched = "yes"
 
@@ -146,10 +148,14 @@ def searched_labels(labels: np.ndarray, doubtful: np.ndarray, scan: Scan) -> np.
 
 
 def implausible(labels: np.ndarray, scan: Scan) -> bool:
-    """Tells whether labels as a whole cannot be lungs in the stated orientation."""
+    """Tells whether labels as a whole cannot be lungs in the stated orientation.
+
+    Lungs that the scan cuts can be of any size.
+    """
     by_side_ml = volumes_ml(labels, scan.grid.voxel_mm3)
     least, most = LUNGS_ML
-    if not least <= sum(by_side_ml) <= most:
+    cut = any(end_cm2(labels, scan.spacing_mm, z) > END_CM2 for z in (0, -1))
+    if sum(by_side_ml) > most or (sum(by_side_ml) < least and not cut):
         return True
     wrong = sum(1 for _ in wrong_values(labels, scan.hu))
     if wrong == np.count_nonzero(by_side_ml):

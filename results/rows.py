@@ -201,6 +201,7 @@ def lung_row(
     """Returns the row of lungs.csv for a `lungs.checks.Verdict`."""
     facts = asdict(verdict)
     reasons, searched = facts.pop("reasons"), facts.pop("nodules_searched")
+    warnings = (*warnings, *facts.pop("mended"))
     rounded = {name: round(value, 4) for name, value in facts.items()}
     return LungRow(
         pid=pid,

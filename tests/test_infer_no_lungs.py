@@ -3,20 +3,11 @@
 import csv
 import json
 
-import nibabel
 import numpy as np
 import pytest
 
 import infer
-from tests.test_infer_lungs import (  # noqa: F401, fixtures
-    AFFINE,
-    WITHOUT_SKIN,
-    alone,
-    nodule_run,
-    run,
-    save,
-    volume,
-)
+from tests.infer_calls import AFFINE, WITHOUT_SKIN, alone, read, run_main, save
 
 SHAPE = (100, 100, 60)
 """(x, y, z) voxels of 3 x 3 x 5 mm, 300 mm along each axis."""
@@ -49,10 +40,6 @@ def abdomen():
     return hu
 
 
-def read(path):
-    return np.asarray(nibabel.load(path).dataobj)
-
-
 def table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -60,21 +47,18 @@ def table(path):
 
 @pytest.mark.parametrize("scan", [water, head, abdomen])
 def test_without_lungs_nothing_is_found_and_the_scan_is_flagged(
-    run,  # noqa: F811
-    nodule_run,  # noqa: F811
+    lung_run,
+    nodule_run,
     tmp_path,
     scan,
 ):
     source, out = save(tmp_path / "ct.nii.gz", scan()), tmp_path / "OUT"
-    with pytest.raises(SystemExit) as ended:
-        infer.main(
-            [
-                *("--input", str(source), "--result_dir", str(out), "--n", "1"),
-                *("--exp_dir", str(run), "--nodules", str(nodule_run)),
-                *("--slices", "None", "--reduction", "None"),
-            ]
-        )
-    assert ended.value.code == 0
+    code = run_main(
+        *("--input", source, "--result_dir", out, "--n", 1),
+        *("--exp_dir", lung_run, "--nodules", nodule_run),
+        *("--slices", "None", "--reduction", "None"),
+    )
+    assert code == 0
     assert not read(out / "ct/mask.nii.gz").any()
     assert not read(out / "ct/nodules.nii.gz").any()
     (row,) = table(out / "lungs.csv")
@@ -85,20 +69,20 @@ def test_without_lungs_nothing_is_found_and_the_scan_is_flagged(
     assert facts["nodules_searched"] == "no"
 
 
-def infer_with(run, nodule_run, source, out):  # noqa: F811
+def infer_with(lung_run, nodule_run, source, out):
     return infer.infer(
-        run, out, input=source, lungs=WITHOUT_SKIN, nodules=alone(nodule_run)
+        lung_run, out, input=source, lungs=WITHOUT_SKIN, nodules=alone(nodule_run)
     )
 
 
 def test_lungs_that_the_scan_cuts_are_searched_in_part(
-    run,  # noqa: F811
-    nodule_run,  # noqa: F811
-    volume,  # noqa: F811
+    lung_run,
+    nodule_run,
+    volume,
     tmp_path,
 ):
     source = save(tmp_path / "ct.nii.gz", np.ascontiguousarray(volume[..., :26]))
-    report = infer_with(run, nodule_run, source, tmp_path / "OUT")
+    report = infer_with(lung_run, nodule_run, source, tmp_path / "OUT")
     (row,) = table(tmp_path / "OUT/lungs.csv")
     assert row["nodules_searched"] == "partly"
     mask = read(tmp_path / "OUT/ct/mask.nii.gz")
@@ -108,14 +92,14 @@ def test_lungs_that_the_scan_cuts_are_searched_in_part(
 
 
 def test_a_scan_upside_down_is_not_searched(
-    run,  # noqa: F811
-    nodule_run,  # noqa: F811
-    volume,  # noqa: F811
+    lung_run,
+    nodule_run,
+    volume,
     tmp_path,
 ):
     turned = np.ascontiguousarray(volume[..., ::-1])
     source = save(tmp_path / "ct.nii.gz", turned, AFFINE)
-    report = infer_with(run, nodule_run, source, tmp_path / "OUT")
+    report = infer_with(lung_run, nodule_run, source, tmp_path / "OUT")
     assert report.line.endswith("0 nodules, 1 scan not searched")
     (row,) = table(tmp_path / "OUT/lungs.csv")
     assert row["nodules_searched"] == "no"

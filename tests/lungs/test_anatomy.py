@@ -71,7 +71,7 @@ def test_gas_below_a_lung_is_left_out_to_the_voxel(chest):
     assert np.array_equal(opinion.labels, chest[1])
     (part,) = opinion.parts
     assert part.removed and part.ml == pytest.approx(12**3 * VOXEL_ML)
-    assert part.reason == "14 ml of gas below the lungs were left out"
+    assert part.text == "14 ml of gas below the lungs were left out"
 
 
 def test_nothing_is_left_out_unless_asked_but_it_is_doubted(chest):
@@ -79,7 +79,7 @@ def test_nothing_is_left_out_unless_asked_but_it_is_doubted(chest):
     opinion = second_opinion(labels, hu, SPACING_MM, remove=False)
     assert np.array_equal(opinion.labels, labels)
     assert ml(opinion.doubtful) == pytest.approx(12**3 * VOXEL_ML)
-    assert opinion.parts[0].reason == "14 ml of gas below the lungs may be no lung"
+    assert opinion.parts[0].text == "14 ml of gas below the lungs may be no lung"
 
 
 def test_gas_that_hangs_on_a_lung_stays(chest):
@@ -120,7 +120,7 @@ def test_aerated_tissue_below_the_lungs_is_doubted(chest):
     opinion = second_opinion(labels, hu, SPACING_MM)
     assert np.array_equal(opinion.labels, labels)
     assert opinion.doubtful[ABDOMEN_SPOT].all()
-    assert [part.reason for part in opinion.parts] == [
+    assert [part.text for part in opinion.parts] == [
         "14 ml of aerated tissue below the lungs may be no lung"
     ]
 
@@ -131,7 +131,7 @@ def test_air_between_back_and_table_is_left_out(chest):
     opinion = second_opinion(labels, hu, SPACING_MM)
     assert np.array_equal(opinion.labels, chest[1])
     (part,) = opinion.parts
-    assert part.reason == "90 ml of air outside the body were left out"
+    assert part.text == "90 ml of air outside the body were left out"
 
 
 def test_an_organ_is_doubted_and_an_effusion_is_not(chest):

@@ -57,7 +57,7 @@ class Task:
     warnings: tuple[str, ...] | None = None
     """Oddities of the source; None until it is read."""
     nodules_searched: str = ""
-    """Whether nodules were searched in the lungs: yes, partly, no, or "" if unknown."""
+    """Extent of the search for nodules in the lungs: yes, partly, no, or "" if unknown."""
     unmatched: dict[str, Sequence[str]] = field(default_factory=dict)
     """Names of training patients by run, to compare with the scan when it is read; see
     `warn_of_leaks`."""

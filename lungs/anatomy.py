@@ -86,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Opinion:
-    """What anatomy says about lung labels.
+    """Verdict of anatomy on lung labels.
 
     Attributes:
         labels: (z, y, x) uint8 labels without the removed parts.
@@ -102,7 +102,7 @@ class Opinion:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """What is known of the body around a mask, on the coarse grid; each is (z, y, x).
+    """A mask and the body around it on the coarse grid; each array is (z, y, x).
 
     Attributes:
         mask: bool.

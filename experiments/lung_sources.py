@@ -6,7 +6,8 @@ easy scans hides the one whose bowel is called lung.
     python infer.py --input SCANS --result_dir OUT --nodules None --n 1
     python -m experiments.lung_sources --references work/labelled --masks OUT --out SCORES
 
-Writes lung_sources.csv and lung_sources.md. Research code, not a medical device.
+Writes lung_sources.csv, lung_sources.md, and lung_sources.jpg with the masks of all scans in
+the same order. Research code, not a medical device.
 """
 
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 import steps
@@ -22,6 +24,7 @@ from ct import files
 from ct.nifti_io import check_same_grid, read_nifti
 from ct.provenance import DISCLAIMER
 from ct.scan import Scan, ScanError, read_scan, scan_files
+from experiments.lung_sheet import scan_row
 from metrics import overlap
 from metrics.surfaces import surface_distances
 from results.rows import LUNGS_CSV, LungRow, read_lung_rows
@@ -90,8 +93,8 @@ def compare(scan: Scan, mask: np.ndarray) -> dict[str, Any]:
     }
 
 
-def compare_files(task: Task) -> dict[str, Any]:
-    """Returns a row of the table: the values of `compare`, and the verdict of infer.py.
+def compare_files(task: Task) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns a row of the table, with the verdict of infer.py, and a picture of the mask.
 
     Raises:
         ScanError: If the mask is missing or on another grid, or the scan has no lung labels.
@@ -106,12 +109,15 @@ def compare_files(task: Task) -> dict[str, Any]:
         row |= {
             name: getattr(task.verdict, name) for name in ("score", "flag", "reason")
         }
-    return {name: row.get(name, "") for name in COLUMNS}
+    row = {name: row.get(name, "") for name in COLUMNS}
+    text = f"{scan.scan_id}: Dice {row['dice']:.3f} {row['reason']}"
+    return row, scan_row(scan, mask, text)
 
 
-def worst_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns rows by increasing Dice; those without a Dice come first."""
-    return sorted(rows, key=lambda row: (np.isfinite(row["dice"]), row["dice"]))
+def by_dice(compared: tuple[dict[str, Any], np.ndarray]) -> tuple[bool, float]:
+    """Returns the key for the order by Dice; rows without a Dice come first."""
+    dice = compared[0]["dice"]
+    return bool(np.isfinite(dice)), dice
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -142,17 +148,22 @@ def compare_all(arguments: Arguments) -> steps.Report:
         )
         for path in scan_files(arguments.references)
     ]
-    rows, failures = steps.map_scans(compare_files, tasks, workers=1, label="compare")
-    if not rows:
+    compared, failures = steps.map_scans(
+        compare_files, tasks, workers=1, label="compare"
+    )
+    if not compared:
         raise ValueError(
             f"{arguments.masks} has no mask of a scan in {arguments.references}; run infer.py "
             "on the same scans"
         )
-    rows = worst_first(rows)
+    compared.sort(key=by_dice)
+    rows = [row for row, _ in compared]
     arguments.out.mkdir(parents=True, exist_ok=True)
     files.write_rows(rows, COLUMNS, arguments.out / "lung_sources.csv")
     table = markdown(rows)
     (arguments.out / "lung_sources.md").write_text(table)
+    sheet = np.vstack([picture for _, picture in compared])
+    cv2.imwrite(str(arguments.out / "lung_sources.jpg"), sheet)
     sys.stdout.write(table)
     scans = files.count_text(len(rows), "scan")
     return steps.Report(f"wrote {arguments.out}: {scans}, worst first", failures)

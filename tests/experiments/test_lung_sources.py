@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
 from ct.files import write_rows
 from ct.nifti_io import write_nifti
 from ct.scan import scan_path, write_scan
+from experiments.lung_sheet import AXIAL, CORONAL, scan_row
 from experiments.lung_sources import Arguments, compare, compare_all
 from results.rows import LUNGS_CSV, LungRow
 
@@ -56,6 +58,9 @@ def test_the_worst_scan_comes_first_with_its_flag(make_scan, tmp_path):
     table = (tmp_path / "out/lung_sources.md").read_text().splitlines()
     assert table[2].startswith("| scan-001 |") and "| 1 | why |" in table[2]
     assert table[3].startswith("| scan-000 |") and "| 1 |" in table[3]
+    sheet = cv2.imread(str(tmp_path / "out/lung_sources.jpg"))
+    assert sheet.shape[1] % (len(CORONAL) + len(AXIAL)) == 0
+    assert sheet.shape[0] == 2 * scan_row(scan, np.asarray(scan.lung), "").shape[0]
     (failure,) = report.failures
     assert failure.scan_id == "scan-002" and "mask.nii.gz" in failure.reason
 
@@ -65,3 +70,15 @@ def test_masks_of_other_scans_are_refused(make_scan, tmp_path):
     write_scan(scan, scan_path(tmp_path / "references", scan.scan_id), {})
     with pytest.raises(ValueError, match="no mask of a scan"):
         compare_all(Arguments(tmp_path, tmp_path / "references", tmp_path / "out"))
+
+
+def test_a_row_outlines_both_lungs_in_every_plane_that_shows_them(make_scan):
+    scan = make_scan(0)
+    lung = np.asarray(scan.lung)
+    without, with_lungs = (scan_row(scan, m, "") for m in (np.zeros_like(lung), lung))
+    side = without.shape[1] // (len(CORONAL) + len(AXIAL))
+    shown = [lung[:, int(s * lung.shape[1])].any() for s in CORONAL]
+    shown += [lung[int(s * len(lung))].any() for s in AXIAL]
+    for number, expected in enumerate(shown):
+        part = np.s_[:, number * side : (number + 1) * side]
+        assert (without[part] != with_lungs[part]).any() == expected

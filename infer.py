@@ -42,6 +42,7 @@ from inference.segment import (
     NoduleRuns,
     Preset,
     SeededPredictor,
+    log_verdict,
     lungs_of,
     nodule_finder,
     nodule_predictor,
@@ -323,17 +324,12 @@ def write_lungs(
             log.info("%s: finding nodules, after %d pass(es)", task.scan_id, maps.n)
             found = finder.find(replace(scan, lung=labels), segmented.searched)
         else:
-            verdict = replace(verdict, nodules_searched="no")
+            verdict = replace(verdict, nodules_searched="")
         seconds = time.monotonic() - started
         row = rows.lung_row(task.scan_id, maps.n, verdict, seconds, scan.warnings)
         odd[task.scan_id] = (*scan.warnings, *verdict.mended)
         results.write(scan, row, maps, labels, found)
-        for text in verdict.mended:
-            log.warning("%s: %s", task.scan_id, text)
-        for reason in verdict.reasons:
-            log.warning("%s: do not trust the lungs: %s", task.scan_id, reason)
-        if finder and verdict.nodules_searched == "no":
-            log.warning("%s: no nodules were searched in these lungs", task.scan_id)
+        log_verdict(task.scan_id, verdict)
 
     read = functools.partial(read_ct, reading=reading)
     failures = [*foreign, *read_and_map(segment, missing, read)]

@@ -74,10 +74,10 @@ def _parts_without(
         )
     rest = {item: group for item, group in strata.items() if item not in held_out}
     train, validation, _ = settings.fractions
-    if not train + validation or not rest:
+    if not train or not rest:
         raise ValueError(
-            "split.held_out leaves no patient for training; expected others in the table and "
-            f"fractions of train and validation above 0, found {train} and {validation}"
+            "split.held_out leaves no patient for training; expected others in the table, and "
+            f"a fraction of train above 0, found {train}"
         )
     shares = [share / (train + validation) for share in (train, validation)]
     groups = _deal(rest, part_counts(len(rest), shares), settings.seed)

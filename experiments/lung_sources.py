@@ -6,8 +6,8 @@ easy scans hides the one whose bowel is called lung.
     python infer.py --input SCANS --result_dir OUT --nodules None --n 1
     python -m experiments.lung_sources --references work/labelled --masks OUT --out SCORES
 
-Writes lung_sources.csv, lung_sources.md, and lung_sources.jpg with the masks of all scans in
-the same order. Research code, not a medical device.
+Writes lung_sources.csv, lung_sources.md, and lung_sources.jpg with the masks of the
+worst scans. Research code, not a medical device.
 """
 
 import sys
@@ -31,6 +31,9 @@ from results.rows import LUNGS_CSV, LungRow, read_lung_rows
 
 GAS_HU = -850
 """Voxels below it that are wrongly called lung are gas: bowel, airways or air outside."""
+
+MOST_PICTURES = 100
+"""Largest number of scans on the sheet, the worst ones; JPEG ends at 65,535 rows."""
 
 COLUMNS = (
     *("scan_id", "patient_id", "dice", "hd95_mm", "reference_ml", "missed_ml"),
@@ -162,8 +165,8 @@ def compare_all(arguments: Arguments) -> steps.Report:
     files.write_rows(rows, COLUMNS, arguments.out / "lung_sources.csv")
     table = markdown(rows)
     (arguments.out / "lung_sources.md").write_text(table)
-    sheet = np.vstack([picture for _, picture in compared])
-    cv2.imwrite(str(arguments.out / "lung_sources.jpg"), sheet)
+    pictures = [picture for _, picture in compared[:MOST_PICTURES]]
+    cv2.imwrite(str(arguments.out / "lung_sources.jpg"), np.vstack(pictures))
     sys.stdout.write(table)
     scans = files.count_text(len(rows), "scan")
     return steps.Report(f"wrote {arguments.out}: {scans}, worst first", failures)

@@ -46,7 +46,6 @@ GAP_MM = 15.0
 BLEND_MM = 12.0
 """Length over which both scans are mixed."""
 
-
 LEAST_MM = 80.0
 """Shortest length of an abdomen under a chest."""
 
@@ -249,7 +248,7 @@ def stitch_all(arguments: Arguments) -> steps.Report:
 
 
 def plan(arguments: Arguments) -> list[Task]:
-    """Draws different abdomens for every chest; the names end in -abdomen-1 and so on."""
+    """Draws different abdomens for every chest, and names each scan CHEST-over-ABDOMEN."""
     real = [] if arguments.abdomens is None else scan_files(arguments.abdomens)
     first = arguments.seed
     abdomens = [*real, *range(first, first + arguments.synthetic)]
@@ -264,9 +263,12 @@ def plan(arguments: Arguments) -> list[Task]:
     for path in scan_files(arguments.chests):
         rng = np.random.default_rng((arguments.seed, *path.stem.encode()))
         drawn = rng.permutation(len(abdomens))[: arguments.each]
-        for number, index in enumerate(drawn, start=1):
-            name = f"{path.stem}-abdomen-{number}"
-            tasks.append(Task(name, path, abdomens[index], arguments))
+        for abdomen in (abdomens[index] for index in drawn):
+            below = (
+                abdomen.stem if isinstance(abdomen, Path) else f"simulated-{abdomen}"
+            )
+            name = f"{path.stem}-over-{below}"
+            tasks.append(Task(name, path, abdomen, arguments))
     return tasks
 
 

@@ -212,7 +212,8 @@ def lungs_of(
     removed = (labels > 0) & (opinion.labels == 0)
     labels = opinion.labels
     judged = np.where(removed, np.uint8(0), of_network) if labels.any() else labels
-    verdict = judge(judged, maps.mean, maps.std, scan)
+    mean = np.where(removed, np.float32(0), maps.mean) if removed.any() else maps.mean
+    verdict = judge(judged, mean, maps.std, scan)
     searched = searched_labels(labels, opinion.doubtful, scan)
     right_ml, left_ml = volumes_ml(labels, scan.grid.voxel_mm3)
     searched_ml = sum(volumes_ml(searched, scan.grid.voxel_mm3))
@@ -286,11 +287,18 @@ def predict(
     warn_of_leaks([task], seen)
     warn_of_known_scan(scan, task.unmatched)
     found = lungs_of(scan, predictor, lungs.labels, reach_mm)
-    for text in found.verdict.mended:
-        log.warning("%s: %s", scan.scan_id, text)
-    for reason in found.verdict.reasons:
-        log.warning("%s: do not trust the lungs: %s", scan.scan_id, reason)
+    log_verdict(scan.scan_id, found.verdict)
     return finder.find(replace(scan, lung=found.labels), found.searched).labels
+
+
+def log_verdict(scan_id: str, verdict: Verdict) -> None:
+    """Logs what was left out of lungs, and why not to trust or search them."""
+    for text in verdict.mended:
+        log.warning("%s: %s", scan_id, text)
+    for reason in verdict.reasons:
+        log.warning("%s: do not trust the lungs: %s", scan_id, reason)
+    if verdict.nodules_searched == "no":
+        log.warning("%s: no nodules were searched in these lungs", scan_id)
 
 
 @functools.lru_cache(maxsize=1)

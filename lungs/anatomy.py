@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from ct import boxes
+from lungs.checks import LUNG_HU
 from lungs.classical import AIRWAY_HU, largest, lung_like
 from lungs.coarse import coarse_factors, per_slice, shrink
 from lungs.sides import distance_mm
@@ -54,8 +55,8 @@ NAMES = (
     "air outside the body",
     "aerated tissue below the lungs",
     "tissue without aerated lung around it",
-    "tissue in a scan without aerated lung",
-    "gas in a scan without aerated lung",
+    "mask in a scan without a recognised lung",
+    "gas in a scan without a recognised lung",
 )
 """Names of the parts; `CLEAR` holds the indices of those that are removed."""
 
@@ -146,10 +147,12 @@ def second_opinion(
     names = named_parts(
         coarse[box], coarse_hu[box], outside_body(coarse_hu)[box], coarse_mm
     )
+    if not names.any():
+        return Opinion(labels, np.zeros(labels.shape, bool), ())
     codes = np.zeros(coarse.shape, np.uint8)
     codes[box] = names
     codes = enlarged(codes, factors, labels.shape) * (labels > 0)
-    voxels = np.bincount(codes.ravel(), minlength=len(NAMES))
+    voxels = [np.count_nonzero(codes == code) for code in range(len(NAMES))]
     clear = CLEAR if remove else ()
     parts = tuple(
         Part(
@@ -228,6 +231,10 @@ def named_parts(
     inner = aerated & (distance_mm(aerated, spacing_mm) > NECK_MM / 2)
     lung = main_lungs(inner, hu, outside, spacing_mm)
     if not lung.any():
+        # The wall of a slender chest is lost in erosion, and a narrow field has none.
+        outside = np.zeros_like(outside)
+        lung = main_lungs(inner, hu, outside, spacing_mm)
+    if not lung.any():
         return parts_without_lung(mask, hu)
     near = distance_mm(~lung, spacing_mm) <= NECK_MM / 2 + max(spacing_mm)
     anatomy = Anatomy(mask, hu, outside, inner, near, spacing_mm)
@@ -259,7 +266,7 @@ def parts_without_lung(mask: np.ndarray, hu: np.ndarray) -> np.ndarray:
 
     pieces = cc3d.connected_components(mask, connectivity=6)
     medians_hu = median(hu, pieces, np.arange(int(pieces.max()) + 1))
-    codes = np.where(medians_hu < AIRWAY_HU, NO_LUNG_GAS, NO_LUNG).astype(np.uint8)
+    codes = np.where(medians_hu < LUNG_HU[0], NO_LUNG_GAS, NO_LUNG).astype(np.uint8)
     return codes[pieces] * mask
 
 

@@ -72,7 +72,7 @@ BONE_MM = -5.0
 back look swapped. In six real scans the distance is 9 to 91 mm."""
 
 
-Searched = Literal["yes", "partly", "no"]
+Searched = Literal["yes", "partly", "no", ""]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class Verdict:
         reasons: Reasons not to trust the labels, in plain words; empty if there are
             none.
         mended: What was left out of the labels because it cannot be lung.
-        unsearched_ml: Volume of the labels in which nodules are not to be searched.
-        nodules_searched: Whether nodules are searched in all, part or none of the lungs.
+        unsearched_ml: Volume of the labels that is not to be searched for nodules.
+        nodules_searched: Whether nodules are searched in all, part or none of the lungs;
+            "" if no run searches them.
     """
 
     right_ml: float

@@ -26,8 +26,9 @@ THRESHOLD_HU = (-600.0, -300.0)
 LUNG_ML = 60.0
 """Smallest volume of a lung; smaller pockets of air are not lung."""
 
-BOTH_LUNGS_ML = 500.0
-"""Smallest volume of both lungs of an adult; with less, the lungs may not have been found."""
+HALF_ML = 250.0
+"""Smallest volume of an adult's lung; with less in one half of the body, a lung may not have
+been found."""
 
 GAS_HU = -940.0
 """Lowest median HU of a lung below one litre; an emptier pocket is gas in the gut."""
@@ -48,10 +49,10 @@ AIRWAY_PLACE = (0.35, 0.17)
 """Largest distance (y, x) of the trachea's highest slice from the middle of the image, as a
 share of its size. The neck of a patient who looks up lies far in front."""
 
-DOME_MM2 = 500.0
-"""Smallest opening of a hole that is not filled. Slices show the top of the diaphragm as a
-hole in the lung, which opens into the abdomen further down; vessels at the hilum open too,
-but are narrower."""
+DOME_MM2 = 1500.0
+"""Largest opening of a hole that is filled. Slices show the top of the diaphragm as a hole in
+the lung, which opens into the abdomen further down. Vessels at the hilum and most masses on
+the diaphragm open too, but are narrower: this is a circle of 44 mm."""
 
 
 def segment_lungs(
@@ -117,9 +118,11 @@ def inner_air(
     labels = cc3d.connected_components(air, connectivity=6)
     labels = np.where(labels == labels[0, 0, 0], 0, labels)[:, 1:-1, 1:-1]
     found = lung_like(np.where(tissue, 0, labels), coarse, spacing_mm)
-    if found.sum() * np.prod(spacing_mm) / 1000 >= BOTH_LUNGS_ML:
+    middle = round(body_middle_x(coarse))
+    halves = found[:, :, :middle], found[:, :, middle:]
+    if min(half.sum() for half in halves) * np.prod(spacing_mm) / 1000 >= HALF_ML:
         return found
-    # Erosion opened the thin chest wall of a slender person, or gas connects the lungs with
+    # Erosion opened the thin chest wall of a slender person, or gas connects a lung with
     # the outside in another slice. Each slice by itself then tells what is enclosed.
     body = largest(cc3d.connected_components(tissue, connectivity=6))
     enclosed = per_slice(without_holes, body) & ~body
@@ -261,20 +264,20 @@ def closed_holes(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
         spacing_mm: (z, y, x).
 
     Returns:
-        (z, y, x) bool; a hole whose opening is larger than `DOME_MM2` is not in it.
+        (z, y, x) bool; a hole that has an opening larger than `DOME_MM2` is not in it.
     """
     import cc3d
 
     found = per_slice(without_holes, mask) & ~mask
     holes = cc3d.connected_components(found, connectivity=6)
-    outside = ~(mask | found)
-    open_px = np.zeros(int(holes.max()) + 1, np.int64)
-    for inner, beyond in ((holes[1:], outside[:-1]), (holes[:-1], outside[1:])):
-        open_px += np.bincount(inner[beyond], minlength=len(open_px))
-    for end in (0, -1):
-        open_px += np.bincount(holes[end].ravel(), minlength=len(open_px))
-    closed = open_px * spacing_mm[1] * spacing_mm[2] <= DOME_MM2
+    beyond = np.pad(~(mask | found), ((1, 1), (0, 0), (0, 0)), constant_values=True)
+    closed = np.ones(int(holes.max()) + 1, bool)
     closed[0] = False
+    for side in (beyond[:-2], beyond[2:]):
+        openings = cc3d.connected_components(found & side, connectivity=6)
+        areas_mm2 = np.bincount(openings.ravel()) * spacing_mm[1] * spacing_mm[2]
+        areas_mm2[0] = 0
+        closed[holes[(areas_mm2 > DOME_MM2)[openings]]] = False
     return closed[holes]
 
 

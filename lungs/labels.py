@@ -142,7 +142,7 @@ def thick_parts(
     cores = distance_mm(mask, spacing_mm) > radius_mm
     if not cores.any():
         return cores
-    return mask & (distance_mm(~cores, spacing_mm) <= radius_mm + max(spacing_mm))
+    return mask & (distance_mm(~cores, spacing_mm) <= radius_mm + min(spacing_mm))
 
 
 def largest_pieces(

@@ -105,6 +105,9 @@ def test_held_out_patients_are_the_test_part_and_the_others_are_divided():
     )
     with pytest.raises(ValueError, match=r"held_out names other; the table has 30"):
         slice_idx.split_patients(strata, replace(settings, held_out=("other",)))
+    none = replace(settings, fractions=(0.0, 0.5, 0.5))
+    with pytest.raises(ValueError, match=r"fraction of train above 0, found 0.0"):
+        slice_idx.split_patients(strata, none)
     with pytest.raises(ValueError, match="leaves no patient for training"):
         slice_idx.split_patients({"one": "none"}, replace(settings, held_out=("one",)))
     with pytest.raises(ValueError, match="method ratios"):

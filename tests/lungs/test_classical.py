@@ -71,16 +71,17 @@ def test_lungs_behind_a_thin_chest_wall_are_found(make_chest):
     assert len(z) > 0
 
 
-def test_lungs_that_are_open_in_one_slice_are_found(make_chest):
+@pytest.mark.parametrize("both", [True, False])
+def test_lungs_that_are_open_in_one_slice_are_found(make_chest, both):
     """Where scans are joined, or a patient moved, gas can connect lungs with the outside."""
     hu, right, left, _ = make_chest()
     lungs = right | left
     middle = len(hu) // 2
-    for side in (right, left):
+    for side in (right, left) if both else (right,):
         column = int(np.argwhere(side[middle])[:, 1].mean())
         hu[middle, :, column - 3 : column + 4] = -1000
     found = classical.segment_lungs(hu, SPACING_MM, config.LungMask())
-    assert dice(found > 0, lungs) > 0.9
+    assert dice(found > 0, lungs) > 0.95
 
 
 def test_lungs_are_found_whole_and_told_apart_without_trachea_and_table(make_chest):
@@ -127,7 +128,7 @@ def test_the_dome_of_the_diaphragm_is_not_lung(make_chest):
     """Slices show its top as a hole in the lung, which opens into the abdomen below."""
     hu, right, *_ = make_chest()
     z, y, x = np.ogrid[tuple(slice(n) for n in hu.shape)]
-    radius_mm = (14 - z) * 2.5
+    radius_mm = (14 - z) * 3.0
     dome = np.hypot((y - 92) * 1.5, (x - 62) * 1.5) <= np.maximum(radius_mm, 0)
     dome &= right
     hu[dome] = 60
@@ -142,7 +143,7 @@ def test_holes_with_a_wide_opening_are_not_closed():
     mask[1:4, 4:14, 4:14] = False  # opens downwards: 100 mm2
     mask[2:4, 20:25, 20:25] = False  # enclosed on all sides
     mask[1:4, 30:34, 30:34] = False  # opens downwards: 16 mm2
-    for area_mm2, wide in ((1.0, True), (6.0, False)):
+    for area_mm2, wide in ((14.0, True), (16.0, False)):
         found = classical.closed_holes(mask, (1.0, area_mm2, 1.0))
         assert found[1:4, 4:14, 4:14].all() == wide
         assert found[1:4, 4:14, 4:14].any() == wide

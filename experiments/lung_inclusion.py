@@ -74,6 +74,8 @@ class Arguments:
     """Volume of lung per pasted nodule."""
     part: Part = "all"
     """Cubes to paste. test: every third; train: the others, for training scans."""
+    exclude_patients: tuple[str, ...] = ()
+    """Patients of LIDC-IDRI whose nodules are not pasted, such as those of the test part."""
     workers: int = 1
     """Number of processes."""
     seed: int = 0
@@ -195,7 +197,11 @@ def part_of(row: int) -> Part:
 def write_pasted(task: Task) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Writes one host with pasted nodules; returns its line of the list, and its nodules."""
     arguments = task.arguments
-    cubes = cubes_of_part(read_cubes(arguments.cubes), arguments.part)
+    cubes = [
+        cube
+        for cube in cubes_of_part(read_cubes(arguments.cubes), arguments.part)
+        if cube.patient_id not in arguments.exclude_patients
+    ]
     scan, rows = paste_nodules(
         read_scan(task.path), cubes, arguments.lung_ml, seed=arguments.seed
     )
@@ -207,6 +213,7 @@ def write_pasted(task: Task) -> tuple[dict[str, str], list[dict[str, Any]]]:
         "seed": arguments.seed,
         "lung_ml": arguments.lung_ml,
         "part": arguments.part,
+        "nodule_patients": sorted({row["patient_id"] for row in rows}),
     }
     write_scan(scan, scan_path(arguments.out / "truth", scan.scan_id), record)
     volume = f"volumes/{scan.scan_id}.nii.gz"

@@ -12,7 +12,15 @@ from scipy import ndimage
 
 from augment import textures
 from ct.geometry import canonical_grid
-from ct.scan import Scan, ScanError, read_scan, reference_mask, scan_path, write_scan
+from ct.scan import (
+    Scan,
+    ScanError,
+    read_provenance,
+    read_scan,
+    reference_mask,
+    scan_path,
+    write_scan,
+)
 from experiments import lung_comparison, lung_inclusion, nodule_cubes, pasted_nodules
 from experiments.nodule_cubes import TURNS, build_cube, turned
 
@@ -266,6 +274,21 @@ def test_every_cube_is_in_one_part():
         "train": [0, 2, 3, 5, 6],
         "test": [1, 4],
     }
+
+
+def test_nodules_of_excluded_patients_are_not_pasted(tmp_path):
+    scan = host_scan()
+    write_scan(scan, scan_path(tmp_path / "hosts", scan.scan_id), {})
+    cubes = [drawn_cube(0), drawn_cube(1)]
+    write_cubes(tmp_path / "cubes", cubes)
+    paths = tmp_path / "hosts", tmp_path / "cubes", tmp_path / "out"
+    excluded = (cubes[0].patient_id,)
+    report = lung_inclusion.write_all(
+        lung_inclusion.Arguments(*paths, lung_ml=1.0, exclude_patients=excluded)
+    )
+    assert not report.failures
+    record = read_provenance(scan_path(tmp_path / "out/truth", "host-pasted"))
+    assert record["nodule_patients"] == [cubes[1].patient_id]
 
 
 def test_hosts_without_labels_are_listed(tmp_path):

@@ -49,6 +49,13 @@ includes arms and both halves of a cut body, but not objects on the table."""
 BODY_MARGIN_PX = 2
 """Margin of air around the body."""
 
+CUT_SHARE = 0.2
+"""Share of tissue in an end plane of the scan above which the scan cuts the body there; a
+table that reaches the end has less."""
+
+EDGE_PX = 6
+"""Least number of voxels by which a body is continued where the scan cuts it."""
+
 LUNG_MARGIN_PX = 8
 """Margin of tissue around the lungs in runs for nodules."""
 
@@ -105,17 +112,27 @@ class VolumePredictor:
         """Computes mean, standard deviation and mutual information of the passes.
 
         The scan is resampled to the run's spacing and cropped to the body, or for nodules
-        to the lungs. Outside the crop nothing is computed and the probability is 0.
+        to the lungs. Outside the crop nothing is computed and the probability is 0. Where the
+        scan cuts the body, its last plane is repeated: cut lungs that end in air look like
+        something else to the network.
         """
         spacing_mm = self.settings.table.volume_spacing_mm
         weights, _ = resample.isotropic(scan.grid, spacing_mm)
         hu = resample.volume(scan.hu, weights)
         lung = scan.lung if self.settings.batches.target == "nodule" else None
         box = body_box(hu) if lung is None else lung_box(lung, weights)
-        moments = self.moments(hu[box], threshold)
-        return Maps(
-            moments, functools.partial(resample_to_grid, scan.grid, spacing_mm, box)
-        )
+        edges = cut_edges(hu, box) if lung is None else ((0, 0),) * 3
+        moments = self.moments(np.pad(hu[box], edges, mode="edge"), threshold)
+        to_scan = functools.partial(resample_to_grid, scan.grid, spacing_mm, box)
+
+        def without_edges(values: np.ndarray) -> np.ndarray:
+            inner = (
+                slice(before, length - after)
+                for (before, after), length in zip(edges, values.shape, strict=True)
+            )
+            return to_scan(values[tuple(inner)])
+
+        return Maps(moments, without_edges)
 
     def moments(self, hu: np.ndarray, threshold: float) -> RunningMoments:
         """Makes the passes over a (z, y, x) volume in HU at the run's spacing."""
@@ -219,6 +236,32 @@ def lung_box(lung: np.ndarray, weights: Sequence[np.ndarray]) -> Box:
     return boxes.bounding_box(
         resample.mask(lung > 0, weights), LUNG_MARGIN_PX
     ) or boxes.full_box(shape)
+
+
+def cut_edges(hu: np.ndarray, box: Box) -> tuple[tuple[int, int], ...]:
+    """Returns by how many voxels to continue the ends of a box where the scan cuts the body.
+
+    Sizes become multiples of `PADDED_PX`, with `EDGE_PX` voxels or more at a cut end.
+
+    Args:
+        hu: (z, y, x) HU of the whole volume.
+        box: Box of the body.
+
+    Returns:
+        (before, after) of each axis, as for numpy.pad.
+    """
+    tissue = hu[box] > sides.TISSUE_HU
+    edges = []
+    for axis, (part, length) in enumerate(zip(box, hu.shape, strict=True)):
+        first, last = (
+            tissue.take(end, axis).mean() > CUT_SHARE and at_end
+            for end, at_end in ((0, part.start == 0), (-1, part.stop == length))
+        )
+        size, cuts = part.stop - part.start, int(first) + int(last)
+        added = cuts and -(-(size + cuts * EDGE_PX) // PADDED_PX) * PADDED_PX - size
+        before = added // cuts if first else 0
+        edges.append((before, added - before))
+    return tuple(edges)
 
 
 def body_box(hu: np.ndarray) -> Box:

@@ -15,6 +15,7 @@ import pytest
 import config
 import infer
 from ct import files
+from ct.geometry import canonical_grid
 from ct.nifti_io import read_nifti
 from ct.scan import read_scan, readers_in
 from dataset.split import patients_of_part, read_split
@@ -235,6 +236,28 @@ def nodules_met(source, folder):
     reference = np.asarray(scan.nodule_labels)
     false = [n for n in np.unique(labels)[1:] if not reference[labels == n].any()]
     return scan, set(np.unique(reference[labels > 0])) - {0}, len(false)
+
+
+@pytest.mark.parametrize("part", ["bases", "slab", "apices"])
+def test_lungs_that_the_scan_cuts_are_found(phantom, part):
+    (truth,) = phantom.with_name("truth").glob("*.h5")
+    scan = read_scan(truth)
+    levels = np.flatnonzero(np.any(scan.lung, axis=(1, 2)))
+    middle = len(scan.hu) // 2
+    slices = {
+        "bases": slice(0, levels[0] + 25),
+        "slab": slice(middle - 8, middle + 8),
+        "apices": slice(levels[-1] - 25, None),
+    }[part]
+    hu = np.ascontiguousarray(scan.hu[slices])
+    grid = canonical_grid(hu.shape, scan.spacing_mm)
+    cut = replace(scan.unread(), hu=hu, lung=None, grid=grid, source_grid=grid)
+    settings = runs.read_settings(segment.SHIPPED)
+    predictor = segment.passes_predictor(
+        segment.SHIPPED, settings, ONE_LOOK, batch_size=1
+    )
+    found = segment.lungs_of(cut, predictor, ONE_LOOK.labels, 4.5)
+    assert overlap.dice(scan.lung[slices] > 0, found.labels > 0) > 0.9
 
 
 def test_large_nodules_of_a_phantom_never_seen_are_found(phantom, tmp_path):

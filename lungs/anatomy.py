@@ -31,6 +31,10 @@ RIM_MM = 5.0
 """Depth of the mask that is removed with a part of gas: the wall of the gut, and a voxel
 of the network."""
 
+MAIN_SHARE = 0.25
+"""Smallest main lung below all other lung, as a share of the largest one's volume; what is
+smaller there is bowel or stomach with gas and contents."""
+
 UNDER_SHARE = 0.1
 """Largest share of a part's columns with lung underneath, if the part is below the lungs.
 The recess of the lung behind the dome of the diaphragm can lie below its rim."""
@@ -53,14 +57,14 @@ NAMES = (
     "",
     "gas below the lungs",
     "air outside the body",
-    "aerated tissue below the lungs",
+    "mask below the lungs",
     "tissue without aerated lung around it",
     "mask in a scan without a recognised lung",
     "gas in a scan without a recognised lung",
 )
 """Names of the parts; `CLEAR` holds the indices of those that are removed."""
 
-BELOW, OUTSIDE, AERATED, TISSUE, NO_LUNG, NO_LUNG_GAS = range(1, len(NAMES))
+BELOW, OUTSIDE, APART, TISSUE, NO_LUNG, NO_LUNG_GAS = range(1, len(NAMES))
 CLEAR = (BELOW, OUTSIDE, NO_LUNG_GAS)
 
 
@@ -251,7 +255,13 @@ def named_parts(
             codes[with_rim & ~near] = code
     rest = cc3d.connected_components(mask & (codes == 0), connectivity=6)
     beside = np.unique(rest[binary_dilation(codes > 0)])
-    codes[np.isin(rest, np.setdiff1d(beside, [0, *np.unique(rest[near])]))] = TISSUE
+    large = np.bincount(rest.ravel()) * np.prod(spacing_mm) / 1000 >= LEAST_ML
+    for number in np.setdiff1d(np.unique(rest), [0, *np.unique(rest[near])]):
+        part = rest == number
+        if number in beside:
+            codes[part] = TISSUE
+        elif large[number] and is_below(part, near):
+            codes[part] = APART
     return codes
 
 
@@ -289,7 +299,13 @@ def main_lungs(
     cores = cc3d.connected_components(inner, connectivity=6)
     # A narrow field of view cuts the chest wall, and part of a lung then seems outside.
     beyond = np.bincount(cores.ravel(), outside.ravel()) / np.bincount(cores.ravel())
-    return lung_like(cores * (beyond <= 0.5)[cores], hu, spacing_mm)
+    found = lung_like(cores * (beyond <= 0.5)[cores], hu, spacing_mm)
+    voxels = np.bincount(cores[found], minlength=int(cores.max()) + 1)
+    for number in np.flatnonzero((voxels > 0) & (voxels < MAIN_SHARE * voxels.max())):
+        core = cores == number
+        if is_below(core, found & ~core):
+            found &= ~core
+    return found
 
 
 def tissue_apart(tissue: np.ndarray, anatomy: Anatomy) -> np.ndarray:
@@ -330,7 +346,7 @@ def kind_of(part: np.ndarray, anatomy: Anatomy) -> int:
     if gas and share_around(part, anatomy.mask, anatomy.spacing_mm) < AROUND_SHARE:
         return BELOW
     beside = share_around(part, anatomy.near, anatomy.spacing_mm) > 0
-    return 0 if beside and not gas else AERATED
+    return 0 if beside and not gas else APART
 
 
 def is_below(part: np.ndarray, lung: np.ndarray) -> bool:

@@ -65,6 +65,40 @@ def test_two_lungs_with_vessels_are_left_alone(chest):
     assert not opinion.doubtful.any() and opinion.parts == ()
 
 
+def test_a_stomach_of_gas_and_contrast_is_doubted(chest):
+    """Its gas lies in small pockets, so it is neither gas nor tissue; but it lies apart."""
+    hu, labels = drawn(*chest, ABDOMEN_SPOT, GAS)
+    z, y, x = ABDOMEN_SPOT
+    hu[z, y, x.start : x.stop : 3] = 300
+    hu[z, y.start : y.stop : 3, x] = 300
+    opinion = second_opinion(labels, hu, SPACING_MM)
+    assert np.array_equal(opinion.labels, labels)
+    assert opinion.doubtful[ABDOMEN_SPOT].all()
+    assert ml(opinion.doubtful) == pytest.approx(12**3 * VOXEL_ML)
+    assert "mask below the lungs may be no lung" in opinion.parts[0].text
+
+
+def test_a_small_lung_below_all_other_lung_is_doubted(chest):
+    """125 ml like lung: large enough for a lung, but a sixth of the others and below them."""
+    place = (slice(20, 45), slice(48, 73), slice(68, 93))
+    hu, labels = drawn(*chest, place, LUNG)
+    opinion = second_opinion(labels, hu, SPACING_MM)
+    assert np.array_equal(opinion.labels, labels)
+    assert np.array_equal(opinion.doubtful, labels != chest[1])
+
+
+def test_thin_walls_and_narrow_fields_keep_their_lungs(chest):
+    hu, labels = chest
+    z, y, x = (slice(40, 116), slice(38, 82), slice(18, 102))
+    thin = np.full_like(hu, AIR)
+    thin[z, y, x] = hu[z, y, x]  # a wall of 4 mm, which erosion opens
+    right = (slice(None), LUNGS[1], SIDES[RIGHT])  # nothing but the lung is in view
+    for part_hu, part_labels in ((thin, labels), (hu[right], labels[right])):
+        opinion = second_opinion(part_labels, part_hu, SPACING_MM)
+        assert np.array_equal(opinion.labels, part_labels)
+        assert not opinion.doubtful.any()
+
+
 def test_gas_below_a_lung_is_left_out_to_the_voxel(chest):
     hu, labels = drawn(*chest, ABDOMEN_SPOT, GAS)
     opinion = second_opinion(labels, hu, SPACING_MM)
@@ -121,7 +155,7 @@ def test_aerated_tissue_below_the_lungs_is_doubted(chest):
     assert np.array_equal(opinion.labels, labels)
     assert opinion.doubtful[ABDOMEN_SPOT].all()
     assert [part.text for part in opinion.parts] == [
-        "14 ml of aerated tissue below the lungs may be no lung"
+        "14 ml of mask below the lungs may be no lung"
     ]
 
 

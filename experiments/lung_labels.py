@@ -1,4 +1,4 @@
-r"""Lung labels for training: cleaned classical masks with what they are known to get wrong.
+r"""Lung labels for training: cleaned classical masks, corrected where a person saw a mistake.
 
 Removes and adds the ellipses of a CSV file, which a person drew where the mask includes bowel
 or the oesophagus, or leaves out disease; then adds every nodule that a reader outlined.

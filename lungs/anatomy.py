@@ -84,7 +84,7 @@ class Part:
 
     @property
     def text(self) -> str:
-        """What was left out of the mask, or the reason not to trust it."""
+        """Says what was left out of the mask, or why not to trust it."""
         end = "were left out" if self.removed else "may be no lung"
         return f"{self.ml:.0f} ml of {self.name} {end}"
 

@@ -105,3 +105,39 @@ def test_a_scan_upside_down_is_not_searched(
     assert row["nodules_searched"] == "no"
     both_ml = float(row["right_ml"]) + float(row["left_ml"])
     assert float(row["unsearched_ml"]) == pytest.approx(both_ml, abs=1e-3)
+
+
+@pytest.fixture
+def with_bowel(volume, tmp_path):
+    """`volume` with 81 ml of gas in two slices below the lungs."""
+    hu = volume.copy()
+    hu[35:65, 17:47, :2] = -905
+    return save(tmp_path / "ct.nii.gz", hu)
+
+
+@pytest.mark.parametrize("anatomy", [True, False])
+def test_gas_below_the_lungs_is_left_out_or_not_searched(
+    lung_run, nodule_run, with_bowel, tmp_path, anatomy
+):
+    out = tmp_path / "OUT"
+    code = run_main(
+        *("--input", with_bowel, "--result_dir", out, "--n", 1, "--snap", 0),
+        *("--exp_dir", lung_run, "--nodules", nodule_run, "--min_volume_mm3", 60_000),
+        *("--slices", "None", "--reduction", "None"),
+        *([] if anatomy else ["--no-anatomy"]),
+    )
+    assert code == 0
+    (row,) = table(out / "lungs.csv")
+    bowel_ml = (read(out / "ct/mask.nii.gz")[..., :2] > 0).sum() * 45 / 1000
+    facts = json.loads((out / "predictions.json").read_text())["scans"]["ct"]
+    if anatomy:
+        assert bowel_ml == 0
+        assert "gas below the lungs were left out" in row["warnings"]
+        assert facts["warnings"] == row["warnings"].split("; ")
+        assert (row["flag"], row["nodules_searched"]) == ("0", "yes")
+        assert float(row["unsearched_ml"]) == 0
+    else:
+        assert bowel_ml == pytest.approx(81, rel=0.2)
+        assert "gas below the lungs may be no lung" in row["reason"]
+        assert (row["flag"], row["nodules_searched"]) == ("1", "partly")
+        assert float(row["unsearched_ml"]) == pytest.approx(bowel_ml, abs=1e-3)

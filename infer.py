@@ -313,6 +313,18 @@ def write_lungs(
     tasks = without_failures(tasks, foreign)
     missing = [task for task in tasks if not results.complete(task.scan_id)]
     odd: dict[str, tuple[str, ...]] = {}
+    older = [
+        task.scan_id
+        for task in tasks
+        if task not in missing and not results.rows[task.scan_id].nodules_searched
+    ]
+    if finder and older:
+        log.warning(
+            "%s done before lung masks got a second opinion (lungs/anatomy.py), e.g. %s; "
+            "--overwrite computes them again",
+            files.count_text(len(older), "scan"),
+            older[0],
+        )
 
     def segment(task: Task, scan: Scan) -> None:
         started = time.monotonic()

@@ -45,7 +45,7 @@ MAPS = LABELS | OF_PASSES | OF_NODULES
 NODULE_SETTINGS = ("settings", "slices", "reduction")
 """Keys of lungs.json that hold postprocessing settings of the networks in `NoduleFinder`."""
 
-UNUSED: dict[str, Any] = {"repair": [], "series": ""}
+UNUSED: dict[str, Any] = {"repair": [], "series": "", "anatomy": True}
 """Settings that lungs.json lists only if they differ from these values."""
 
 FORMAT_VERSION = 3

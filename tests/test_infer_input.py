@@ -102,11 +102,11 @@ def test_warnings_of_a_series_stay_with_its_results(
         1,
     )
     assert run_main(*command) == 0
-    warning = rows_of(out)["P1"]["warnings"]
-    assert "have another FrameOfReferenceUID" in warning
-    assert f"P1: {warning}" in caplog.text
     record = json.loads((out / "predictions.json").read_text())
-    assert record["scans"]["P1"]["warnings"] == [warning]
+    warnings = record["scans"]["P1"]["warnings"]
+    assert "have another FrameOfReferenceUID" in warnings[0]
+    assert rows_of(out)["P1"]["warnings"] == "; ".join(warnings)
+    assert all(f"P1: {text}" in caplog.text for text in warnings)
     assert "repair" not in record
     lungs = json.loads((out / "lungs.json").read_text())
     assert not {"repair", "series"} & set(lungs)

@@ -105,8 +105,9 @@ def test_files_keep_the_patient_of_the_chest_and_name_the_abdomen(make_scan, arg
     chest = make_scan(0)
     assert "2 scans" in stitch_all(replace(arguments, each=2)).line
     drawn = []
-    for number in (1, 2):
-        path = arguments.out / f"{chest.scan_id}-abdomen-{number}.h5"
+    paths = sorted(arguments.out.glob("*.h5"))
+    assert len(paths) == 2
+    for path in paths:
         found, record = read_scan(path), read_provenance(path)
         assert found.patient_id == chest.patient_id
         assert found.spacing_mm == (MM, MM, MM)
@@ -114,6 +115,7 @@ def test_files_keep_the_patient_of_the_chest_and_name_the_abdomen(make_scan, arg
         assert record["chest"] == chest.scan_id
         assert record["abdomen_patient"] == f"patient of {record['abdomen']}"
         assert len(found.hu) == record["slices"] + 15 - 3  # 60 mm of chest, 12 blended
+        assert path.stem == f"{chest.scan_id}-over-{record['abdomen']}"
         drawn.append(record["abdomen"])
     assert len(set(drawn)) == 2
 
@@ -175,9 +177,12 @@ def test_unusable_chests_are_listed_and_the_others_go_on(arguments, make_scan):
     cut.lung[0, 10:50, 10:50] = 1  # 1600 pixels of 1.5 x 1.5 mm are 36 cm2
     write_scan(cut, scan_path(arguments.chests, cut.scan_id), {})
     report = stitch_all(arguments)
-    reasons = {failure.scan_id: failure.reason for failure in report.failures}
-    assert "not a readable scan file" in reasons["broken-abdomen-1"]
-    assert "has no lung labels" in reasons[f"{bare.scan_id}-abdomen-1"]
-    assert "holds 36 cm2 of lung, expected 10" in reasons[f"{cut.scan_id}-abdomen-1"]
+    reasons = {
+        failure.scan_id.partition("-over-")[0]: failure.reason
+        for failure in report.failures
+    }
+    assert "not a readable scan file" in reasons["broken"]
+    assert "has no lung labels" in reasons[bare.scan_id]
+    assert "holds 36 cm2 of lung, expected 10" in reasons[cut.scan_id]
     assert len(reasons) == 3
     assert report.line.endswith(": 1 scan")

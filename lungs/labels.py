@@ -117,17 +117,14 @@ def snap_to_classical(
     mask, other = labels[box] > 0, classical[box] > 0
     border = distance_mm(mask, spacing_mm) <= reach_mm
     near_other = distance_mm(~other, spacing_mm) <= reach_mm
-    to_right_mm, to_left_mm = (
-        distance_mm(labels[box] != side, spacing_mm)
-        if (labels[box] == side).any()
-        else np.full(mask.shape, np.inf, np.float32)
-        for side in (RIGHT, LEFT)
-    )
-    near_mask = np.minimum(to_right_mm, to_left_mm) <= reach_mm
+    to_mask_mm = distance_mm(~mask, spacing_mm)
+    right = labels[box] == RIGHT
+    to_right_mm = distance_mm(~right, spacing_mm) if right.any() else np.inf
+    near_mask = to_mask_mm <= reach_mm
     thin = border & near_other & ~thick_parts(mask & ~other, spacing_mm, reach_mm)
     found = (mask & ~thin) | (other & near_mask)
     result = np.zeros_like(labels)
-    result[box] = found * np.where(to_right_mm <= to_left_mm, RIGHT, LEFT)
+    result[box] = found * np.where(to_right_mm <= to_mask_mm, RIGHT, LEFT)
     return result
 
 

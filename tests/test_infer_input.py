@@ -91,16 +91,8 @@ def test_warnings_of_a_series_stay_with_its_results(
     save_series(dicom_images, tmp_path / "Secret Name")
     listed = write_list(tmp_path / "scans.csv", [("P1", "Secret Name")])
     out = tmp_path / "OUT"
-    command = (
-        "--csv_file",
-        listed,
-        "--result_dir",
-        out,
-        "--exp_dir",
-        lung_run,
-        "--n",
-        1,
-    )
+    options = ("--exp_dir", lung_run, "--n", 1)
+    command = ("--csv_file", listed, "--result_dir", out, *options)
     assert run_main(*command) == 0
     record = json.loads((out / "predictions.json").read_text())
     warnings = record["scans"]["P1"]["warnings"]

@@ -206,16 +206,8 @@ def test_results_never_replace_what_is_not_infers(lung_run, beside, options):
 
 def test_overwriting_removes_what_infer_wrote_and_no_more(lung_run, beside):
     out = beside.parent / "OUT"
-    command = (
-        "--csv_file",
-        beside,
-        "--result_dir",
-        out,
-        "--exp_dir",
-        lung_run,
-        "--n",
-        1,
-    )
+    options = ("--exp_dir", lung_run, "--n", 1)
+    command = ("--csv_file", beside, "--result_dir", out, *options)
     assert run_main(*command) == 0
     (out / "P2" / "notes.txt").write_text("mine")
     before = (out / "P1/mask.nii.gz").stat().st_mtime_ns
